@@ -1,0 +1,213 @@
+"""The gRPC side of a worker: routers' streams on a thread of their own, two queues to the engine's loop.
+
+The engine's loop owns the main thread, the model and the blocks. It takes what routers sent with `receive`, writes its
+answers into `outgoing(connection)`, and `flush`es them once a turn, so that a step of 256 sequences is one message.
+"""
+
+import asyncio
+import queue
+import socket
+import threading
+from collections import deque
+from collections.abc import AsyncIterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import grpc
+import structlog
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from common.grpc_options import KEEPALIVE
+from twostroke.v1 import worker_pb2 as pb
+from twostroke.v1 import worker_pb2_grpc
+
+log = structlog.get_logger(__name__)
+
+SERVICE = "twostroke.v1.Worker"
+
+# A router that reads nothing for this many messages is cut off: its sequences end, and memory stays bounded.
+MAX_UNSENT_MESSAGES = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """What a router sent over one of its connections; a message of None says that the connection is gone."""
+
+    connection: int
+    message: pb.RouterMessage | None
+
+
+class WorkerService(worker_pb2_grpc.WorkerServicer):
+    """Serves `twostroke.v1.Worker` and health at `listen` ("host:port", port 0 picks a free one).
+
+    Raises:
+        OSError: the address cannot be listened on.
+    """
+
+    def __init__(self, hello: pb.WorkerHello, listen: str, advertise: str | None, routers: tuple[str, ...]) -> None:
+        self._hello = hello
+        self._routers = routers
+        self._inbox: queue.SimpleQueue[Received] = queue.SimpleQueue()
+        self._outgoing: dict[int, pb.WorkerMessage] = {}
+        self._connections: dict[int, "_Unsent"] = {}
+        self._next_connection = 0
+        self._health = health.aio.HealthServicer()
+        self._loop = asyncio.new_event_loop()
+        self._stopping = asyncio.Event()
+        started: Future[int] = Future()
+        self._thread = threading.Thread(target=self._run, args=(listen, started), name="grpc", daemon=True)
+        self._thread.start()
+        port = started.result()
+        host = listen.rpartition(":")[0]
+        self.address = advertise or f"{_reachable_host(host)}:{port}"
+        self._loop.call_soon_threadsafe(self._start_registering)
+
+    # ------------------------------------------------------------ called by the engine's loop
+
+    def receive(self, timeout: float) -> list[Received]:
+        """Everything that routers have sent; waits up to `timeout` seconds where there is nothing."""
+        received = []
+        try:
+            received.append(self._inbox.get(timeout=timeout) if timeout > 0 else self._inbox.get_nowait())
+            while True:
+                received.append(self._inbox.get_nowait())
+        except queue.Empty:
+            return received
+
+    def wake(self) -> None:
+        """Ends a wait in `receive`; safe from any thread and from signal handlers."""
+        self._inbox.put(Received(-1, pb.RouterMessage()))
+
+    def outgoing(self, connection: int) -> pb.WorkerMessage:
+        """The message that the next `flush` sends to this router."""
+        message = self._outgoing.get(connection)
+        if message is None:
+            message = self._outgoing[connection] = pb.WorkerMessage()
+        return message
+
+    def flush(self) -> None:
+        if self._outgoing:
+            outgoing, self._outgoing = self._outgoing, {}
+            self._loop.call_soon_threadsafe(self._hand_over, outgoing)
+
+    def set_serving(self, serving: bool) -> None:
+        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        for name in ("", SERVICE):
+            asyncio.run_coroutine_threadsafe(self._health.set(name, status), self._loop)
+
+    def stop(self) -> None:
+        """Sends what is flushed, closes every stream and ends the thread."""
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._stopping.set)
+            self._thread.join(timeout=5)
+
+    # ------------------------------------------------------------ on the gRPC thread
+
+    def _run(self, listen: str, started: "Future[int]") -> None:
+        asyncio.set_event_loop(self._loop)
+        self._loop.run_until_complete(self._serve(listen, started))
+
+    async def _serve(self, listen: str, started: "Future[int]") -> None:
+        server = grpc.aio.server(options=[*KEEPALIVE, ("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", -1)])
+        worker_pb2_grpc.add_WorkerServicer_to_server(self, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        try:
+            port = server.add_insecure_port(listen)
+        except RuntimeError as error:
+            started.set_exception(OSError(f"cannot listen on {listen}: {error}. Is the port taken?"))
+            return
+        await server.start()
+        started.set_result(port)
+        await self._stopping.wait()
+        await server.stop(grace=0.2)
+
+    def _start_registering(self) -> None:
+        self._registrations = [self._loop.create_task(self._register(router)) for router in self._routers]
+
+    async def _register(self, router: str) -> None:
+        """Tells a router where this worker is, again and again: a router that restarts learns it within seconds."""
+        request = pb.RegisterRequest(address=self.address, instance=self._hello.instance, role=self._hello.role)
+        failing = False
+        async with grpc.aio.insecure_channel(router, options=KEEPALIVE) as channel:
+            stub = worker_pb2_grpc.RegistryStub(channel)
+            while True:
+                try:
+                    response = await stub.Register(request, timeout=5, wait_for_ready=True)
+                    if failing:
+                        log.info("registered", router=router)
+                    failing = False
+                    await asyncio.sleep(max(response.interval_ms, 100) / 1000)
+                except grpc.aio.AioRpcError as error:
+                    if not failing:
+                        log.warning("cannot register yet; trying on", router=router, detail=error.details())
+                    failing = True
+                    await asyncio.sleep(0.5)
+
+    def _hand_over(self, outgoing: dict[int, pb.WorkerMessage]) -> None:
+        for connection, message in outgoing.items():
+            unsent = self._connections.get(connection)
+            if unsent is not None:
+                unsent.put(message)
+
+    async def Connect(
+        self,
+        requests: AsyncIterator[pb.RouterMessage],
+        context: "grpc.aio.ServicerContext[pb.RouterMessage, pb.WorkerMessage]",
+    ) -> None:
+        """One router's stream, from its hello until either side goes."""
+        hello = await anext(requests, None)
+        if hello is None or not hello.HasField("hello"):
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message of a stream must be hello")
+            return
+        await context.write(pb.WorkerMessage(hello=self._hello))
+        connection = self._next_connection
+        self._next_connection += 1
+        unsent = _Unsent()
+        self._connections[connection] = unsent
+        log.info("router connected", router=hello.hello.router, connection=connection)
+        reader = asyncio.create_task(self._read(connection, requests))
+        writer = asyncio.create_task(self._write(unsent, context))
+        try:
+            await asyncio.wait((reader, writer), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            reader.cancel()
+            writer.cancel()
+            del self._connections[connection]
+            self._inbox.put(Received(connection, None))
+            log.info("router gone", router=hello.hello.router, connection=connection)
+
+    async def _read(self, connection: int, requests: AsyncIterator[pb.RouterMessage]) -> None:
+        self._inbox.put(Received(connection, pb.RouterMessage()))
+        async for message in requests:
+            self._inbox.put(Received(connection, message))
+
+    async def _write(
+        self, unsent: "_Unsent", context: "grpc.aio.ServicerContext[pb.RouterMessage, pb.WorkerMessage]"
+    ) -> None:
+        while True:
+            await unsent.ready.wait()
+            if len(unsent.messages) > MAX_UNSENT_MESSAGES:
+                log.error("a router does not read; cutting it off")
+                return
+            unsent.ready.clear()
+            while unsent.messages:
+                await context.write(unsent.messages.popleft())
+
+
+class _Unsent:
+    """Messages on their way to one router."""
+
+    def __init__(self) -> None:
+        self.messages: deque[pb.WorkerMessage] = deque()
+        self.ready = asyncio.Event()
+
+    def put(self, message: pb.WorkerMessage) -> None:
+        self.messages.append(message)
+        self.ready.set()
+
+
+def _reachable_host(listen_host: str) -> str:
+    """A host under which others reach a worker that listens on `listen_host`."""
+    if listen_host in ("0.0.0.0", "[::]", "::", ""):
+        return socket.gethostbyname(socket.gethostname())
+    return listen_host

@@ -1,0 +1,44 @@
+"""The router's settings; their docstrings are the help of the command line."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True)
+class RouterConfig:
+    """Settings of a router. Workers are given as addresses, or make themselves known at the router."""
+
+    model: str = "SmolLM2-135M-Instruct"
+    """Model whose tokenizer and chat template are used: the embedded one's name, or a local Hugging Face directory."""
+
+    listen: str = "127.0.0.1:8600"
+    """Address to serve at, host:port. Port 0 picks a free one."""
+
+    prefill: tuple[str, ...] = ()
+    """Addresses of prefill workers, host:port. A DNS name stands for all addresses behind it, now and later."""
+
+    decode: tuple[str, ...] = ()
+    """Addresses of decode workers, host:port. A DNS name stands for all addresses behind it, now and later."""
+
+    max_queue: int = 1024
+    """Most requests that wait for a worker; one more is answered with RESOURCE_EXHAUSTED."""
+
+    headroom_tokens: int = 256
+    """Room for output that a request's first attempt reserves on a decode worker, in tokens. More of it means fewer
+    preemptions and smaller batches. A resumed request reserves all that it may still need."""
+
+    max_resumes: int = 3
+    """Times that a request may lose a worker or its KV and go on; once more is answered with UNAVAILABLE.
+    Preemptions don't count."""
+
+    worker_grace: float = 1.5
+    """Seconds that requests wait for a worker of a role that has none, before they are answered with UNAVAILABLE."""
+
+    drain_seconds: float = 10.0
+    """Seconds that running requests get to finish after SIGTERM or Ctrl-C."""
+
+    metrics_port: int | None = None
+    """Port of Prometheus metrics, on the host of `listen`. Not set: none are served."""
+
+    log_format: Literal["people", "json"] = "people"
+    """How log lines look."""

@@ -1,0 +1,52 @@
+"""Settings that both kinds of worker have; their docstrings are the help of the command line."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerConfig:
+    """Settings of a worker, fixed at its start."""
+
+    model: str = "SmolLM2-135M-Instruct"
+    """Model to serve: the embedded one's name, or a local Hugging Face directory."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of weights and KV. auto: the model's own on a GPU, float32 on a CPU."""
+
+    device: str = "auto"
+    """cpu, cuda or cuda:N. auto: cuda where there is one."""
+
+    load_format: Literal["auto", "dummy"] = "auto"
+    """dummy: random weights for the model's config.json, for benchmarks."""
+
+    listen: str = "127.0.0.1:0"
+    """Address to serve routers at, host:port. Port 0 picks a free one."""
+
+    advertise: str | None = None
+    """Address that routers are told, host:port. Not set: that of `listen`, with the port it got."""
+
+    router: tuple[str, ...] = ()
+    """Addresses of routers to register with, host:port. None: a router has this worker's address in its settings."""
+
+    block_size: int = 16
+    """Tokens in a KV block. Equal on all workers of a cluster."""
+
+    num_blocks: int | None = None
+    """KV blocks in the pool. Not set: as many as fit the memory that is free."""
+
+    max_length: int | None = None
+    """Tokens of the longest sequence, prompt and output together. Not set: the model's context length, or the whole pool
+    where that is less."""
+
+    transport: Literal["auto", "shm", "cuda_ipc"] = "auto"
+    """How KV goes from prefill to decode workers. auto: cuda_ipc on a GPU, shm on a CPU."""
+
+    threads: int | None = None
+    """CPU threads of torch. Not set: torch's own choice."""
+
+    metrics_port: int | None = None
+    """Port of Prometheus metrics, on the host of `listen`. Not set: none are served."""
+
+    log_format: Literal["people", "json"] = "people"
+    """How log lines look."""

@@ -1,0 +1,17 @@
+"""Settings of a prefill worker; their docstrings are the help of the command line."""
+
+from dataclasses import dataclass
+
+from common.config import WorkerConfig
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillConfig(WorkerConfig):
+    """Settings of a prefill worker."""
+
+    max_batch_tokens: int = 2048
+    """Most tokens in one forward pass; longer prompts are cut into chunks."""
+
+    lease_seconds: float = 30.0
+    """Seconds that a finished prompt's blocks are held for a decode worker. Long enough for a full decode worker to make
+    room, short enough that a lost router's blocks come home."""

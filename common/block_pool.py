@@ -1,0 +1,174 @@
+"""Who holds which block of a worker's KV pool, and which finished blocks can be found again by their hash.
+
+Pure bookkeeping: no tensor is touched here. Every operation is O(1) per block: the order of eviction is a doubly linked
+list threaded through two arrays, so taking a block out of its middle (a prefix hit) costs as much as one off its end.
+"""
+
+from collections.abc import Iterable, MutableSequence, Sequence
+
+
+class OutOfBlocks(Exception):
+    """Fewer blocks are available than were asked for; none was taken."""
+
+
+class BlockPool:
+    """Reference counts, hashes, generations and eviction order of `num_blocks` blocks, numbered from 0.
+
+    A block is *in use* (it has references), *cached* (no reference, but its hash can still be found) or *free*; the
+    three counts always add up to `num_blocks`. Not thread-safe: one engine loop owns it.
+
+    Args:
+        num_blocks: blocks of the pool.
+        generations: one counter for each block, raised every time the block is handed out by `allocate`, before its
+            new owner can write to it. Pass memory that peers can read: whoever copied a block, and then still finds the
+            generation it was told, has copied what it meant to. Its values are taken as they are.
+    """
+
+    def __init__(self, num_blocks: int, generations: MutableSequence[int] | None = None) -> None:
+        if num_blocks < 1:
+            raise ValueError(f"a pool needs at least one block, not {num_blocks}")
+        if generations is None:
+            generations = [0] * num_blocks
+        elif len(generations) != num_blocks:
+            raise ValueError(f"{len(generations)} generations for {num_blocks} blocks")
+        self.num_blocks = num_blocks
+        self._generations = generations
+        self._references = [0] * num_blocks
+        self._hashes: list[bytes | None] = [None] * num_blocks
+        self._by_hash: dict[bytes, int] = {}
+        self._free = list(range(num_blocks - 1, -1, -1))
+        # Cached blocks form a ring with num_blocks as its sentinel: newer[sentinel] is the next block to be evicted.
+        self._newer = [num_blocks] * (num_blocks + 1)
+        self._older = [num_blocks] * (num_blocks + 1)
+        self._cached_count = 0
+
+    @property
+    def free_count(self) -> int:
+        """Blocks that hold nothing."""
+        return len(self._free)
+
+    @property
+    def cached_count(self) -> int:
+        """Blocks that nobody holds, and that can be found by their hash until they are evicted."""
+        return self._cached_count
+
+    @property
+    def in_use_count(self) -> int:
+        """Blocks with at least one reference."""
+        return self.num_blocks - len(self._free) - self._cached_count
+
+    @property
+    def available(self) -> int:
+        """Blocks that `allocate` can hand out now: free and cached ones."""
+        return len(self._free) + self._cached_count
+
+    def generation(self, block: int) -> int:
+        return self._generations[block]
+
+    def peek(self, hashes: Sequence[bytes]) -> int:
+        """How many of the leading `hashes` are found. Takes no reference and leaves the eviction order alone."""
+        by_hash = self._by_hash
+        for hits, name in enumerate(hashes):
+            if name not in by_hash:
+                return hits
+        return len(hashes)
+
+    def match(self, hashes: Sequence[bytes]) -> list[int]:
+        """The blocks of the longest run of leading `hashes` that are found, with a reference taken on each."""
+        by_hash, references = self._by_hash, self._references
+        older, newer = self._older, self._newer
+        blocks: list[int] = []
+        for name in hashes:
+            block = by_hash.get(name)
+            if block is None:
+                break
+            if references[block] == 0:
+                before, after = older[block], newer[block]
+                newer[before] = after
+                older[after] = before
+                self._cached_count -= 1
+            references[block] += 1
+            blocks.append(block)
+        return blocks
+
+    def allocate(self, n: int) -> list[int]:
+        """Hands out `n` blocks with one reference each: free ones first, then the least recently used of the cached.
+
+        An evicted block's hash is forgotten, and every block's generation is raised by one.
+
+        Raises:
+            OutOfBlocks: fewer than `n` are available; the pool is left as it was.
+            ValueError: `n` is negative.
+        """
+        if n < 0:
+            raise ValueError(f"cannot allocate {n} blocks")
+        if n > self.available:
+            raise OutOfBlocks(f"{n} blocks wanted, {self.available} of {self.num_blocks} available")
+        references, generations = self._references, self._generations
+        blocks = [self._free.pop() for _ in range(min(n, len(self._free)))]
+        if len(blocks) < n:
+            self._evict(n - len(blocks), blocks)
+        for block in blocks:
+            references[block] = 1
+            generations[block] += 1
+        return blocks
+
+    def _evict(self, n: int, evicted: list[int]) -> None:
+        newer, hashes, by_hash = self._newer, self._hashes, self._by_hash
+        sentinel = self.num_blocks
+        block = newer[sentinel]
+        for _ in range(n):
+            name = hashes[block]
+            assert name is not None, "a cached block has a hash"
+            del by_hash[name]
+            hashes[block] = None
+            evicted.append(block)
+            block = newer[block]
+        newer[sentinel] = block
+        self._older[block] = sentinel
+        self._cached_count -= n
+
+    def publish(self, block: int, hash: bytes) -> None:
+        """Makes a block that is complete findable by its `hash`.
+
+        If another block already goes by that hash, that one stays the one to be found, and this one becomes free (not
+        cached) when its last reference goes. Publishing a block again under its own hash changes nothing.
+
+        Raises:
+            ValueError: nobody holds the block, or it goes by another hash.
+        """
+        if self._references[block] == 0:
+            raise ValueError(f"block {block} is published, but nobody holds it")
+        known = self._hashes[block]
+        if known is not None and known != hash:
+            raise ValueError(f"block {block} is already published under another hash")
+        if self._by_hash.setdefault(hash, block) == block:
+            self._hashes[block] = hash
+
+    def release(self, blocks: Iterable[int]) -> None:
+        """Drops one reference from each of `blocks`, given in the order of their sequence.
+
+        Those without references become cached where they were published, else free. The sequence's end is dropped
+        first, so that it is evicted before the beginning, without which it could not be found.
+
+        Raises:
+            ValueError: nobody holds one of the blocks. Those after it in `blocks` were released.
+        """
+        references, hashes = self._references, self._hashes
+        older, newer = self._older, self._newer
+        sentinel = self.num_blocks
+        for block in reversed(tuple(blocks)):
+            count = references[block] - 1
+            if count < 0:
+                raise ValueError(f"block {block} is released, but nobody holds it")
+            references[block] = count
+            if count:
+                continue
+            if hashes[block] is None:
+                self._free.append(block)
+            else:
+                newest = older[sentinel]
+                newer[newest] = older[sentinel] = block
+                older[block] = newest
+                newer[block] = sentinel
+                self._cached_count += 1

@@ -1,0 +1,86 @@
+"""Attention over a paged KV cache: the torch references, and the CPU path.
+
+A cache holds blocks of `block_size` tokens; a block table names a sequence's blocks in order (PagedAttention: Kwon et
+al., "Efficient Memory Management for Large Language Model Serving with PagedAttention", SOSP 2023, section 4.1).
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillAttention:
+    """What a packed prefill batch of B sequences attends to; T = sum(query_lens)."""
+
+    query_lens: tuple[int, ...]  # tokens of this batch, the last ones of their sequence
+    kv_lens: tuple[int, ...]  # tokens of the sequence up to and including them
+    cu_query_lens: Tensor  # [B+1] int32, running sums of query_lens from 0
+    cu_kv_lens: Tensor  # [B+1] int32, running sums of kv_lens from 0
+    block_tables: Tensor  # [B, M] int32, M >= ceil(max(kv_lens) / block_size); entries past a sequence's end: any block
+
+
+def prefill_attention(
+    q: Tensor, k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, batch: PrefillAttention, scale: float
+) -> Tensor:
+    """Causal attention of packed chunks to everything before them in their sequences.
+
+    q [T, Hq, D]; k, v [T, Hkv, D], already in the caches too; key_cache, value_cache [N, block_size, Hkv, D] strided
+    views. Hq is a multiple of Hkv. `scale` multiplies the scores. Returns [T, Hq, D].
+    """
+    block_size = key_cache.shape[1]
+    outputs = []
+    start = 0
+    for row, (query_len, kv_len) in enumerate(zip(batch.query_lens, batch.kv_lens, strict=True)):
+        queries = q[start : start + query_len].transpose(0, 1)
+        if query_len == kv_len:
+            keys, values = k[start : start + query_len], v[start : start + query_len]
+            mask = None
+        else:
+            blocks = batch.block_tables[row, : -(-kv_len // block_size)]
+            keys = key_cache.index_select(0, blocks).flatten(0, 1)[:kv_len]
+            values = value_cache.index_select(0, blocks).flatten(0, 1)[:kv_len]
+            mask = torch.ones(query_len, kv_len, dtype=torch.bool, device=q.device).tril_(kv_len - query_len)
+        attended = F.scaled_dot_product_attention(
+            queries.unsqueeze(0),
+            keys.transpose(0, 1).unsqueeze(0),
+            values.transpose(0, 1).unsqueeze(0),
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=scale,
+            enable_gqa=True,
+        )
+        outputs.append(attended.squeeze(0).transpose(0, 1))
+        start += query_len
+    return torch.cat(outputs)
+
+
+def decode_attention(
+    q: Tensor, key_cache: Tensor, value_cache: Tensor, block_tables: Tensor, seq_lens: Tensor, scale: float
+) -> Tensor:
+    """Attention of one token of each sequence to all its tokens.
+
+    q [B, Hq, D]; key_cache, value_cache [N, block_size, Hkv, D] strided views; block_tables [B, M] int32; seq_lens [B]
+    int32, tokens in the cache with the current one; 0 marks a padded row, whose output is finite and means nothing.
+    Returns [B, Hq, D].
+
+    The query heads that share a KV head are laid out as queries of that head, so that no K or V is repeated (GQA:
+    Ainslie et al., 2023).
+    """
+    batch, num_heads, head_dim = q.shape
+    block_size, num_kv_heads = key_cache.shape[1:3]
+    blocks = -(-max(1, int(seq_lens.max())) // block_size)
+    table = block_tables[:, :blocks].flatten()
+    keys = key_cache.index_select(0, table).view(batch, blocks * block_size, num_kv_heads, head_dim)
+    values = value_cache.index_select(0, table).view(batch, blocks * block_size, num_kv_heads, head_dim)
+    reach = torch.arange(blocks * block_size, device=q.device) < seq_lens.clamp(min=1).unsqueeze(1)
+    attended = F.scaled_dot_product_attention(
+        q.view(batch, num_kv_heads, num_heads // num_kv_heads, head_dim),
+        keys.transpose(1, 2),
+        values.transpose(1, 2),
+        attn_mask=reach[:, None, None, :],
+        scale=scale,
+    )
+    return attended.reshape(batch, num_heads, head_dim)

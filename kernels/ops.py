@@ -1,0 +1,96 @@
+"""The table of operations a model runs on, chosen once for a device."""
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import structlog
+import torch
+from torch import Tensor
+
+from kernels import activation, attention, norm, rope, sampling
+from kernels.attention import PrefillAttention
+
+
+class RopeWriteKv(Protocol):
+    def __call__(
+        self,
+        qkv: Tensor,
+        positions: Tensor,
+        cos_sin: Tensor,
+        slots: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        q_norm: Tensor | None,
+        k_norm: Tensor | None,
+        eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+class Sample(Protocol):
+    def __call__(
+        self,
+        logits: Tensor,
+        temperature: Tensor,
+        top_k: Tensor,
+        top_p: Tensor,
+        min_p: Tensor,
+        seeds: Tensor,
+        positions: Tensor,
+    ) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Ops:
+    """Functions of one meaning and signature on every device; their references say what they do."""
+
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
+    add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+    silu_mul: Callable[[Tensor], Tensor]
+    rope_write_kv: RopeWriteKv
+    prefill_attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, PrefillAttention, float], Tensor]
+    decode_attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
+    sample: Sample
+
+
+REFERENCE = Ops(
+    rms_norm=norm.rms_norm,
+    add_rms_norm=norm.add_rms_norm,
+    silu_mul=activation.silu_mul,
+    rope_write_kv=rope.rope_write_kv,
+    prefill_attention=attention.prefill_attention,
+    decode_attention=attention.decode_attention,
+    sample=sampling.sample,
+)
+
+
+def select(device: torch.device) -> Ops:
+    """The fastest functions for `device`: the references on a CPU; on CUDA, Triton's, with flash-attn for attention
+    where it is installed."""
+    ops = REFERENCE if device.type == "cpu" else _cuda()
+    structlog.get_logger().info(
+        "kernels chosen", **{name: getattr(ops, name).__module__ for name in Ops.__dataclass_fields__}
+    )
+    return ops
+
+
+def _cuda() -> Ops:
+    # imported here: none of this exists on a machine without a GPU
+    from kernels import triton_activation, triton_attention, triton_norm, triton_rope, triton_sampling
+
+    if importlib.util.find_spec("flash_attn"):
+        from kernels import flash
+
+        prefill, decode = flash.prefill_attention, flash.decode_attention
+    else:
+        prefill, decode = triton_attention.prefill_attention, triton_attention.decode_attention
+    return Ops(
+        rms_norm=triton_norm.rms_norm,
+        add_rms_norm=triton_norm.add_rms_norm,
+        silu_mul=triton_activation.silu_mul,
+        rope_write_kv=triton_rope.rope_write_kv,
+        prefill_attention=prefill,
+        decode_attention=decode,
+        sample=triton_sampling.sample,
+    )

@@ -1,0 +1,97 @@
+"""Drawing the next token: temperature, top-k, top-p and min-p, with randomness keyed by (seed, position).
+
+Nucleus sampling (top-p): Holtzman et al., "The Curious Case of Neural Text Degeneration", 2020. Min-p: Nguyen et al.,
+"Turning Up the Heat", 2024. Philox: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011, section 3.3.
+"""
+
+import torch
+from torch import Tensor
+
+_MASK32 = 0xFFFFFFFF
+_FIRST_WIDTH = 512  # most nuclei are no larger: they are found without sorting the whole vocabulary
+
+
+def philox_uniform(seeds: Tensor, positions: Tensor) -> Tensor:
+    """One number in [0, 1) for each (seed, position): Philox4x32-10 with key words (seed low, seed high) and counter
+    words (position, 0, 0, 0); the result is (first word >> 8) * 2^-24, exact in float32.
+
+    seeds [B] int64 (two's complement of the unsigned seed); positions [B] int32 or int64. Returns [B] float32.
+    """
+    k0, k1 = seeds & _MASK32, (seeds >> 32) & _MASK32
+    c0 = positions.long() & _MASK32
+    c1, c2, c3 = torch.zeros_like(c0), torch.zeros_like(c0), torch.zeros_like(c0)
+    for _ in range(10):
+        # int64 products wrap modulo 2^64, which keeps all 64 bits of the unsigned product
+        product0, product1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = (
+            ((product1 >> 32) & _MASK32) ^ c1 ^ k0,
+            product1 & _MASK32,
+            ((product0 >> 32) & _MASK32) ^ c3 ^ k1,
+            product0 & _MASK32,
+        )
+        k0, k1 = (k0 + 0x9E3779B9) & _MASK32, (k1 + 0xBB67AE85) & _MASK32
+    return (c0 >> 8).float() * 2.0**-24
+
+
+def sample(
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+) -> Tensor:
+    """One token for each row; a row's token does not depend on the other rows.
+
+    logits [B, V] float32 or the model's dtype; temperature, top_p, min_p [B] float32; top_k [B] int32; seeds [B] int64;
+    positions [B] int32 or int64, the index in its sequence of the token to draw. Returns [B] int32.
+
+    Temperature 0 takes the largest logit, the lowest index among equals. Otherwise, with p = softmax(logits /
+    temperature) in float32:
+    - top-k keeps tokens with at least the k-th largest logit (0: all), and p is normalised over them;
+    - top-p keeps tokens for which the tokens strictly likelier hold less than top_p of that (1: all);
+    - min-p keeps tokens with at least min_p times the largest p (0: all).
+    Equal tokens are kept or dropped together. Of what is kept, in token order, the first token is taken whose running
+    sum exceeds u times the whole sum, with u = philox_uniform(seed, position).
+    """
+    tokens = logits.argmax(dim=-1)
+    drawn = (temperature > 0).nonzero().squeeze(1)
+    if drawn.numel() == 0:
+        return tokens.int()
+    scaled = logits[drawn].float() / temperature[drawn, None]
+    kept = _keep_top_k(scaled, top_k[drawn])
+    p = kept.softmax(dim=-1)
+    p = _keep_top_p(p, top_p[drawn])
+    p = p.masked_fill(p < min_p[drawn, None] * p.amax(dim=-1, keepdim=True), 0.0)
+    running = p.cumsum(dim=-1, dtype=torch.float64)
+    u = philox_uniform(seeds[drawn], positions[drawn])
+    tokens[drawn] = torch.searchsorted(running, u[:, None] * running[:, -1:], right=True).squeeze(1)
+    return tokens.int()
+
+
+def _keep_top_k(scaled: Tensor, top_k: Tensor) -> Tensor:
+    vocab = scaled.shape[1]
+    widest = int(top_k.max())
+    if widest == 0:
+        return scaled
+    largest = scaled.topk(min(widest, vocab), dim=-1).values
+    least = largest.gather(1, top_k.long().clamp(1, largest.shape[1])[:, None] - 1)
+    return scaled.masked_fill((scaled < least) & (top_k > 0)[:, None], -torch.inf)
+
+
+def _keep_top_p(p: Tensor, top_p: Tensor) -> Tensor:
+    limited = top_p < 1
+    if not bool(limited.any()):
+        return p
+    vocab = p.shape[1]
+    width = min(_FIRST_WIDTH, vocab)
+    while True:
+        largest = p.topk(width, dim=-1).values
+        running = largest.cumsum(dim=-1)
+        if width == vocab or bool((running[:, -1] >= top_p)[limited].all()):
+            break
+        width = min(8 * width, vocab)
+    inside = running - largest < top_p[:, None]
+    least = largest.where(inside, torch.inf).amin(dim=-1)
+    return p.masked_fill((p < least[:, None]) & limited[:, None], 0.0)

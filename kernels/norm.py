@@ -19,8 +19,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """`rms_norm` of the residual stream after `x` has joined it.
 
-    x, residual [T, H]; weight [H]; one dtype. Returns (rms_norm(x + residual), x + residual); the caller gives up
-    `residual`, which may be written to.
+    x, residual [T, H]; weight [H]; one dtype. Returns (rms_norm(x + residual), x + residual).
     """
-    residual = residual.add_(x)
+    residual = residual + x
     return rms_norm(residual, weight, eps), residual

@@ -1,0 +1,71 @@
+"""One model for Llama, Mistral, Qwen2 and Qwen3: packed tokens in, hidden states out, K and V into a paged pool."""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from common.kv_pool import KvPool
+from common.model_config import ModelConfig
+from common.weights import Weights
+from kernels.ops import Ops
+
+# (q [T, Hq, D], k [T, Hkv, D], v [T, Hkv, D], key_cache, value_cache) -> [T, Hq, D]
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+class Model:
+    """A decoder-only transformer. It knows nothing of batches: positions, slots and `attend` say what a token sees."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, ops: Ops) -> None:
+        self.config = config
+        self._weights = weights
+        self._ops = ops
+        self._cos_sin = rotary_table(config).to(weights.embedding.device)
+
+    @torch.inference_mode()
+    def forward(self, tokens: Tensor, positions: Tensor, slots: Tensor, pool: KvPool, attend: Attend) -> Tensor:
+        """Runs T tokens, of any number of sequences, through all layers.
+
+        tokens, positions [T] int32 or int64; slots [T] int32 or int64, where each token's K and V go in `pool` (block *
+        block_size + offset; -1: nowhere). Returns [T, H], final norm applied.
+        """
+        config, weights, ops = self.config, self._weights, self._ops
+        eps = config.rms_norm_eps
+        residual = F.embedding(tokens, weights.embedding)
+        normed = ops.rms_norm(residual, weights.layers[0].attention_norm, eps)
+        next_norms = [layer.attention_norm for layer in weights.layers[1:]] + [weights.norm]
+        for index, (layer, next_norm) in enumerate(zip(weights.layers, next_norms, strict=True)):
+            key_cache, value_cache = pool.layer(index)
+            qkv = F.linear(normed, layer.qkv, layer.qkv_bias)
+            q, k, v = ops.rope_write_kv(
+                qkv, positions, self._cos_sin, slots, key_cache, value_cache, layer.q_norm, layer.k_norm, eps
+            )
+            attended = attend(q, k, v, key_cache, value_cache).flatten(1)
+            normed, residual = ops.add_rms_norm(
+                F.linear(attended, layer.output, layer.output_bias), residual, layer.mlp_norm, eps
+            )
+            activated = ops.silu_mul(F.linear(normed, layer.gate_up))
+            normed, residual = ops.add_rms_norm(F.linear(activated, layer.down), residual, next_norm, eps)
+        return normed
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [N, H] -> [N, V], in the model's dtype."""
+        return F.linear(hidden, self._weights.lm_head)
+
+
+def rotary_table(config: ModelConfig) -> Tensor:
+    """[context_length, head_dim] float32: cosines of each position's head_dim/2 angles, then their sines (RoFormer, 2021,
+    section 3.2.2; slow frequencies stretched as in Llama 3.1's release where the config says so)."""
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    frequencies = 1.0 / config.rope_theta**exponents
+    if (scaling := config.rope_scaling) is not None:
+        turns = scaling.original_context * frequencies / (2 * math.pi)  # within the context that was trained first
+        share_kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        share_kept = share_kept.clamp(0.0, 1.0)
+        frequencies = frequencies * share_kept + frequencies / scaling.factor * (1 - share_kept)
+    angles = torch.outer(torch.arange(config.context_length, dtype=torch.float32), frequencies)
+    return torch.cat([angles.cos(), angles.sin()], dim=1)

@@ -1,0 +1,206 @@
+"""A model's config.json, checked: what is not supported is refused by name. Imports no torch."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+_ARCHITECTURES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+}
+
+
+class ModelError(ValueError):
+    """A model that cannot be served; the message says why in a sentence."""
+
+
+@dataclass(frozen=True, slots=True)
+class Llama3Scaling:
+    """Llama 3.1's stretch of the slow rotary frequencies (`rope_type: llama3`)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_context: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """One decoder-only transformer of Llama's family."""
+
+    architecture: str  # as in config.json, "LlamaForCausalLM"
+    dtype: str  # that the weights are stored in
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    context_length: int  # tokens of the longest sequence
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: Llama3Scaling | None
+    tie_word_embeddings: bool
+    qkv_bias: bool
+    output_bias: bool  # of the attention's output projection
+    qk_norm: bool
+    eos_token_ids: tuple[int, ...]
+
+
+def load_config(directory: Path, max_length: int | None = None) -> ModelConfig:
+    """Reads `directory`/config.json, and generation_config.json for its end-of-sequence tokens.
+
+    `max_length` lowers the context length. Raises ModelError for a file that cannot be read and for a model that is
+    not supported.
+    """
+    raw = _read_json(directory / "config.json")
+    generation_file = directory / "generation_config.json"
+    generation = _read_json(generation_file) if generation_file.exists() else {}
+    return parse_config(raw, generation, max_length)
+
+
+def parse_config(
+    raw: dict[str, Any], generation: dict[str, Any] | None = None, max_length: int | None = None
+) -> ModelConfig:
+    """`load_config` for what is already read."""
+    architecture = _architecture(raw)
+    family = _ARCHITECTURES[architecture]
+    _refuse_unsupported(raw)
+
+    hidden_size = _positive(raw, "hidden_size")
+    num_heads = _positive(raw, "num_attention_heads")
+    num_kv_heads = _positive(raw, "num_key_value_heads", num_heads)
+    head_dim = _positive(raw, "head_dim", 128 if family == "qwen3" else hidden_size // num_heads)
+    if num_heads % num_kv_heads:
+        raise ModelError(
+            f"num_attention_heads ({num_heads}) must be a multiple of num_key_value_heads ({num_kv_heads})"
+        )
+    if head_dim % 2:
+        raise ModelError(f"head_dim is {head_dim}; rotary embeddings need an even one")
+
+    context_length = _positive(raw, "max_position_embeddings")
+    if max_length is not None:
+        if not 0 < max_length <= context_length:
+            raise ModelError(f"a maximum length of {max_length} is outside the model's 1 to {context_length} tokens")
+        context_length = max_length
+    _refuse_sliding_window(raw, family, context_length)
+
+    rope_theta, rope_scaling = _rope(raw)
+    attention_bias = bool(raw.get("attention_bias", False)) and family in ("llama", "qwen3")
+    return ModelConfig(
+        architecture=architecture,
+        dtype=_dtype(raw),
+        vocab_size=_positive(raw, "vocab_size"),
+        hidden_size=hidden_size,
+        intermediate_size=_positive(raw, "intermediate_size"),
+        num_layers=_positive(raw, "num_hidden_layers"),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        context_length=context_length,
+        rms_norm_eps=float(raw.get("rms_norm_eps") or 1e-6),
+        rope_theta=rope_theta,
+        rope_scaling=rope_scaling,
+        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        qkv_bias=family == "qwen2" or attention_bias,
+        output_bias=attention_bias,
+        qk_norm=family == "qwen3",
+        eos_token_ids=_eos_token_ids(raw, generation or {}),
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ModelError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} does not hold a JSON object")
+    return content
+
+
+def _architecture(raw: dict[str, Any]) -> str:
+    named = raw.get("architectures") or []
+    for architecture in named:
+        if architecture in _ARCHITECTURES:
+            return str(architecture)
+    what = f"the architecture {', '.join(map(str, named))}" if named else "a config.json that names no architecture"
+    raise ModelError(f"{what} is not supported; supported are {', '.join(_ARCHITECTURES)}")
+
+
+def _refuse_unsupported(raw: dict[str, Any]) -> None:
+    activation = raw.get("hidden_act", "silu")
+    if activation not in ("silu", "swish"):
+        raise ModelError(f"hidden_act {activation!r} is not supported; supported is 'silu'")
+    if raw.get("mlp_bias"):
+        raise ModelError("mlp_bias is not supported: the MLP's projections must have no biases")
+    if raw.get("quantization_config"):
+        method = raw["quantization_config"].get("quant_method", "unknown")
+        raise ModelError(f"quantized weights ({method}) are not supported; use a float32, bfloat16 or float16 model")
+
+
+def _dtype(raw: dict[str, Any]) -> str:
+    dtype = str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
+    if dtype not in DTYPES:
+        raise ModelError(f"weights of dtype {dtype} are not supported; supported are {', '.join(DTYPES)}")
+    return dtype
+
+
+def _rope(raw: dict[str, Any]) -> tuple[float, Llama3Scaling | None]:
+    parameters = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    theta = float(parameters.get("rope_theta") or raw.get("rope_theta") or 10000.0)
+    partial = parameters.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
+    if partial not in (None, 1):
+        raise ModelError(f"partial_rotary_factor {partial} is not supported: whole heads must be rotated")
+    kind = parameters.get("rope_type") or parameters.get("type") or "default"
+    if kind == "default":
+        return theta, None
+    if kind != "llama3":
+        raise ModelError(f"the rope type {kind!r} is not supported; supported are 'default' and 'llama3'")
+    try:
+        scaling = Llama3Scaling(
+            factor=float(parameters["factor"]),
+            low_freq_factor=float(parameters["low_freq_factor"]),
+            high_freq_factor=float(parameters["high_freq_factor"]),
+            original_context=int(parameters["original_max_position_embeddings"]),
+        )
+    except KeyError as error:
+        raise ModelError(f"the rope type 'llama3' needs {error.args[0]} in config.json") from error
+    return theta, scaling
+
+
+def _refuse_sliding_window(raw: dict[str, Any], family: str, context_length: int) -> None:
+    """A window at least as long as the context changes nothing."""
+    window = raw.get("sliding_window")
+    in_use = family == "mistral" or bool(raw.get("use_sliding_window", False))
+    if family != "llama" and in_use and window is not None and window < context_length:
+        raise ModelError(
+            f"sliding-window attention ({window} tokens) is not supported; "
+            f"limit the context of {context_length} tokens to the window with --max-length {window}"
+        )
+
+
+def _eos_token_ids(raw: dict[str, Any], generation: dict[str, Any]) -> tuple[int, ...]:
+    ids: set[int] = set()
+    for source in (raw, generation):
+        named = source.get("eos_token_id")
+        if named is not None:
+            ids.update(named if isinstance(named, list) else [named])
+    return tuple(sorted(ids))
+
+
+def _positive(raw: dict[str, Any], key: str, default: int | None = None) -> int:
+    value = raw.get(key)
+    if value is None:
+        value = default
+    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+        raise ModelError(f"config.json must give {key} as a positive whole number; it gives {value!r}")
+    return value

@@ -1,0 +1,56 @@
+"""How a request wants its tokens drawn."""
+
+from dataclasses import dataclass
+
+from twostroke.v1 import worker_pb2 as pb
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """Applied in this order: repetition penalty, presence and frequency penalty, logit bias, temperature, top-k, top-p,
+    min-p. The router has checked the ranges."""
+
+    temperature: float = 1.0  # 0: greedy
+    top_k: int = 0  # 0: off
+    top_p: float = 1.0  # 1: off
+    min_p: float = 0.0  # 0: off
+    repetition_penalty: float = 1.0  # over prompt and output; 1: off
+    presence_penalty: float = 0.0  # over the output; 0: off
+    frequency_penalty: float = 0.0  # over the output; 0: off
+    seed: int = 0  # unsigned, 64 bits
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added to its logit)
+    logprobs: int | None = None  # number of likeliest alternatives; None: no log-probabilities at all
+
+    @property
+    def has_penalties(self) -> bool:
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+
+def sampling_from_proto(message: pb.SamplingParams) -> SamplingParams:
+    return SamplingParams(
+        temperature=message.temperature,
+        top_k=message.top_k,
+        top_p=message.top_p,
+        min_p=message.min_p,
+        repetition_penalty=message.repetition_penalty,
+        presence_penalty=message.presence_penalty,
+        frequency_penalty=message.frequency_penalty,
+        seed=message.seed,
+        logit_bias=tuple(sorted(message.logit_bias.items())),
+        logprobs=message.logprobs if message.HasField("logprobs") else None,
+    )
+
+
+def sampling_to_proto(params: SamplingParams) -> pb.SamplingParams:
+    return pb.SamplingParams(
+        temperature=params.temperature,
+        top_k=params.top_k,
+        top_p=params.top_p,
+        min_p=params.min_p,
+        repetition_penalty=params.repetition_penalty,
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+        seed=params.seed,
+        logit_bias=dict(params.logit_bias),
+        logprobs=params.logprobs,
+    )

@@ -1,0 +1,58 @@
+"""What a worker is asked to run."""
+
+from dataclasses import dataclass, field
+
+from common.sampling import SamplingParams, sampling_from_proto, sampling_to_proto
+from twostroke.v1 import worker_pb2 as pb
+
+HASH_BYTES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceSpec:
+    """A prompt, and the tokens generated so far where an earlier attempt was cut short.
+
+    The random number for a token is keyed by (sampling.seed, the token's index in the whole sequence), so a resumed
+    sequence goes on as it would have.
+    """
+
+    token_ids: tuple[int, ...]
+    prompt_length: int
+    block_hashes: tuple[bytes, ...]  # one for each full block of token_ids
+    sampling: SamplingParams
+    max_length: int  # tokens in all at which the sequence ends
+    min_length: int = 0  # tokens in all before which stop_token_ids are not sampled
+    stop_token_ids: frozenset[int] = field(default_factory=frozenset)
+    cache_root: bytes = b""  # what the chain of block hashes starts from
+
+
+def sequence_from_proto(message: pb.Sequence) -> SequenceSpec:
+    """Raises ValueError with a sentence where the message contradicts itself."""
+    hashes = message.block_hashes
+    if len(hashes) % HASH_BYTES:
+        raise ValueError(f"block_hashes has {len(hashes)} bytes, which is no multiple of {HASH_BYTES}")
+    if not 0 < message.prompt_length <= len(message.token_ids):
+        raise ValueError(f"prompt_length is {message.prompt_length}, but there are {len(message.token_ids)} token_ids")
+    return SequenceSpec(
+        token_ids=tuple(message.token_ids),
+        prompt_length=message.prompt_length,
+        block_hashes=tuple(hashes[start : start + HASH_BYTES] for start in range(0, len(hashes), HASH_BYTES)),
+        sampling=sampling_from_proto(message.sampling),
+        max_length=message.max_length,
+        min_length=message.min_length,
+        stop_token_ids=frozenset(message.stop_token_ids),
+        cache_root=message.cache_root,
+    )
+
+
+def sequence_to_proto(spec: SequenceSpec) -> pb.Sequence:
+    return pb.Sequence(
+        token_ids=spec.token_ids,
+        prompt_length=spec.prompt_length,
+        block_hashes=b"".join(spec.block_hashes),
+        sampling=sampling_to_proto(spec.sampling),
+        max_length=spec.max_length,
+        min_length=spec.min_length,
+        stop_token_ids=sorted(spec.stop_token_ids),
+        cache_root=spec.cache_root,
+    )

@@ -1,4 +1,4 @@
-"""Makes the Python stubs of protos/twostroke/v1: `python protos/generate.py`; with --check, fails where they have drifted."""
+"""Makes the Python stubs of protos/twostroke/v1, or says with --check which of them have drifted from the protos."""
 
 import argparse
 import os

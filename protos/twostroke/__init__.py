@@ -1,3 +1,38 @@
 """The client of Twostroke, an LLM inference service with separate prefill and decode workers."""
 
+from twostroke.async_client import AsyncClient
+from twostroke.client import Client
+from twostroke.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    InvalidArgument,
+    Overloaded,
+    TwostrokeError,
+    Unauthenticated,
+    Unavailable,
+)
+from twostroke.request import Message, Messages, Options, Prompt
+from twostroke.results import Choice, Finish, FinishReason, Generation, Piece
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "AsyncClient",
+    "Cancelled",
+    "Choice",
+    "Client",
+    "DeadlineExceeded",
+    "Finish",
+    "FinishReason",
+    "Generation",
+    "InvalidArgument",
+    "Message",
+    "Messages",
+    "Options",
+    "Overloaded",
+    "Piece",
+    "Prompt",
+    "TwostrokeError",
+    "Unauthenticated",
+    "Unavailable",
+]

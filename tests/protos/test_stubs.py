@@ -13,7 +13,7 @@ def test_stubs_are_those_of_the_protos() -> None:
 
 
 def test_the_client_imports_nothing_heavy() -> None:
-    program = "import sys; sys.path.insert(0, sys.argv[1]); import twostroke, twostroke.v1.worker_pb2_grpc; print(*sys.modules)"
+    program = "import sys; sys.path.insert(0, sys.argv[1]); import twostroke; print(*sys.modules)"
     run = subprocess.run([sys.executable, "-I", "-c", program, PROTOS], capture_output=True, text=True, check=True)
     imported = set(run.stdout.split())
     assert "twostroke" in imported

@@ -1,0 +1,35 @@
+"""What the sync and the async client's channels have in common."""
+
+import grpc
+from google.protobuf.wrappers_pb2 import Int32Value, StringValue
+
+DEFAULT_TARGET = "localhost:8600"
+
+# A router that vanished is noticed within half a minute while calls are under way; idle channels send nothing. One that
+# restarts is found again within two seconds.
+CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+    ("grpc.max_receive_message_length", 64 << 20),
+)
+
+# The messages of grpc.health.v1 have one field each, numbered 1: on the wire they are what protobuf's own wrappers are.
+HEALTH_WATCH = "/grpc.health.v1.Health/Watch"
+HEALTH_OF_INFERENCE = StringValue(value="twostroke.v1.Inference")
+HEALTH_TO_BYTES = StringValue.SerializeToString
+HEALTH_FROM_BYTES = Int32Value.FromString
+SERVING = 1
+
+
+def credentials_of(tls: bool | grpc.ChannelCredentials) -> grpc.ChannelCredentials | None:
+    """None for plain text; True for TLS against the system's certificate authorities."""
+    if isinstance(tls, bool):
+        return grpc.ssl_channel_credentials() if tls else None
+    return tls
+
+
+def metadata_of(api_key: str | None) -> tuple[tuple[str, str], ...]:
+    return (("authorization", f"Bearer {api_key}"),) if api_key else ()

@@ -1,0 +1,174 @@
+"""The client for programs without an event loop."""
+
+import time
+from collections.abc import Generator, Sequence
+from typing import Self, TypeVar, Unpack
+
+import grpc
+
+from twostroke.channel import (
+    CHANNEL_OPTIONS,
+    DEFAULT_TARGET,
+    HEALTH_FROM_BYTES,
+    HEALTH_OF_INFERENCE,
+    HEALTH_TO_BYTES,
+    HEALTH_WATCH,
+    SERVING,
+    credentials_of,
+    metadata_of,
+)
+from twostroke.errors import DeadlineExceeded, error_of
+from twostroke.request import Messages, Options, Prompt, as_messages, generate_request, tokenize_request
+from twostroke.results import Generation, Piece, generation_of, piece_of
+from twostroke.v1 import inference_pb2 as pb
+from twostroke.v1.inference_pb2_grpc import InferenceStub
+
+_Request = TypeVar("_Request")
+_Response = TypeVar("_Response")
+
+
+class Client:
+    """A connection to a Twostroke router. Safe to share between threads; connects at its first call.
+
+    Example:
+        with Client("localhost:8600") as client:
+            for piece in client.stream("The capital of France is", max_tokens=64):
+                print(piece.text, end="", flush=True)
+
+    Args:
+        target: the router, host:port, or another name that gRPC knows.
+        api_key: sent with every call as `authorization: Bearer ...`.
+        tls: True for TLS with the system's certificate authorities, or credentials of your own.
+        timeout: seconds that a call may take where it names none; None is for ever.
+    """
+
+    def __init__(
+        self,
+        target: str = DEFAULT_TARGET,
+        *,
+        api_key: str | None = None,
+        tls: bool | grpc.ChannelCredentials = False,
+        timeout: float | None = None,
+    ) -> None:
+        credentials = credentials_of(tls)
+        self._channel = (
+            grpc.secure_channel(target, credentials, options=CHANNEL_OPTIONS)
+            if credentials
+            else grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
+        )
+        self._stub = InferenceStub(self._channel)
+        self._watch = self._channel.unary_stream(HEALTH_WATCH, HEALTH_TO_BYTES, HEALTH_FROM_BYTES)
+        self._metadata = metadata_of(api_key)
+        self._timeout = timeout
+        self._target = target
+
+    def close(self) -> None:
+        """Cancels what is under way and closes the connection."""
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def generate(self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[Options]) -> Generation:
+        """The whole answer at once.
+
+        Example:
+            client.generate("One, two,", max_tokens=8, temperature=0).text
+        """
+        return generation_of(self._unary(self._stub.Generate, generate_request(prompt, options), timeout))
+
+    def stream(
+        self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[Options]
+    ) -> Generator[Piece, None, None]:
+        """The answer as it is made. Leaving the loop cancels the rest of it.
+
+        Example:
+            for piece in client.stream("One, two,", stop="ten"):
+                print(piece.text, end="", flush=True)
+        """
+        return self._pieces(generate_request(prompt, options), timeout)
+
+    def chat(self, messages: str | Messages, *, timeout: float | None = None, **options: Unpack[Options]) -> Generation:
+        """The answer to a chat, rendered with the model's own template; a lone string is the user's first message.
+
+        Example:
+            client.chat([{"role": "user", "content": "Who wrote Faust?"}], max_tokens=64).text
+        """
+        return self.generate(as_messages(messages), timeout=timeout, **options)
+
+    def stream_chat(
+        self, messages: str | Messages, *, timeout: float | None = None, **options: Unpack[Options]
+    ) -> Generator[Piece, None, None]:
+        """The answer to a chat as it is made; see `stream`.
+
+        Example:
+            for piece in client.stream_chat("Tell me a joke."):
+                print(piece.text, end="", flush=True)
+        """
+        return self.stream(as_messages(messages), timeout=timeout, **options)
+
+    def tokenize(
+        self, prompt: str | Messages, *, add_special_tokens: bool = True, timeout: float | None = None
+    ) -> tuple[int, ...]:
+        """The token ids of a text, or of a chat as the model's template renders it."""
+        return tuple(self._unary(self._stub.Tokenize, tokenize_request(prompt, add_special_tokens), timeout).token_ids)
+
+    def detokenize(
+        self, token_ids: Sequence[int], *, special_tokens: bool = False, timeout: float | None = None
+    ) -> str:
+        """The text of token ids; with `special_tokens`, those such as <|im_end|> stay in it."""
+        request = pb.DetokenizeRequest(token_ids=token_ids, special_tokens=special_tokens)
+        return self._unary(self._stub.Detokenize, request, timeout).text
+
+    def model(self, *, timeout: float | None = None) -> pb.GetModelResponse:
+        """What is served, and its limits."""
+        return self._unary(self._stub.GetModel, pb.GetModelRequest(), timeout)
+
+    def load(self, *, timeout: float | None = None) -> pb.GetLoadResponse:
+        """How busy the cluster is, per worker."""
+        return self._unary(self._stub.GetLoad, pb.GetLoadRequest(), timeout)
+
+    def wait_until_ready(self, timeout: float = 60.0) -> None:
+        """Returns as soon as the router has a pair of workers that can serve; it need not even run yet.
+
+        Raises:
+            DeadlineExceeded: that took longer than `timeout` seconds.
+        """
+        deadline = time.monotonic() + timeout
+        while (left := deadline - time.monotonic()) > 0:
+            watch = self._watch(HEALTH_OF_INFERENCE, timeout=left, metadata=self._metadata, wait_for_ready=True)
+            try:
+                for status in watch:
+                    if status.value == SERVING:
+                        return
+            except grpc.RpcError as error:
+                if watch.code() is not grpc.StatusCode.UNAVAILABLE and time.monotonic() < deadline:
+                    raise error_of(watch) from error
+            finally:
+                watch.cancel()
+            time.sleep(min(0.1, max(0.0, deadline - time.monotonic())))
+        message = f"{self._target} was not ready within {timeout:g} s"
+        raise DeadlineExceeded(message, grpc.StatusCode.DEADLINE_EXCEEDED)
+
+    def _unary(
+        self, method: "grpc.UnaryUnaryMultiCallable[_Request, _Response]", request: _Request, timeout: float | None
+    ) -> _Response:
+        try:
+            return method(request, timeout=self._timeout if timeout is None else timeout, metadata=self._metadata)
+        except grpc.RpcError as error:
+            raise error_of(error) from error
+
+    def _pieces(self, request: pb.GenerateRequest, timeout: float | None) -> Generator[Piece, None, None]:
+        call = self._stub.GenerateStream(
+            request, timeout=self._timeout if timeout is None else timeout, metadata=self._metadata
+        )
+        try:
+            for chunk in call:
+                yield piece_of(chunk)
+        except grpc.RpcError as error:
+            raise error_of(call) from error
+        finally:
+            call.cancel()

@@ -1,0 +1,60 @@
+"""What calls of the client raise: one small hierarchy in place of gRPC's."""
+
+from typing import Protocol
+
+import grpc
+
+
+class TwostrokeError(Exception):
+    """A call that failed. `code` is gRPC's status code, `message` the sentence that came with it."""
+
+    def __init__(self, message: str, code: grpc.StatusCode = grpc.StatusCode.UNKNOWN) -> None:
+        super().__init__(message)
+        self.message = message
+        self.code = code
+
+
+class InvalidArgument(TwostrokeError, ValueError):
+    """The request is wrong; the message names the field and the limit."""
+
+
+class Overloaded(TwostrokeError):
+    """The router's queue is full: try again later, or elsewhere."""
+
+
+class Unavailable(TwostrokeError):
+    """No router could be reached, or no worker could serve the request. Safe to retry."""
+
+
+class DeadlineExceeded(TwostrokeError, TimeoutError):
+    """The call's timeout passed before it was done."""
+
+
+class Cancelled(TwostrokeError):
+    """The call was cancelled by the other side."""
+
+
+class Unauthenticated(TwostrokeError):
+    """The API key is missing or wrong."""
+
+
+_CLASSES: dict[grpc.StatusCode, type[TwostrokeError]] = {
+    grpc.StatusCode.INVALID_ARGUMENT: InvalidArgument,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: Overloaded,
+    grpc.StatusCode.UNAVAILABLE: Unavailable,
+    grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
+    grpc.StatusCode.CANCELLED: Cancelled,
+    grpc.StatusCode.UNAUTHENTICATED: Unauthenticated,
+}
+
+
+class Status(Protocol):
+    """What gRPC's sync and async errors have in common, beyond what `grpc.RpcError` declares."""
+
+    def code(self) -> grpc.StatusCode: ...
+    def details(self) -> str | None: ...
+
+
+def error_of(status: Status) -> TwostrokeError:
+    code = status.code()
+    return _CLASSES.get(code, TwostrokeError)(status.details() or code.name, code)

@@ -1,0 +1,100 @@
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+
+import grpc
+import pytest
+
+import twostroke
+from tests.protos.fake_router import FakeRouter, serving
+from twostroke import AsyncClient
+
+
+@pytest.fixture
+def router() -> Iterator[FakeRouter]:
+    with serving(FakeRouter()) as router:
+        yield router
+
+
+@pytest.fixture
+async def client(router: FakeRouter) -> AsyncIterator[AsyncClient]:
+    async with AsyncClient(router.address) as client:
+        yield client
+
+
+async def test_generate_and_chat(client: AsyncClient, router: FakeRouter) -> None:
+    assert (await client.generate("Hello", max_tokens=3)).token_ids == (0, 1, 2)
+    assert (await client.chat("Hello", max_tokens=2)).text == "t0 t1 "
+    assert [request.WhichOneof("input") for request in router.requests] == ["text", "chat"]
+
+
+async def test_streams(client: AsyncClient) -> None:
+    assert "".join([piece.text async for piece in client.stream("Hello", max_tokens=3)]) == "t0 t1 t2 "
+    assert [piece.finish async for piece in client.stream_chat("Hello")][-1] is not None
+
+
+async def test_many_at_once(client: AsyncClient, router: FakeRouter) -> None:
+    router.step_seconds = 0.01
+    answers = await asyncio.gather(*(client.generate("Hello", max_tokens=count) for count in range(1, 17)))
+    assert [len(answer.token_ids) for answer in answers] == list(range(1, 17))
+    assert router.most_running == 16
+
+
+async def test_the_other_calls(client: AsyncClient) -> None:
+    assert await client.tokenize("Hi") == (72, 105)
+    assert await client.detokenize([72, 105]) == "Hi"
+    assert (await client.model()).name == "fake"
+    assert (await client.load()).running == 0
+
+
+async def test_errors(client: AsyncClient) -> None:
+    with pytest.raises(twostroke.Overloaded, match="as you asked") as caught:
+        await client.generate("fail RESOURCE_EXHAUSTED")
+    assert caught.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    with pytest.raises(twostroke.Unavailable):
+        async for _ in client.stream("fail UNAVAILABLE"):
+            pass
+
+
+async def test_timeouts(client: AsyncClient, router: FakeRouter) -> None:
+    router.step_seconds = 10
+    with pytest.raises(twostroke.DeadlineExceeded):
+        await client.generate("Hello", timeout=0.05)
+    with pytest.raises(twostroke.DeadlineExceeded):
+        async for _ in client.stream("Hello", timeout=0.05):
+            pass
+
+
+async def test_leaving_the_loop_cancels(client: AsyncClient, router: FakeRouter) -> None:
+    router.step_seconds = 0.01
+    async for piece in client.stream("Hello", max_tokens=10_000):
+        if piece.text:
+            break
+    assert await asyncio.to_thread(router.cancelled.wait, 5)
+
+
+async def test_cancelling_the_task_cancels(client: AsyncClient, router: FakeRouter) -> None:
+    router.step_seconds = 0.01
+    task = asyncio.create_task(client.generate("Hello", max_tokens=10_000))
+    assert await asyncio.to_thread(router.begun.wait, 5)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert await asyncio.to_thread(router.cancelled.wait, 5)
+
+
+async def test_wait_until_ready() -> None:
+    with serving(FakeRouter(), ready_after=0.3) as router:
+        async with AsyncClient(router.address) as client:
+            with pytest.raises(twostroke.DeadlineExceeded, match="was not ready"):
+                await client.wait_until_ready(timeout=0.1)
+            await client.wait_until_ready(timeout=10)
+
+
+def test_a_client_may_be_made_before_the_event_loop(router: FakeRouter) -> None:
+    client = AsyncClient(router.address, api_key="ignored here")
+
+    async def ask() -> str:
+        async with client:
+            return (await client.generate("Hello", max_tokens=1)).text
+
+    assert asyncio.run(ask()) == "t0 "

@@ -1,0 +1,212 @@
+from collections.abc import Iterator
+from typing import Any
+
+import grpc
+import pytest
+
+import twostroke
+from tests.protos.fake_router import FakeRouter, serving
+from twostroke import Client
+from twostroke.v1 import inference_pb2 as pb
+
+
+@pytest.fixture
+def router() -> Iterator[FakeRouter]:
+    with serving(FakeRouter()) as router:
+        yield router
+
+
+@pytest.fixture
+def client(router: FakeRouter) -> Iterator[Client]:
+    with Client(router.address) as client:
+        yield client
+
+
+def test_generate(client: Client, router: FakeRouter) -> None:
+    answer = client.generate("Hello", max_tokens=3)
+    assert (answer.text, answer.token_ids) == ("t0 t1 t2 ", (0, 1, 2))
+    assert answer.finish.reason == "length"
+    assert answer.finish.usage.completion_tokens == 3
+    assert answer.prompt.seed == 7
+    assert router.requests == [pb.GenerateRequest(text="Hello", stopping=pb.Stopping(max_tokens=3))]
+
+
+def test_stream(client: Client) -> None:
+    pieces = list(client.stream("Hello", max_tokens=3, logprobs=0))
+    assert "".join(piece.text for piece in pieces) == "t0 t1 t2 "
+    assert [piece.prompt is not None for piece in pieces] == [True, False, False, False, False]
+    assert [piece.finish is not None for piece in pieces] == [False, False, False, False, True]
+    assert [logprob.token_id for piece in pieces for logprob in piece.logprobs] == [0, 1, 2]
+
+
+def test_several_choices(client: Client) -> None:
+    answer = client.generate("Hello", n=2, max_tokens=1)
+    assert [(choice.index, choice.text) for choice in answer.choices] == [(0, "t0 "), (1, "t0 ")]
+    assert [piece.index for piece in client.stream("Hello", n=2, max_tokens=1) if piece.finish] == [0, 1]
+
+
+def test_every_option_reaches_its_field(client: Client, router: FakeRouter) -> None:
+    client.generate(
+        "Hello",
+        temperature=0.0,
+        top_k=3,
+        top_p=0.5,
+        min_p=0.25,
+        repetition_penalty=1.5,
+        presence_penalty=-1.0,
+        frequency_penalty=1.0,
+        logit_bias={5: -100.0},
+        seed=2**64 - 1,
+        max_tokens=1,
+        min_tokens=1,
+        stop=["a", "b"],
+        stop_token_ids=(9,),
+        include_stop=True,
+        ignore_eos=True,
+        n=1,
+        logprobs=2,
+        special_tokens=True,
+        return_token_ids=False,
+        request_id="r",
+        cache_salt="s",
+    )
+    sampling = pb.Sampling(
+        temperature=0.0,
+        top_k=3,
+        top_p=0.5,
+        min_p=0.25,
+        repetition_penalty=1.5,
+        presence_penalty=-1.0,
+        frequency_penalty=1.0,
+        logit_bias={5: -100.0},
+        seed=2**64 - 1,
+    )
+    stopping = pb.Stopping(
+        max_tokens=1, min_tokens=1, stop=["a", "b"], stop_token_ids=[9], include_stop=True, ignore_eos=True
+    )
+    response = pb.ResponseOptions(token_ids=False, logprobs=2, special_tokens=True)
+    assert router.requests == [
+        pb.GenerateRequest(
+            text="Hello",
+            sampling=sampling,
+            stopping=stopping,
+            response=response,
+            n=1,
+            request_id="r",
+            cache_salt="s",
+        )
+    ]
+    assert router.requests[0].sampling.HasField("temperature")
+
+
+def test_prompts(client: Client, router: FakeRouter) -> None:
+    chat = pb.Chat(messages=[pb.ChatMessage(role="user", content="Hi")])
+    client.generate([1, 2, 3])
+    client.generate([{"role": "user", "content": "Hi"}])
+    client.chat("Hi")
+    list(client.stream_chat("Hi", stop="."))
+    client.chat("Hi", add_generation_prompt=False)
+    client.generate([])
+    ids, *chats, last, empty = router.requests
+    assert ids == pb.GenerateRequest(token_ids=pb.TokenIds(ids=[1, 2, 3]))
+    assert [request.chat for request in chats] == [chat, chat, chat]
+    assert chats[2].stopping.stop == ["."]
+    assert last.chat.HasField("add_generation_prompt")
+    assert not last.chat.add_generation_prompt
+    assert empty.WhichOneof("input") == "token_ids"  # and not nothing: the router's answer names the field
+
+
+def test_wrong_options_are_refused_before_the_call(client: Client, router: FakeRouter) -> None:
+    misspelt: Any = {"temprature": 1.0}
+    with pytest.raises(TypeError, match="'temprature' is no option"):
+        client.stream("Hello", **misspelt)
+    mistyped: Any = {"top_k": "many"}
+    with pytest.raises(TypeError, match="top_k"):
+        client.stream("Hello", **mistyped)
+    with pytest.raises(TypeError, match="chat messages only"):
+        client.stream("Hello", add_generation_prompt=True)
+    with pytest.raises(twostroke.InvalidArgument, match=r"max_tokens: .*-1"):
+        client.stream("Hello", max_tokens=-1)
+    with pytest.raises(twostroke.InvalidArgument, match="ids"):
+        client.stream([1, -2])
+    assert router.requests == []
+
+
+def test_tokens(client: Client, router: FakeRouter) -> None:
+    assert client.tokenize("Hi") == (72, 105)
+    assert client.tokenize([{"role": "user", "content": "Hi"}], add_special_tokens=False) == (72, 105)
+    assert router.tokenize_requests[1].HasField("chat")
+    assert not router.tokenize_requests[1].add_special_tokens
+    assert client.detokenize([72, 105]) == "Hi"
+
+
+def test_model_and_load(client: Client) -> None:
+    assert client.model().name == "fake"
+    assert client.load().running == 0
+
+
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [
+        ("INVALID_ARGUMENT", twostroke.InvalidArgument),
+        ("RESOURCE_EXHAUSTED", twostroke.Overloaded),
+        ("UNAVAILABLE", twostroke.Unavailable),
+        ("DEADLINE_EXCEEDED", twostroke.DeadlineExceeded),
+        ("CANCELLED", twostroke.Cancelled),
+        ("UNAUTHENTICATED", twostroke.Unauthenticated),
+        ("INTERNAL", twostroke.TwostrokeError),
+    ],
+)
+def test_errors(client: Client, code: str, error: type[twostroke.TwostrokeError]) -> None:
+    for call in (client.generate, lambda prompt: list(client.stream(prompt))):
+        with pytest.raises(twostroke.TwostrokeError, match="as you asked") as caught:
+            call(f"fail {code}")
+        assert type(caught.value) is error
+        assert caught.value.code is grpc.StatusCode[code]
+        assert caught.value.message == "as you asked"
+
+
+def test_no_router() -> None:
+    with Client("127.0.0.1:1") as client, pytest.raises(twostroke.Unavailable):
+        client.model()
+
+
+def test_timeouts(router: FakeRouter) -> None:
+    router.step_seconds = 10
+    with Client(router.address, timeout=60) as client:
+        with pytest.raises(twostroke.DeadlineExceeded):
+            client.generate("Hello", timeout=0.05)
+        with pytest.raises(twostroke.DeadlineExceeded):
+            list(client.stream("Hello", timeout=0.05))
+        next(client.stream("Hello"))
+    assert router.deadlines[2] is not None
+    assert router.deadlines[2] == pytest.approx(60, abs=5)
+
+
+def test_leaving_the_loop_cancels(client: Client, router: FakeRouter) -> None:
+    router.step_seconds = 0.01
+    for piece in client.stream("Hello", max_tokens=10_000):
+        if piece.text:
+            break
+    assert router.cancelled.wait(timeout=5)
+
+
+def test_api_key(router: FakeRouter) -> None:
+    router.api_key = "secret"
+    with Client(router.address, api_key="secret") as client:
+        assert client.generate("Hello").text
+    with Client(router.address, api_key="wrong") as client, pytest.raises(twostroke.Unauthenticated):
+        client.generate("Hello")
+
+
+def test_wait_until_ready() -> None:
+    with serving(FakeRouter(), ready_after=0.3) as router, Client(router.address) as client:
+        with pytest.raises(twostroke.DeadlineExceeded, match=r"was not ready within 0\.1 s"):
+            client.wait_until_ready(timeout=0.1)
+        client.wait_until_ready(timeout=10)
+        client.wait_until_ready(timeout=10)
+
+
+def test_waiting_for_a_router_that_is_not_there() -> None:
+    with Client("127.0.0.1:1") as client, pytest.raises(twostroke.DeadlineExceeded):
+        client.wait_until_ready(timeout=0.3)

@@ -9,7 +9,7 @@ import queue
 import socket
 import threading
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -77,6 +77,11 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
     def wake(self) -> None:
         """Ends a wait in `receive`; safe from any thread and from signal handlers."""
         self._inbox.put(Received(-1, pb.RouterMessage()))
+
+    @property
+    def connections(self) -> tuple[int, ...]:
+        """The routers that are connected now."""
+        return tuple(self._connections)
 
     def outgoing(self, connection: int) -> pb.WorkerMessage:
         """The message that the next `flush` sends to this router."""
@@ -167,6 +172,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         log.info("router connected", router=hello.hello.router, connection=connection)
         reader = asyncio.create_task(self._read(connection, requests))
         writer = asyncio.create_task(self._write(unsent, context))
+        unsent.cut_off = writer.cancel
         try:
             await asyncio.wait((reader, writer), return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -186,9 +192,6 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
     ) -> None:
         while True:
             await unsent.ready.wait()
-            if len(unsent.messages) > MAX_UNSENT_MESSAGES:
-                log.error("a router does not read; cutting it off")
-                return
             unsent.ready.clear()
             while unsent.messages:
                 await context.write(unsent.messages.popleft())
@@ -200,8 +203,13 @@ class _Unsent:
     def __init__(self) -> None:
         self.messages: deque[pb.WorkerMessage] = deque()
         self.ready = asyncio.Event()
+        self.cut_off: Callable[[], object] = lambda: None
 
     def put(self, message: pb.WorkerMessage) -> None:
+        if len(self.messages) >= MAX_UNSENT_MESSAGES:
+            log.error("a router does not read; cutting it off", unsent=len(self.messages))
+            self.cut_off()
+            return
         self.messages.append(message)
         self.ready.set()
 

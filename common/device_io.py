@@ -1,0 +1,35 @@
+"""Moving small arrays between host and device without making either wait."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+def to_device(array: NDArray[Any], device: torch.device) -> Tensor:
+    """A copy of `array` on `device`, same shape and dtype. On CUDA it goes through pinned memory in stream order;
+    torch's pinned allocator keeps the staging buffer until the copy has run."""
+    tensor = torch.from_numpy(array)
+    if device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+class HostCopy:
+    """A device tensor on its way to the host; `get` waits for this copy alone."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        if tensor.device.type == "cpu":
+            self._host, self._arrived = tensor, None
+            return
+        self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        self._host.copy_(tensor, non_blocking=True)
+        self._arrived = torch.cuda.Event()
+        self._arrived.record()
+
+    def get(self) -> Tensor:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._host

@@ -1,0 +1,46 @@
+"""How a worker ends: SIGTERM lets running work finish within a limit, Ctrl-C (SIGINT) and a second SIGTERM do not."""
+
+import signal
+import time
+from collections.abc import Callable
+from types import FrameType
+
+import structlog
+
+log = structlog.get_logger(__name__)
+
+
+class Lifecycle:
+    """Turns signals into two questions that the engine's loop asks every turn.
+
+    Args:
+        wake: ends the loop's wait for messages; called from the signal handler.
+        drain_seconds: how long running work may take after SIGTERM.
+    """
+
+    def __init__(self, wake: Callable[[], None], drain_seconds: float) -> None:
+        self._wake = wake
+        self._drain_seconds = drain_seconds
+        self._deadline: float | None = None
+        signal.signal(signal.SIGTERM, self._drain)
+        signal.signal(signal.SIGINT, self._stop)
+
+    @property
+    def draining(self) -> bool:
+        return self._deadline is not None
+
+    def over(self, idle: bool) -> bool:
+        """Whether the loop should end now; `idle` says that no work is left."""
+        return self._deadline is not None and (idle or time.monotonic() >= self._deadline)
+
+    def _drain(self, number: int, frame: FrameType | None) -> None:
+        if self.draining:
+            self._stop(number, frame)
+            return
+        self._deadline = time.monotonic() + self._drain_seconds
+        log.info("draining", seconds=self._drain_seconds)
+        self._wake()
+
+    def _stop(self, _number: int, _frame: FrameType | None) -> None:
+        self._deadline = time.monotonic()
+        self._wake()

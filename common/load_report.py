@@ -1,0 +1,33 @@
+"""Tells routers how full a worker is: with every change, at most 20 times a second, and every second in any case."""
+
+import time
+from collections.abc import Callable
+
+from common.worker_service import WorkerService
+from twostroke.v1 import inference_pb2
+
+INTERVAL_SECONDS = 0.05
+HEARTBEAT_SECONDS = 1.0
+
+
+class LoadReport:
+    def __init__(self, service: WorkerService, measure: Callable[[], inference_pb2.WorkerLoad]) -> None:
+        self._service = service
+        self._measure = measure
+        self._last = inference_pb2.WorkerLoad()
+        self._connections: tuple[int, ...] = ()
+        self._sent_at = 0.0
+
+    def send_if_due(self) -> None:
+        """Puts the load into each router's outgoing message where it changed, or a second has gone by."""
+        now = time.monotonic()
+        connections = self._service.connections
+        new_router = connections != self._connections
+        if now - self._sent_at < INTERVAL_SECONDS and not new_router:
+            return
+        load = self._measure()
+        if load == self._last and not new_router and now - self._sent_at < HEARTBEAT_SECONDS:
+            return
+        self._last, self._connections, self._sent_at = load, connections, now
+        for connection in connections:
+            self._service.outgoing(connection).load.CopyFrom(load)

@@ -1,0 +1,148 @@
+"""The running batch, resident on the device: one row for each sequence, touched only where something changed."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from common.device_io import to_device
+from decode_worker.scheduler import Sequence
+
+# length of a row that no sequence has; steps leave it alone
+UNUSED = -1
+
+
+@dataclass(frozen=True, slots=True)
+class BatchState:
+    """Device tensors of R rows; all are views of one int32 buffer, so that one scatter brings every change of a turn."""
+
+    seeds: Tensor  # [R] int64
+    tokens: Tensor  # [R] int32, the token that the next step consumes
+    lengths: Tensor  # [R] int32, its position: the number of tokens whose KV is there; UNUSED in rows without a sequence
+    temperature: Tensor  # [R] float32
+    top_p: Tensor  # [R] float32
+    min_p: Tensor  # [R] float32
+    top_k: Tensor  # [R] int32
+    block_tables: Tensor  # [R, M] int32
+
+    def first(self, rows: int) -> "BatchState":
+        """Views of the first rows."""
+        return BatchState(
+            self.seeds[:rows],
+            self.tokens[:rows],
+            self.lengths[:rows],
+            self.temperature[:rows],
+            self.top_p[:rows],
+            self.min_p[:rows],
+            self.top_k[:rows],
+            self.block_tables[:rows],
+        )
+
+
+class DecodeBatch:
+    """Rows 0 to count-1 hold the running sequences; a sequence that leaves is replaced by the last one.
+
+    Args:
+        max_rows: sequences at most.
+        max_blocks: blocks of the longest sequence.
+    """
+
+    def __init__(self, max_rows: int, max_blocks: int, device: torch.device) -> None:
+        self.sequences: list[Sequence] = []
+        self._device = device
+        self._max_rows = max_rows
+        self._max_blocks = max_blocks
+        self._tables_at = 8 * max_rows
+        self._buffer = torch.zeros(self._tables_at + max_rows * max_blocks, dtype=torch.int32, device=device)
+        columns = self._buffer[: self._tables_at].view(8, max_rows)
+        self.state = BatchState(
+            seeds=self._buffer[: 2 * max_rows].view(torch.int64),
+            tokens=columns[2],
+            lengths=columns[3],
+            temperature=columns[4].view(torch.float32),
+            top_p=columns[5].view(torch.float32),
+            min_p=columns[6].view(torch.float32),
+            top_k=columns[7],
+            block_tables=self._buffer[self._tables_at :].view(max_rows, max_blocks),
+        )
+        self.state.lengths.fill_(UNUSED)
+        self._row_of: dict[Sequence, int] = {}
+        # What the device has: the row where a sequence's next token lies, and how many of its blocks are in the table.
+        self._device_row: dict[Sequence, int] = {}
+        self._device_blocks: dict[Sequence, int] = {}
+        self._changed_rows: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def __contains__(self, sequence: Sequence) -> bool:
+        return sequence in self._row_of
+
+    def add(self, sequence: Sequence) -> None:
+        self._row_of[sequence] = len(self.sequences)
+        self._changed_rows.add(len(self.sequences))
+        self.sequences.append(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        row = self._row_of.pop(sequence)
+        last = self.sequences.pop()
+        if last is not sequence:
+            self.sequences[row] = last
+            self._row_of[last] = row
+        self._changed_rows.update((row, len(self.sequences)))
+        self._device_row.pop(sequence, None)
+        self._device_blocks.pop(sequence, None)
+
+    def upload(self) -> None:
+        """Brings the device's rows up to date, in stream order with the steps."""
+        moved = [
+            (self._device_row[sequence], row)
+            for row in self._changed_rows
+            if row < len(self.sequences) and (sequence := self.sequences[row]) in self._device_row
+        ]
+        if moved:
+            source, target = to_device(np.asarray(moved, dtype=np.int64).T.copy(), self._device)
+            self.state.tokens[target] = self.state.tokens[source]
+        edits = [self._row_edit(row) for row in self._changed_rows]
+        self._changed_rows.clear()
+        edits += [self._growth_edit(sequence) for sequence in self.sequences if self._has_grown(sequence)]
+        if edits:
+            where = np.concatenate([edit[0] for edit in edits])
+            values = np.concatenate([edit[1] for edit in edits])
+            self._buffer[to_device(where, self._device)] = to_device(values, self._device)
+
+    def _has_grown(self, sequence: Sequence) -> bool:
+        return self._device_blocks[sequence] != len(sequence.blocks)
+
+    def _growth_edit(self, sequence: Sequence) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+        known = self._device_blocks[sequence]
+        self._device_blocks[sequence] = len(sequence.blocks)
+        start = self._tables_at + self._row_of[sequence] * self._max_blocks
+        return (
+            np.arange(start + known, start + len(sequence.blocks), dtype=np.int64),
+            np.asarray(sequence.blocks[known:], dtype=np.int32),
+        )
+
+    def _row_edit(self, row: int) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+        rows = self._max_rows
+        if row >= len(self.sequences):
+            return np.asarray([3 * rows + row], dtype=np.int64), np.asarray([UNUSED], dtype=np.int32)
+        sequence = self.sequences[row]
+        sampling = sequence.spec.sampling
+        seed = np.asarray([sampling.seed], dtype=np.uint64).view(np.int32)
+        floats = np.asarray([sampling.temperature, sampling.top_p, sampling.min_p], dtype=np.float32).view(np.int32)
+        columns = [2 * row, 2 * row + 1, *(column * rows + row for column in range(3, 8))]
+        values = [*seed, sequence.kv_len, *floats, sampling.top_k]
+        if sequence not in self._device_row:
+            # A new row's token is known here; that of a moved one may still be on its way out of the last step.
+            columns.append(2 * rows + row)
+            values.append(sequence.tokens[sequence.kv_len])
+        self._device_row[sequence] = row
+        table_at = self._tables_at + row * self._max_blocks
+        self._device_blocks[sequence] = len(sequence.blocks)
+        return (
+            np.concatenate([np.asarray(columns, dtype=np.int64), np.arange(table_at, table_at + len(sequence.blocks))]),
+            np.concatenate([np.asarray(values, dtype=np.int32), np.asarray(sequence.blocks, dtype=np.int32)]),
+        )

@@ -1,0 +1,49 @@
+"""CUDA graphs of the decode step, one for each batch size of a ladder, captured at start."""
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from decode_worker.batch import BatchState
+from decode_worker.step import Stepper
+
+
+def ladder(max_batch: int) -> tuple[int, ...]:
+    """Batch sizes to capture: a batch runs in the smallest that holds it, so the steps are where padding stays cheap."""
+    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, max_batch, 32)]
+    return (*(size for size in sizes if size < max_batch), max_batch)
+
+
+class DecodeGraphs:
+    """Replays the captured step. `plain` is the whole step; `logits` ends before sampling, for batches in which a
+    sequence asks for penalties, biases or logprobs, which run eagerly after it."""
+
+    def __init__(self, stepper: Stepper, state: BatchState, max_batch: int) -> None:
+        self._sizes = ladder(max_batch)
+        self._state = state
+        self._plain: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._logits: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        pool = torch.cuda.graph_pool_handle()
+        # The largest first: the smaller ones then fit into the memory that it took.
+        for size in tqdm(self._sizes[::-1], desc="capturing CUDA graphs", unit="graph"):
+            rows = state.first(size)
+            for graphs, step in ((self._plain, stepper.plain), (self._logits, stepper.logits)):
+                step(rows)
+                torch.cuda.synchronize()
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=pool):
+                    output = step(rows)
+                graphs[size] = (graph, output)
+
+    def padded(self, rows: int) -> int:
+        return next(size for size in self._sizes if size >= rows)
+
+    def plain(self, rows: int) -> Tensor:
+        graph, tokens = self._plain[self.padded(rows)]
+        graph.replay()
+        return tokens[:rows]
+
+    def logits(self, rows: int) -> Tensor:
+        graph, logits = self._logits[self.padded(rows)]
+        graph.replay()
+        return logits[:rows]

@@ -1,0 +1,155 @@
+"""Which sequences have room and which run: admission by reservation, growth block by block, preemption.
+
+A sequence is admitted with blocks for its prompt and a promise of blocks for some output. Promised blocks are only
+counted, not taken, so that the prefix cache may use them until they are needed.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from common.block_pool import BlockPool
+from common.prefix_hash import extend
+from common.sequence import SequenceSpec
+
+
+class State(Enum):
+    RESERVED = auto()  # has its blocks; waits for the prefill worker
+    PULLING = auto()  # its KV is on its way
+    RUNNING = auto()
+    OVER = auto()  # holds its blocks only until the launched steps that write to them are through
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    attempt_id: int
+    connection: int
+    spec: SequenceSpec
+    tokens: list[int]  # prompt and output, as far as the host has read it
+    state: State = State.RESERVED
+    blocks: list[int] = field(default_factory=list)
+    cached_blocks: int = 0  # leading blocks that were here already
+    promised: int = 0  # blocks set aside for output and not taken yet
+    last_hash: bytes = b""  # of the last full block
+    kv_len: int = 0  # tokens whose KV is there, or is being computed by launched steps
+    steps_in_flight: int = 0
+
+    @property
+    def wants_step(self) -> bool:
+        """The step at position kv_len gives token kv_len + 1, which must lie below max_length."""
+        return self.state is State.RUNNING and self.kv_len + 1 < self.spec.max_length
+
+
+class Scheduler:
+    """Owns every sequence of the worker and its blocks. Operations are O(1) per block; preemption looks at all running."""
+
+    def __init__(self, blocks: BlockPool, block_size: int, max_batch: int) -> None:
+        self._blocks = blocks
+        self._block_size = block_size
+        self._max_batch = max_batch
+        self._sequences: dict[int, Sequence] = {}
+        self._promised = 0
+
+    @property
+    def promised(self) -> int:
+        return self._promised
+
+    @property
+    def count(self) -> int:
+        return len(self._sequences)
+
+    @property
+    def running_count(self) -> int:
+        return sum(sequence.state is State.RUNNING for sequence in self._sequences.values())
+
+    @property
+    def waiting_count(self) -> int:
+        return len(self._sequences) - self.running_count
+
+    def get(self, attempt_id: int) -> Sequence | None:
+        return self._sequences.get(attempt_id)
+
+    def of_connection(self, connection: int) -> list[Sequence]:
+        return [sequence for sequence in self._sequences.values() if sequence.connection == connection]
+
+    def reserve(self, sequence: Sequence, headroom_tokens: int) -> bool:
+        """Takes blocks for the sequence's tokens and a promise for `headroom_tokens` more; False where there is no
+        room, and then nothing is taken."""
+        if len(self._sequences) >= self._max_batch:
+            return False
+        length = len(sequence.tokens)
+        hits = self._blocks.match(sequence.spec.block_hashes)
+        for_prompt = self._blocks_for(length)
+        # The last token of all is never run, so its KV needs no place.
+        for_all = self._blocks_for(min(length + headroom_tokens, sequence.spec.max_length - 1))
+        promised = max(for_all - for_prompt, 0)
+        missing = for_prompt - len(hits)
+        if missing + promised > self._blocks.available - self._promised:
+            self._blocks.release(hits)
+            return False
+        sequence.blocks = hits + self._blocks.allocate(missing)
+        sequence.cached_blocks = len(hits)
+        sequence.promised = promised
+        sequence.kv_len = length
+        self._promised += promised
+        self._sequences[sequence.attempt_id] = sequence
+        return True
+
+    def start(self, sequence: Sequence) -> None:
+        """The sequence's KV is in its blocks: it may run, and others may find its full blocks."""
+        sequence.state = State.RUNNING
+        hashes = sequence.spec.block_hashes
+        for index in range(sequence.cached_blocks, len(hashes)):
+            self._blocks.publish(sequence.blocks[index], hashes[index])
+        sequence.last_hash = hashes[-1] if hashes else sequence.spec.cache_root
+
+    def grow(self, running: Iterable[Sequence]) -> list[Sequence]:
+        """Gives each sequence the block that its next step writes to. Returns those for which there was none."""
+        starved = []
+        for sequence in running:
+            if sequence.kv_len < len(sequence.blocks) * self._block_size or not sequence.wants_step:
+                continue
+            if sequence.promised:
+                sequence.promised -= 1
+                self._promised -= 1
+            elif self._blocks.available <= self._promised:
+                starved.append(sequence)
+                continue
+            sequence.blocks += self._blocks.allocate(1)
+        return starved
+
+    def cheapest(self) -> Sequence:
+        """The running sequence that costs least to bring back: the fewest tokens to prefill again.
+
+        Those that still hold a promise go last: a sequence that came back with its whole need promised always ends, so
+        there is progress however short blocks are.
+        """
+        running = (sequence for sequence in self._sequences.values() if sequence.state is State.RUNNING)
+        return min(running, key=lambda sequence: (sequence.promised > 0, len(sequence.tokens)))
+
+    def deliver(self, sequence: Sequence, token: int) -> None:
+        """A step of the sequence is through: its KV is in place, and it gave `token`."""
+        sequence.tokens.append(token)
+        computed = len(sequence.tokens) - 1
+        if computed % self._block_size == 0:
+            block_tokens = sequence.tokens[computed - self._block_size : computed]
+            sequence.last_hash = extend(sequence.last_hash, block_tokens)
+            self._blocks.publish(sequence.blocks[computed // self._block_size - 1], sequence.last_hash)
+
+    def end(self, sequence: Sequence) -> None:
+        """Takes the sequence out; its blocks go home now, or with its last launched step."""
+        if sequence.state is State.OVER:
+            return
+        sequence.state = State.OVER
+        self._promised -= sequence.promised
+        sequence.promised = 0
+        del self._sequences[sequence.attempt_id]
+        self.release_if_idle(sequence)
+
+    def release_if_idle(self, sequence: Sequence) -> None:
+        if sequence.state is State.OVER and sequence.steps_in_flight == 0:
+            blocks, sequence.blocks = sequence.blocks, []
+            self._blocks.release(blocks)
+
+    def _blocks_for(self, tokens: int) -> int:
+        return -(-tokens // self._block_size)

@@ -1,0 +1,111 @@
+"""The prefill worker's loop: receive, schedule a batch of chunks, launch it, announce the prompts of the one before."""
+
+import time
+from collections import deque
+
+import structlog
+
+from common.lifecycle import Lifecycle
+from common.load_report import INTERVAL_SECONDS, LoadReport
+from common.sequence import sequence_from_proto
+from common.worker_parts import WorkerParts
+from common.worker_service import WorkerService
+from prefill_worker.leases import Leases
+from prefill_worker.runner import LaunchedBatch, Runner
+from prefill_worker.scheduler import Prompt, Scheduler
+from twostroke.v1 import inference_pb2
+from twostroke.v1 import worker_pb2 as pb
+
+log = structlog.get_logger(__name__)
+
+
+class Engine:
+    def __init__(
+        self, parts: WorkerParts, service: WorkerService, runner: Runner, max_batch_tokens: int, lease_seconds: float
+    ) -> None:
+        self._parts = parts
+        self._service = service
+        self._runner = runner
+        self._scheduler = Scheduler(parts.blocks, parts.pool.layout.block_size, max_batch_tokens)
+        self._leases = Leases(parts.blocks, lease_seconds)
+        self._in_flight: deque[LaunchedBatch] = deque()
+        # On a GPU the next batch is launched before the first tokens of this one are read.
+        self._batches_ahead = 1 if parts.device.type == "cuda" else 0
+
+    def run(self, lifecycle: Lifecycle) -> None:
+        load = LoadReport(self._service, lambda: self._load(ready=not lifecycle.draining))
+        progress = False
+        while not lifecycle.over(idle=self._idle):
+            self._receive(0.0 if progress else INTERVAL_SECONDS, accepting=not lifecycle.draining)
+            self._expire_leases()
+            chunks = self._scheduler.schedule()
+            if chunks:
+                self._in_flight.append(self._runner.launch(chunks))
+            if len(self._in_flight) > (self._batches_ahead if chunks else 0):
+                self._announce(self._in_flight.popleft())
+            progress = bool(chunks or self._in_flight)
+            load.send_if_due()
+            self._service.flush()
+
+    @property
+    def _idle(self) -> bool:
+        return not (self._scheduler.waiting_count or self._scheduler.running_count or self._leases)
+
+    def _receive(self, patience: float, accepting: bool) -> None:
+        for received in self._service.receive(patience):
+            if received.message is None:
+                self._scheduler.drop_connection(received.connection)
+                self._leases.end_connection(received.connection)
+                continue
+            for prefill in received.message.prefills:
+                self._accept(received.connection, prefill, accepting)
+            for attempt_id in received.message.ended:
+                self._scheduler.drop(attempt_id)
+                self._leases.end(attempt_id)
+
+    def _accept(self, connection: int, prefill: pb.Prefill, accepting: bool) -> None:
+        ended = self._service.outgoing(connection).ended
+        if not accepting:
+            ended.add(attempt_id=prefill.attempt_id, cause=pb.Ended.CAUSE_DRAINING)
+            return
+        spec = sequence_from_proto(prefill.sequence)
+        if not 0 < len(spec.token_ids) < self._parts.max_length:
+            detail = f"{len(spec.token_ids)} tokens do not fit; the longest sequence here has {self._parts.max_length}"
+            ended.add(attempt_id=prefill.attempt_id, cause=pb.Ended.CAUSE_REJECTED, detail=detail)
+            return
+        self._scheduler.add(Prompt(prefill.attempt_id, connection, spec))
+
+    def _expire_leases(self) -> None:
+        for attempt_id, connection in self._leases.expire(time.monotonic()):
+            log.warning("a lease was not taken in time", attempt_id=attempt_id)
+            self._service.outgoing(connection).ended.add(attempt_id=attempt_id, cause=pb.Ended.CAUSE_LEASE_LOST)
+
+    def _announce(self, batch: LaunchedBatch) -> None:
+        """Publishes what the batch computed and tells routers the first token of each prompt that is complete."""
+        first_tokens = iter(batch.first_tokens())
+        for chunk in batch.chunks:
+            first = next(first_tokens) if chunk.is_last else None
+            if not self._scheduler.finish(chunk) or first is None:
+                continue
+            prompt = chunk.prompt
+            self._leases.grant(prompt.attempt_id, prompt.connection, prompt.blocks, time.monotonic())
+            self._service.outgoing(prompt.connection).prefilled.add(
+                attempt_id=prompt.attempt_id,
+                first_token=first.token,
+                logprobs=first.logprobs,
+                cached_tokens=prompt.cached_len,
+                kv=pb.KvLocation(
+                    pool=self._parts.pool_handle,
+                    block_ids=prompt.blocks,
+                    generations=[self._parts.blocks.generation(block) for block in prompt.blocks],
+                ),
+            )
+
+    def _load(self, ready: bool) -> inference_pb2.WorkerLoad:
+        return inference_pb2.WorkerLoad(
+            ready=ready,
+            waiting=self._scheduler.waiting_count,
+            running=self._scheduler.running_count,
+            leases=len(self._leases),
+            blocks=self._parts.blocks_load(reserved=0),
+        )

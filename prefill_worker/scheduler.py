@@ -1,0 +1,149 @@
+"""Which prompts run next: first come, first served, within a token budget, long prompts in chunks."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from common.block_pool import BlockPool
+from common.sequence import SequenceSpec
+
+
+@dataclass(slots=True, eq=False)
+class Prompt:
+    """A prompt on its way through the worker; it belongs to the scheduler until its last chunk has run."""
+
+    attempt_id: int
+    connection: int
+    spec: SequenceSpec
+    blocks: list[int] = field(default_factory=list)
+    cached_len: int = 0  # tokens whose KV was found in the pool
+    launched_len: int = 0  # tokens whose KV is there or being computed
+    computed_len: int = 0  # tokens whose KV is there
+    dropped: bool = False  # its blocks go home with the chunk that is being computed
+
+    @property
+    def length(self) -> int:
+        return len(self.spec.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens [start, end) of a prompt, to be computed in one batch."""
+
+    prompt: Prompt
+    start: int
+    end: int
+
+    @property
+    def is_last(self) -> bool:
+        return self.end == self.prompt.length
+
+
+class Scheduler:
+    """The waiting queue and the prompts being computed. Every operation is O(1) per prompt or block."""
+
+    def __init__(self, blocks: BlockPool, block_size: int, max_batch_tokens: int) -> None:
+        self._blocks = blocks
+        self._block_size = block_size
+        self._max_batch_tokens = max_batch_tokens
+        self._waiting: dict[int, Prompt] = {}  # in order of arrival
+        self._running: dict[int, Prompt] = {}  # have blocks; chunks left to launch or to finish
+        self._computing: set[bytes] = set()  # hashes of blocks that a running prompt will publish
+
+    @property
+    def waiting_count(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def running_count(self) -> int:
+        return len(self._running)
+
+    def add(self, prompt: Prompt) -> None:
+        self._waiting[prompt.attempt_id] = prompt
+
+    def drop(self, attempt_id: int) -> None:
+        """Takes a prompt out, in whatever state; one that is not here is left alone."""
+        if self._waiting.pop(attempt_id, None) is not None:
+            return
+        prompt = self._running.get(attempt_id)
+        if prompt is None:
+            return
+        prompt.dropped = True
+        if prompt.launched_len == prompt.computed_len:
+            self._leave(prompt)
+            self._blocks.release(prompt.blocks)
+
+    def drop_connection(self, connection: int) -> None:
+        for prompt in [*self._waiting.values(), *self._running.values()]:
+            if prompt.connection == connection:
+                self.drop(prompt.attempt_id)
+
+    def schedule(self) -> list[Chunk]:
+        """The next batch; empty when nothing can run now."""
+        budget = self._max_batch_tokens
+        chunks: list[Chunk] = []
+        for prompt in self._candidates():
+            start = prompt.launched_len
+            prompt.launched_len = min(prompt.length, start + budget)
+            chunks.append(Chunk(prompt, start, prompt.launched_len))
+            budget -= prompt.launched_len - start
+            if budget == 0:
+                break
+        return chunks
+
+    def finish(self, chunk: Chunk) -> bool:
+        """Publishes the blocks that a computed chunk completed. True when the whole prompt is there; its blocks are
+        the caller's from then on."""
+        prompt = chunk.prompt
+        for index in range(prompt.computed_len // self._block_size, chunk.end // self._block_size):
+            self._blocks.publish(prompt.blocks[index], prompt.spec.block_hashes[index])
+        prompt.computed_len = chunk.end
+        if prompt.dropped:
+            if prompt.launched_len == prompt.computed_len:
+                self._leave(prompt)
+                self._blocks.release(prompt.blocks)
+            return False
+        if chunk.is_last:
+            self._leave(prompt)
+        return chunk.is_last
+
+    def _candidates(self) -> Iterator[Prompt]:
+        for prompt in self._running.values():
+            if prompt.launched_len < prompt.length and not prompt.dropped:
+                yield prompt
+        for prompt in list(self._waiting.values()):
+            if self._is_being_computed(prompt):
+                continue
+            if not self._admit(prompt):
+                return
+            yield prompt
+
+    def _is_being_computed(self, prompt: Prompt) -> bool:
+        """Whether a running prompt is about to publish the first block that this one lacks: computing it again beside
+        it would cost more than waiting for it."""
+        if not self._computing:
+            return False
+        hashes = self._usable_hashes(prompt)
+        hits = self._blocks.peek(hashes)
+        return hits < len(hashes) and hashes[hits] in self._computing
+
+    def _admit(self, prompt: Prompt) -> bool:
+        """Gives a waiting prompt its blocks, those that are cached and fresh ones; False where there are too few."""
+        hits = self._blocks.match(self._usable_hashes(prompt))
+        missing = -(-prompt.length // self._block_size) - len(hits)
+        if missing > self._blocks.available:
+            self._blocks.release(hits)
+            return False
+        prompt.blocks = hits + self._blocks.allocate(missing)
+        prompt.cached_len = prompt.launched_len = prompt.computed_len = len(hits) * self._block_size
+        del self._waiting[prompt.attempt_id]
+        self._running[prompt.attempt_id] = prompt
+        self._computing.update(prompt.spec.block_hashes[len(hits) :])
+        return True
+
+    def _usable_hashes(self, prompt: Prompt) -> tuple[bytes, ...]:
+        """At least one token is always computed: its logits give the first token."""
+        return prompt.spec.block_hashes[: (prompt.length - 1) // self._block_size]
+
+    def _leave(self, prompt: Prompt) -> None:
+        del self._running[prompt.attempt_id]
+        self._computing.difference_update(prompt.spec.block_hashes)

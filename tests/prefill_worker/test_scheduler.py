@@ -1,0 +1,116 @@
+"""The prefill worker's queue: budget, chunks, order, prefix hits, and blocks that come home."""
+
+import random
+
+from common.block_pool import BlockPool
+from prefill_worker.leases import Leases
+from prefill_worker.scheduler import Chunk, Prompt, Scheduler
+from tests.specs import spec
+
+BLOCK = 4
+
+
+def prompt(attempt_id: int, tokens: list[int], connection: int = 0) -> Prompt:
+    return Prompt(attempt_id, connection, spec(tokens, BLOCK))
+
+
+def numbers(count: int, start: int = 0) -> list[int]:
+    return list(range(start, start + count))
+
+
+def spans(chunks: list[Chunk]) -> list[tuple[int, int, int]]:
+    return [(chunk.prompt.attempt_id, chunk.start, chunk.end) for chunk in chunks]
+
+
+def test_short_prompts_share_a_batch_and_a_long_one_is_cut() -> None:
+    scheduler = Scheduler(BlockPool(100), BLOCK, max_batch_tokens=16)
+    scheduler.add(prompt(1, numbers(5)))
+    scheduler.add(prompt(2, numbers(30, 100)))
+    scheduler.add(prompt(3, numbers(4, 200)))
+    assert spans(scheduler.schedule()) == [(1, 0, 5), (2, 0, 11)]
+    assert spans(scheduler.schedule()) == [(2, 11, 27)]
+    assert spans(scheduler.schedule()) == [(2, 27, 30), (3, 0, 4)]
+    assert scheduler.schedule() == []
+
+
+def test_cached_blocks_are_not_computed_again_but_the_last_token_is() -> None:
+    pool = BlockPool(100)
+    scheduler = Scheduler(pool, BLOCK, max_batch_tokens=64)
+    scheduler.add(prompt(1, numbers(8)))
+    (chunk,) = scheduler.schedule()
+    assert scheduler.finish(chunk)
+    scheduler.add(prompt(2, numbers(8)))
+    scheduler.add(prompt(3, [*numbers(8), 50, 51]))
+    assert spans(scheduler.schedule()) == [(2, 4, 8), (3, 8, 10)]
+
+
+def test_a_prompt_waits_for_a_prefix_that_is_being_computed() -> None:
+    pool = BlockPool(100)
+    scheduler = Scheduler(pool, BLOCK, max_batch_tokens=64)
+    shared = numbers(12)
+    for attempt_id in range(3):
+        scheduler.add(prompt(attempt_id, [*shared, 90 + attempt_id]))
+    scheduler.add(prompt(7, numbers(6, 500)))
+    first = scheduler.schedule()
+    assert spans(first) == [(0, 0, 13), (7, 0, 6)]
+    assert scheduler.schedule() == []
+    for chunk in first:
+        scheduler.finish(chunk)
+    assert spans(scheduler.schedule()) == [(1, 12, 13), (2, 12, 13)]
+
+
+def test_a_prefix_is_computed_by_the_next_when_its_prompt_is_dropped() -> None:
+    pool = BlockPool(100)
+    scheduler = Scheduler(pool, BLOCK, max_batch_tokens=8)
+    scheduler.add(prompt(1, numbers(20)))
+    scheduler.add(prompt(2, numbers(20)))
+    (chunk,) = scheduler.schedule()
+    scheduler.drop(1)
+    assert pool.in_use_count == 5, "a chunk that is being computed still writes to its blocks"
+    assert not scheduler.finish(chunk)
+    assert pool.in_use_count == 0
+    assert spans(scheduler.schedule()) == [(2, 8, 16)], "the finished chunk of the dropped prompt stays useful"
+
+
+def test_the_head_of_the_queue_waits_for_blocks_and_nobody_overtakes_it() -> None:
+    pool = BlockPool(6)
+    scheduler = Scheduler(pool, BLOCK, max_batch_tokens=64)
+    scheduler.add(prompt(1, numbers(16)))
+    (chunk,) = scheduler.schedule()
+    scheduler.finish(chunk)
+    scheduler.add(prompt(2, numbers(12, 100)))
+    scheduler.add(prompt(3, numbers(4, 200)))
+    assert scheduler.schedule() == []
+    pool.release(chunk.prompt.blocks)
+    assert spans(scheduler.schedule()) == [(2, 0, 12), (3, 0, 4)]
+
+
+def test_random_arrivals_and_drops_leave_nothing_behind() -> None:
+    random_ = random.Random(7)
+    pool = BlockPool(64)
+    scheduler = Scheduler(pool, BLOCK, max_batch_tokens=24)
+    leases = Leases(pool, seconds=10)
+    in_flight: list[list[Chunk]] = []
+    for turn in range(2_000):
+        if turn < 1_500 and random_.random() < 0.5:
+            shared = numbers(random_.choice((0, 8, 16)))
+            tokens = [*shared, *(random_.randrange(1_000, 2_000) for _ in range(random_.randrange(1, 60)))]
+            scheduler.add(prompt(turn, tokens, connection=turn % 2))
+        if random_.random() < 0.3:
+            attempt_id = random_.randrange(max(turn - 20, 0), turn + 1)
+            scheduler.drop(attempt_id)
+            leases.end(attempt_id)
+        if turn % 500 == 499:
+            scheduler.drop_connection(1)
+            leases.end_connection(1)
+        if chunks := scheduler.schedule():
+            assert sum(chunk.end - chunk.start for chunk in chunks) <= 24
+            in_flight.append(chunks)
+        if in_flight and (len(in_flight) > 1 or not chunks):
+            for chunk in in_flight.pop(0):
+                if scheduler.finish(chunk):
+                    leases.grant(chunk.prompt.attempt_id, chunk.prompt.connection, chunk.prompt.blocks, now=turn)
+        leases.expire(now=turn)
+    assert scheduler.waiting_count == scheduler.running_count == len(leases) == 0
+    assert pool.in_use_count == 0
+    assert pool.cached_count > 0

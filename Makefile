@@ -13,7 +13,7 @@ ARGS ?=
 
 VENV = .venv
 BIN = $(VENV)/bin
-PIP = $(BIN)/python -m pip --disable-pip-version-check --quiet
+PIP = $(BIN)/python -m pip --disable-pip-version-check -qq
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow lint format protos lock gpu-check clean
@@ -56,6 +56,9 @@ format: $(VENV)/.installed-dev  ## format and fix what can be fixed
 
 protos: $(VENV)/.installed-dev  ## generate the Python stubs from the .proto files
 	$(BIN)/python protos/generate.py
+
+lock: $(VENV)/.installed-dev  ## bring the images' locked requirements up to date
+	UV=$(BIN)/uv sh deploy/requirements/lock.sh
 
 gpu-check:  ## on a machine with an NVIDIA GPU: every GPU test and measurement, with the Python that has torch
 	bash deploy/gpu_check.sh

@@ -1,0 +1,48 @@
+"""What tells one model from another: workers may exchange KV, and share hashes of it, only where it is equal."""
+
+import hashlib
+import json
+import os
+import struct
+from pathlib import Path
+
+from common.kv_pool import KvLayout
+from common.weights import checkpoint_files
+
+_SAMPLE_BYTES = 1024
+_HEADER_LENGTH = struct.Struct("<Q")
+
+
+def compute(directory: Path, load_format: str, dtype: str, layout: KvLayout) -> str:
+    """32 hex digits (128 bits) of blake2b over config.json, the dtype served, the shape of a KV block, and the weights.
+
+    Of the weights it takes each file's safetensors header (names, dtypes, shapes, offsets) and 1 KiB from the middle of
+    each tensor: two models that differ in any tensor as a whole differ here, and a model of 16 GB is read in
+    milliseconds. With load_format "dummy" there are no files, and the configuration says all. The number of blocks is
+    left out: workers of one cluster may have pools of different sizes.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(json.dumps(json.loads((directory / "config.json").read_bytes()), sort_keys=True).encode())
+    digest.update(
+        repr((load_format, dtype, layout.dtype, layout.num_layers, layout.block_size, layout.num_kv_heads, layout.head_dim)).encode()
+    )
+    if load_format != "dummy":
+        for file in checkpoint_files(directory):
+            _add_weights(digest, file)
+    return digest.hexdigest()
+
+
+def _add_weights(digest: "hashlib.blake2b", file: Path) -> None:
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        (length,) = _HEADER_LENGTH.unpack(os.pread(descriptor, _HEADER_LENGTH.size, 0))
+        header = os.pread(descriptor, length, _HEADER_LENGTH.size)
+        digest.update(header)
+        data_start = _HEADER_LENGTH.size + length
+        for name, tensor in sorted(json.loads(header).items()):
+            if name != "__metadata__":
+                start, end = tensor["data_offsets"]
+                middle = data_start + (start + end) // 2
+                digest.update(os.pread(descriptor, min(_SAMPLE_BYTES, data_start + end - middle), middle))
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,135 @@
+"""A GGUF file as a Hugging Face directory: config.json, model.safetensors, tokenizer.json, tokenizer_config.json."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import GGUFReader, TokenType
+from gguf.quants import dequantize
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tqdm import tqdm
+
+from common.model_config import ModelError
+
+_LAYER_TENSORS = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_TENSORS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+
+
+def convert(source: Path, target: Path) -> None:
+    """Writes the model of the GGUF file `source` into the existing directory `target`.
+
+    Weights are stored as float32: a quantized weight (scale times a small integer, plus an offset) is exact in no
+    smaller type, so whoever reads the directory computes with the very numbers of the file; and a float32 start,
+    the default on a CPU, copies them without a conversion.
+
+    Raises ModelError for a file of another architecture or kind of tokenizer.
+    """
+    reader = GGUFReader(source)
+    metadata = {key: field.contents() for key, field in reader.fields.items()}
+    if metadata["general.architecture"] != "llama":
+        raise ModelError(f"{source} holds the architecture {metadata['general.architecture']}; supported is llama")
+    names = {tensor.name for tensor in reader.tensors}
+    config = _config(metadata, tied="output.weight" not in names)
+    _write_json(target / "config.json", config)
+    _tokenizer(metadata).save(str(target / "tokenizer.json"))
+    _write_json(target / "tokenizer_config.json", _tokenizer_config(metadata))
+    save_file(dict(_weights(reader, config)), target / "model.safetensors", metadata={"format": "pt"})
+
+
+def _config(metadata: dict[str, Any], tied: bool) -> dict[str, Any]:
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "dtype": "float32",
+        "vocab_size": len(metadata["tokenizer.ggml.tokens"]),
+        "hidden_size": metadata["llama.embedding_length"],
+        "intermediate_size": metadata["llama.feed_forward_length"],
+        "num_hidden_layers": metadata["llama.block_count"],
+        "num_attention_heads": metadata["llama.attention.head_count"],
+        "num_key_value_heads": metadata["llama.attention.head_count_kv"],
+        "head_dim": metadata["llama.rope.dimension_count"],
+        "max_position_embeddings": metadata["llama.context_length"],
+        "rms_norm_eps": metadata["llama.attention.layer_norm_rms_epsilon"],
+        "rope_theta": metadata["llama.rope.freq_base"],
+        "rope_parameters": {"rope_type": "default", "rope_theta": metadata["llama.rope.freq_base"]},
+        "hidden_act": "silu",
+        "tie_word_embeddings": tied,
+        "bos_token_id": metadata["tokenizer.ggml.bos_token_id"],
+        "eos_token_id": metadata["tokenizer.ggml.eos_token_id"],
+        "pad_token_id": metadata["tokenizer.ggml.padding_token_id"],
+    }
+
+
+def _weights(reader: GGUFReader, config: dict[str, Any]) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
+    for tensor in tqdm(reader.tensors, desc="unpacking the embedded model", unit="tensor", leave=False):
+        values = dequantize(tensor.data, tensor.tensor_type)
+        if tensor.name.startswith("blk."):
+            _, layer, kind, _ = tensor.name.split(".")
+            if kind in heads:
+                values = _unpermuted(values, heads[kind])
+            yield f"model.layers.{layer}.{_LAYER_TENSORS[kind]}.weight", values
+        else:
+            yield f"{_TENSORS[tensor.name.removesuffix('.weight')]}.weight", values
+
+
+def _unpermuted(values: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
+    """GGUF pairs neighbouring rows of a head for its rotary embedding; Hugging Face pairs row i with i + head_dim/2."""
+    rows, columns = values.shape
+    return np.ascontiguousarray(values.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2)).reshape(
+        rows, columns
+    )
+
+
+def _tokenizer(metadata: dict[str, Any]) -> Tokenizer:
+    kind, splitting = metadata["tokenizer.ggml.model"], metadata["tokenizer.ggml.pre"]
+    if (kind, splitting) != ("gpt2", "smollm"):
+        raise ModelError(f"a GGUF tokenizer of the kind {kind}/{splitting} is not supported; supported is gpt2/smollm")
+    tokens = metadata["tokenizer.ggml.tokens"]
+    merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
+    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    types = metadata["tokenizer.ggml.token_type"]
+    tokenizer.add_special_tokens(
+        [
+            AddedToken(token, special=True, normalized=False)
+            for token, token_type in zip(tokens, types, strict=True)
+            if token_type == TokenType.CONTROL
+        ]
+    )
+    return tokenizer
+
+
+def _tokenizer_config(metadata: dict[str, Any]) -> dict[str, Any]:
+    tokens = metadata["tokenizer.ggml.tokens"]
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": metadata["llama.context_length"],
+        "clean_up_tokenization_spaces": False,
+        "bos_token": tokens[metadata["tokenizer.ggml.bos_token_id"]],
+        "eos_token": tokens[metadata["tokenizer.ggml.eos_token_id"]],
+        "unk_token": tokens[metadata["tokenizer.ggml.unknown_token_id"]],
+        "pad_token": tokens[metadata["tokenizer.ggml.padding_token_id"]],
+        "chat_template": metadata["tokenizer.chat_template"],
+    }
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

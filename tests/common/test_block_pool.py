@@ -1,10 +1,11 @@
 from collections import Counter
 
 import pytest
-from common.block_pool import BlockPool, OutOfBlocks
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from common.block_pool import BlockPool, OutOfBlocks
 
 
 def name(number: int) -> bytes:

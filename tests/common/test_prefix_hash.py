@@ -1,9 +1,10 @@
 import subprocess
 import sys
 
-from common.prefix_hash import ROOT_BYTES, block_hashes, cache_root, extend
 from hypothesis import given
 from hypothesis import strategies as st
+
+from common.prefix_hash import ROOT_BYTES, block_hashes, cache_root, extend
 
 ROOT = cache_root("model", "")
 tokens = st.lists(st.integers(0, 2**32 - 1), max_size=70)

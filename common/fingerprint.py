@@ -3,14 +3,12 @@
 import hashlib
 import json
 import os
-import struct
 from pathlib import Path
 
 from common.kv_pool import KvLayout
-from common.weights import checkpoint_files
+from common.safetensors_files import checkpoint_files, read_header
 
 _SAMPLE_BYTES = 1024
-_HEADER_LENGTH = struct.Struct("<Q")
 
 
 def compute(directory: Path, load_format: str, dtype: str, layout: KvLayout) -> str:
@@ -23,9 +21,8 @@ def compute(directory: Path, load_format: str, dtype: str, layout: KvLayout) -> 
     """
     digest = hashlib.blake2b(digest_size=16)
     digest.update(json.dumps(json.loads((directory / "config.json").read_bytes()), sort_keys=True).encode())
-    digest.update(
-        repr((load_format, dtype, layout.dtype, layout.num_layers, layout.block_size, layout.num_kv_heads, layout.head_dim)).encode()
-    )
+    block = (layout.dtype, layout.num_layers, layout.block_size, layout.num_kv_heads, layout.head_dim)
+    digest.update(repr((load_format, dtype, block)).encode())
     if load_format != "dummy":
         for file in checkpoint_files(directory):
             _add_weights(digest, file)
@@ -33,16 +30,13 @@ def compute(directory: Path, load_format: str, dtype: str, layout: KvLayout) -> 
 
 
 def _add_weights(digest: "hashlib.blake2b", file: Path) -> None:
+    header, data_start = read_header(file)
+    digest.update(json.dumps(header, sort_keys=True).encode())
     descriptor = os.open(file, os.O_RDONLY)
     try:
-        (length,) = _HEADER_LENGTH.unpack(os.pread(descriptor, _HEADER_LENGTH.size, 0))
-        header = os.pread(descriptor, length, _HEADER_LENGTH.size)
-        digest.update(header)
-        data_start = _HEADER_LENGTH.size + length
-        for name, tensor in sorted(json.loads(header).items()):
-            if name != "__metadata__":
-                start, end = tensor["data_offsets"]
-                middle = data_start + (start + end) // 2
-                digest.update(os.pread(descriptor, min(_SAMPLE_BYTES, data_start + end - middle), middle))
+        for _, tensor in sorted(header.items()):
+            start, end = tensor["data_offsets"]
+            middle = (start + end) // 2
+            digest.update(os.pread(descriptor, min(_SAMPLE_BYTES, end - middle), data_start + middle))
     finally:
         os.close(descriptor)

@@ -1,5 +1,6 @@
 """Rotary position embedding (Su et al., "RoFormer", 2021), and the write of K and V into a paged cache."""
 
+import torch
 from torch import Tensor
 
 from kernels.norm import rms_norm
@@ -27,7 +28,7 @@ def rope_write_kv(
     """
     block_size, num_kv_heads, head_dim = key_cache.shape[1:]
     heads = qkv.view(qkv.shape[0], -1, head_dim)
-    q, k, v = heads.split([heads.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads], dim=1)
+    q, k, v = torch.split(heads, [heads.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads], dim=1)
     if q_norm is not None and k_norm is not None:
         q.copy_(rms_norm(q, q_norm, eps))
         k.copy_(rms_norm(k, k_norm, eps))

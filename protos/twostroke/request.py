@@ -9,12 +9,8 @@ from twostroke.errors import InvalidArgument
 from twostroke.v1 import inference_pb2 as pb
 
 
-class Message(TypedDict):
-    """One message of a chat, such as `{"role": "user", "content": "Hello"}`."""
-
-    role: str
-    content: str
-
+Message: TypeAlias = Mapping[str, str]
+"""One message of a chat, such as `{"role": "user", "content": "Hello"}`."""
 
 Messages: TypeAlias = Sequence[Message]
 Prompt: TypeAlias = str | Messages | Sequence[int]
@@ -105,7 +101,7 @@ def _set_prompt(request: pb.GenerateRequest, prompt: Prompt) -> None:
 
 
 def _chat(messages: Sequence[Any]) -> pb.Chat:
-    return pb.Chat(messages=[pb.ChatMessage(role=message["role"], content=message["content"]) for message in messages])
+    return pb.Chat(messages=[pb.ChatMessage(**message) for message in messages])
 
 
 def _set_option(request: pb.GenerateRequest, name: str, value: object) -> None:

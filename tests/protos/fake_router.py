@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -82,7 +83,7 @@ class FakeRouter(inference_pb2_grpc.InferenceServicer):
         return pb.GetLoadResponse(running=self.running)
 
     async def _answer(
-        self, request: pb.GenerateRequest, context: "grpc.aio.ServicerContext[pb.GenerateRequest, object]"
+        self, request: pb.GenerateRequest, context: "grpc.aio.ServicerContext[Any, Any]"
     ) -> AsyncIterator[pb.GenerateChunk]:
         self.requests.append(request)
         self.deadlines.append(context.time_remaining())

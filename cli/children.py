@@ -1,0 +1,53 @@
+"""Child processes that are kept running."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+
+# A child that died this often within so many seconds would only die again.
+MOST_DEATHS = 5
+DEATHS_WITHIN_SECONDS = 60.0
+
+
+@dataclass(slots=True)
+class Child:
+    """A process that dies with this one. Started again with `start` after it died."""
+
+    name: str
+    command: list[str]
+    process: subprocess.Popen[bytes] | None = None
+    deaths: list[float] = field(default_factory=list)
+
+    def start(self) -> None:
+        # Its own process group: Ctrl-C at the terminal is for this process, which then stops its children in order.
+        # Its standard output is this process's error output: standard output is for the command that is served.
+        command = [sys.executable, "-m", "cli.bound_to_parent", str(os.getpid()), *self.command]
+        # Its settings are flags: a variable that was meant for one part of the cluster must not reach the others.
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("TWOSTROKE_")}
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=sys.stderr, env=environment, process_group=0
+        )
+
+    def death(self) -> str | None:
+        """How the process ended, in words; None while it runs."""
+        code = self.process.poll() if self.process else None
+        if code is None:
+            return None
+        self.deaths.append(time.monotonic())
+        return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+
+    @property
+    def crash_loops(self) -> bool:
+        since = time.monotonic() - DEATHS_WITHIN_SECONDS
+        return sum(death > since for death in self.deaths) >= MOST_DEATHS
+
+    def send(self, number: signal.Signals) -> None:
+        if self.process and self.process.poll() is None:
+            self.process.send_signal(number)
+
+    @property
+    def running(self) -> bool:
+        return self.process is not None and self.process.poll() is None

@@ -1,0 +1,68 @@
+"""`twostroke generate`: one question, one answer."""
+
+import sys
+from json import dumps
+from typing import Annotated
+
+from cyclopts import Parameter
+from google.protobuf.json_format import MessageToDict
+from google.protobuf.message import Message
+
+from cli.options import Connection, Sampling, errors_as_exit
+from twostroke import Generation, Prompt
+
+
+def generate(
+    prompt: Annotated[str, Parameter(show_env_var=False)],
+    /,
+    *,
+    system: str | None = None,
+    raw: bool = False,
+    json: bool = False,
+    connection: Connection = Connection(),
+    sampling: Sampling = Sampling(),
+) -> None:
+    """
+    Parameters
+    ----------
+    prompt
+        What to ask; - reads standard input.
+    system
+        A system message to put before it.
+    raw
+        Continue the prompt as it is, without the model's chat template.
+    json
+        Print one JSON object at the end: text, token ids, finish reason, usage and timing.
+    """
+    text = sys.stdin.read() if prompt == "-" else prompt
+    question = text if raw else _chat(text, system)
+    options = sampling.options()
+    with errors_as_exit(), connection.client() as client:
+        if json:
+            print(_as_json(client.generate(question, **options)))
+            return
+        for piece in client.stream(question, **options):
+            print(piece.text, end="", flush=True)
+        print()
+
+
+def _chat(question: str, system: str | None) -> Prompt:
+    messages = [{"role": "user", "content": question}]
+    return [{"role": "system", "content": system}, *messages] if system else messages
+
+
+def _as_json(answer: Generation) -> str:
+    def plain(message: Message) -> object:
+        return MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
+
+    return dumps(
+        {
+            "text": answer.text,
+            "token_ids": answer.token_ids,
+            "finish_reason": answer.finish.reason,
+            "prompt": plain(answer.prompt),
+            "usage": plain(answer.finish.usage),
+            "timing": plain(answer.finish.timing),
+        },
+        ensure_ascii=False,
+    )

@@ -1,0 +1,71 @@
+"""The `twostroke` command. Commands are imported when they are run, so that help comes at once."""
+
+import sys
+from importlib import import_module
+
+from cyclopts import App, Parameter
+from cyclopts.config import Env
+
+app = App(
+    name="twostroke",
+    help="LLM inference with prefill and decode in separate workers.",
+    help_epilogue="Every flag is an environment variable too: --max-batch is TWOSTROKE_MAX_BATCH. Flags win.",
+    # Read from the package when asked for, and help is not parsed as markdown: either would double the time to --help.
+    version=lambda: import_module("importlib.metadata").version("twostroke"),
+    help_format="plaintext",
+    config=Env("TWOSTROKE_", command=False),
+    default_parameter=Parameter(negative=()),
+)
+
+app.command(
+    "cli.serve:serve",
+    name="serve",
+    help="""Run a router and workers on this machine, until Ctrl-C.
+
+    A part that dies is started again. A second Ctrl-C kills what still runs after the first.
+
+    With a command, wait until the cluster is ready, run it with TWOSTROKE_TARGET set, then stop all; for example:
+
+        twostroke serve --decode-workers 2 -- twostroke generate "Name three primary colors."
+    """,
+)
+app.command("cli.parts:router", name="router", help="Run a router, the door that clients call.")
+app.command("cli.parts:prefill_worker", name="prefill-worker", help="Run a worker that turns prompts into KV cache.")
+app.command("cli.parts:decode_worker", name="decode-worker", help="Run a worker that turns KV cache into tokens.")
+app.command(
+    "cli.generate:generate",
+    name="generate",
+    help="""Ask a running cluster once; the answer appears as it is made.
+
+        twostroke generate "Name three primary colors." --max-tokens 64
+
+        git diff | twostroke generate - --system "Write a commit message for this change." --temperature 0
+    """,
+)
+app.command(
+    "cli.chat:chat",
+    name="chat",
+    help="""Talk with the model of a running cluster.
+
+    Ctrl-C cuts an answer short (what came of it stays in the conversation), Ctrl-D ends the program.
+    """,
+)
+app.command(
+    "cli.bench:bench",
+    name="bench",
+    help="""Measure a running cluster under load: latencies, rates and goodput.
+
+        twostroke bench --concurrency 16 --requests 200 --prompt-tokens 512 --output-tokens 128
+
+        twostroke bench --rate 4 --duration 60 --prompt-tokens lognormal:400,0.8 --ttft-limit 500 --json run.json
+    """,
+)
+
+
+def main(command: str | None = None) -> None:
+    """Runs the command line; `command` is what `python -m router` and its like put in front of their flags."""
+    app([command, *sys.argv[1:]] if command else None)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""Flags that several commands have."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import cast
+
+from cyclopts import Parameter
+
+from twostroke import Client, Options, TwostrokeError
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, slots=True)
+class Connection:
+    target: str = "localhost:8600"
+    """The router, host:port."""
+
+    api_key: str | None = None
+    """Sent as a bearer token."""
+
+    tls: bool = False
+    """Connect with TLS, against the system's certificate authorities."""
+
+    timeout: float | None = None
+    """Seconds that an answer may take. Not set: for ever."""
+
+    def client(self) -> Client:
+        return Client(self.target, api_key=self.api_key, tls=self.tls, timeout=self.timeout)
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    max_tokens: int = 512
+    """Most tokens of the answer."""
+
+    temperature: float | None = None
+    """0 is greedy; the router's default is 1."""
+
+    top_k: int | None = None
+    """Sample from this many of the likeliest tokens."""
+
+    top_p: float | None = None
+    """Sample from the likeliest tokens that have this probability together."""
+
+    min_p: float | None = None
+    """Drop tokens less likely than this times the likeliest."""
+
+    repetition_penalty: float | None = None
+    """Above 1: tokens of the prompt and the answer become less likely."""
+
+    presence_penalty: float | None = None
+    """Above 0: tokens of the answer become less likely, once for all their uses."""
+
+    frequency_penalty: float | None = None
+    """Above 0: tokens of the answer become less likely with every use."""
+
+    seed: int | None = None
+    """The same seed gives the same answer."""
+
+    stop: tuple[str, ...] | None = None
+    """Ends the answer before this text; may be given several times."""
+
+    ignore_eos: bool = False
+    """Go on past the model's end of the answer."""
+
+    def options(self) -> Options:
+        return cast(Options, {name: value for name, value in asdict(self).items() if value is not None})
+
+
+@contextmanager
+def errors_as_exit() -> Iterator[None]:
+    """Ends the program with a sentence where a call failed, and quietly after Ctrl-C."""
+    try:
+        yield
+    except TwostrokeError as error:
+        raise SystemExit(f"twostroke: {error.code.name}: {error.message}") from error
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

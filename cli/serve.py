@@ -1,0 +1,238 @@
+"""`twostroke serve`: a whole cluster on this machine, each part a process."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from types import FrameType
+from typing import Annotated, Any, Literal
+
+from cyclopts import Parameter
+
+from cli.children import Child
+from decode_worker.config import DecodeConfig
+from prefill_worker.config import PrefillConfig
+from router.config import RouterConfig
+from twostroke import Client, TwostrokeError
+
+POLL_SECONDS = 0.1
+STOP_SECONDS = 5.0
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, slots=True)
+class ServeConfig:
+    """What `serve` passes on: to each part, the flags that it knows by the same name and that are set."""
+
+    prefill_workers: int = 1
+    """Number of prefill workers."""
+
+    decode_workers: int = 1
+    """Number of decode workers."""
+
+    devices: tuple[str, ...] = ("auto",)
+    """Devices of the workers, prefill workers first, in turn: cpu, cuda or cuda:N."""
+
+    listen: str = "127.0.0.1:8600"
+    """Address to serve at, host:port. Port 0 picks a free one."""
+
+    model: str | None = None
+    """Model to serve: a local Hugging Face directory. Not set: the embedded SmolLM2-135M-Instruct."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
+    """Type of weights and KV. auto: the model's own on a GPU, float32 on a CPU."""
+
+    load_format: Literal["auto", "dummy"] | None = None
+    """dummy: random weights for the model's config.json, for benchmarks."""
+
+    block_size: int | None = None
+    """Tokens in a KV block."""
+
+    num_blocks: int | None = None
+    """KV blocks of each worker. Not set: as many as fit the memory that is free."""
+
+    max_length: int | None = None
+    """Tokens of the longest sequence, prompt and output together. Not set: the model's context length."""
+
+    max_batch_tokens: int | None = None
+    """Most tokens in one forward pass of a prefill worker."""
+
+    lease_seconds: float | None = None
+    """Seconds that a prefill worker holds a finished prompt's blocks for a decode worker."""
+
+    max_batch: int | None = None
+    """Most sequences that a decode worker decodes together."""
+
+    headroom_tokens: int | None = None
+    """Room for output that a request's first attempt reserves on a decode worker, in tokens."""
+
+    max_queue: int | None = None
+    """Most requests that wait for a worker."""
+
+    max_resumes: int | None = None
+    """Times that a request may lose a worker or its KV and go on."""
+
+    worker_grace: float | None = None
+    """Seconds that requests wait for a worker of a role that has none."""
+
+    drain_seconds: float | None = None
+    """Seconds that running requests get to finish after Ctrl-C."""
+
+    transport: Literal["auto", "shm", "cuda_ipc"] | None = None
+    """How KV goes from prefill to decode workers. auto: cuda_ipc on a GPU, shm on a CPU."""
+
+    threads: int | None = None
+    """CPU threads of each worker."""
+
+    metrics_port: int | None = None
+    """Port of the router's Prometheus metrics; the workers take those after it. Not set: none are served."""
+
+    log_format: Literal["people", "json"] | None = None
+    """How log lines look."""
+
+
+def serve(
+    *command: Annotated[str, Parameter(allow_leading_hyphen=True, show_env_var=False)],
+    config: ServeConfig = ServeConfig(),
+) -> None:
+    """
+    Parameters
+    ----------
+    command
+        What to run against the cluster, after --.
+    """
+    if command and shutil.which(command[0]) is None:
+        raise SystemExit(f"twostroke serve: there is no command {command[0]!r}")
+    target = _with_port(config.listen)
+    router, *workers = cluster = _cluster(config, target)
+    with _stop_signals() as signals, Client(_reachable(target)) as client:
+        try:
+            for child in cluster:
+                child.start()
+            raise SystemExit(_supervise(cluster, client, command, _reachable(target), signals))
+        finally:
+            _stop([[router], workers], (config.drain_seconds or RouterConfig().drain_seconds) + STOP_SECONDS, signals)
+
+
+def _supervise(cluster: list[Child], client: Client, command: tuple[str, ...], target: str, signals: list[int]) -> int:
+    """Runs until a signal, the command's end, or a death that a new start would not mend; returns the exit code."""
+    began, ready = time.monotonic(), False
+    running: subprocess.Popen[bytes] | None = None
+    while not signals:
+        for child in cluster:
+            if (death := child.death()) is None:
+                continue
+            if not ready or child.crash_loops:
+                _say(f"{child.name} {death}; giving up")
+                return 1
+            _say(f"{child.name} {death}; starting it again")
+            child.start()
+        if not ready and (ready := _is_ready(client, workers=len(cluster) - 1)):
+            _say(f"ready at {target} after {time.monotonic() - began:.1f} s: {client.model().name}")
+            if command:
+                running = subprocess.Popen(command, env=os.environ | {"TWOSTROKE_TARGET": target})
+        if running and (code := running.poll()) is not None:
+            return code if code >= 0 else 128 - code
+        time.sleep(POLL_SECONDS)
+    if running:
+        return _wait_for(running)
+    return 0
+
+
+def _is_ready(client: Client, workers: int) -> bool:
+    """Whether the router's health is SERVING, and every worker takes requests."""
+    try:
+        client.wait_until_ready(timeout=POLL_SECONDS)
+        return sum(worker.ready for worker in client.load(timeout=1).workers) == workers
+    except TwostrokeError:
+        return False
+
+
+def _cluster(config: ServeConfig, listen: str) -> list[Child]:
+    router = _part("router", RouterConfig, config, {"listen": listen})
+    roles = ["prefill"] * config.prefill_workers + ["decode"] * config.decode_workers
+    workers = []
+    for index, role in enumerate(roles):
+        settings: type[PrefillConfig | DecodeConfig] = PrefillConfig if role == "prefill" else DecodeConfig
+        own: dict[str, object] = {"listen": "127.0.0.1:0", "router": _reachable(listen)}
+        own["device"] = config.devices[index % len(config.devices)]
+        if config.metrics_port is not None:
+            own["metrics_port"] = config.metrics_port + 1 + index
+        workers.append(_part(f"{role}_worker", settings, config, own))
+    return [router, *workers]
+
+
+def _part(module: str, settings: type[Any], config: ServeConfig, own: dict[str, object]) -> Child:
+    known = {field.name for field in fields(settings)}
+    passed_on = {field.name: getattr(config, field.name) for field in fields(config) if field.name in known}
+    flags = {name: value for name, value in (passed_on | own).items() if value is not None}
+    arguments = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
+    return Child(module.replace("_", " "), [sys.executable, "-m", module, *arguments])
+
+
+def _with_port(listen: str) -> str:
+    """`listen` with port 0 replaced by one that is free: workers must be told the router's port before it runs."""
+    host, _, port = listen.rpartition(":")
+    if port != "0":
+        return listen
+    with socket.create_server((host.strip("[]"), 0)) as server:
+        return f"{host}:{server.getsockname()[1]}"
+
+
+def _reachable(address: str) -> str:
+    """Where processes of this machine reach what listens at `address`."""
+    host, _, port = address.rpartition(":")
+    return f"127.0.0.1:{port}" if host in ("", "0.0.0.0", "[::]") else address
+
+
+def _stop(stages: Iterable[list[Child]], seconds: float, signals: list[int]) -> None:
+    """Stops the router first, so that requests finish or end in order, then the workers; a second signal hurries."""
+    received = len(signals)
+    for children in stages:
+        for child in children:
+            child.send(signal.SIGTERM)
+        deadline = time.monotonic() + seconds
+        while any(child.running for child in children) and time.monotonic() < deadline and len(signals) <= received:
+            time.sleep(0.02)
+        for child in children:
+            child.send(signal.SIGKILL)
+        for child in children:
+            if child.process:
+                child.process.wait()
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM in a list instead of being ended by them."""
+    signals: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        signals.append(number)
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield signals
+    finally:
+        for handled, handler in previous.items():
+            signal.signal(handled, handler)
+
+
+def _wait_for(command: subprocess.Popen[bytes]) -> int:
+    """The exit code of a command that is stopped; Ctrl-C at the terminal reached it already."""
+    command.terminate()
+    try:
+        code = command.wait(timeout=STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        command.kill()
+        code = command.wait()
+    return code if code >= 0 else 128 - code
+
+
+def _say(text: str) -> None:
+    print(f"twostroke serve: {text}", file=sys.stderr, flush=True)

@@ -16,7 +16,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check -qq
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format protos lock gpu-check clean
+.PHONY: help demo test test-slow lint format protos docs lock gpu-check compose-test clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  ##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -36,7 +36,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	@touch $@
 
 demo: $(VENV)/.installed  ## set up, start a cluster, ask the model two things, stop
-	$(BIN)/twostroke serve -- sh deploy/demo.sh
+	$(BIN)/twostroke serve -- $(BIN)/python deploy/demo.py
 
 test: $(VENV)/.installed-dev  ## the test suite without what is marked slow
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
@@ -57,8 +57,14 @@ format: $(VENV)/.installed-dev  ## format and fix what can be fixed
 protos: $(VENV)/.installed-dev  ## generate the Python stubs from the .proto files
 	$(BIN)/python protos/generate.py
 
+docs: $(VENV)/.installed  ## write the tables of docs/configuration.md from the code
+	$(BIN)/python docs/configuration.py
+
 lock: $(VENV)/.installed-dev  ## bring the images' locked requirements up to date
 	UV=$(BIN)/uv sh deploy/requirements/lock.sh
+
+compose-test: $(VENV)/.installed  ## as root on Debian: the containers end to end, with a Docker engine of its own where none runs
+	PYTHON=$(BIN)/python bash deploy/compose_test.sh
 
 gpu-check:  ## on a machine with an NVIDIA GPU: every GPU test and measurement, with the Python that has torch
 	bash deploy/gpu_check.sh

@@ -18,7 +18,10 @@ def configure(log_format: Literal["people", "json"]) -> None:
         renderer = structlog.processors.JSONRenderer()
         problems: list[structlog.typing.Processor] = [structlog.processors.format_exc_info]
     else:
-        renderer = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), pad_event_to=0)
+        # structlog's own tracebacks show local variables, and with them prompts
+        renderer = structlog.dev.ConsoleRenderer(
+            colors=sys.stderr.isatty(), pad_event_to=0, exception_formatter=structlog.dev.plain_traceback
+        )
         problems = []
     structlog.configure(
         processors=[

@@ -1,0 +1,139 @@
+"""One choice's tokens, as they come, to what the client gets: text, token ids, log-probabilities, a finish."""
+
+import time
+from collections.abc import Sequence
+
+from router.metrics import Metrics
+from router.request import Request, State
+from router.stop_strings import StopStrings
+from router.tokenizer import Tokenizer
+from router.validate import Job
+from twostroke.v1 import inference_pb2 as pb
+from twostroke.v1 import worker_pb2
+
+
+class Answer:
+    """The reader's side of a `Request`, and at the reader's pace: what gathered since the last call is one delta."""
+
+    def __init__(
+        self, request: Request, job: Job, tokenizer: Tokenizer, eos_token_ids: Sequence[int], metrics: Metrics
+    ) -> None:
+        self._request = request
+        self._job = job
+        self._eos_token_ids = eos_token_ids
+        self._metrics = metrics
+        self._token_bytes = tokenizer.token_bytes
+        self._detokenizer = tokenizer.detokenizer(special_tokens=job.special_tokens)
+        self._stops = StopStrings(job.stop) if job.stop else None
+        self._silent_stops = job.stop_token_ids - self._spoken_stops(tokenizer.special_ids)
+        self._last_at: float | None = None
+        self.tokens = 0  # of the request's output that are in the answer
+        self.over = False
+
+    def advance(self) -> tuple[pb.Delta, pb.Finish | None]:
+        """What came since the last call; a finish with the last of it."""
+        request = self._request
+        begin = self.tokens
+        tokens = request.output[begin:]
+        stop, finish = None, None
+        if self._stops is None:
+            self.tokens += len(tokens)
+            text = self._text(tokens)
+        else:
+            text, stop = self._text_to_stop(self._stops, tokens)
+            tokens = tokens[: self.tokens - begin]
+        if stop is not None:
+            finish = self._finished(pb.FINISH_REASON_STOP, stop=stop)
+        elif request.state is State.FINISHED:
+            text += self._rest()
+            finish = self._finished_by_token()
+        if tokens:
+            self._measure(len(tokens))
+        delta = pb.Delta(text=text, token_ids=tokens if self._job.want_token_ids else ())
+        if self._job.logprobs is not None:
+            pairs = zip(tokens, request.logprobs[begin : self.tokens], strict=True)
+            delta.logprobs.extend(self._token_logprob(token, logprobs) for token, logprobs in pairs)
+        return delta, finish
+
+    # ------------------------------------------------------------ text
+
+    def _spoken_stops(self, special: frozenset[int]) -> frozenset[int]:
+        """The stop tokens whose text is part of the answer that they end."""
+        hidden = special.union(self._eos_token_ids)
+        return frozenset(
+            token
+            for token in self._job.stop_token_ids
+            if (self._job.special_tokens if token in hidden else self._job.include_stop)
+        )
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        if tokens and tokens[-1] in self._silent_stops:  # which is the last token there will be
+            tokens = tokens[:-1]
+        return self._detokenizer.feed(tokens)
+
+    def _text_to_stop(self, stops: StopStrings, tokens: Sequence[int]) -> tuple[str, str | None]:
+        """Token by token, so that the token that completes a stop string does not depend on what came with it."""
+        text = ""
+        for token in tokens:
+            self.tokens += 1
+            piece = self._text((token,))
+            if self.tokens < self._job.min_tokens:
+                text += piece
+                continue
+            certain, stop = stops.feed(piece)
+            text += certain
+            if stop is not None:
+                return text + (stop if self._job.include_stop else ""), stop
+        return text, None
+
+    def _rest(self) -> str:
+        tail = self._detokenizer.finish()
+        if self._stops is None:
+            return tail
+        return self._stops.finish() + tail
+
+    def _token_logprob(self, token: int, logprobs: worker_pb2.Logprobs) -> pb.TokenLogprob:
+        table = self._token_bytes
+        return pb.TokenLogprob(
+            token_id=token,
+            token=table[token],
+            logprob=logprobs.logprob,
+            alternatives=[
+                pb.TokenLogprob.Alternative(token_id=top, token=table[top], logprob=logprob)
+                for top, logprob in zip(logprobs.top_ids, logprobs.top_logprobs, strict=True)
+            ],
+        )
+
+    # ------------------------------------------------------------ the end
+
+    def _finished_by_token(self) -> pb.Finish:
+        last = self._request.output[-1]
+        if last not in self._job.stop_token_ids:
+            return self._finished(pb.FINISH_REASON_LENGTH)
+        reason = pb.FINISH_REASON_EOS if last in self._eos_token_ids else pb.FINISH_REASON_STOP
+        return self._finished(reason, stop_token_id=last)
+
+    def _finished(
+        self, reason: pb.FinishReason.ValueType, stop: str = "", stop_token_id: int | None = None
+    ) -> pb.Finish:
+        self.over = True
+        request = self._request
+        total = time.monotonic() - request.arrived_at
+        self._metrics.end_to_end.observe(total)
+        usage = pb.Usage(
+            prompt_tokens=len(request.prompt.token_ids),
+            completion_tokens=self.tokens,
+            prefill_cached_tokens=request.prefill_cached_tokens,
+            decode_cached_tokens=request.decode_cached_tokens or 0,
+            resumes=request.resumes,
+        )
+        timing = pb.Timing()
+        timing.CopyFrom(request.timing)
+        timing.total_ms = 1000 * total
+        return pb.Finish(reason=reason, stop=stop, stop_token_id=stop_token_id, usage=usage, timing=timing)
+
+    def _measure(self, tokens: int) -> None:
+        now = time.monotonic()
+        if self._last_at is not None:
+            self._metrics.inter_token.observe((now - self._last_at) / tokens)
+        self._last_at = now

@@ -1,0 +1,406 @@
+"""Brings requests to pairs of workers, and through whatever happens there to their end."""
+
+import asyncio
+import itertools
+import random
+import time
+from collections.abc import Callable
+
+import grpc
+import structlog
+
+from common import prefix_hash
+from router import choose
+from router.config import RouterConfig
+from router.errors import CallError
+from router.fan_out import fan_out
+from router.metrics import Metrics
+from router.request import Attempt, Request, State
+from router.waiting_queue import WaitingQueue
+from router.worker import REFUSAL_PAUSE, Worker
+from twostroke.v1 import inference_pb2, worker_pb2
+
+log = structlog.get_logger(__name__)
+
+PREFILL = inference_pb2.WORKER_ROLE_PREFILL
+DECODE = inference_pb2.WORKER_ROLE_DECODE
+ROLE_NAMES = {PREFILL: "prefill", DECODE: "decode"}
+Cause = worker_pb2.Ended.Cause
+
+# Causes that say nothing against the worker or the request: they are not counted as faults.
+HARMLESS = {worker_pb2.Ended.CAUSE_PREEMPTED, worker_pb2.Ended.CAUSE_DRAINING}
+
+
+class Dispatcher:
+    """Owns every request and attempt. All of it runs on the event loop, and nothing in it waits."""
+
+    def __init__(self, config: RouterConfig, metrics: Metrics) -> None:
+        self._config = config
+        self._metrics = metrics
+        self._queue = WaitingQueue()
+        self._workers: dict[inference_pb2.WorkerRole.ValueType, list[Worker]] = {PREFILL: [], DECODE: []}
+        self._missing_since = dict.fromkeys(self._workers, time.monotonic())
+        self._attempt_ids = itertools.count(random.getrandbits(62))
+        self._running = 0
+        self._retry: asyncio.TimerHandle | None = None
+        self.ready_changed: Callable[[bool], None] = lambda _ready: None
+
+    # ------------------------------------------------------------ what others may know
+
+    @property
+    def queued(self) -> int:
+        return len(self._queue)
+
+    @property
+    def running(self) -> int:
+        return self._running
+
+    @property
+    def ready(self) -> bool:
+        """There is a worker of each role."""
+        return all(self._workers.values())
+
+    def workers(self) -> list[Worker]:
+        return [worker for workers in self._workers.values() for worker in workers]
+
+    def count(self, role: inference_pb2.WorkerRole.ValueType) -> int:
+        return len(self._workers[role])
+
+    def smallest_pool(self) -> int | None:
+        """Tokens of the longest sequence that every worker can hold; None while there is no worker."""
+        return min((worker.hello.max_length for worker in self.workers()), default=None)
+
+    # ------------------------------------------------------------ from clients
+
+    def check_admission(self, requests: int = 1) -> None:
+        """
+        Raises:
+            CallError: RESOURCE_EXHAUSTED where the queue has no place for so many more, UNAVAILABLE where a role
+                has had no worker for a while.
+        """
+        for role in self._workers:
+            if self._gone(role):
+                raise self._no_worker(role)
+        if len(self._queue) + requests > self._config.max_queue:
+            raise CallError(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                f"the queue is full ({len(self._queue)} of {self._config.max_queue} requests wait); try again later",
+            )
+
+    def submit(self, requests: list[Request]) -> None:
+        """
+        Raises:
+            CallError: as `check_admission`; then none of the requests was taken.
+        """
+        self.check_admission(len(requests))
+        for request in requests:
+            self._queue.push(request)
+        self.dispatch()
+
+    def drop(self, request: Request) -> None:
+        """The client went, or has all it wants. The workers hear of it with the next message."""
+        if request.state is State.QUEUED:
+            request.state = State.DROPPED
+            self._queue.dropped()
+        elif request.state is State.DISPATCHED:
+            assert request.attempt is not None
+            self._close(request.attempt)
+            request.state = State.DROPPED
+            self.dispatch()
+
+    # ------------------------------------------------------------ to workers
+
+    def dispatch(self) -> None:
+        """Sends out whatever waits and has a place to go to, in order; the first without one holds up the rest."""
+        while (request := self._queue.first()) is not None:
+            if not self._place(request):
+                return
+
+    def _place(self, request: Request) -> bool:
+        prefill = choose.prefill_worker(request, self._workers[PREFILL])
+        if prefill is None:
+            return self._wait(request, PREFILL, request.length + 1)
+        decode = None
+        if request.remaining > 1:
+            headroom = request.remaining if request.resumes else min(request.remaining, self._config.headroom_tokens)
+            decode = choose.decode_worker(request, self._workers[DECODE], request.length + headroom)
+            if decode is None:
+                return self._wait(request, DECODE, request.prompt.max_length)
+        self._queue.pop()
+        now = time.monotonic()
+        request.state = State.DISPATCHED
+        request.timing.queued_ms += 1000 * (now - request.queued_at)
+        self._running += 1
+        attempt = Attempt(
+            id=next(self._attempt_ids),
+            request=request,
+            prefill=prefill,
+            decode=decode,
+            prefill_tokens=request.length,
+            decode_blocks=decode.blocks(request.length + headroom) if decode else 0,
+        )
+        request.attempt = attempt
+        sequence = _sequence(request, prefill.hello)
+        prefill.attempts[attempt.id] = attempt
+        prefill.pending_tokens += attempt.prefill_tokens
+        prefill.send_prefill(worker_pb2.Prefill(attempt_id=attempt.id, sequence=sequence))
+        if decode is not None:
+            decode.attempts[attempt.id] = attempt
+            decode.reserve(attempt.decode_blocks)
+            decode.send_reserve(worker_pb2.Reserve(attempt_id=attempt.id, sequence=sequence, headroom_tokens=headroom))
+        return True
+
+    def _wait(self, request: Request, role: inference_pb2.WorkerRole.ValueType, tokens: int) -> bool:
+        """No worker of this role takes the request now. True where none ever will, so that it ends here."""
+        workers = self._workers[role]
+        if workers and not any(worker.can_hold(tokens) for worker in workers):
+            self._queue.pop()
+            sentence = f"no {ROLE_NAMES[role]} worker that is left can hold {tokens} tokens"
+            request.end(State.FAILED, CallError(grpc.StatusCode.UNAVAILABLE, sentence))
+            return True
+        if self._retry is None:
+            self._retry = asyncio.get_running_loop().call_later(REFUSAL_PAUSE, self._retry_now)
+        return False
+
+    def _retry_now(self) -> None:
+        self._retry = None
+        self.dispatch()
+
+    # ------------------------------------------------------------ from workers
+
+    def worker_up(self, worker: Worker) -> None:
+        was_ready = self.ready
+        self._workers[worker.role].append(worker)
+        if not was_ready and self.ready:
+            self.ready_changed(True)
+        self.dispatch()
+
+    def worker_lost(self, worker: Worker) -> None:
+        """Its stream ended, and with it everything that it did."""
+        self._retire(worker)
+        for attempt in list(worker.attempts.values()):
+            if attempt.prefill is worker:
+                self._leave_prefill(attempt, tell=False)
+            else:
+                self._leave_decode(attempt, tell=False)
+            self._resume(attempt, worker, "worker lost", fault=True)
+        self.dispatch()
+
+    def received(self, worker: Worker, message: worker_pb2.WorkerMessage) -> None:
+        for prefilled in message.prefilled:
+            self._prefilled(worker, prefilled)
+        for reserved in message.reserved:
+            self._reserved(worker, reserved)
+        for started in message.started:
+            self._started(worker, started)
+        if message.HasField("tokens"):
+            fan_out(worker.decoding, message.tokens)
+        for ended in message.ended:
+            self._ended(worker, ended)
+        if message.HasField("load"):
+            worker.report(message.load)
+        if self._queue:
+            self.dispatch()
+
+    def _prefilled(self, worker: Worker, prefilled: worker_pb2.Prefilled) -> None:
+        attempt = worker.attempts.get(prefilled.attempt_id)
+        if attempt is None or attempt.prefill is not worker or attempt.prefilled is not None:
+            return
+        now = time.monotonic()
+        request = attempt.request
+        attempt.prefilled = prefilled
+        worker.pending_tokens -= attempt.prefill_tokens
+        request.timing.prefill_ms += 1000 * (now - attempt.dispatched_at)
+        if not request.output:
+            request.timing.first_token_ms = 1000 * (now - request.arrived_at)
+            request.prefill_cached_tokens = prefilled.cached_tokens
+            self._metrics.first_token.observe(now - request.arrived_at)
+        if request.sampling.HasField("logprobs"):
+            request.logprobs.append(prefilled.logprobs)
+        request.add(prefilled.first_token)
+        if request.complete:
+            self._close(attempt)
+            request.end(State.FINISHED)
+        elif attempt.reserved:
+            self._start(attempt)
+
+    def _reserved(self, worker: Worker, reserved: worker_pb2.Reserved) -> None:
+        attempt = worker.attempts.get(reserved.attempt_id)
+        if attempt is None or attempt.decode is not worker or attempt.reserved:
+            return
+        worker.reserve_answered(attempt.decode_blocks, reserved.refused)
+        attempt.request.timing.reserved_ms += 1000 * (time.monotonic() - attempt.dispatched_at)
+        if reserved.refused:
+            attempt.decode = None
+            del worker.attempts[attempt.id]
+            self._close(attempt)
+            self._requeue(attempt.request)
+            return
+        attempt.reserved = True
+        attempt.decode_cached_tokens = reserved.cached_tokens
+        if attempt.prefilled is not None:
+            self._start(attempt)
+
+    def _start(self, attempt: Attempt) -> None:
+        """Both sides are ready: the decode worker may take the KV."""
+        assert attempt.prefilled is not None
+        assert attempt.decode is not None
+        attempt.decode.decoding[attempt.id] = attempt.request
+        attempt.decode.send_start(
+            worker_pb2.Start(attempt_id=attempt.id, first_token=attempt.prefilled.first_token, kv=attempt.prefilled.kv)
+        )
+
+    def _started(self, worker: Worker, started: worker_pb2.Started) -> None:
+        attempt = worker.attempts.get(started.attempt_id)
+        if attempt is None or attempt.decode is not worker or attempt.id not in worker.decoding:
+            return
+        request = attempt.request
+        attempt.decoding_since = time.monotonic()
+        request.timing.transfer_ms += started.transfer_ms
+        if request.decode_cached_tokens is None:
+            request.decode_cached_tokens = attempt.decode_cached_tokens
+        self._leave_prefill(attempt, tell=True)
+
+    def _ended(self, worker: Worker, ended: worker_pb2.Ended) -> None:
+        attempt = worker.attempts.get(ended.attempt_id)
+        if attempt is None:
+            return
+        if ended.cause == worker_pb2.Ended.CAUSE_DRAINING:
+            self._retire(worker)
+        if attempt.prefill is worker:
+            self._leave_prefill(attempt, tell=False)
+        else:
+            self._leave_decode(attempt, tell=False)
+        if ended.cause == worker_pb2.Ended.CAUSE_REJECTED:
+            self._close(attempt)
+            sentence = f"the {ROLE_NAMES[worker.role]} worker cannot serve this request: {ended.detail}"
+            attempt.request.end(State.FAILED, CallError(grpc.StatusCode.INVALID_ARGUMENT, sentence))
+            return
+        # A worker that calls an attempt finished whose last token does not say so is at fault, and treated so.
+        cause = Cause.Name(ended.cause).removeprefix("CAUSE_").lower()
+        self._resume(attempt, worker, cause, fault=ended.cause not in HARMLESS, detail=ended.detail)
+
+    # ------------------------------------------------------------ how attempts end
+
+    def _close(self, attempt: Attempt) -> None:
+        """Ends the attempt on both workers, as far as they still hold something for it."""
+        self._leave_prefill(attempt, tell=True)
+        self._leave_decode(attempt, tell=True)
+        attempt.request.attempt = None
+        self._running -= 1
+
+    def _leave_prefill(self, attempt: Attempt, *, tell: bool) -> None:
+        worker, attempt.prefill = attempt.prefill, None
+        if worker is None:
+            return
+        del worker.attempts[attempt.id]
+        if attempt.prefilled is None:
+            worker.pending_tokens -= attempt.prefill_tokens
+        if tell:
+            worker.send_ended(attempt.id)
+
+    def _leave_decode(self, attempt: Attempt, *, tell: bool) -> None:
+        worker, attempt.decode = attempt.decode, None
+        if worker is None:
+            return
+        del worker.attempts[attempt.id]
+        worker.decoding.pop(attempt.id, None)
+        if not attempt.reserved:
+            worker.reserve_answered(attempt.decode_blocks, refused=False)
+        worker.give_back(attempt.decode_blocks)
+        if attempt.decoding_since is not None:
+            attempt.request.timing.decode_ms += 1000 * (time.monotonic() - attempt.decoding_since)
+        if tell:
+            worker.send_ended(attempt.id)
+
+    def _resume(self, attempt: Attempt, worker: Worker, cause: str, *, fault: bool, detail: str = "") -> None:
+        """Another attempt goes on behind the last token that arrived, unless that was the last one anyway."""
+        request = attempt.request
+        self._close(attempt)
+        if request.complete:
+            request.end(State.FINISHED)
+            return
+        request.resumes += 1
+        self._metrics.resumes.labels(cause).inc()
+        log.info(
+            "resuming",
+            request_id=request.id,
+            choice=request.index,
+            cause=cause,
+            detail=detail,
+            worker=worker.address,
+            tokens_so_far=len(request.output),
+        )
+        if fault:
+            request.faults += 1
+            request.avoid.add(worker.instance)
+            if request.faults > self._config.max_resumes:
+                sentence = (
+                    f"gave up after {request.faults} faults; the last: {cause} ({worker.address}) {detail}".rstrip()
+                )
+                request.end(State.FAILED, CallError(grpc.StatusCode.UNAVAILABLE, sentence))
+                return
+        self._requeue(request)
+
+    def _requeue(self, request: Request) -> None:
+        for role in self._workers:
+            if self._gone(role):
+                request.end(State.FAILED, self._no_worker(role))
+                return
+        request.state = State.QUEUED
+        request.queued_at = time.monotonic()
+        self._queue.push(request)
+
+    # ------------------------------------------------------------ roles without workers
+
+    def _retire(self, worker: Worker) -> None:
+        """Nothing new goes to it."""
+        workers = self._workers[worker.role]
+        if worker in workers:
+            was_ready = self.ready
+            workers.remove(worker)
+            if was_ready and not self.ready:
+                self.ready_changed(False)
+            if not workers:
+                self._missing_since[worker.role] = time.monotonic()
+                asyncio.get_running_loop().call_later(self._config.worker_grace, self._give_up_waiting)
+
+    def watch_roles(self) -> None:
+        """Starts the clock for the roles that have no worker yet."""
+        self._missing_since = dict.fromkeys(self._workers, time.monotonic())
+        asyncio.get_running_loop().call_later(self._config.worker_grace, self._give_up_waiting)
+
+    def _give_up_waiting(self) -> None:
+        for role in self._workers:
+            if self._gone(role):
+                for request in self._queue.clear():
+                    request.end(State.FAILED, self._no_worker(role))
+
+    def _gone(self, role: inference_pb2.WorkerRole.ValueType) -> bool:
+        # A millisecond's tolerance: the timer that asks may be early by its clock's resolution.
+        missing = time.monotonic() - self._missing_since[role] + 0.001
+        return not self._workers[role] and missing >= self._config.worker_grace
+
+    def _no_worker(self, role: inference_pb2.WorkerRole.ValueType) -> CallError:
+        sentence = f"no {ROLE_NAMES[role]} worker is connected; it is safe to try again"
+        return CallError(grpc.StatusCode.UNAVAILABLE, sentence)
+
+
+def _sequence(request: Request, hello: worker_pb2.WorkerHello) -> worker_pb2.Sequence:
+    """Hashes only the blocks that no earlier attempt had."""
+    tokens = (*request.prompt.token_ids, *request.output)
+    block_size = hello.pool.layout.block_size
+    root = prefix_hash.cache_root(hello.fingerprint, request.prompt.cache_salt)
+    hashes = request.block_hashes
+    parent = hashes[-1] if hashes else root
+    hashes += prefix_hash.block_hashes(parent, tokens[len(hashes) * block_size :], block_size)
+    return worker_pb2.Sequence(
+        token_ids=tokens,
+        prompt_length=len(request.prompt.token_ids),
+        block_hashes=b"".join(hashes),
+        sampling=request.sampling,
+        max_length=request.prompt.max_length,
+        min_length=request.prompt.min_length,
+        stop_token_ids=sorted(request.prompt.stop_token_ids),
+        cache_root=root,
+    )

@@ -1,0 +1,23 @@
+"""One packed message of a decode step, to the requests' buffers: the router's hottest loop."""
+
+from collections.abc import Mapping
+
+from router.request import Request
+from twostroke.v1 import worker_pb2
+
+
+def fan_out(decoding: Mapping[int, Request], tokens: worker_pb2.StepTokens) -> None:
+    """Gives every token to the request that it is for. Attempts that ended in the meantime are passed over."""
+    find = decoding.get
+    if tokens.logprobs:
+        for attempt_id, token, logprobs in zip(tokens.attempt_ids, tokens.token_ids, tokens.logprobs, strict=True):
+            request = find(attempt_id)
+            if request is not None:
+                if request.sampling.HasField("logprobs"):
+                    request.logprobs.append(logprobs)
+                request.add(token)
+        return
+    for attempt_id, token in zip(tokens.attempt_ids, tokens.token_ids, strict=True):
+        request = find(attempt_id)
+        if request is not None:
+            request.add(token)

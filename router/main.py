@@ -1,0 +1,42 @@
+"""Starts a router, and stops it on a signal."""
+
+import asyncio
+import signal
+
+import structlog
+
+from common import logs
+from common.model_config import load_config
+from common.model_files import resolve
+from router.config import RouterConfig
+from router.server import Router
+from router.tokenizer import Tokenizer
+
+log = structlog.get_logger(__name__)
+
+
+def main(config: RouterConfig) -> None:
+    """Serves until SIGTERM or Ctrl-C; a second one does not wait for running requests."""
+    logs.configure(config.log_format)
+    asyncio.run(_serve(config))
+
+
+async def _serve(config: RouterConfig) -> None:
+    directory = resolve(config.model)
+    model = load_config(directory)
+    router = Router(config, model, Tokenizer(directory, model.vocab_size))
+    port = await router.start()
+    host = config.listen.rpartition(":")[0]
+    log.info("router listening", address=f"{host}:{port}", model=config.model)
+    signals: asyncio.Queue[int] = asyncio.Queue()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, signals.put_nowait, number)
+    await signals.get()
+    log.info("draining", seconds=config.drain_seconds, running=router.dispatcher.running)
+    draining = asyncio.ensure_future(router.stop(config.drain_seconds))
+    hurry = asyncio.ensure_future(signals.get())
+    await asyncio.wait((draining, hurry), return_when=asyncio.FIRST_COMPLETED)
+    if not draining.done():
+        draining.cancel()
+        await router.stop(0)
+    hurry.cancel()

@@ -1,0 +1,153 @@
+"""Which workers there are: named in the settings, found through DNS, or come by themselves."""
+
+import asyncio
+import ipaddress
+import secrets
+import socket
+import time
+from typing import TypeAlias
+
+import structlog
+
+from router.config import RouterConfig
+from router.dispatcher import DECODE, PREFILL, ROLE_NAMES, Dispatcher
+from router.errors import InvalidArgument
+from router.worker import Worker
+from router.worker_link import WorkerLink
+from twostroke.v1 import inference_pb2, worker_pb2
+
+log = structlog.get_logger(__name__)
+
+REGISTER_INTERVAL = 2.0
+# A worker that came by itself is forgotten when it is neither connected nor heard of for so long.
+REGISTRATION_LASTS = 15.0
+DNS_INTERVAL = 5.0
+MAX_WORKERS = 1024
+
+Role: TypeAlias = inference_pb2.WorkerRole.ValueType
+
+
+class Registry:
+    """Keeps a link to every address, and lets in only workers that fit together."""
+
+    def __init__(self, config: RouterConfig, dispatcher: Dispatcher) -> None:
+        self.instance = secrets.token_hex(8)
+        self._named: list[tuple[str, Role]] = [(address, PREFILL) for address in config.prefill]
+        self._named += [(address, DECODE) for address in config.decode]
+        self._dispatcher = dispatcher
+        self._links: dict[tuple[str, Role], WorkerLink] = {}
+        self._tasks: dict[tuple[str, Role], asyncio.Task[None]] = {}
+        self._heard_of: dict[tuple[str, Role], float] = {}
+
+    @property
+    def connected(self) -> list[Worker]:
+        return [link.worker for link in self._links.values() if link.worker is not None]
+
+    async def run(self) -> None:
+        """Looks names up and forgets addresses that are gone, until cancelled."""
+        try:
+            while True:
+                await self._look_up()
+                self._forget_gone()
+                await asyncio.sleep(DNS_INTERVAL)
+        finally:
+            for task in self._tasks.values():
+                task.cancel()
+            await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+
+    def register(self, request: worker_pb2.RegisterRequest) -> worker_pb2.RegisterResponse:
+        """
+        Raises:
+            InvalidArgument: the address or role is none, or there are too many workers.
+        """
+        host, _, port = request.address.rpartition(":")
+        if not host or not port.isdigit():
+            raise InvalidArgument("address", f"{request.address!r} is not host:port")
+        if request.role not in ROLE_NAMES:
+            raise InvalidArgument("role", "must be prefill or decode")
+        key = (request.address, request.role)
+        if key not in self._links and len(self._links) >= MAX_WORKERS:
+            raise InvalidArgument("address", f"the router has {MAX_WORKERS} workers already, and takes no more")
+        self._heard_of[key] = time.monotonic()
+        self._keep_link(key)
+        self._links[key].announced(request.instance)
+        return worker_pb2.RegisterResponse(interval_ms=int(1000 * REGISTER_INTERVAL))
+
+    # ------------------------------------------------------------ for the links
+
+    def refusal(self, worker: Worker, expected: Role) -> str | None:
+        hello = worker.hello
+        if hello.role != expected:
+            return f"it is a {ROLE_NAMES.get(hello.role)} worker, and was named as a {ROLE_NAMES[expected]} worker"
+        if any(other.instance == worker.instance for other in self.connected):
+            return "it is connected already, under another address"
+        if not hello.pool.layout.block_size or not hello.max_length:
+            return "its hello names no KV layout or length"
+        others = self.connected
+        return next((_difference(hello, other) for other in others if _difference(hello, other)), None)
+
+    def worker_up(self, worker: Worker) -> None:
+        self._dispatcher.worker_up(worker)
+
+    def worker_lost(self, worker: Worker) -> None:
+        self._dispatcher.worker_lost(worker)
+
+    def received(self, worker: Worker, message: worker_pb2.WorkerMessage) -> None:
+        self._dispatcher.received(worker, message)
+
+    # ------------------------------------------------------------ addresses
+
+    async def _look_up(self) -> None:
+        for name, role in self._named:
+            for address in await _addresses(name):
+                self._heard_of[address, role] = time.monotonic()
+                self._keep_link((address, role))
+
+    def _keep_link(self, key: tuple[str, Role]) -> None:
+        if key not in self._links:
+            address, role = key
+            self._links[key] = WorkerLink(address, role, self.instance, self)
+            self._tasks[key] = asyncio.create_task(self._links[key].run(), name=f"link {address}")
+
+    def _forget_gone(self) -> None:
+        long_ago = time.monotonic() - REGISTRATION_LASTS
+        for key, link in list(self._links.items()):
+            if link.worker is None and self._heard_of[key] < long_ago:
+                log.info("worker forgotten", worker=link.address)
+                self._tasks.pop(key).cancel()
+                del self._links[key], self._heard_of[key]
+
+
+def _difference(hello: worker_pb2.WorkerHello, other: Worker) -> str | None:
+    """What keeps two workers from working together, with both values."""
+    mine, theirs = hello.pool, other.hello.pool
+    for what, here, there in (
+        ("fingerprint", hello.fingerprint, other.hello.fingerprint),
+        ("dtype", hello.dtype, other.hello.dtype),
+        ("transport", mine.transport, theirs.transport),
+        ("block_size", mine.layout.block_size, theirs.layout.block_size),
+        ("num_layers", mine.layout.num_layers, theirs.layout.num_layers),
+        ("num_kv_heads", mine.layout.num_kv_heads, theirs.layout.num_kv_heads),
+        ("head_dim", mine.layout.head_dim, theirs.layout.head_dim),
+        ("KV dtype", mine.layout.dtype, theirs.layout.dtype),
+    ):
+        if here != there:
+            return f"its {what} is {here!r}, and that of {other.address} is {there!r}"
+    return None
+
+
+async def _addresses(name: str) -> list[str]:
+    """Every address behind a name now; the name itself where it is an address, local, or not to be resolved here."""
+    host, _, port = name.rpartition(":")
+    try:
+        ipaddress.ip_address(host.strip("[]"))
+        return [name]
+    except ValueError:
+        if host in ("localhost", "unix", "") or "/" in host:
+            return [name]
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
+    except OSError as error:
+        log.warning("cannot look up", name=name, reason=str(error))
+        return []
+    return sorted({f"[{ip}]:{port}" if ":" in str(ip) else f"{ip}:{port}" for ip in (entry[4][0] for entry in found)})

@@ -1,0 +1,95 @@
+"""A router, put together: its services, its links to workers, its metrics."""
+
+import asyncio
+from collections.abc import Awaitable
+from functools import partial
+
+import grpc
+import prometheus_client
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from common.grpc_options import KEEPALIVE
+from common.model_config import ModelConfig
+from router.config import RouterConfig
+from router.dispatcher import DECODE, PREFILL, ROLE_NAMES, Dispatcher
+from router.metrics import Metrics
+from router.registry import Registry
+from router.service import InferenceService, RegistryService
+from router.tokenizer import Tokenizer
+from router.validate import MAX_MESSAGE_BYTES
+from twostroke.v1 import inference_pb2, inference_pb2_grpc, worker_pb2, worker_pb2_grpc
+
+INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
+REGISTRY = worker_pb2.DESCRIPTOR.services_by_name["Registry"].full_name
+
+OPTIONS = [*KEEPALIVE, ("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)]
+
+
+class Router:
+    """Serves from `start` to `stop`, on the running event loop."""
+
+    def __init__(self, config: RouterConfig, model: ModelConfig, tokenizer: Tokenizer) -> None:
+        self._config = config
+        self.metrics = Metrics()
+        self.dispatcher = Dispatcher(config, self.metrics)
+        self.registry = Registry(config, self.dispatcher)
+        self._service = InferenceService(config, model, tokenizer, self.dispatcher, self.registry, self.metrics)
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self) -> int:
+        """Returns the port it serves at.
+
+        Raises:
+            OSError: the address cannot be listened on.
+        """
+        self._server = grpc.aio.server(options=OPTIONS)
+        inference_pb2_grpc.add_InferenceServicer_to_server(self._service, self._server)
+        worker_pb2_grpc.add_RegistryServicer_to_server(RegistryService(self.registry), self._server)
+        self._health = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection(
+            (INFERENCE, REGISTRY, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server
+        )
+        try:
+            port = self._server.add_insecure_port(self._config.listen)
+        except RuntimeError as error:
+            raise OSError(f"cannot listen on {self._config.listen}: {error}. Is the port taken?") from error
+        self._watch()
+        if self._config.metrics_port is not None:
+            host = self._config.listen.rpartition(":")[0].strip("[]")
+            prometheus_client.start_http_server(self._config.metrics_port, host or "0.0.0.0", self.metrics.registry)
+        await self._health.set(REGISTRY, health_pb2.HealthCheckResponse.SERVING)
+        await self._set_health(self.dispatcher.ready)
+        await self._server.start()
+        self._spawn(self.registry.run())
+        return port
+
+    async def stop(self, grace: float) -> None:
+        """Takes no new calls, gives running ones `grace` seconds, and closes the links to the workers."""
+        self.dispatcher.ready_changed = lambda _ready: None
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(grace)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _watch(self) -> None:
+        dispatcher, metrics = self.dispatcher, self.metrics
+        dispatcher.ready_changed = lambda ready: self._spawn(self._set_health(ready))
+        dispatcher.watch_roles()
+        metrics.queued.set_function(lambda: dispatcher.queued)
+        metrics.running.set_function(lambda: dispatcher.running)
+        for role in (PREFILL, DECODE):
+            count = metrics.workers.labels(ROLE_NAMES[role])
+            count.set_function(partial(dispatcher.count, role))
+
+    async def _set_health(self, ready: bool) -> None:
+        status = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
+        for service in ("", INFERENCE):
+            await self._health.set(service, status)
+
+    def _spawn(self, work: Awaitable[None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.append(task)
+        task.add_done_callback(self._tasks.remove)

@@ -1,0 +1,252 @@
+"""The gRPC services of a router: `Inference` for clients, `Registry` for workers."""
+
+import itertools
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from typing import Any
+
+import grpc
+import structlog
+
+import twostroke
+from common.model_config import ModelConfig
+from router import validate
+from router.answer import Answer
+from router.config import RouterConfig
+from router.dispatcher import Dispatcher
+from router.errors import CallError, InvalidArgument
+from router.mailbox import Mailbox
+from router.metrics import Metrics
+from router.registry import Registry
+from router.request import Prompt, Request
+from router.tokenizer import Tokenizer
+from router.validate import Job
+from router.worker import Worker
+from twostroke.v1 import inference_pb2 as pb
+from twostroke.v1 import inference_pb2_grpc, worker_pb2, worker_pb2_grpc
+
+log = structlog.get_logger(__name__)
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class InferenceService(inference_pb2_grpc.InferenceServicer):
+    def __init__(
+        self,
+        config: RouterConfig,
+        model: ModelConfig,
+        tokenizer: Tokenizer,
+        dispatcher: Dispatcher,
+        registry: Registry,
+        metrics: Metrics,
+    ) -> None:
+        self._config = config
+        self._model = model
+        self._tokenizer = tokenizer
+        self._dispatcher = dispatcher
+        self._registry = registry
+        self._metrics = metrics
+        self._serials = itertools.count()
+
+    # ------------------------------------------------------------ generating
+
+    async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
+        response = pb.GenerateResponse()
+        async with self._call("Generate", context), aclosing(self._chunks(request)) as chunks:
+            async for chunk in chunks:
+                _gather(response, chunk)
+        return response
+
+    # A coroutine that writes, where the stubs know only generators: a generator that is cancelled while its message is
+    # being sent is not closed until it is collected.
+    async def GenerateStream(self, request: pb.GenerateRequest, context: Context) -> None:  # type: ignore[override]
+        async with self._call("GenerateStream", context), aclosing(self._chunks(request)) as chunks:
+            async for chunk in chunks:
+                await context.write(chunk)
+
+    async def _chunks(self, request: pb.GenerateRequest) -> AsyncGenerator[pb.GenerateChunk, None]:
+        """The answer, at the reader's pace. Closing it, at whatever point, ends the request on the workers."""
+        job = validate.check(request, self._model)
+        structlog.contextvars.bind_contextvars(request_id=job.request_id)
+        self._dispatcher.check_admission(job.n)
+        token_ids = await self._prompt(request)
+        mailbox: Mailbox[Request] = Mailbox()
+        requests = self._requests(job, token_ids, mailbox)
+        answers = [
+            Answer(choice, job, self._tokenizer, self._model.eos_token_ids, self._metrics) for choice in requests
+        ]
+        self._dispatcher.submit(requests)
+        self._metrics.prompt_tokens.inc(len(token_ids))
+        try:
+            info = pb.PromptInfo(request_id=job.request_id, prompt_tokens=len(token_ids), seed=job.seed)
+            yield pb.GenerateChunk(prompt=info)
+            unfinished = job.n
+            while unfinished:
+                for choice in await mailbox.take():
+                    choice.posted = False
+                    if choice.failure is not None:
+                        raise choice.failure
+                    answer = answers[choice.index]
+                    if answer.over:
+                        continue
+                    delta, finish = answer.advance()
+                    if finish is not None:
+                        self._dispatcher.drop(choice)
+                        unfinished -= 1
+                        _log_finish(choice.index, finish)
+                    yield pb.GenerateChunk(index=choice.index, delta=delta, finish=finish)
+        finally:
+            for choice in requests:
+                self._dispatcher.drop(choice)
+            self._metrics.output_tokens.inc(sum(answer.tokens for answer in answers))
+
+    async def _prompt(self, request: pb.GenerateRequest) -> list[int]:
+        match request.WhichOneof("input"):
+            case "text":
+                return await self._tokenizer.encode(request.text, add_special_tokens=True)
+            case "chat":
+                return await self._tokenizer.encode_chat(request.chat)
+            case _:
+                token_ids = list(request.token_ids.ids)
+                validate.check_tokens("token_ids.ids", token_ids, self._model)
+                return token_ids
+
+    def _requests(self, job: Job, token_ids: list[int], mailbox: Mailbox[Request]) -> list[Request]:
+        prompt = Prompt(
+            token_ids=tuple(token_ids),
+            max_length=validate.check_length(len(token_ids), job, self._model, self._dispatcher.smallest_pool()),
+            min_length=len(token_ids) + job.min_tokens,
+            stop_token_ids=job.stop_token_ids,
+            cache_salt=job.cache_salt,
+        )
+        requests = []
+        for index in range(job.n):
+            sampling = worker_pb2.SamplingParams()
+            sampling.CopyFrom(job.sampling)
+            sampling.seed = (job.seed + index) % (validate.MAX_SEED + 1)
+            requests.append(Request(job.request_id, index, next(self._serials), prompt, sampling, mailbox))
+        return requests
+
+    # ------------------------------------------------------------ tokens
+
+    async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
+        async with self._call("Tokenize", context):
+            if request.WhichOneof("input") == "chat":
+                return pb.TokenizeResponse(token_ids=await self._tokenizer.encode_chat(request.chat))
+            special = request.add_special_tokens if request.HasField("add_special_tokens") else True
+            token_ids = await self._tokenizer.encode(request.text, add_special_tokens=special)
+            return pb.TokenizeResponse(token_ids=token_ids)
+
+    async def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:
+        async with self._call("Detokenize", context):
+            validate.check_tokens("token_ids", request.token_ids, self._model)
+            text = self._tokenizer.decode(request.token_ids, special_tokens=request.special_tokens)
+            return pb.DetokenizeResponse(text=text)
+
+    # ------------------------------------------------------------ about the cluster
+
+    async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:
+        model, dispatcher = self._model, self._dispatcher
+        longest = min(model.context_length, dispatcher.smallest_pool() or model.context_length)
+        response = pb.GetModelResponse(
+            name=self._config.model,
+            architecture=model.architecture,
+            context_length=model.context_length,
+            vocab_size=model.vocab_size,
+            eos_token_ids=model.eos_token_ids,
+            limits=pb.Limits(
+                max_prompt_tokens=longest - 1,
+                max_total_tokens=longest,
+                max_queue=self._config.max_queue,
+                max_n=validate.MAX_N,
+                max_logprobs=validate.MAX_LOGPROBS,
+                max_stop_strings=validate.MAX_STOP_STRINGS,
+                max_stop_tokens=validate.MAX_STOP_TOKENS,
+                max_logit_bias=validate.MAX_LOGIT_BIAS,
+                max_message_bytes=validate.MAX_MESSAGE_BYTES,
+            ),
+            version=twostroke.__version__,
+        )
+        for worker in dispatcher.workers()[:1]:  # they are all alike in this
+            response.dtype = worker.hello.dtype
+            response.block_size = worker.hello.pool.layout.block_size
+            response.fingerprint = worker.hello.fingerprint
+        return response
+
+    async def GetLoad(self, request: pb.GetLoadRequest, context: Context) -> pb.GetLoadResponse:
+        ready = set(self._dispatcher.workers())
+        return pb.GetLoadResponse(
+            queued=self._dispatcher.queued,
+            running=self._dispatcher.running,
+            workers=[_load(worker, worker in ready) for worker in self._registry.connected],
+        )
+
+    # ------------------------------------------------------------ how calls end
+
+    @asynccontextmanager
+    async def _call(self, method: str, context: Context) -> AsyncIterator[None]:
+        """Turns errors into status codes, and counts and logs how the call ended."""
+        began = time.monotonic()
+        code = grpc.StatusCode.CANCELLED  # unless the body comes to an end of its own
+        try:
+            yield
+            code = grpc.StatusCode.OK
+        except CallError as error:
+            code = error.code
+            log.info("call failed", method=method, code=code.name, reason=error.message)
+            await context.abort(code, error.message)
+        except Exception:
+            code = grpc.StatusCode.INTERNAL
+            log.exception("call failed", method=method)
+            await context.abort(code, "a fault of the router; its log says more")
+        finally:
+            self._metrics.calls.labels(method, code.name).inc()
+            if code is grpc.StatusCode.CANCELLED:
+                log.info("call cancelled", method=method, after_ms=round(1000 * (time.monotonic() - began)))
+
+
+class RegistryService(worker_pb2_grpc.RegistryServicer):
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+
+    async def Register(self, request: worker_pb2.RegisterRequest, context: Context) -> worker_pb2.RegisterResponse:
+        try:
+            return self._registry.register(request)
+        except InvalidArgument as error:
+            await context.abort(error.code, error.message)
+
+
+def _gather(response: pb.GenerateResponse, chunk: pb.GenerateChunk) -> None:
+    """Adds a chunk of the stream to the whole answer."""
+    if chunk.HasField("prompt"):
+        response.prompt.CopyFrom(chunk.prompt)
+        return
+    while len(response.choices) <= chunk.index:
+        response.choices.add(index=len(response.choices))
+    choice = response.choices[chunk.index]
+    choice.text += chunk.delta.text
+    choice.token_ids.extend(chunk.delta.token_ids)
+    choice.logprobs.extend(chunk.delta.logprobs)
+    if chunk.HasField("finish"):
+        choice.finish.CopyFrom(chunk.finish)
+
+
+def _load(worker: Worker, ready: bool) -> pb.WorkerLoad:
+    load = pb.WorkerLoad()
+    load.CopyFrom(worker.load)
+    load.address, load.instance, load.role, load.ready = worker.address, worker.instance, worker.role, ready
+    return load
+
+
+def _log_finish(index: int, finish: pb.Finish) -> None:
+    log.info(
+        "answered",
+        choice=index,
+        reason=pb.FinishReason.Name(finish.reason).removeprefix("FINISH_REASON_").lower(),
+        prompt_tokens=finish.usage.prompt_tokens,
+        completion_tokens=finish.usage.completion_tokens,
+        resumes=finish.usage.resumes,
+        first_token_ms=round(finish.timing.first_token_ms, 1),
+        total_ms=round(finish.timing.total_ms, 1),
+    )

@@ -1,0 +1,193 @@
+"""A request as it came, to values that are known to be right."""
+
+import math
+import random
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from common.model_config import ModelConfig
+from router.errors import InvalidArgument
+from twostroke.v1 import inference_pb2 as pb
+from twostroke.v1 import worker_pb2
+
+MAX_REQUEST_ID_BYTES = 128
+MAX_CACHE_SALT_BYTES = 128
+MAX_N = 16
+MAX_LOGPROBS = 20
+MAX_STOP_STRINGS = 16
+MAX_STOP_STRING_BYTES = 256
+MAX_STOP_TOKENS = 64
+MAX_LOGIT_BIAS = 1024
+MAX_MESSAGE_BYTES = 4 * 1024 * 1024
+MAX_SEED = 2**64 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What a client asked for, but for the prompt: every field checked, every default filled in."""
+
+    request_id: str
+    n: int
+    cache_salt: str
+    seed: int
+    sampling: worker_pb2.SamplingParams  # of choice 0; never changed
+    max_tokens: int | None
+    min_tokens: int
+    stop: tuple[str, ...]
+    stop_token_ids: frozenset[int]  # the model's end-of-sequence tokens among them, unless they are to be ignored
+    include_stop: bool
+    want_token_ids: bool
+    logprobs: int | None
+    special_tokens: bool
+
+
+def check(request: pb.GenerateRequest, model: ModelConfig) -> Job:
+    """Checks everything that needs no tokenizer.
+
+    Raises:
+        InvalidArgument: names the first field that is wrong, and its limit.
+    """
+    if request.WhichOneof("input") is None:
+        raise InvalidArgument("input", "one of text, chat and token_ids must be set")
+    _at_most_bytes("request_id", request.request_id, MAX_REQUEST_ID_BYTES)
+    if not request.request_id.isprintable():
+        raise InvalidArgument("request_id", "must be printable")
+    _at_most_bytes("cache_salt", request.cache_salt, MAX_CACHE_SALT_BYTES)
+    n = request.n if request.HasField("n") else 1
+    _within("n", n, 1, MAX_N)
+    logprobs = request.response.logprobs if request.response.HasField("logprobs") else None
+    if logprobs is not None:
+        _within("response.logprobs", logprobs, 0, MAX_LOGPROBS)
+    sampling = _sampling(request.sampling, logprobs, model)
+    max_tokens = _stopping(request.stopping, model)
+    own_stops = frozenset(request.stopping.stop_token_ids)
+    return Job(
+        request_id=request.request_id or uuid.uuid4().hex,
+        n=n,
+        cache_salt=request.cache_salt,
+        seed=sampling.seed,
+        sampling=sampling,
+        max_tokens=max_tokens,
+        min_tokens=request.stopping.min_tokens,
+        stop=tuple(dict.fromkeys(request.stopping.stop)),
+        stop_token_ids=own_stops if request.stopping.ignore_eos else own_stops.union(model.eos_token_ids),
+        include_stop=request.stopping.include_stop,
+        want_token_ids=request.response.token_ids if request.response.HasField("token_ids") else True,
+        logprobs=logprobs,
+        special_tokens=request.response.special_tokens,
+    )
+
+
+def check_tokens(field: str, token_ids: Sequence[int], model: ModelConfig) -> None:
+    """
+    Raises:
+        InvalidArgument: a token is not in the vocabulary.
+    """
+    if token_ids and max(token_ids) >= model.vocab_size:
+        place = next(place for place, token in enumerate(token_ids) if token >= model.vocab_size)
+        raise InvalidArgument(
+            f"{field}[{place}]", f"{token_ids[place]} is not in the vocabulary of {model.vocab_size} tokens"
+        )
+
+
+def check_length(prompt_tokens: int, job: Job, model: ModelConfig, smallest_pool: int | None) -> int:
+    """Returns the length, prompt and output together, at which the sequence ends.
+
+    `smallest_pool`: tokens of the longest sequence that every connected worker can hold; None while there is none.
+
+    Raises:
+        InvalidArgument: prompt and output do not fit.
+    """
+    limit, whose = model.context_length, "the model's context"
+    if smallest_pool is not None and smallest_pool < limit:
+        limit, whose = smallest_pool, "the workers' KV pools"
+    if prompt_tokens == 0:
+        raise InvalidArgument("input", "the prompt has no tokens")
+    if prompt_tokens >= limit:
+        raise InvalidArgument(
+            "input", f"the prompt has {prompt_tokens} tokens; {whose} has room for {limit}, output included"
+        )
+    if job.max_tokens is None:
+        if job.min_tokens > limit - prompt_tokens:
+            raise InvalidArgument(
+                "stopping.min_tokens",
+                f"{job.min_tokens} and the prompt's {prompt_tokens} are more than {limit}, {whose}",
+            )
+        return limit
+    if prompt_tokens + job.max_tokens > limit:
+        raise InvalidArgument(
+            "stopping.max_tokens", f"{job.max_tokens} and the prompt's {prompt_tokens} are more than {limit}, {whose}"
+        )
+    return prompt_tokens + job.max_tokens
+
+
+def _sampling(sampling: pb.Sampling, logprobs: int | None, model: ModelConfig) -> worker_pb2.SamplingParams:
+    temperature = sampling.temperature if sampling.HasField("temperature") else 1.0
+    if temperature != 0:
+        _within("sampling.temperature", temperature, 1e-5, 100, or_else="0 (greedy) or ")
+    top_p = sampling.top_p if sampling.HasField("top_p") else 1.0
+    _within("sampling.top_p", top_p, 0, 1)
+    if top_p == 0:
+        raise InvalidArgument("sampling.top_p", "must be greater than 0")
+    _within("sampling.min_p", sampling.min_p, 0, 1)
+    repetition_penalty = sampling.repetition_penalty if sampling.HasField("repetition_penalty") else 1.0
+    _within("sampling.repetition_penalty", repetition_penalty, 1e-3, 1e3)
+    _within("sampling.presence_penalty", sampling.presence_penalty, -2, 2)
+    _within("sampling.frequency_penalty", sampling.frequency_penalty, -2, 2)
+    if len(sampling.logit_bias) > MAX_LOGIT_BIAS:
+        raise InvalidArgument(
+            "sampling.logit_bias", f"has {len(sampling.logit_bias)} entries; at most {MAX_LOGIT_BIAS} are allowed"
+        )
+    for token, bias in sampling.logit_bias.items():
+        check_tokens("sampling.logit_bias", (token,), model)
+        _within(f"sampling.logit_bias[{token}]", bias, -100, 100)
+    return worker_pb2.SamplingParams(
+        temperature=temperature,
+        top_k=min(sampling.top_k, model.vocab_size),
+        top_p=top_p,
+        min_p=sampling.min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        seed=sampling.seed if sampling.HasField("seed") else random.getrandbits(63),
+        logit_bias=sampling.logit_bias,
+        logprobs=logprobs,
+    )
+
+
+def _stopping(stopping: pb.Stopping, model: ModelConfig) -> int | None:
+    max_tokens = stopping.max_tokens if stopping.HasField("max_tokens") else None
+    if max_tokens is not None:
+        _within("stopping.max_tokens", max_tokens, 1, model.context_length)
+        if stopping.min_tokens > max_tokens:
+            raise InvalidArgument(
+                "stopping.min_tokens", f"{stopping.min_tokens} is more than max_tokens, which is {max_tokens}"
+            )
+    _within("stopping.min_tokens", stopping.min_tokens, 0, model.context_length)
+    if len(stopping.stop) > MAX_STOP_STRINGS:
+        raise InvalidArgument(
+            "stopping.stop", f"has {len(stopping.stop)} strings; at most {MAX_STOP_STRINGS} are allowed"
+        )
+    for place, stop in enumerate(stopping.stop):
+        if not stop:
+            raise InvalidArgument(f"stopping.stop[{place}]", "must not be empty")
+        _at_most_bytes(f"stopping.stop[{place}]", stop, MAX_STOP_STRING_BYTES)
+    if len(stopping.stop_token_ids) > MAX_STOP_TOKENS:
+        raise InvalidArgument(
+            "stopping.stop_token_ids",
+            f"has {len(stopping.stop_token_ids)} tokens; at most {MAX_STOP_TOKENS} are allowed",
+        )
+    check_tokens("stopping.stop_token_ids", stopping.stop_token_ids, model)
+    return max_tokens
+
+
+def _within(field: str, value: float, least: float, most: float, or_else: str = "") -> None:
+    if not math.isfinite(value) or not least <= value <= most:
+        raise InvalidArgument(field, f"{value:g} is not {or_else}within [{least:g}, {most:g}]")
+
+
+def _at_most_bytes(field: str, text: str, most: int) -> None:
+    size = len(text.encode())
+    if size > most:
+        raise InvalidArgument(field, f"has {size} bytes; at most {most} are allowed")

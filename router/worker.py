@@ -1,0 +1,105 @@
+"""One connected worker, from its hello to the end of its stream."""
+
+import asyncio
+import time
+
+from router.request import Attempt, Request
+from twostroke.v1 import inference_pb2, worker_pb2
+
+# A decode worker that refused is asked again after this long, even if it reports nothing new. Seconds.
+REFUSAL_PAUSE = 0.1
+
+# A prefill worker gets work for so many batches ahead; the rest waits in the router's queue, and can go anywhere.
+BATCHES_AHEAD = 2
+
+
+class Worker:
+    """What the router knows of a worker, and what it has to tell it.
+
+    A restarted worker is a new `Worker`, whatever its address, so nothing meant for the old one can reach it.
+    """
+
+    def __init__(self, address: str, hello: worker_pb2.WorkerHello) -> None:
+        self.address = address
+        self.hello = hello
+        self.instance = hello.instance
+        self.role = hello.role
+        self.load = inference_pb2.WorkerLoad(role=hello.role)
+        self.attempts: dict[int, Attempt] = {}
+        self.decoding: dict[int, Request] = {}
+        self.pending_tokens = 0  # prefill: sent, and not yet answered
+        self._unanswered_blocks = 0  # decode: asked for, and not yet answered
+        self._room = hello.pool.layout.num_blocks  # decode: blocks that can still be asked for, as far as is known
+        self._refused_at = 0.0
+        self._outgoing = worker_pb2.RouterMessage()
+        self._has_outgoing = asyncio.Event()
+
+    # ------------------------------------------------------------ room
+
+    def blocks(self, tokens: int) -> int:
+        """Blocks that hold so many tokens."""
+        return -(-tokens // self.hello.pool.layout.block_size)
+
+    def can_hold(self, tokens: int) -> bool:
+        """Whether a sequence of so many tokens could ever be served."""
+        return tokens <= self.hello.max_length
+
+    def has_room(self, tokens: int) -> bool:
+        return self.room >= self.blocks(tokens) and len(self.attempts) < max(self.hello.max_batch, 1)
+
+    @property
+    def room(self) -> int:
+        """Blocks that a new sequence may hope for."""
+        if self._refused_at and time.monotonic() - self._refused_at < REFUSAL_PAUSE:
+            return 0
+        return self._room
+
+    @property
+    def accepts_prefill(self) -> bool:
+        return self.pending_tokens < BATCHES_AHEAD * max(self.hello.max_batch, 1)
+
+    def reserve(self, blocks: int) -> None:
+        self._room -= blocks
+        self._unanswered_blocks += blocks
+
+    def reserve_answered(self, blocks: int, refused: bool) -> None:
+        self._unanswered_blocks -= blocks
+        if refused:
+            self._refused_at = time.monotonic()
+            self._room += blocks
+
+    def give_back(self, blocks: int) -> None:
+        """Blocks that a sequence held come free, or will as soon as the worker hears of it."""
+        self._room += blocks
+        self._refused_at = 0.0
+
+    def report(self, load: inference_pb2.WorkerLoad) -> None:
+        """Takes the worker's own figures; what it had not yet heard of when it wrote them still counts."""
+        self.load = load
+        self._room = load.blocks.free + load.blocks.cached - load.blocks.reserved - self._unanswered_blocks
+        self._refused_at = 0.0
+
+    # ------------------------------------------------------------ sending
+
+    def send_prefill(self, prefill: worker_pb2.Prefill) -> None:
+        self._outgoing.prefills.append(prefill)
+        self._has_outgoing.set()
+
+    def send_reserve(self, reserve: worker_pb2.Reserve) -> None:
+        self._outgoing.reserves.append(reserve)
+        self._has_outgoing.set()
+
+    def send_start(self, start: worker_pb2.Start) -> None:
+        self._outgoing.starts.append(start)
+        self._has_outgoing.set()
+
+    def send_ended(self, attempt_id: int) -> None:
+        self._outgoing.ended.append(attempt_id)
+        self._has_outgoing.set()
+
+    async def next_message(self) -> worker_pb2.RouterMessage:
+        """Everything that was queued since the last call, as one message."""
+        await self._has_outgoing.wait()
+        self._has_outgoing.clear()
+        message, self._outgoing = self._outgoing, worker_pb2.RouterMessage()
+        return message

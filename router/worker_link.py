@@ -1,0 +1,117 @@
+"""The stream to one worker's address, opened again whenever it breaks."""
+
+import asyncio
+import random
+from typing import Protocol
+
+import grpc
+import structlog
+
+from common.grpc_options import KEEPALIVE
+from router.worker import Worker
+from twostroke.v1 import inference_pb2, worker_pb2, worker_pb2_grpc
+
+log = structlog.get_logger(__name__)
+
+HELLO_SECONDS = 5.0
+FIRST_PAUSE, LONGEST_PAUSE = 0.05, 2.0
+PAUSE_AFTER_REFUSAL = 5.0
+
+Connect = grpc.aio.StreamStreamCall[worker_pb2.RouterMessage, worker_pb2.WorkerMessage]
+
+
+class Events(Protocol):
+    """Whom the link tells what happens."""
+
+    def refusal(self, worker: Worker, expected: inference_pb2.WorkerRole.ValueType) -> str | None:
+        """Why this worker cannot be used; None where it can."""
+
+    def worker_up(self, worker: Worker) -> None: ...
+
+    def worker_lost(self, worker: Worker) -> None: ...
+
+    def received(self, worker: Worker, message: worker_pb2.WorkerMessage) -> None: ...
+
+
+class WorkerLink:
+    def __init__(self, address: str, role: inference_pb2.WorkerRole.ValueType, router: str, events: Events) -> None:
+        self.address = address
+        self.role = role
+        self.worker: Worker | None = None
+        self._router = router
+        self._events = events
+        self._hurry = asyncio.Event()
+        self._stream: Connect | None = None
+
+    def announced(self, instance: str) -> None:
+        """The worker says that it is there, as `instance`: no need to wait longer, and another instance is gone."""
+        if self.worker is None:
+            self._hurry.set()
+        elif self.worker.instance != instance and self._stream is not None:
+            log.info("worker restarted", worker=self.address, was=self.worker.instance, now=instance)
+            self._stream.cancel()
+            self._hurry.set()
+
+    async def run(self) -> None:
+        pause = FIRST_PAUSE
+        while True:
+            self._hurry.clear()
+            problem = ""
+            try:
+                problem = await self._connect()
+            except grpc.aio.AioRpcError as error:
+                problem = error.details() or str(error.code())
+            except (TimeoutError, asyncio.InvalidStateError) as error:
+                problem = str(error) or type(error).__name__
+            if self.worker is not None:
+                worker, self.worker = self.worker, None
+                self._events.worker_lost(worker)
+                log.warning("worker lost", worker=self.address, instance=worker.instance, reason=problem)
+                pause = FIRST_PAUSE
+            elif pause == FIRST_PAUSE:
+                log.info("no worker yet; trying on", worker=self.address, reason=problem)
+            try:
+                async with asyncio.timeout(pause * random.uniform(0.8, 1.2)):
+                    await self._hurry.wait()
+            except TimeoutError:
+                pause = min(2 * pause, LONGEST_PAUSE)
+
+    async def _connect(self) -> str:
+        """One stream, from hello to its end; returns why it ended."""
+        options = [*KEEPALIVE, ("grpc.max_receive_message_length", -1), ("grpc.use_local_subchannel_pool", 1)]
+        async with grpc.aio.insecure_channel(self.address, options=options) as channel:
+            stream: Connect = worker_pb2_grpc.WorkerStub(channel).Connect()
+            self._stream = stream
+            try:
+                async with asyncio.timeout(HELLO_SECONDS):
+                    hello = worker_pb2.RouterHello(router=self._router)
+                    await stream.write(worker_pb2.RouterMessage(hello=hello))
+                    answer = await stream.read()
+                if not isinstance(answer, worker_pb2.WorkerMessage) or not answer.HasField("hello"):
+                    return "it did not say hello"
+                worker = Worker(self.address, answer.hello)
+                reason = self._events.refusal(worker, self.role)
+                if reason is not None:
+                    log.error("worker refused", worker=self.address, instance=worker.instance, reason=reason)
+                    await asyncio.sleep(PAUSE_AFTER_REFUSAL)
+                    return reason
+                self.worker = worker
+                log.info("worker connected", worker=self.address, instance=worker.instance)
+                self._events.worker_up(worker)
+                writer = asyncio.create_task(self._write(stream, worker))
+                try:
+                    while isinstance(message := await stream.read(), worker_pb2.WorkerMessage):
+                        self._events.received(worker, message)
+                finally:
+                    writer.cancel()
+                return "the worker closed the stream"
+            finally:
+                self._stream = None
+                stream.cancel()
+
+    async def _write(self, stream: Connect, worker: Worker) -> None:
+        try:
+            while True:
+                await stream.write(await worker.next_message())
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            stream.cancel()  # so that the reader sees the end, too

@@ -1,0 +1,253 @@
+"""A worker that needs no model: it speaks the whole protocol, answers with tokens made by a rule, and fails on demand."""
+
+import asyncio
+import itertools
+import time
+from collections.abc import AsyncIterator, Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+
+from common.grpc_options import KEEPALIVE
+from twostroke.v1 import inference_pb2, worker_pb2, worker_pb2_grpc
+
+PREFILL = inference_pb2.WORKER_ROLE_PREFILL
+DECODE = inference_pb2.WORKER_ROLE_DECODE
+Ended = worker_pb2.Ended
+
+_instances = itertools.count()
+
+
+def counting(length: int) -> int:
+    """The token at place `length` of every sequence: what a resumed sequence has to go on with."""
+    return 40 + length % 50
+
+
+@dataclass(slots=True)
+class Script:
+    """What a fake worker does otherwise than a good one. Counts are of attempts, in the order they come."""
+
+    token: Callable[[int], int] = counting  # of the place in the sequence
+    refuse: int = 0  # so many reservations
+    reject: int = 0
+    fail: int = 0  # at once
+    end_after: dict[int, list["Ended.Cause.ValueType"]] = field(
+        default_factory=dict
+    )  # decode: tokens -> causes to use up
+    lose_lease: int = 0  # decode: at Start
+    silent: bool = False  # takes everything and answers nothing
+    silent_at_start: bool = False  # decode: reserves, and never starts
+    stop_after: int | None = None  # decode: goes silent after so many tokens of a sequence
+    step_seconds: float = 0.0
+    prefill_seconds: float = 0.0
+
+
+@dataclass(slots=True)
+class Running:
+    sequence: worker_pb2.Sequence
+    length: int
+    steps: int = 0
+    stops: frozenset[int] = frozenset()
+
+
+class FakeWorker(worker_pb2_grpc.WorkerServicer):
+    """Serves one router. `attempts` is what it holds now; after every fault it must come back to nothing."""
+
+    def __init__(self, role: inference_pb2.WorkerRole.ValueType, script: Script | None = None, **hello: Any) -> None:
+        self.role = role
+        self.script = script or Script()
+        self.instance = f"fake-{next(_instances)}"
+        self.blocks = hello.pop("num_blocks", 4096)
+        layout = worker_pb2.KvLayout(
+            num_blocks=self.blocks,
+            num_layers=2,
+            block_size=hello.pop("block_size", 16),
+            num_kv_heads=1,
+            head_dim=8,
+            dtype="float32",
+        )
+        pool = worker_pb2.PoolHandle(instance=self.instance, transport="shm", descriptor=b"fake", layout=layout)
+        settings = {"fingerprint": "f" * 32, "max_length": 2048, "max_batch": 2048, "dtype": "float32"} | hello
+        self.hello = worker_pb2.WorkerHello(instance=self.instance, role=role, model="fake", pool=pool, **settings)
+        self.held: dict[int, worker_pb2.Sequence] = {}
+        self.running: dict[int, Running] = {}
+        self.prefills: list[worker_pb2.Prefill] = []
+        self.reserves: list[worker_pb2.Reserve] = []
+        self.starts: list[worker_pb2.Start] = []
+        self.ended: list[int] = []
+        self.ended_at: dict[int, float] = {}
+        self.streams = 0
+        self._out: asyncio.Queue[worker_pb2.WorkerMessage] = asyncio.Queue()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    # ------------------------------------------------------------ life
+
+    async def start(self, address: str = "127.0.0.1:0") -> str:
+        options = [*KEEPALIVE, ("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", -1)]
+        self._server = grpc.aio.server(options=options)
+        worker_pb2_grpc.add_WorkerServicer_to_server(self, self._server)
+        port = self._server.add_insecure_port(address)
+        await self._server.start()
+        self.address = f"127.0.0.1:{port}"
+        self._spawn(self._decode())
+        return self.address
+
+    async def die(self) -> None:
+        """As if killed: the stream breaks, nothing is said before."""
+        for task in self._tasks:
+            task.cancel()
+        await self._server.stop(grace=None)
+        self.held.clear()
+        self.running.clear()
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def Connect(self, requests: AsyncIterator[worker_pb2.RouterMessage], context: Any) -> None:  # type: ignore[override]
+        hello = await anext(requests)
+        assert hello.HasField("hello")
+        self.streams += 1
+        self._out = asyncio.Queue()
+        await context.write(worker_pb2.WorkerMessage(hello=self.hello))
+        self.report()
+        writer = asyncio.ensure_future(self._write(context))
+        try:
+            async for message in requests:
+                self._received(message)
+        finally:
+            writer.cancel()
+            self.held.clear()
+            self.running.clear()
+
+    async def _write(self, context: Any) -> None:
+        while True:
+            await context.write(await self._out.get())
+
+    # ------------------------------------------------------------ what it says
+
+    def send(self, **message: Any) -> None:
+        self._out.put_nowait(worker_pb2.WorkerMessage(**message))
+
+    def end(self, attempt_id: int, cause: "Ended.Cause.ValueType", detail: str = "scripted") -> None:
+        self.held.pop(attempt_id, None)
+        self.running.pop(attempt_id, None)
+        self.send(ended=[Ended(attempt_id=attempt_id, cause=cause, detail=detail)])
+
+    def report(self) -> None:
+        in_use = sum(-(-len(sequence.token_ids) // 16) for sequence in self.held.values())
+        blocks = inference_pb2.Blocks(total=self.blocks, free=self.blocks - in_use, in_use=in_use)
+        self.send(load=inference_pb2.WorkerLoad(role=self.role, ready=True, blocks=blocks))
+
+    # ------------------------------------------------------------ what it hears
+
+    def _received(self, message: worker_pb2.RouterMessage) -> None:
+        for attempt_id in message.ended:
+            self.ended.append(attempt_id)
+            self.ended_at[attempt_id] = time.monotonic()
+            self.held.pop(attempt_id, None)
+            self.running.pop(attempt_id, None)
+        for prefill in message.prefills:
+            self.prefills.append(prefill)
+            if self._takes(prefill.attempt_id, prefill.sequence):
+                self._spawn(self._prefill(prefill))
+        for reserve in message.reserves:
+            self.reserves.append(reserve)
+            if self._takes(reserve.attempt_id, reserve.sequence):
+                self._reserve(reserve)
+        for start in message.starts:
+            self.starts.append(start)
+            if start.attempt_id in self.held and not self.script.silent_at_start:
+                self._start(start)
+
+    def _takes(self, attempt_id: int, sequence: worker_pb2.Sequence) -> bool:
+        assert attempt_id not in self.held, "an attempt's id was used twice"
+        self.held[attempt_id] = sequence
+        if self.script.silent:
+            return False
+        for name, cause in (("reject", Ended.CAUSE_REJECTED), ("fail", Ended.CAUSE_FAILED)):
+            if getattr(self.script, name) > 0:
+                setattr(self.script, name, getattr(self.script, name) - 1)
+                self.end(attempt_id, cause)
+                return False
+        return True
+
+    async def _prefill(self, prefill: worker_pb2.Prefill) -> None:
+        if self.script.prefill_seconds:
+            await asyncio.sleep(self.script.prefill_seconds)
+        if prefill.attempt_id not in self.held:
+            return
+        length = len(prefill.sequence.token_ids)
+        blocks = -(-length // 16)
+        kv = worker_pb2.KvLocation(pool=self.hello.pool, block_ids=range(blocks), generations=[1] * blocks)
+        token = self.script.token(length)
+        self.send(
+            prefilled=[
+                worker_pb2.Prefilled(
+                    attempt_id=prefill.attempt_id,
+                    first_token=token,
+                    kv=kv,
+                    cached_tokens=3,
+                    logprobs=_logprobs(token, prefill.sequence),
+                )
+            ]
+        )
+
+    def _reserve(self, reserve: worker_pb2.Reserve) -> None:
+        refused = self.script.refuse > 0
+        if refused:
+            self.script.refuse -= 1
+            del self.held[reserve.attempt_id]
+        self.send(reserved=[worker_pb2.Reserved(attempt_id=reserve.attempt_id, refused=refused, cached_tokens=5)])
+
+    def _start(self, start: worker_pb2.Start) -> None:
+        if self.script.lose_lease > 0:
+            self.script.lose_lease -= 1
+            self.end(start.attempt_id, Ended.CAUSE_LEASE_LOST)
+            return
+        sequence = self.held[start.attempt_id]
+        assert start.first_token == self.script.token(len(sequence.token_ids))
+        self.send(started=[worker_pb2.Started(attempt_id=start.attempt_id, transfer_ms=1.5)])
+        self.running[start.attempt_id] = Running(
+            sequence, len(sequence.token_ids) + 1, stops=frozenset(sequence.stop_token_ids)
+        )
+
+    # ------------------------------------------------------------ decoding
+
+    async def _decode(self) -> None:
+        while True:
+            await asyncio.sleep(self.script.step_seconds)
+            message = worker_pb2.WorkerMessage()
+            with_logprobs = any(running.sequence.sampling.HasField("logprobs") for running in self.running.values())
+            for attempt_id, running in list(self.running.items()):
+                self._step(message, attempt_id, running, with_logprobs)
+            if message.HasField("tokens") or message.ended:
+                self._out.put_nowait(message)
+
+    def _step(self, message: worker_pb2.WorkerMessage, attempt_id: int, running: Running, with_logprobs: bool) -> None:
+        if self.script.stop_after is not None and running.steps >= self.script.stop_after:
+            return
+        causes = self.script.end_after.get(running.steps)
+        if causes:
+            del self.held[attempt_id], self.running[attempt_id]
+            message.ended.add(attempt_id=attempt_id, cause=causes.pop(0), detail="scripted")
+            return
+        token = self.script.token(running.length)
+        message.tokens.attempt_ids.append(attempt_id)
+        message.tokens.token_ids.append(token)
+        if with_logprobs:
+            message.tokens.logprobs.append(_logprobs(token, running.sequence) or worker_pb2.Logprobs())
+        running.length += 1
+        running.steps += 1
+        if token in running.stops or running.length >= running.sequence.max_length:
+            del self.held[attempt_id], self.running[attempt_id]
+            message.ended.add(attempt_id=attempt_id, cause=Ended.CAUSE_FINISHED)
+
+
+def _logprobs(token: int, sequence: worker_pb2.Sequence) -> worker_pb2.Logprobs | None:
+    if not sequence.sampling.HasField("logprobs"):
+        return None
+    top: Iterable[int] = range(token, token + sequence.sampling.logprobs)
+    return worker_pb2.Logprobs(logprob=-0.5, top_ids=top, top_logprobs=[-0.5 - place for place, _ in enumerate(top)])

@@ -57,8 +57,8 @@ format: $(VENV)/.installed-dev  ## format and fix what can be fixed
 protos: $(VENV)/.installed-dev  ## generate the Python stubs from the .proto files
 	$(BIN)/python protos/generate.py
 
-docs: $(VENV)/.installed  ## write the tables of docs/configuration.md from the code
-	$(BIN)/python docs/configuration.py
+docs: $(VENV)/.installed  ## write the tables of docs/ that come from the code
+	$(BIN)/python docs/tables.py
 
 lock: $(VENV)/.installed-dev  ## bring the images' locked requirements up to date
 	UV=$(BIN)/uv sh deploy/requirements/lock.sh

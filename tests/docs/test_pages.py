@@ -12,8 +12,8 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
-def test_configuration_tables_are_those_of_the_code() -> None:
-    command = [sys.executable, ROOT / "docs" / "configuration.py", "--check"]
+def test_tables_are_those_of_the_code() -> None:
+    command = [sys.executable, ROOT / "docs" / "tables.py", "--check"]
     checked = subprocess.run(command, capture_output=True, text=True, check=False)
     assert checked.returncode == 0, checked.stderr
 

@@ -75,8 +75,8 @@ def _config(metadata: dict[str, Any], tied: bool) -> dict[str, Any]:
 
 
 def _tensors(reader: GGUFReader) -> dict[str, ReaderTensor]:
-    """The file's tensors by their Hugging Face names, in its order, with each layer's q, k and v, and its gate and up, one
-    after another: a reader that wants them as one matrix has it without a copy."""
+    """The file's tensors by their Hugging Face names, layer by layer, a layer's q, k and v and its gate and up one after
+    another: a reader that wants them as one matrix has it without a copy."""
     places = {kind: place for place, kind in enumerate(_LAYER_TENSORS)}
     named: dict[tuple[int, int], tuple[str, ReaderTensor]] = {}
     for index, tensor in enumerate(reader.tensors):
@@ -90,8 +90,11 @@ def _tensors(reader: GGUFReader) -> dict[str, ReaderTensor]:
 
 
 def _write_safetensors(path: Path, tensors: dict[str, ReaderTensor], config: dict[str, Any]) -> None:
-    """Written here because the library sorts tensors by name and aligns them to 8 bytes: here they keep their order, and
-    start at multiples of a cache line, where the CPU computes fastest from the mapped file. One is in memory at a time."""
+    """Writes the tensors as float32, one at a time.
+
+    Not by the library, which sorts them by name and aligns them to 8 bytes: here they keep their order and start at
+    multiples of a cache line, from where the CPU computes fastest when it maps the file.
+    """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, tensor in tensors.items():

@@ -23,6 +23,7 @@ class Model:
         self.config = config
         self._weights = weights
         self._ops = ops
+        self.dtype = str(weights.embedding.dtype).removeprefix("torch.")
         self._cos_sin = rotary_table(config).to(weights.embedding.device)
 
     @torch.inference_mode()
@@ -58,8 +59,10 @@ class Model:
 
 
 def rotary_table(config: ModelConfig) -> Tensor:
-    """[context_length, head_dim] float32: cosines of each position's head_dim/2 angles, then their sines (RoFormer, 2021,
-    section 3.2.2; slow frequencies stretched as in Llama 3.1's release where the config says so)."""
+    """[context_length, head_dim] float32: cosines of each position's head_dim/2 angles, then their sines.
+
+    RoFormer, 2021, section 3.2.2; slow frequencies are stretched as in Llama 3.1's release where the config says so.
+    """
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
     frequencies = 1.0 / config.rope_theta**exponents
     if (scaling := config.rope_scaling) is not None:

@@ -61,7 +61,7 @@ def map_tensors(file: Path) -> dict[str, Tensor]:
         dtype = DTYPES.get(entry["dtype"])
         if dtype is None:
             raise ModelError(
-                f"{name} in {file} has dtype {entry['dtype']}, which is not supported; supported are {', '.join(DTYPES)}"
+                f"{name} in {file} is {entry['dtype']}, which is not supported; supported are {', '.join(DTYPES)}"
             )
         start, end = (data_start + offset for offset in entry["data_offsets"])
         stored = mapping[start:end]

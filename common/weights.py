@@ -45,9 +45,9 @@ class Weights:
 def load(directory: Path, config: ModelConfig, dtype: str, device: torch.device) -> Weights:
     """Reads the safetensors files of a Hugging Face directory.
 
-    On a CPU, in the dtype that is stored, weights stay in the mapped file: nothing is read before it is used, and workers
-    of one host share the memory. Such a file must not be written to while it is served. Parts of a fused matrix that
-    lie apart in the file are copied.
+    On a CPU, in the dtype that is stored, weights stay in the mapped file: nothing is read before it is used, and
+    workers of one host share the memory. Such a file must not be written to while it is served. Parts of a fused
+    matrix that lie apart in the file are copied.
 
     Raises ModelError, naming the file and the tensor, where one is missing, unknown, of a wrong shape or dtype, or a
     file is damaged.

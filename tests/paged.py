@@ -1,0 +1,98 @@
+"""The bare engine in one process: chunked prefill and decode through block tables scattered over a pool."""
+
+import random
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from common.kv_pool import KvLayout, KvPool, allocate
+from common.model import Model
+from kernels.attention import PrefillAttention
+from kernels.ops import Ops
+
+
+class PagedSequences:
+    """A static batch of sequences; blocks are given out in random order, and never used ones hold noise."""
+
+    def __init__(self, model: Model, ops: Ops, prompts: Sequence[Sequence[int]], room: int, block_size: int = 16) -> None:
+        self.model, self.ops, self.block_size = model, ops, block_size
+        self.tokens = [list(prompt) for prompt in prompts]
+        self.pool, self.tables = self._scattered(room)
+        self.scale = model.config.head_dim**-0.5
+
+    def prefill(self, chunk: int | None = None) -> Tensor:
+        """Runs all prompts, all together, `chunk` tokens of each at a time. Returns the last tokens' logits [B, V]."""
+        done = [0] * len(self.tokens)
+        logits: dict[int, Tensor] = {}
+        while rows := [row for row, tokens in enumerate(self.tokens) if done[row] < len(tokens)]:
+            ends = {row: min(len(self.tokens[row]), done[row] + (chunk or len(self.tokens[row]))) for row in rows}
+            hidden = self._run_chunks([(row, done[row], ends[row]) for row in rows])
+            last = -1
+            for row in rows:
+                last += ends[row] - done[row]
+                done[row] = ends[row]
+                if done[row] == len(self.tokens[row]):
+                    logits[row] = self.model.logits(hidden[last : last + 1])
+        return torch.cat([logits[row] for row in range(len(self.tokens))])
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """One decode step over `tokens` [B], the sequences' last ones. Returns logits [B, V]."""
+        positions = torch.tensor([len(tokens) for tokens in self.tokens], dtype=torch.int32)
+        for row, token in enumerate(tokens.tolist()):
+            self.tokens[row].append(token)
+        block = self.tables.gather(1, (positions // self.block_size).long()[:, None]).squeeze(1)
+        slots = block.long() * self.block_size + positions % self.block_size
+
+        def attend(q: Tensor, _k: Tensor, _v: Tensor, key_cache: Tensor, value_cache: Tensor) -> Tensor:
+            return self.ops.decode_attention(q, key_cache, value_cache, self.tables, positions + 1, self.scale)
+
+        return self.model.logits(self.model.forward(tokens, positions, slots, self.pool, attend))
+
+    def generate(self, count: int, chunk: int | None = None) -> list[list[int]]:
+        """Greedy: `count` tokens for each prompt."""
+        tokens = self.prefill(chunk).argmax(-1)
+        outputs = [tokens]
+        for _ in range(count - 1):
+            tokens = self.step(tokens).argmax(-1)
+            outputs.append(tokens)
+        return torch.stack(outputs, dim=1).tolist()
+
+    def _scattered(self, room: int) -> tuple[KvPool, Tensor]:
+        counts = [-(-(len(tokens) + room) // self.block_size) for tokens in self.tokens]
+        config = self.model.config
+        layout = KvLayout(
+            2 * sum(counts), config.num_layers, self.block_size, config.num_kv_heads, config.head_dim, self.model.dtype
+        )
+        pool = allocate(layout, torch.device("cpu"))
+        pool.tensor.normal_(0.0, 100.0, generator=torch.Generator().manual_seed(0))
+        free = random.Random(0).sample(range(layout.num_blocks), layout.num_blocks)
+        tables = torch.zeros(len(counts), max(counts), dtype=torch.int32)
+        for row, count in enumerate(counts):
+            tables[row, :count] = torch.tensor([free.pop() for _ in range(count)])
+        return pool, tables
+
+    def _run_chunks(self, chunks: list[tuple[int, int, int]]) -> Tensor:
+        rows = [row for row, _, _ in chunks]
+        query_lens = tuple(end - start for _, start, end in chunks)
+        kv_lens = tuple(end for _, _, end in chunks)
+        positions = torch.cat([torch.arange(start, end) for _, start, end in chunks])
+        owners = torch.repeat_interleave(torch.tensor(rows), torch.tensor(query_lens))
+        slots = self.tables[owners, positions // self.block_size].long() * self.block_size + positions % self.block_size
+        batch = PrefillAttention(
+            query_lens=query_lens,
+            kv_lens=kv_lens,
+            cu_query_lens=_running_sums(query_lens),
+            cu_kv_lens=_running_sums(kv_lens),
+            block_tables=self.tables[rows],
+        )
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor) -> Tensor:
+            return self.ops.prefill_attention(q, k, v, key_cache, value_cache, batch, self.scale)
+
+        tokens = torch.tensor([token for row, start, end in chunks for token in self.tokens[row][start:end]])
+        return self.model.forward(tokens, positions, slots, self.pool, attend)
+
+
+def _running_sums(lengths: Sequence[int]) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).int()

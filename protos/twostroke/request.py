@@ -8,7 +8,6 @@ import grpc
 from twostroke.errors import InvalidArgument
 from twostroke.v1 import inference_pb2 as pb
 
-
 Message: TypeAlias = Mapping[str, str]
 """One message of a chat, such as `{"role": "user", "content": "Hello"}`."""
 

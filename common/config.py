@@ -45,6 +45,9 @@ class WorkerConfig:
     threads: int | None = None
     """CPU threads of torch. Not set: torch's own choice."""
 
+    drain_seconds: float = 30.0
+    """Seconds that running requests get to finish after SIGTERM."""
+
     metrics_port: int | None = None
     """Port of Prometheus metrics, on the host of `listen`. Not set: none are served."""
 

@@ -113,7 +113,9 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         self._loop.run_until_complete(self._serve(listen, started))
 
     async def _serve(self, listen: str, started: "Future[int]") -> None:
-        server = grpc.aio.server(options=[*KEEPALIVE, ("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", -1)])
+        server = grpc.aio.server(
+            options=[*KEEPALIVE, ("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", -1)]
+        )
         worker_pb2_grpc.add_WorkerServicer_to_server(self, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         try:

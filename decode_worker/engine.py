@@ -125,7 +125,7 @@ class Engine:
                     attempt_id=sequence.attempt_id, transfer_ms=pulled.milliseconds
                 )
                 if sequence.wants_step:
-                    self._batch.add(sequence)
+                    self._runner.add(sequence)
                 else:
                     self._end(sequence, pb.Ended.CAUSE_FINISHED)
 
@@ -140,18 +140,17 @@ class Engine:
             self._end(self._scheduler.cheapest(), pb.Ended.CAUSE_PREEMPTED)
 
     def _launch(self) -> Step:
-        self._batch.upload()
         step = Step(tuple(self._batch.sequences), self._runner.launch())
         for sequence in step.sequences:
             sequence.kv_len += 1
             sequence.steps_in_flight += 1
             if not sequence.wants_step:
-                self._batch.remove(sequence)
+                self._runner.remove(sequence)
         return step
 
     def _deliver(self, step: Step) -> None:
         tokens = step.output.tokens.get().tolist()
-        logprobs = step.output.logprobs()
+        logprobs = step.output.logprobs.read() if step.output.logprobs is not None else {}
         for row, (sequence, token) in enumerate(zip(step.sequences, tokens, strict=True)):
             sequence.steps_in_flight -= 1
             if sequence.state is State.OVER:
@@ -174,7 +173,7 @@ class Engine:
 
     def _drop(self, sequence: Sequence) -> None:
         if sequence in self._batch:
-            self._batch.remove(sequence)
+            self._runner.remove(sequence)
         self._scheduler.end(sequence)
 
     def _load(self, ready: bool) -> inference_pb2.WorkerLoad:

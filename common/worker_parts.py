@@ -1,0 +1,182 @@
+"""What every worker is made of: a model on a device, a pool of KV blocks, and the words to introduce itself with."""
+
+import os
+import uuid
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+
+import structlog
+import torch
+
+from common import fingerprint, model_config, model_files, weights
+from common.block_pool import BlockPool
+from common.config import WorkerConfig
+from common.kv_pool import KvLayout, KvPool, view
+from common.model import Model
+from common.model_config import ModelConfig, ModelError
+from common.transport import PoolMemory, create
+from kernels.ops import Ops, select
+from twostroke.v1 import inference_pb2
+from twostroke.v1 import worker_pb2 as pb
+
+log = structlog.get_logger(__name__)
+
+# Share of the memory that is free once the weights are loaded that the pool takes where nobody says how many blocks.
+GPU_POOL_SHARE = 0.85
+CPU_POOL_SHARE = 0.1
+CPU_POOL_MOST_BYTES = 2 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerParts:
+    model: Model
+    ops: Ops
+    pool: KvPool
+    memory: PoolMemory
+    blocks: BlockPool
+    device: torch.device
+    hello: pb.WorkerHello
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest sequence, prompt and output together."""
+        return self.hello.max_length
+
+    @property
+    def pool_handle(self) -> pb.PoolHandle:
+        return self.hello.pool
+
+    def blocks_load(self, reserved: int) -> inference_pb2.Blocks:
+        return inference_pb2.Blocks(
+            total=self.blocks.num_blocks,
+            free=self.blocks.free_count,
+            cached=self.blocks.cached_count,
+            in_use=self.blocks.in_use_count,
+            reserved=reserved,
+        )
+
+    def close(self) -> None:
+        self.memory.close()
+
+
+def load(config: WorkerConfig, role: "inference_pb2.WorkerRole.ValueType", max_batch: int) -> WorkerParts:
+    """Loads the model and takes the pool's memory.
+
+    Raises:
+        ModelError: the model cannot be served, or the pool would hold no sequence of it.
+        TransportError: the transport that was asked for does not work here.
+    """
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    device = choose_device(config.device)
+    directory = model_files.resolve(config.model)
+    model = model_config.load_config(directory, config.max_length)
+    dtype = choose_dtype(config.dtype, model, device)
+    if config.load_format == "dummy":
+        loaded = weights.dummy(model, dtype, device)
+    else:
+        loaded = weights.load(directory, model, dtype, device)
+    layout = KvLayout(
+        num_blocks=1,
+        num_layers=model.num_layers,
+        block_size=config.block_size,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        dtype=dtype,
+    )
+    num_blocks = config.num_blocks or blocks_that_fit(layout, model.context_length, device)
+    layout = replace(layout, num_blocks=num_blocks)
+    instance = uuid.uuid4().hex
+    transport = config.transport if config.transport != "auto" else ("cuda_ipc" if device.type == "cuda" else "shm")
+    memory = create(transport, layout, device, instance)
+    max_length = min(model.context_length, num_blocks * config.block_size)
+    log.info(
+        "model loaded",
+        model=config.model,
+        dtype=dtype,
+        device=str(device),
+        blocks=num_blocks,
+        block_size=config.block_size,
+        pool_mib=layout.pool_bytes >> 20,
+        max_length=max_length,
+    )
+    ops = select(device)
+    return WorkerParts(
+        model=Model(model, loaded, ops),
+        ops=ops,
+        pool=KvPool(layout, view(memory.tensor, layout)),
+        memory=memory,
+        blocks=BlockPool(num_blocks, memory.generations),
+        device=device,
+        hello=pb.WorkerHello(
+            instance=instance,
+            role=role,
+            model=config.model,
+            fingerprint=fingerprint.compute(directory, config.load_format, dtype, layout),
+            pool=pb.PoolHandle(
+                instance=instance,
+                transport=transport,
+                descriptor=memory.descriptor,
+                layout=layout_to_proto(layout),
+            ),
+            max_length=max_length,
+            max_batch=max_batch,
+            version=version("twostroke"),
+            dtype=dtype,
+        ),
+    )
+
+
+def choose_device(name: str) -> torch.device:
+    """Raises ModelError where a GPU is asked for and there is none."""
+    available = torch.cuda.is_available()
+    if name == "auto":
+        name = "cuda" if available else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda":
+        if not available:
+            raise ModelError(
+                f"device {name} was asked for, but torch sees no GPU; use --device cpu, or check the driver"
+            )
+        if device.index is None:
+            device = torch.device("cuda", 0)
+        if device.index >= torch.cuda.device_count():
+            raise ModelError(f"device {name} was asked for, but there are {torch.cuda.device_count()} GPUs")
+        torch.cuda.set_device(device)
+    return device
+
+
+def choose_dtype(name: str, model: ModelConfig, device: torch.device) -> str:
+    if name != "auto":
+        return name
+    if device.type == "cpu":
+        return "float32"
+    return "bfloat16" if model.dtype == "float32" else model.dtype
+
+
+def blocks_that_fit(layout: KvLayout, context_length: int, device: torch.device) -> int:
+    """Blocks that fit the memory that is free now. Raises ModelError where not even one sequence block does."""
+    if device.type == "cuda":
+        budget = int(torch.cuda.mem_get_info(device)[0] * GPU_POOL_SHARE)
+    else:
+        budget = min(
+            int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * CPU_POOL_SHARE), CPU_POOL_MOST_BYTES
+        )
+    blocks = budget // layout.block_bytes
+    if blocks < 1:
+        raise ModelError(
+            f"no KV block of {layout.block_bytes} bytes fits the {budget >> 20} MiB that a pool may take; "
+            "say how many with --num-blocks, or make room"
+        )
+    return blocks
+
+
+def layout_to_proto(layout: KvLayout) -> pb.KvLayout:
+    return pb.KvLayout(
+        num_blocks=layout.num_blocks,
+        num_layers=layout.num_layers,
+        block_size=layout.block_size,
+        num_kv_heads=layout.num_kv_heads,
+        head_dim=layout.head_dim,
+        dtype=layout.dtype,
+    )

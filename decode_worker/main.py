@@ -1,0 +1,31 @@
+"""Starts a decode worker: model, pool, graphs, service, loop."""
+
+import structlog
+
+from common import logs, worker_parts
+from common.lifecycle import Lifecycle
+from common.worker_service import WorkerService
+from decode_worker.config import DecodeConfig
+from decode_worker.engine import Engine
+from decode_worker.runner import Runner
+from twostroke.v1 import inference_pb2
+
+log = structlog.get_logger(__name__)
+
+
+def main(config: DecodeConfig) -> None:
+    """Runs until a signal ends it."""
+    logs.configure(config.log_format)
+    parts = worker_parts.load(config, inference_pb2.WORKER_ROLE_DECODE, config.max_batch)
+    try:
+        runner = Runner(parts, config.max_batch)
+        service = WorkerService(parts.hello, config.listen, config.advertise, config.router)
+        lifecycle = Lifecycle(service.wake, config.drain_seconds)
+        service.set_serving(True)
+        log.info("decode worker ready", address=service.address, instance=parts.hello.instance)
+        try:
+            Engine(parts, service, runner, config.max_batch).run(lifecycle)
+        finally:
+            service.stop()
+    finally:
+        parts.close()

@@ -1,0 +1,94 @@
+"""Launches decode steps: in CUDA graphs on a GPU, one operation after another on a CPU."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from common.device_io import HostCopy
+from common.host_logprobs import HostLogprobs
+from common.special_sampling import AdjustedRows, TokenCounts, wants_adjusting, wants_logprobs
+from common.worker_parts import WorkerParts
+from decode_worker.batch import DecodeBatch
+from decode_worker.graphs import DecodeGraphs
+from decode_worker.scheduler import Sequence
+from decode_worker.step import Stepper
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What a launched step gives for each row of the batch, once the device is through with it."""
+
+    tokens: HostCopy
+    logprobs: HostLogprobs | None
+
+
+class Runner:
+    """Owns the batch on the device and what a step needs. `launch` returns at once on a GPU."""
+
+    def __init__(self, parts: WorkerParts, max_batch: int) -> None:
+        block_size = parts.pool.layout.block_size
+        self.batch = DecodeBatch(max_batch, -(-parts.max_length // block_size), parts.device)
+        self._stepper = Stepper(parts.model, parts.pool, parts.ops)
+        self._counts = TokenCounts(parts.model.config.vocab_size, parts.device)
+        self._slots: dict[Sequence, int] = {}  # of the sequences in the batch whose logits are adjusted
+        self._asks: set[Sequence] = set()  # for log-probabilities
+        self._adjusted: AdjustedRows | None = None
+        self._graphs: DecodeGraphs | None = None
+        if parts.device.type == "cuda":
+            self._graphs = DecodeGraphs(self._stepper, self.batch.state, max_batch)
+
+    def add(self, sequence: Sequence) -> None:
+        self.batch.add(sequence)
+        if wants_adjusting(sequence.spec, len(sequence.tokens)):
+            self._slots[sequence] = self._counts.add(sequence.spec, sequence.tokens)
+        if wants_logprobs(sequence.spec):
+            self._asks.add(sequence)
+        self._adjusted = None
+
+    def remove(self, sequence: Sequence) -> None:
+        self.batch.remove(sequence)
+        if (slot := self._slots.pop(sequence, None)) is not None:
+            self._counts.remove(slot)
+        self._asks.discard(sequence)
+        self._adjusted = None
+
+    @torch.inference_mode()
+    def launch(self) -> StepOutput:
+        """One step of every sequence in the batch."""
+        self.batch.upload()
+        rows = len(self.batch)
+        if not self._slots and not self._asks:
+            return StepOutput(HostCopy(self._plain(rows)), None)
+        state = self.batch.state.first(rows)
+        logits = self._logits(rows)
+        if self._slots:
+            adjusted = self._adjusted_rows()
+            tokens = self._stepper.sample(state, self._counts.adjust(logits, state.lengths + 1, adjusted))
+            self._counts.record(tokens, adjusted)
+        else:
+            tokens = self._stepper.sample(state, logits)
+        self._stepper.advance(state, tokens)
+        specs = [sequence.spec for sequence in self.batch.sequences]
+        return StepOutput(HostCopy(tokens), HostLogprobs(specs, logits, tokens) if self._asks else None)
+
+    def _plain(self, rows: int) -> Tensor:
+        if self._graphs is not None:
+            return self._graphs.plain(rows)
+        return self._stepper.plain(self.batch.state.first(rows))
+
+    def _logits(self, rows: int) -> Tensor:
+        if self._graphs is not None:
+            return self._graphs.logits(rows)
+        return self._stepper.logits(self.batch.state.first(rows))
+
+    def _adjusted_rows(self) -> AdjustedRows:
+        if self._adjusted is None:
+            self._adjusted = self._counts.select(
+                [
+                    (row, self._slots[sequence], sequence.spec)
+                    for row, sequence in enumerate(self.batch.sequences)
+                    if sequence in self._slots
+                ]
+            )
+        return self._adjusted

@@ -1,0 +1,32 @@
+"""Starts a prefill worker: model, pool, service, loop."""
+
+import structlog
+
+from common import logs, worker_parts
+from common.lifecycle import Lifecycle
+from common.worker_service import WorkerService
+from prefill_worker.config import PrefillConfig
+from prefill_worker.engine import Engine
+from prefill_worker.runner import Runner
+from twostroke.v1 import inference_pb2
+
+log = structlog.get_logger(__name__)
+
+
+def main(config: PrefillConfig) -> None:
+    """Runs until a signal ends it."""
+    logs.configure(config.log_format)
+    parts = worker_parts.load(config, inference_pb2.WORKER_ROLE_PREFILL, config.max_batch_tokens)
+    try:
+        runner = Runner(parts)
+        runner.warm_up(config.max_batch_tokens)
+        service = WorkerService(parts.hello, config.listen, config.advertise, config.router)
+        lifecycle = Lifecycle(service.wake, config.drain_seconds)
+        service.set_serving(True)
+        log.info("prefill worker ready", address=service.address, instance=parts.hello.instance)
+        try:
+            Engine(parts, service, runner, config.max_batch_tokens, config.lease_seconds).run(lifecycle)
+        finally:
+            service.stop()
+    finally:
+        parts.close()

@@ -1,0 +1,135 @@
+"""Real clusters for tests: a router and workers, each a process of its own."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Self
+
+from twostroke import Client
+from twostroke.v1 import inference_pb2 as pb
+
+START_SECONDS = 60.0
+
+ROLES = {"prefill": pb.WORKER_ROLE_PREFILL, "decode": pb.WORKER_ROLE_DECODE}
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+        return port
+
+
+@dataclass
+class Cluster:
+    """Flags are named as on the command line, without dashes in front: {"num-blocks": 64}.
+
+    Every process runs torch with one thread: the suite has two cores.
+    """
+
+    prefill: int = 1
+    decode: int = 1
+    router_flags: Mapping[str, object] = field(default_factory=dict)
+    worker_flags: Mapping[str, object] = field(default_factory=dict)
+    prefill_flags: Mapping[str, object] = field(default_factory=dict)
+    decode_flags: Mapping[str, object] = field(default_factory=dict)
+    log: Path | None = None
+
+    def __enter__(self) -> Self:
+        self.target = f"127.0.0.1:{free_port()}"
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._addresses: dict[str, str] = {}
+        self._log = self.log.open("ab") if self.log else subprocess.DEVNULL
+        self.client = Client(self.target, timeout=60)
+        try:
+            self.start_router()
+            for index in range(self.prefill):
+                self.start_worker("prefill", index)
+            for index in range(self.decode):
+                self.start_worker("decode", index)
+            self.wait_until_ready()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.client.close()
+        for process in self.processes.values():
+            process.send_signal(signal.SIGCONT)
+            process.kill()
+        for process in self.processes.values():
+            process.wait()
+        from common.transport.shm import sweep
+
+        sweep()
+
+    def start_router(self) -> None:
+        self._start("router", "router", {"listen": self.target, **self.router_flags})
+
+    def start_worker(self, role: str, index: int, **flags: object) -> None:
+        own = self.prefill_flags if role == "prefill" else self.decode_flags
+        # A worker that starts again takes the address of the one before.
+        listen = self._addresses.setdefault(f"{role}-{index}", f"127.0.0.1:{free_port()}")
+        common = {"listen": listen, "router": self.target, "threads": 1, "num-blocks": 1024, "device": "cpu", "dtype": "float32"}
+        self._start(f"{role}-{index}", f"{role}_worker", {**common, **self.worker_flags, **own, **flags})
+
+    def _start(self, name: str, module: str, flags: Mapping[str, object]) -> None:
+        arguments = [f"--{flag}={value}" for flag, value in flags.items()]
+        self.processes[name] = subprocess.Popen(
+            [sys.executable, "-m", module, *arguments],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=self._log,
+        )
+
+    def wait_until_ready(self, prefill: int | None = None, decode: int | None = None) -> None:
+        wanted = {"prefill": prefill or self.prefill, "decode": decode or self.decode}
+        self.client.wait_until_ready(timeout=START_SECONDS)
+        self.wait_for(lambda: all(len(self.workers(role)) >= count for role, count in wanted.items()), START_SECONDS)
+
+    def workers(self, role: str) -> list[pb.WorkerLoad]:
+        """The workers of a role that take requests."""
+        return [worker for worker in self.client.load().workers if worker.role == ROLES[role] and worker.ready]
+
+    def addresses(self, role: str) -> dict[str, str]:
+        """Of the workers of a role, by their names among the processes."""
+        return {name: address for name, address in self._addresses.items() if name.startswith(role)}
+
+    def signal(self, name: str, number: signal.Signals) -> None:
+        self.processes[name].send_signal(number)
+
+    def kill(self, name: str) -> None:
+        """As `kill -9`; returns when the process is gone."""
+        self.processes[name].kill()
+        self.processes[name].wait()
+
+    def wait_for(self, condition: Callable[[], bool], seconds: float = 5.0) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, f"it did not come true within {seconds} s: {self.client.load()}"
+            time.sleep(0.02)
+
+    def assert_blocks_home(self, seconds: float = 5.0) -> None:
+        """Every block of every worker is free or cached, and nobody holds or waits for anything."""
+
+        def home() -> bool:
+            load = self.client.load()
+            return (
+                load.queued == load.running == 0
+                and len(load.workers) > 0
+                and all(
+                    worker.waiting == worker.running == worker.leases == 0
+                    and worker.blocks.in_use == worker.blocks.reserved == 0
+                    and worker.blocks.free + worker.blocks.cached == worker.blocks.total
+                    for worker in load.workers
+                )
+            )
+
+        self.wait_for(home, seconds)

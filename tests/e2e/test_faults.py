@@ -1,0 +1,211 @@
+"""What is done to a request and to the workers that hold it, in each of its states. Whatever it was, all blocks come
+home and the next request is served."""
+
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+
+import pytest
+
+from tests.e2e.cluster import Cluster
+from tests.e2e.prompts import prompts
+from tests.e2e.reference import assert_greedy
+from twostroke import Client, DeadlineExceeded, Piece, TwostrokeError, Unavailable
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
+
+LONG, SHORT = prompts((1_500, 20), seed=8)
+# Chunks so small that the long prompt takes a second or more, and can be caught in the middle.
+PREFILL_FLAGS = {"max-batch-tokens": 32}
+
+STATES = ("prefilling", "decoding")
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[Cluster]:
+    with Cluster(prefill_flags=PREFILL_FLAGS) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def pairs() -> Iterator[Cluster]:
+    with Cluster(prefill=2, decode=2, prefill_flags=PREFILL_FLAGS) as cluster:
+        yield cluster
+
+
+class Asking(threading.Thread):
+    """One request under way in a thread: its pieces, and how it ended."""
+
+    def __init__(self, cluster: Cluster, prompt: list[int], max_tokens: int = 400) -> None:
+        super().__init__(daemon=True)
+        self.pieces: list[Piece] = []
+        self.error: TwostrokeError | None = None
+        self._cluster = cluster
+        self._arguments = (prompt, max_tokens)
+        self.start()
+
+    def run(self) -> None:
+        prompt, max_tokens = self._arguments
+        options = {"temperature": 0, "ignore_eos": True, "max_tokens": max_tokens}
+        try:
+            for piece in self._cluster.client.stream(prompt, **options):  # type: ignore[arg-type]
+                self.pieces.append(piece)
+        except TwostrokeError as error:
+            self.error = error
+
+    @property
+    def tokens(self) -> list[int]:
+        return [token for piece in list(self.pieces) for token in piece.token_ids]
+
+    def reach(self, state: str) -> None:
+        """Returns when the request is in `state`."""
+        if state == "prefilling":
+            self._cluster.wait_for(lambda: any(worker.running for worker in self._cluster.workers("prefill")))
+        else:
+            self._cluster.wait_for(lambda: len(self.tokens) >= 3, seconds=30)
+
+
+def prompt_of(state: str) -> list[int]:
+    return LONG if state == "prefilling" else SHORT
+
+
+def assert_well(cluster: Cluster) -> None:
+    cluster.assert_blocks_home()
+    answer = cluster.client.generate(SHORT, max_tokens=4, temperature=0, ignore_eos=True, timeout=20)
+    assert_greedy(SHORT, answer.token_ids)
+    cluster.assert_blocks_home()
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_the_client_leaves(pair: Cluster, state: str) -> None:
+    stream = pair.client.stream(prompt_of(state), max_tokens=400, temperature=0, ignore_eos=True)
+    for piece in stream:
+        if state == "prefilling" or piece.token_ids:
+            break
+    stream.close()
+    assert_well(pair)
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_the_deadline_passes(pair: Cluster, state: str) -> None:
+    with pytest.raises(DeadlineExceeded):
+        pair.client.generate(prompt_of(state), max_tokens=4_000, temperature=0, ignore_eos=True, timeout=0.5)
+    assert_well(pair)
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_the_client_is_killed(pair: Cluster, state: str) -> None:
+    code = (
+        "import sys; from twostroke import Client\n"
+        "for piece in Client(sys.argv[1]).stream(eval(sys.argv[2]), max_tokens=4_000, ignore_eos=True):\n"
+        "    print(len(piece.token_ids), flush=True)\n"
+    )
+    command = [sys.executable, "-c", code, pair.target, str(prompt_of(state))]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as client:
+        assert client.stdout is not None
+        for line in client.stdout:
+            if state == "prefilling" or int(line):
+                break
+        client.kill()
+    assert_well(pair)
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+@pytest.mark.parametrize("state", STATES)
+def test_a_worker_is_killed_and_another_goes_on(pairs: Cluster, state: str, role: str) -> None:
+    prompt = prompt_of(state)
+    asking = Asking(pairs, prompt, max_tokens=60)
+    asking.reach(state)
+    busy = [worker.address for worker in pairs.workers(role) if worker.running or worker.waiting]
+    victim = next((name for name, address in pairs.addresses(role).items() if address in busy), f"{role}-0")
+    pairs.kill(victim)
+    asking.join(timeout=60)
+    assert asking.error is None
+    assert_greedy(prompt, asking.tokens)
+    assert len(asking.tokens) == 60
+    assert_well(pairs)
+    pairs.start_worker(role, int(victim.rpartition("-")[2]))
+    pairs.wait_until_ready()
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+@pytest.mark.parametrize("state", STATES)
+def test_the_only_worker_is_killed(pair: Cluster, state: str, role: str) -> None:
+    asking = Asking(pair, prompt_of(state))
+    asking.reach(state)
+    pair.kill(f"{role}-0")
+    killed = time.monotonic()
+    if (state, role) == ("decoding", "prefill"):
+        with suppress(TwostrokeError):
+            pair.client.generate(SHORT, max_tokens=1, cache_salt="elsewhere")
+        asking.join(timeout=60)
+        assert asking.error is None, "a decoding request needs no prefill worker"
+    else:
+        asking.join(timeout=10)
+        assert isinstance(asking.error, Unavailable)
+        assert time.monotonic() - killed < 2.0 + 0.5
+    pair.start_worker(role, 0)
+    pair.wait_until_ready()
+    assert_well(pair)
+
+
+def test_a_stopped_decode_worker_is_noticed_and_its_requests_go_on_elsewhere(pairs: Cluster) -> None:
+    asking = Asking(pairs, SHORT, max_tokens=60)
+    asking.reach("decoding")
+    busy = [worker.address for worker in pairs.workers("decode") if worker.running]
+    (victim,) = [name for name, address in pairs.addresses("decode").items() if address in busy]
+    pairs.signal(victim, signal.SIGSTOP)
+    try:
+        asking.join(timeout=30)
+        assert asking.error is None
+        assert_greedy(SHORT, asking.tokens)
+    finally:
+        pairs.signal(victim, signal.SIGCONT)
+    pairs.wait_until_ready()
+    assert_well(pairs)
+
+
+def test_a_restarted_router_finds_its_workers_again(pair: Cluster) -> None:
+    asking = Asking(pair, SHORT)
+    asking.reach("decoding")
+    pair.kill("router")
+    asking.join(timeout=10)
+    assert isinstance(asking.error, Unavailable)
+    pair.start_router()
+    pair.wait_until_ready()
+    assert_well(pair)
+
+
+def test_a_worker_drains_on_sigterm(pairs: Cluster) -> None:
+    asking = Asking(pairs, SHORT, max_tokens=60)
+    asking.reach("decoding")
+    busy = [worker.address for worker in pairs.workers("decode") if worker.running]
+    (victim,) = [name for name, address in pairs.addresses("decode").items() if address in busy]
+    pairs.signal(victim, signal.SIGTERM)
+    asking.join(timeout=30)
+    assert asking.error is None
+    assert asking.pieces[-1].finish is not None
+    assert asking.pieces[-1].finish.usage.resumes == 0
+    assert pairs.processes[victim].wait(timeout=10) == 0
+    pairs.start_worker("decode", int(victim[-1]))
+    pairs.wait_until_ready()
+    assert_well(pairs)
+
+
+def test_nothing_is_left_behind(tmp_path_factory: pytest.TempPathFactory) -> None:
+    from pathlib import Path
+
+    before = set(Path("/dev/shm").glob("twostroke-*"))
+    with Cluster() as cluster:
+        cluster.client.generate(SHORT, max_tokens=2)
+        for name in ("router", "prefill-0", "decode-0"):
+            cluster.signal(name, signal.SIGTERM)
+        for process in cluster.processes.values():
+            assert process.wait(timeout=20) == 0
+        assert set(Path("/dev/shm").glob("twostroke-*")) == before
+    with pytest.raises(Unavailable), Client(cluster.target) as client:
+        client.model(timeout=2)

@@ -1,0 +1,108 @@
+"""Greedy answers of whole clusters equal those of transformers, whatever way they took."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from tests.e2e.cluster import Cluster
+from tests.e2e.prompts import prompts
+from tests.e2e.reference import assert_greedy
+from twostroke import Generation
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+
+ALL_LENGTHS = (1, 2, 3, 5, 8, 15, 16, 17, 31, 32, 33, 47, 48, 63, 64, 65, 80, 100, 127, 128, 129, 150, 200, 255, 256)
+ALL_LENGTHS += (300, 400, 511, 512, 700, 1_000, 1_500)
+SOME_LENGTHS = (1, 7, 16, 33, 64, 100, 129, 200, 257, 400)
+
+
+def ask_all(cluster: Cluster, asked: Sequence[Sequence[int]], count: int) -> list[Generation]:
+    """All in flight at once."""
+
+    def ask(prompt: Sequence[int]) -> Generation:
+        return cluster.client.generate(prompt, max_tokens=count, temperature=0, ignore_eos=True, timeout=250)
+
+    with ThreadPoolExecutor(len(asked)) as pool:
+        return list(pool.map(ask, asked))
+
+
+def assert_all_greedy(asked: Sequence[Sequence[int]], answers: Sequence[Generation], count: int) -> None:
+    for prompt, answer in zip(asked, answers, strict=True):
+        assert len(answer.token_ids) == count
+        assert_greedy(prompt, answer.token_ids)
+
+
+def test_32_prompts_at_once() -> None:
+    asked = prompts(ALL_LENGTHS, seed=1)
+    assert len(asked) == 32
+    with Cluster() as cluster:
+        answers = ask_all(cluster, asked, 64)
+        cluster.assert_blocks_home()
+    assert_all_greedy(asked, answers, 64)
+
+
+@pytest.mark.parametrize(
+    ("prefill", "decode", "flags"),
+    [
+        pytest.param(1, 1, {"block-size": 4, "num-blocks": 4096}, id="tiny blocks"),
+        pytest.param(1, 1, {"max-batch-tokens": 32}, id="chunks of 32"),
+        pytest.param(2, 2, {}, id="two pairs"),
+    ],
+)
+def test_other_ways(prefill: int, decode: int, flags: dict[str, object]) -> None:
+    asked = prompts(SOME_LENGTHS, seed=2)
+    prefill_only = {name: value for name, value in flags.items() if name == "max-batch-tokens"}
+    both = {name: value for name, value in flags.items() if name not in prefill_only}
+    with Cluster(prefill=prefill, decode=decode, worker_flags=both, prefill_flags=prefill_only) as cluster:
+        answers = ask_all(cluster, asked, 24)
+        cluster.assert_blocks_home()
+    assert_all_greedy(asked, answers, 24)
+
+
+def test_prefix_hits_on_either_side_and_on_both() -> None:
+    asked = prompts((40, 100, 260), seed=3)
+    with Cluster() as cluster:
+        first = ask_all(cluster, asked, 24)
+        both = ask_all(cluster, asked, 24)
+        cluster.kill("decode-0")
+        cluster.start_worker("decode", 0)
+        cluster.wait_for(lambda: not cluster.workers("decode"))
+        cluster.wait_until_ready()
+        prefill_side = ask_all(cluster, asked, 24)
+        cluster.kill("prefill-0")
+        cluster.wait_for(lambda: not cluster.workers("prefill"))
+        cluster.start_worker("prefill", 0)
+        cluster.wait_until_ready()
+        decode_side = ask_all(cluster, asked, 24)
+        cluster.assert_blocks_home()
+    cached = [
+        [
+            (answer.finish.usage.prefill_cached_tokens > 0, answer.finish.usage.decode_cached_tokens > 0)
+            for answer in answers
+        ]
+        for answers in (first, both, prefill_side, decode_side)
+    ]
+    assert cached == [[(False, False)] * 3, [(True, True)] * 3, [(True, False)] * 3, [(False, True)] * 3]
+    for answers in (first, both, prefill_side, decode_side):
+        assert_all_greedy(asked, answers, 24)
+
+
+def test_the_next_turn_finds_the_answer_of_the_last_one() -> None:
+    (prompt,) = prompts((50,), seed=4)
+    with Cluster() as cluster:
+        (answer,) = ask_all(cluster, [prompt], 40)
+        turn = [*prompt, *answer.token_ids, *prompt[:5]]
+        (next_answer,) = ask_all(cluster, [turn], 16)
+    assert next_answer.finish.usage.decode_cached_tokens == 80, "89 tokens have KV on the decode worker: 5 blocks"
+    assert_all_greedy([turn], [next_answer], 16)
+
+
+def test_preemption_every_few_steps() -> None:
+    asked = prompts(SOME_LENGTHS, seed=5)
+    flags = {"num-blocks": 40, "block-size": 16}
+    with Cluster(decode_flags=flags, router_flags={"headroom-tokens": 1}) as cluster:
+        answers = ask_all(cluster, asked, 48)
+        cluster.assert_blocks_home()
+    assert sum(answer.finish.usage.resumes for answer in answers) >= 5
+    assert_all_greedy(asked, answers, 48)

@@ -140,7 +140,8 @@ def _sampling(sampling: pb.Sampling, logprobs: int | None, model: ModelConfig) -
             "sampling.logit_bias", f"has {len(sampling.logit_bias)} entries; at most {MAX_LOGIT_BIAS} are allowed"
         )
     for token, bias in sampling.logit_bias.items():
-        check_tokens("sampling.logit_bias", (token,), model)
+        if token >= model.vocab_size:
+            raise InvalidArgument(f"sampling.logit_bias[{token}]", f"the vocabulary has {model.vocab_size} tokens")
         _within(f"sampling.logit_bias[{token}]", bias, -100, 100)
     return worker_pb2.SamplingParams(
         temperature=temperature,

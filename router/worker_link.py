@@ -63,6 +63,10 @@ class WorkerLink:
                 problem = error.details() or str(error.code())
             except (TimeoutError, asyncio.InvalidStateError) as error:
                 problem = str(error) or type(error).__name__
+            except asyncio.CancelledError:
+                if _this_task_is_cancelled():
+                    raise
+                problem = "the stream was cut off here"  # which its reader is told with the same exception
             if self.worker is not None:
                 worker, self.worker = self.worker, None
                 self._events.worker_lost(worker)
@@ -115,3 +119,8 @@ class WorkerLink:
                 await stream.write(await worker.next_message())
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
             stream.cancel()  # so that the reader sees the end, too
+
+
+def _this_task_is_cancelled() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

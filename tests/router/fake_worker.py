@@ -1,4 +1,4 @@
-"""A worker that needs no model: it speaks the whole protocol, answers with tokens made by a rule, and fails on demand."""
+"""A worker that needs no model: it speaks the whole protocol, makes tokens by a rule, and fails on demand."""
 
 import asyncio
 import itertools

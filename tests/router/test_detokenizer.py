@@ -1,0 +1,61 @@
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders
+
+from router import token_bytes
+from router.detokenizer import Detokenizer
+from tests.router import models
+
+BYTE_LEVEL = models.byte_level()
+BYTE_FALLBACK = models.byte_fallback()
+
+
+def in_pieces(tokenizer: Tokenizer, ids: list[int], cuts: random.Random, special_tokens: bool) -> list[str]:
+    known = token_bytes.read(tokenizer, models.VOCAB_SIZE)
+    table = known.table if special_tokens else known.without_special()
+    detokenizer = Detokenizer(table, known.strip_leading_space)
+    pieces = []
+    while ids:
+        count = cuts.randint(1, 4)
+        pieces.append(detokenizer.feed(ids[:count]))
+        ids = ids[count:]
+    return [*pieces, detokenizer.finish()]
+
+
+@given(st.lists(st.integers(0, models.VOCAB_SIZE - 1)), st.randoms(use_true_random=False), st.booleans())
+@settings(deadline=None)
+def test_any_byte_level_tokens_are_spelled_as_the_tokenizer_does(
+    ids: list[int], cuts: random.Random, special_tokens: bool
+) -> None:
+    pieces = in_pieces(BYTE_LEVEL, ids, cuts, special_tokens)
+    assert "".join(pieces) == BYTE_LEVEL.decode(ids, skip_special_tokens=not special_tokens)
+
+
+@given(st.text(), st.randoms(use_true_random=False))
+@settings(deadline=None)
+@pytest.mark.parametrize("tokenizer", [BYTE_LEVEL, BYTE_FALLBACK], ids=["byte_level", "byte_fallback"])
+def test_pieces_of_a_text_make_the_text(tokenizer: Tokenizer, text: str, cuts: random.Random) -> None:
+    ids = tokenizer.encode(text).ids
+    pieces = in_pieces(tokenizer, ids, cuts, special_tokens=True)
+    assert "".join(pieces) == tokenizer.decode(ids, skip_special_tokens=False)
+    if "\ufffd" not in text:
+        assert "\ufffd" not in "".join(pieces)
+
+
+def test_a_character_is_held_back_until_it_is_whole() -> None:
+    known = token_bytes.read(BYTE_FALLBACK, models.VOCAB_SIZE)
+    detokenizer = Detokenizer(known.table, known.strip_leading_space)
+    ids = [BYTE_FALLBACK.token_to_id(f"<0x{byte:02X}>") for byte in "🙂".encode()]
+    assert [detokenizer.feed([token]) for token in ids] == ["", "", "", "🙂"]
+    assert detokenizer.feed(ids[:2]) == ""
+    assert detokenizer.finish() == "\ufffd"
+
+
+def test_an_unknown_decoder_is_refused_by_name() -> None:
+    tokenizer = models.byte_level()
+    tokenizer.decoder = decoders.WordPiece()
+    with pytest.raises(token_bytes.UnsupportedTokenizer, match="WordPiece"):
+        token_bytes.read(tokenizer, models.VOCAB_SIZE)

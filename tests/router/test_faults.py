@@ -1,0 +1,348 @@
+"""Every way in which a request can go wrong, in every state: the client gets its answer or a status code that says what
+happened, and nobody holds anything afterwards (`cluster` checks that at its end)."""
+
+import asyncio
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from tests.router.cluster import PROMPT, Cluster, cluster, eventually, expected, request
+from tests.router.fake_worker import DECODE, PREFILL, Ended, FakeWorker, Script
+
+Cause = Ended.Cause.ValueType
+
+# States that a request can be made to stay in, by what a worker does not do.
+STATES = {
+    "prefill": ([Script(silent=True)], [Script()]),
+    "reserve": ([Script()], [Script(silent=True)]),
+    "start": ([Script()], [Script(silent_at_start=True)]),
+    "decode": ([Script()], [Script(stop_after=3)]),
+    "queue": ([Script()], [Script(refuse=10**9)]),
+}
+
+
+def stuck(it: Cluster, state: str, requests: int = 1) -> bool:
+    prefill, decode = it.prefills[0], it.decodes[0]
+    match state:
+        case "prefill":
+            return len(prefill.held) == requests and it.router.dispatcher.running == requests
+        case "reserve":
+            return len(decode.held) == requests and len(prefill.held) == requests
+        case "start":
+            return len(decode.starts) == requests
+        case "decode":
+            return sum(running.steps == 3 for running in decode.running.values()) == requests
+        case _:
+            return len(decode.reserves) >= requests
+
+
+async def failing(it: Cluster, **fields: Any) -> grpc.aio.AioRpcError:
+    with pytest.raises(grpc.aio.AioRpcError) as failed:
+        await it.generate(**fields)
+    return failed.value
+
+
+# ---------------------------------------------------------------- the client goes
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("streaming", [False, True])
+async def test_a_cancel_frees_both_workers_at_once(model: Path, state: str, streaming: bool) -> None:
+    prefills, decodes = STATES[state]
+    async with cluster(model, prefills, decodes) as it:
+        if streaming:
+            call = it.stub.GenerateStream(request(max_tokens=100))
+            reading = asyncio.ensure_future(_read_all(call))
+        else:
+            call = reading = it.stub.Generate(request(max_tokens=100))
+        await eventually(lambda: stuck(it, state))
+        cancelled_at = time.monotonic()
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reading
+        await eventually(it.nothing_held)
+        assert time.monotonic() - cancelled_at < 0.5
+
+
+async def _read_all(call: Any) -> None:
+    async for _ in call:
+        pass
+
+
+@pytest.mark.parametrize("state", STATES)
+async def test_a_deadline_frees_both_workers(model: Path, state: str) -> None:
+    prefills, decodes = STATES[state]
+    async with cluster(model, prefills, decodes) as it:
+        with pytest.raises(grpc.aio.AioRpcError) as failed:
+            await it.stub.Generate(request(max_tokens=100), timeout=0.2)
+        assert failed.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+        await eventually(it.nothing_held)
+
+
+CLIENT = """
+import sys, grpc
+call = grpc.insecure_channel(sys.argv[1]).unary_stream("/twostroke.v1.Inference/GenerateStream")
+for _ in call(bytes.fromhex(sys.argv[2])):
+    pass
+"""
+
+
+async def test_a_client_that_dies_frees_both_workers(model: Path) -> None:
+    async with cluster(model, *STATES["decode"]) as it:
+        message = request(max_tokens=100).SerializeToString()
+        client = await asyncio.create_subprocess_exec(sys.executable, "-c", CLIENT, it.address, message.hex())
+        await eventually(lambda: stuck(it, "decode"), seconds=10)
+        client.kill()
+        await client.wait()
+        await eventually(it.nothing_held)
+
+
+async def test_one_choice_of_several_that_fails_ends_the_others(model: Path) -> None:
+    async with cluster(model, decodes=[Script(reject=1, stop_after=3)]) as it:
+        assert (await failing(it, n=3, max_tokens=100)).code() == grpc.StatusCode.INVALID_ARGUMENT
+
+
+# ---------------------------------------------------------------- a worker says no
+
+
+async def test_a_refused_reservation_waits_for_room(model: Path) -> None:
+    async with cluster(model, decodes=[Script(refuse=2)]) as it:
+        choice = (await it.generate()).choices[0]
+        assert list(choice.token_ids) == expected(8)
+        assert choice.finish.usage.resumes == 0
+        assert len(it.decodes[0].reserves) == 3
+        assert len({reserve.attempt_id for reserve in it.decodes[0].reserves}) == 3
+
+
+async def test_a_refused_request_goes_to_the_other_decode_worker(model: Path) -> None:
+    async with cluster(model, decodes=[Script(refuse=10**9), Script()]) as it:
+        for _ in range(4):
+            assert list((await it.generate()).choices[0].token_ids) == expected(8)
+        assert len(it.decodes[1].starts) == 4
+
+
+async def test_no_room_is_not_asked_for(model: Path) -> None:
+    """With room for one at a time, the second request waits in the router, and nobody has to refuse it."""
+    small = FakeWorker(DECODE, Script(step_seconds=0.002), num_blocks=3, max_length=48)
+    async with cluster(model, decodes=[small]) as it:
+        answers = await asyncio.gather(*(it.generate(max_tokens=28) for _ in range(3)))
+        assert all(list(answer.choices[0].token_ids) == expected(28) for answer in answers)
+        assert len(small.reserves) == 3
+
+
+@pytest.mark.parametrize("side", ["prefill", "decode"])
+async def test_what_a_worker_rejects_ends_with_its_reason(model: Path, side: str) -> None:
+    scripts = {"prefill": [Script()], "decode": [Script()]} | {side: [Script(reject=1)]}
+    async with cluster(model, scripts["prefill"], scripts["decode"]) as it:
+        error = await failing(it)
+        assert error.code() == grpc.StatusCode.INVALID_ARGUMENT
+        assert error.details() == f"the {side} worker cannot serve this request: scripted"
+
+
+# ---------------------------------------------------------------- resumes
+
+
+@pytest.mark.parametrize(
+    ("prefill", "decode", "resumes"),
+    [
+        (Script(fail=1), Script(), 1),
+        (Script(), Script(fail=1), 1),
+        (Script(fail=1), Script(fail=1), 1),
+        (Script(), Script(lose_lease=1), 1),
+        (Script(), Script(end_after={0: [Ended.CAUSE_PREEMPTED]}), 1),
+        (Script(), Script(end_after={3: [Ended.CAUSE_PREEMPTED] * 5}), 5),
+        (Script(), Script(end_after={3: [Ended.CAUSE_FAILED] * 3}), 3),
+        (Script(), Script(end_after={3: [Ended.CAUSE_FINISHED]}), 1),  # which it is not
+    ],
+)
+async def test_a_resumed_request_goes_on_where_it_was(
+    model: Path, prefill: Script, decode: Script, resumes: int
+) -> None:
+    async with cluster(model, [prefill], [decode], headroom_tokens=4) as it:
+        response = await it.generate(max_tokens=40, n=1)
+        choice = response.choices[0]
+        assert list(choice.token_ids) == expected(40)
+        assert choice.finish.usage.resumes == resumes
+        last = it.decodes[0].reserves[-1]
+        assert tuple(last.sequence.token_ids[: len(PROMPT)]) == PROMPT
+        assert list(last.sequence.token_ids[len(PROMPT) :]) == expected(len(last.sequence.token_ids) - len(PROMPT))
+        assert last.sequence.prompt_length == len(PROMPT)
+        assert last.headroom_tokens == len(PROMPT) + 40 - len(last.sequence.token_ids)
+        assert len(last.sequence.block_hashes) == 16 * (len(last.sequence.token_ids) // 16)
+
+
+async def test_a_resume_does_not_go_to_the_worker_that_failed(model: Path) -> None:
+    async with cluster(model, decodes=[Script(fail=10**9), Script()]) as it:
+        for _ in range(4):
+            choice = (await it.generate()).choices[0]
+            assert list(choice.token_ids) == expected(8)
+            assert choice.finish.usage.resumes <= 1
+
+
+async def test_faults_without_end_are_answered_with_unavailable(model: Path) -> None:
+    async with cluster(model, decodes=[Script(lose_lease=10**9)], max_resumes=2) as it:
+        error = await failing(it)
+        assert error.code() == grpc.StatusCode.UNAVAILABLE
+        assert error.details().startswith("gave up after 3 faults; the last: lease_lost")
+        assert len(it.decodes[0].starts) == 3
+
+
+async def test_a_draining_worker_gets_nothing_more(model: Path) -> None:
+    drains = Script(end_after={2: [Ended.CAUSE_DRAINING]}, step_seconds=0.001)
+    async with cluster(model, decodes=[drains], worker_grace=5) as it:
+        answer = asyncio.ensure_future(it.generate(max_tokens=30))
+        await eventually(lambda: not it.router.dispatcher.ready)
+        spare = FakeWorker(DECODE)
+        it.decodes.append(spare)
+        it.router.registry._keep_link((await spare.start(), DECODE))
+        assert list((await answer).choices[0].token_ids) == expected(30)
+        assert len(it.decodes[0].reserves) == 1
+
+
+async def test_resumed_requests_are_first_in_the_queue(model: Path) -> None:
+    """A decode worker with room for one: the preempted request runs again before those that came after it."""
+    script = Script(step_seconds=0.005, end_after={2: [Ended.CAUSE_PREEMPTED]})
+    small = FakeWorker(DECODE, script, num_blocks=3, max_length=48)
+    async with cluster(model, decodes=[small]) as it:
+        answers = []
+        for token in (40, 41, 42):
+            answers.append(asyncio.ensure_future(it.generate(prompt=(token,) * 20, max_tokens=28)))
+            await asyncio.sleep(0.005)
+        await asyncio.gather(*answers)
+        order = [reserve.sequence.token_ids[0] for reserve in small.reserves]
+        assert order == [40, 40, 41, 42]
+
+
+# ---------------------------------------------------------------- workers die
+
+
+@pytest.mark.parametrize("state", [state for state in STATES if state != "queue"])
+@pytest.mark.parametrize("side", ["prefill", "decode"])
+async def test_a_workers_death_is_survived_on_another(model: Path, state: str, side: str) -> None:
+    prefills, decodes = STATES[state]
+    async with cluster(model, prefills, decodes, worker_grace=5) as it:
+        answer = asyncio.ensure_future(it.generate(max_tokens=20))
+        await eventually(lambda: stuck(it, state))
+        good: dict[str, FakeWorker] = {"prefill": FakeWorker(PREFILL), "decode": FakeWorker(DECODE)}
+        for name, workers in (("prefill", it.prefills), ("decode", it.decodes)):
+            worker = good[name]
+            workers.append(worker)
+            it.router.registry._keep_link((await worker.start(), worker.role))
+        await eventually(lambda: len(it.router.dispatcher.workers()) == 4)
+        victim = (it.prefills if side == "prefill" else it.decodes)[0]
+        await victim.die()
+        if side != ("prefill" if state == "prefill" else "decode"):  # the other side is the one that hangs
+            await (it.decodes if side == "prefill" else it.prefills)[0].die()
+        assert list((await answer).choices[0].token_ids) == expected(20)
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("side", ["prefill", "decode"])
+async def test_with_no_worker_left_the_answer_is_unavailable_soon(model: Path, state: str, side: str) -> None:
+    if (side, state) == ("prefill", "decode"):
+        pytest.skip("decoding goes on without the prefill worker")
+    prefills, decodes = STATES[state]
+    async with cluster(model, prefills, decodes) as it:
+        answer = asyncio.ensure_future(failing(it, max_tokens=20))
+        await eventually(lambda: stuck(it, state))
+        began = time.monotonic()
+        await (it.prefills if side == "prefill" else it.decodes)[0].die()
+        error = await answer
+        assert error.code() == grpc.StatusCode.UNAVAILABLE
+        assert error.details() == f"no {side} worker is connected; it is safe to try again"
+        assert 0.2 < time.monotonic() - began < 1.5
+
+
+async def test_decoding_goes_on_without_the_prefill_worker(model: Path) -> None:
+    async with cluster(model, decodes=[Script(step_seconds=0.002)]) as it:
+        answer = asyncio.ensure_future(it.generate(max_tokens=100))
+        await eventually(lambda: any(running.steps > 3 for running in it.decodes[0].running.values()))
+        await it.prefills[0].die()
+        choice = (await answer).choices[0]
+        assert list(choice.token_ids) == expected(100)
+        assert choice.finish.usage.resumes == 0
+
+
+async def test_after_a_restart_the_next_request_succeeds(model: Path) -> None:
+    async with cluster(model) as it:
+        await it.generate()
+        old = it.decodes[0]
+        await old.die()
+        await eventually(lambda: not it.router.dispatcher.ready)
+        it.decodes[0] = FakeWorker(DECODE)
+        await it.decodes[0].start(old.address)
+        await eventually(lambda: it.router.dispatcher.ready)
+        assert list((await it.generate()).choices[0].token_ids) == expected(8)
+        assert it.decodes[0].reserves
+
+
+async def test_without_workers_a_new_request_fails_at_once(model: Path) -> None:
+    async with cluster(model, prefills=[], ready=False, worker_grace=0.1) as it:
+        await asyncio.sleep(0.15)
+        began = time.monotonic()
+        error = await failing(it)
+        assert error.code() == grpc.StatusCode.UNAVAILABLE
+        assert "prefill" in error.details()
+        assert time.monotonic() - began < 0.1
+
+
+async def test_a_worker_that_comes_in_time_is_waited_for(model: Path) -> None:
+    async with cluster(model, prefills=[], ready=False, worker_grace=5) as it:
+        answer = asyncio.ensure_future(it.generate())
+        await eventually(lambda: it.router.dispatcher.queued == 1)
+        late = FakeWorker(PREFILL)
+        it.prefills.append(late)
+        it.router.registry._keep_link((await late.start(), PREFILL))
+        assert list((await answer).choices[0].token_ids) == expected(8)
+
+
+# ---------------------------------------------------------------- too much
+
+
+async def test_a_full_queue_is_an_answer(model: Path) -> None:
+    async with cluster(model, decodes=[Script(refuse=10**9)], max_queue=3) as it:
+        waiting = [it.stub.Generate(request()) for _ in range(3)]
+        await eventually(lambda: it.router.dispatcher.queued == 3)
+        error = await failing(it)
+        assert error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert "3 of 3" in error.details()
+        it.decodes[0].script.refuse = 0
+        for answer in await asyncio.gather(*waiting):
+            assert list(answer.choices[0].token_ids) == expected(8)
+        assert (await it.generate()).choices
+
+
+async def test_prompts_beyond_two_batches_wait_in_the_router(model: Path) -> None:
+    slow = FakeWorker(PREFILL, Script(prefill_seconds=0.05), max_batch=len(PROMPT))
+    async with cluster(model, prefills=[slow]) as it:
+        answers = [asyncio.ensure_future(it.generate()) for _ in range(6)]
+        await eventually(lambda: len(slow.held) > 0)
+        assert it.router.dispatcher.running <= 2
+        await asyncio.gather(*answers)
+
+
+async def test_a_client_that_does_not_read_holds_up_nobody(model: Path) -> None:
+    """What it does not take is kept as token ids, and its answer is packed into few messages when it reads on."""
+    async with cluster(model) as it:
+        slow = it.stub.GenerateStream(request(max_tokens=1500))
+        await anext(aiter(slow))
+        assert list((await it.generate(max_tokens=200)).choices[0].token_ids) == expected(200)
+        chunks = [chunk async for chunk in slow]
+        assert [token for chunk in chunks for token in chunk.delta.token_ids] == expected(1500)
+
+
+async def test_many_at_once_with_everything_going_wrong(model: Path) -> None:
+    def bad() -> Script:
+        ends = {2: [Ended.CAUSE_PREEMPTED] * 20, 5: [Ended.CAUSE_FAILED] * 10, 7: [Ended.CAUSE_LEASE_LOST] * 5}
+        return Script(refuse=10, end_after=ends)
+
+    async with cluster(model, [Script(fail=3), Script()], [bad(), bad()], max_resumes=50) as it:
+        prompts: list[Sequence[int]] = [tuple(range(40, 41 + length % 60)) for length in range(100)]
+        answers = await asyncio.gather(*(it.generate(prompt=prompt, max_tokens=30) for prompt in prompts))
+        for prompt, answer in zip(prompts, answers, strict=True):
+            assert list(answer.choices[0].token_ids) == expected(30, prompt)

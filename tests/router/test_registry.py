@@ -1,0 +1,84 @@
+"""Who is let in as a worker, and how workers are found."""
+
+from pathlib import Path
+
+import grpc
+import pytest
+from structlog.testing import capture_logs
+
+from tests.router.cluster import cluster, eventually, expected
+from tests.router.fake_worker import DECODE, PREFILL, FakeWorker
+from twostroke.v1 import worker_pb2, worker_pb2_grpc
+
+
+@pytest.mark.parametrize(
+    ("hello", "sentence"),
+    [
+        ({"fingerprint": "0" * 32}, f"its fingerprint is '{'0' * 32}', and that of"),
+        ({"dtype": "bfloat16"}, "its dtype is 'bfloat16', and that of"),
+        ({"block_size": 32}, "its block_size is 32, and that of"),
+    ],
+)
+async def test_a_worker_that_does_not_fit_is_refused_with_both_values(
+    model: Path, hello: dict[str, object], sentence: str
+) -> None:
+    with capture_logs() as logs:
+        async with cluster(model) as it:
+            odd = FakeWorker(DECODE, **hello)
+            it.router.registry._keep_link((await odd.start(), DECODE))
+            await eventually(lambda: any(entry["event"] == "worker refused" for entry in logs))
+            assert len(it.router.dispatcher.workers()) == 2
+            await odd.die()
+    refusal = next(entry for entry in logs if entry["event"] == "worker refused")
+    assert refusal["reason"].startswith(sentence)
+
+
+async def test_a_role_that_was_named_wrongly_is_refused(model: Path) -> None:
+    with capture_logs() as logs:
+        async with cluster(model, decodes=[FakeWorker(PREFILL)], ready=False) as it:
+            await eventually(lambda: any(entry["event"] == "worker refused" for entry in logs))
+            assert not it.router.dispatcher.ready
+
+
+async def test_a_worker_is_connected_under_one_address_only(model: Path) -> None:
+    with capture_logs() as logs:
+        async with cluster(model) as it:
+            port = it.decodes[0].address.rpartition(":")[2]
+            it.router.registry._keep_link((f"localhost:{port}", DECODE))
+            await eventually(lambda: any(entry["event"] == "worker refused" for entry in logs))
+            assert len(it.router.dispatcher.workers()) == 2
+
+
+async def test_workers_that_make_themselves_known_are_used(model: Path) -> None:
+    async with cluster(model, prefills=[], decodes=[], worker_grace=5) as it:
+        registry = worker_pb2_grpc.RegistryStub(it.channel)
+        for role, workers in ((PREFILL, it.prefills), (DECODE, it.decodes)):
+            worker = FakeWorker(role)
+            workers.append(worker)
+            message = worker_pb2.RegisterRequest(address=await worker.start(), instance=worker.instance, role=role)
+            assert (await registry.Register(message)).interval_ms == 2000
+        assert list((await it.generate()).choices[0].token_ids) == expected(8)
+
+
+async def test_a_restart_is_noticed_by_its_registration(model: Path) -> None:
+    """The old instance's stream may look alive, as after a power cut: the new instance's word ends it."""
+    async with cluster(model) as it:
+        worker = it.decodes[0]
+        worker.instance = worker.hello.instance = worker.hello.pool.instance = "restarted"
+        message = worker_pb2.RegisterRequest(address=worker.address, instance="restarted", role=DECODE)
+        await worker_pb2_grpc.RegistryStub(it.channel).Register(message)
+        instances = it.router.dispatcher.workers
+        await eventually(lambda: "restarted" in {worker.instance for worker in instances()})
+        assert list((await it.generate()).choices[0].token_ids) == expected(8)
+
+
+@pytest.mark.parametrize(
+    ("address", "role", "sentence"),
+    [("nowhere", PREFILL, "address: 'nowhere' is not host:port"), ("here:1", 0, "role: must be prefill or decode")],
+)
+async def test_a_wrong_registration_is_refused(model: Path, address: str, role: int, sentence: str) -> None:
+    async with cluster(model) as it:
+        message = worker_pb2.RegisterRequest(address=address, role=role)  # type: ignore[arg-type]
+        with pytest.raises(grpc.aio.AioRpcError, match=sentence) as refused:
+            await worker_pb2_grpc.RegistryStub(it.channel).Register(message)
+        assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT

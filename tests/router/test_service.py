@@ -1,0 +1,239 @@
+"""Answers as clients see them, with workers that do nothing wrong."""
+
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from prometheus_client import generate_latest
+
+from common.prefix_hash import block_hashes, cache_root
+from tests.router import models
+from tests.router.cluster import PROMPT, cluster, eventually, expected, request
+from tests.router.fake_worker import Script
+from twostroke.v1 import inference_pb2 as pb
+
+TOKENIZER = models.byte_level()
+
+
+def text_of(tokens: list[int]) -> str:
+    text: str = TOKENIZER.decode(tokens)
+    return text
+
+
+async def test_the_whole_answer(model: Path) -> None:
+    async with cluster(model) as it:
+        response = await it.generate(request_id="mine", sampling=pb.Sampling(temperature=0, seed=7))
+        choice = response.choices[0]
+        assert list(choice.token_ids) == expected(8)
+        assert choice.text == text_of(expected(8))
+        assert choice.finish.reason == pb.FINISH_REASON_LENGTH
+        assert response.prompt == pb.PromptInfo(request_id="mine", prompt_tokens=len(PROMPT), seed=7)
+        usage = choice.finish.usage
+        assert (usage.prompt_tokens, usage.completion_tokens, usage.resumes) == (len(PROMPT), 8, 0)
+        assert (usage.prefill_cached_tokens, usage.decode_cached_tokens) == (3, 5)
+        timing = choice.finish.timing
+        assert timing.transfer_ms == 1.5
+        assert 0 < timing.first_token_ms <= timing.total_ms
+        assert 0 < timing.decode_ms <= timing.total_ms
+
+
+async def test_what_the_workers_are_told(model: Path) -> None:
+    async with cluster(model, headroom_tokens=6) as it:
+        sampling = pb.Sampling(temperature=0.5, top_k=9, seed=2**64 - 1, logit_bias={3: 1.5})
+        stopping = {"stop_token_ids": [9], "min_tokens": 2}
+        await it.generate(n=2, cache_salt="salt", sampling=sampling, stopping=stopping)
+        prefill, reserve = it.prefills[0].prefills[0], it.decodes[0].reserves[0]
+        sequence = prefill.sequence
+        assert reserve.sequence == sequence
+        assert reserve.attempt_id == prefill.attempt_id
+        assert reserve.headroom_tokens == 6
+        assert tuple(sequence.token_ids) == PROMPT
+        assert (sequence.prompt_length, sequence.max_length, sequence.min_length) == (20, 28, 22)
+        assert set(sequence.stop_token_ids) == {models.EOS, 9}
+        root = cache_root("f" * 32, "salt")
+        assert sequence.cache_root == root
+        assert sequence.block_hashes == b"".join(block_hashes(root, PROMPT, 16))
+        assert (sequence.sampling.temperature, sequence.sampling.top_k) == (0.5, 9)
+        assert dict(sequence.sampling.logit_bias) == {3: 1.5}
+        seeds = [prefill.sequence.sampling.seed for prefill in it.prefills[0].prefills]
+        assert seeds == [2**64 - 1, 0]
+
+
+async def test_one_token_needs_no_decode_worker(model: Path) -> None:
+    async with cluster(model) as it:
+        response = await it.generate(max_tokens=1)
+        assert list(response.choices[0].token_ids) == expected(1)
+        assert not it.decodes[0].reserves
+
+
+async def test_a_stream_tells_the_prompt_first_and_the_finish_last(model: Path) -> None:
+    async with cluster(model, decodes=[Script(step_seconds=0.002)]) as it:
+        chunks = [chunk async for chunk in it.stub.GenerateStream(request(max_tokens=30, n=3))]
+        assert chunks[0].prompt.prompt_tokens == len(PROMPT)
+        assert not any(chunk.HasField("prompt") for chunk in chunks[1:])
+        for index in range(3):
+            own = [chunk for chunk in chunks[1:] if chunk.index == index]
+            assert [token for chunk in own for token in chunk.delta.token_ids] == expected(30)
+            assert "".join(chunk.delta.text for chunk in own) == text_of(expected(30))
+            assert [chunk.HasField("finish") for chunk in own] == [False] * (len(own) - 1) + [True]
+
+
+def ending(last: int, at: int) -> Script:
+    """A worker whose token at place `at` of the output is `last`."""
+    return Script(token=lambda length: last if length == len(PROMPT) + at else 40 + length % 50)
+
+
+@pytest.mark.parametrize("at", [0, 3])
+@pytest.mark.parametrize(
+    ("last", "fields", "reason", "text_has_it"),
+    [
+        (models.EOS, {}, pb.FINISH_REASON_EOS, False),
+        (models.EOS, {"response": pb.ResponseOptions(special_tokens=True)}, pb.FINISH_REASON_EOS, True),
+        (99, {"stopping": {"stop_token_ids": [99]}}, pb.FINISH_REASON_STOP, False),
+        (99, {"stopping": {"stop_token_ids": [99], "include_stop": True}}, pb.FINISH_REASON_STOP, True),
+    ],
+)
+async def test_a_stop_token_ends_the_answer(
+    model: Path, at: int, last: int, fields: dict[str, Any], reason: pb.FinishReason.ValueType, text_has_it: bool
+) -> None:
+    async with cluster(model, prefills=[ending(last, at)], decodes=[ending(last, at)]) as it:
+        choice = (await it.generate(**fields)).choices[0]
+        assert list(choice.token_ids) == [*expected(at), last]
+        assert choice.finish.reason == reason
+        assert choice.finish.stop_token_id == last
+        spoken = [*expected(at), last] if text_has_it else expected(at)
+        assert choice.text == TOKENIZER.decode(spoken, skip_special_tokens=False)
+
+
+@pytest.mark.parametrize("step_seconds", [0, 0.002])
+@pytest.mark.parametrize("include_stop", [False, True])
+async def test_a_stop_string_ends_the_answer_and_the_attempt(
+    model: Path, include_stop: bool, step_seconds: float
+) -> None:
+    whole = text_of(expected(500))
+    stop = whole[9:12]
+    async with cluster(model, decodes=[Script(step_seconds=step_seconds)]) as it:
+        stopping = {"stop": ["never", stop], "include_stop": include_stop}
+        choice = (await it.generate(max_tokens=500, stopping=stopping)).choices[0]
+        assert choice.finish.reason == pb.FINISH_REASON_STOP
+        assert choice.finish.stop == stop
+        assert choice.text == whole[: 12 if include_stop else 9]
+        assert text_of(list(choice.token_ids)) == whole[:12]
+        assert choice.finish.usage.completion_tokens == len(choice.token_ids)
+        await eventually(lambda: len(it.decodes[0].ended) == 1)
+
+
+async def test_stop_strings_wait_for_min_tokens(model: Path) -> None:
+    whole = text_of(expected(100))
+    async with cluster(model) as it:
+        choice = (await it.generate(max_tokens=100, stopping={"stop": [whole[2]], "min_tokens": 20})).choices[0]
+        assert whole[2] in whole[19:]
+        assert choice.text == whole[: whole.index(whole[2], 19)]
+
+
+async def test_logprobs_come_with_the_tokens_bytes(model: Path) -> None:
+    async with cluster(model) as it:
+        choice = (await it.generate(response=pb.ResponseOptions(logprobs=2))).choices[0]
+        assert [entry.token_id for entry in choice.logprobs] == expected(8)
+        assert b"".join(entry.token for entry in choice.logprobs).decode() == choice.text
+        assert all(len(entry.alternatives) == 2 for entry in choice.logprobs)
+        assert not (await it.generate()).choices[0].logprobs
+
+
+async def test_token_ids_are_left_out_on_request(model: Path) -> None:
+    async with cluster(model) as it:
+        choice = (await it.generate(response=pb.ResponseOptions(token_ids=False))).choices[0]
+        assert not choice.token_ids
+        assert choice.text == text_of(expected(8))
+        assert choice.finish.usage.completion_tokens == 8
+
+
+async def test_text_and_chat_are_tokenized(model: Path) -> None:
+    long = "the quick brown fox " * 500
+    async with cluster(model) as it:
+        for text in ("the lazy dog", long):
+            ids = (await it.stub.Tokenize(pb.TokenizeRequest(text=text))).token_ids
+            assert list(ids) == TOKENIZER.encode(text).ids
+            assert (await it.stub.Detokenize(pb.DetokenizeRequest(token_ids=ids))).text == text
+        chat = pb.Chat(messages=[pb.ChatMessage(role="user", content="hi")])
+        rendered = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+        ids = (await it.stub.Tokenize(pb.TokenizeRequest(chat=chat))).token_ids
+        assert list(ids) == TOKENIZER.encode(rendered).ids
+        assert (await it.generate(chat=chat)).prompt.prompt_tokens == len(ids)
+        assert tuple(it.prefills[0].prefills[0].sequence.token_ids) == tuple(ids)
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"prompt": ()}, "input: the prompt has no tokens"),
+        ({"text": ""}, "input: the prompt has no tokens"),
+        ({"prompt": (5, 600)}, r"token_ids.ids\[1\]: 600 is not in the vocabulary of 600 tokens"),
+        ({"prompt": (5,) * 2047, "max_tokens": 2}, "stopping.max_tokens: 2 and .* 2048"),
+        ({"chat": pb.Chat()}, "chat.messages: must not be empty"),
+        ({"chat": pb.Chat(messages=[pb.ChatMessage(role="boss", content="x")])}, r"chat.messages\[0\].role: 'boss'"),
+        ({"chat": pb.Chat(messages=[pb.ChatMessage(role="user")])}, "chat.messages: .* must say something"),
+        ({"n": 17}, "n: 17"),
+    ],
+)
+async def test_bad_input_reaches_no_worker(model: Path, fields: dict[str, Any], sentence: str) -> None:
+    async with cluster(model) as it:
+        with pytest.raises(grpc.aio.AioRpcError, match=sentence) as refused:
+            await it.generate(**fields)
+        assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+        assert not it.prefills[0].prefills
+
+
+async def test_health_is_that_of_the_pair(model: Path) -> None:
+    async with cluster(model) as it:
+        health = health_pb2_grpc.HealthStub(it.channel)
+
+        async def status(service: str) -> int:
+            answer = await health.Check(health_pb2.HealthCheckRequest(service=service))
+            return int(answer.status)
+
+        serving, not_serving = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+        for service in ("", "twostroke.v1.Inference", "twostroke.v1.Registry"):
+            assert await status(service) == serving
+        await it.decodes[0].die()
+        await eventually(lambda: not it.router.dispatcher.ready)
+        assert await status("twostroke.v1.Inference") == not_serving
+        assert await status("twostroke.v1.Registry") == serving
+        await it.decodes[0].start(it.decodes[0].address)
+        await eventually(lambda: it.router.dispatcher.ready)
+        assert await status("twostroke.v1.Inference") == serving
+
+
+async def test_reflection_lists_the_services(model: Path) -> None:
+    async with cluster(model) as it:
+        stub = reflection_pb2_grpc.ServerReflectionStub(it.channel)
+        call = stub.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(list_services="")]))
+        names = {service.name for answer in [await call.read()] for service in answer.list_services_response.service}
+        assert {"twostroke.v1.Inference", "twostroke.v1.Registry", "grpc.health.v1.Health"} <= names
+
+
+async def test_model_and_load_are_told(model: Path) -> None:
+    async with cluster(model) as it:
+        answer = await it.stub.GetModel(pb.GetModelRequest())
+        assert (answer.architecture, answer.vocab_size, answer.block_size) == ("LlamaForCausalLM", 600, 16)
+        assert answer.limits.max_total_tokens == 2048
+        assert answer.fingerprint == "f" * 32
+        load = await it.stub.GetLoad(pb.GetLoadRequest())
+        assert {worker.instance for worker in load.workers} == {worker.instance for worker in it.workers}
+        assert all(worker.ready and worker.blocks.total == 4096 for worker in load.workers)
+
+
+async def test_metrics_count_what_happened(model: Path) -> None:
+    async with cluster(model, decodes=[Script(refuse=1)]) as it:
+        await it.generate()
+        with pytest.raises(grpc.aio.AioRpcError):
+            await it.generate(n=0)
+        lines = generate_latest(it.router.metrics.registry).decode().splitlines()
+        assert 'twostroke_calls_total{code="OK",method="Generate"} 1.0' in lines
+        assert 'twostroke_calls_total{code="INVALID_ARGUMENT",method="Generate"} 1.0' in lines
+        assert "twostroke_output_tokens_total 8.0" in lines
+        assert "twostroke_first_token_seconds_count 1.0" in lines
+        assert 'twostroke_workers{role="decode"} 1.0' in lines

@@ -1,0 +1,48 @@
+from itertools import pairwise
+
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from router.stop_strings import StopStrings
+
+LETTERS = st.text(alphabet="ab", max_size=40)
+STOPS = st.lists(st.text(alphabet="ab", min_size=1, max_size=5), min_size=1, max_size=4)
+
+
+def by_definition(text: str, stops: list[str]) -> tuple[str, str | None]:
+    for end in range(1, len(text) + 1):
+        complete = [stop for stop in stops if text[:end].endswith(stop)]
+        if complete:
+            longest = max(complete, key=len)
+            return text[: end - len(longest)], longest
+    return text, None
+
+
+def run(text: str, stops: list[str], cuts: list[int]) -> tuple[str, str | None]:
+    watcher = StopStrings(stops)
+    out = ""
+    edges = [0, *sorted(cut for cut in cuts if cut < len(text)), len(text)]
+    for begin, end in pairwise(edges):
+        certain, stop = watcher.feed(text[begin:end])
+        out += certain
+        if stop is not None:
+            return out, stop
+    return out + watcher.finish(), None
+
+
+@given(LETTERS, STOPS, st.lists(st.integers(0, 40)))
+@example("aab", ["aab", "ab"], [1, 2])
+@example("abab", ["abb", "bab"], [])
+def test_the_first_complete_stop_string_ends_the_text_however_it_is_cut(
+    text: str, stops: list[str], cuts: list[int]
+) -> None:
+    assert run(text, stops, cuts) == by_definition(text, stops)
+
+
+def test_no_more_is_held_back_than_may_become_a_stop_string() -> None:
+    watcher = StopStrings(["\n\nUser:"])
+    assert watcher.feed("Hello\n") == ("Hello", None)
+    assert watcher.feed("\nU") == ("", None)
+    assert watcher.feed("nited") == ("\n\nUnited", None)
+    assert watcher.feed("!\n\n") == ("!", None)
+    assert watcher.finish() == "\n\n"

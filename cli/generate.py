@@ -13,7 +13,7 @@ from twostroke import Generation, Prompt
 
 
 def generate(
-    prompt: Annotated[str, Parameter(show_env_var=False)],
+    prompt: Annotated[str, Parameter(allow_leading_hyphen=True, show_env_var=False)],
     /,
     *,
     system: str | None = None,

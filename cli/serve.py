@@ -155,7 +155,7 @@ def _is_ready(client: Client, workers: int) -> bool:
 
 
 def _cluster(config: ServeConfig, listen: str) -> list[Child]:
-    router = _part("router", RouterConfig, config, {"listen": listen})
+    router = part("router", RouterConfig, config, {"listen": listen})
     roles = ["prefill"] * config.prefill_workers + ["decode"] * config.decode_workers
     workers = []
     for index, role in enumerate(roles):
@@ -164,11 +164,11 @@ def _cluster(config: ServeConfig, listen: str) -> list[Child]:
         own["device"] = config.devices[index % len(config.devices)]
         if config.metrics_port is not None:
             own["metrics_port"] = config.metrics_port + 1 + index
-        workers.append(_part(f"{role}_worker", settings, config, own))
+        workers.append(part(f"{role}_worker", settings, config, own))
     return [router, *workers]
 
 
-def _part(module: str, settings: type[Any], config: ServeConfig, own: dict[str, object]) -> Child:
+def part(module: str, settings: type[Any], config: ServeConfig, own: dict[str, object]) -> Child:
     known = {field.name for field in fields(settings)}
     passed_on = {field.name: getattr(config, field.name) for field in fields(config) if field.name in known}
     flags = {name: value for name, value in (passed_on | own).items() if value is not None}

@@ -28,6 +28,7 @@ class FakeRouter(inference_pb2_grpc.InferenceServicer):
     step_seconds: float = 0.0
     tokens_per_delta: int = 1
     api_key: str | None = None
+    load: pb.GetLoadResponse | None = None
     requests: list[pb.GenerateRequest] = field(default_factory=list)
     deadlines: list[float | None] = field(default_factory=list)
     tokenize_requests: list[pb.TokenizeRequest] = field(default_factory=list)
@@ -80,7 +81,7 @@ class FakeRouter(inference_pb2_grpc.InferenceServicer):
     async def GetLoad(
         self, request: pb.GetLoadRequest, context: "grpc.aio.ServicerContext[pb.GetLoadRequest, pb.GetLoadResponse]"
     ) -> pb.GetLoadResponse:
-        return pb.GetLoadResponse(running=self.running)
+        return self.load or pb.GetLoadResponse(running=self.running)
 
     async def _answer(
         self, request: pb.GenerateRequest, context: "grpc.aio.ServicerContext[Any, Any]"
@@ -120,8 +121,8 @@ class FakeRouter(inference_pb2_grpc.InferenceServicer):
 
 
 @contextmanager
-def serving(router: FakeRouter, *, ready_after: float = 0.0) -> Iterator[FakeRouter]:
-    """Serves on a free port, on a thread of its own; `router.address` says where."""
+def serving(router: FakeRouter, *, listen: str = "127.0.0.1:0", ready_after: float = 0.0) -> Iterator[FakeRouter]:
+    """Serves on a free port or at `listen`, on a thread of its own; `router.address` says where."""
     loop = asyncio.new_event_loop()
     stop = asyncio.Event()
     started: Future[str] = Future()
@@ -131,7 +132,7 @@ def serving(router: FakeRouter, *, ready_after: float = 0.0) -> Iterator[FakeRou
         inference_pb2_grpc.add_InferenceServicer_to_server(router, server)
         servicer = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
-        port = server.add_insecure_port("127.0.0.1:0")
+        port = server.add_insecure_port(listen)
         await servicer.set(SERVICE, health_pb2.HealthCheckResponse.NOT_SERVING)
         await server.start()
         started.set_result(f"127.0.0.1:{port}")

@@ -1,0 +1,39 @@
+"""`twostroke serve` with parts that only pretend: no model, no torch. Run as a script, with the flags of `serve`;
+--model names a folder in which each part leaves a file with its process id, and "NAME-stopped" when it was stopped. A
+part ends at once where there is a file "NAME-fails"."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+from cli import main, serve
+from cli.children import Child
+from tests.protos.fake_router import FakeRouter, serving
+from twostroke.v1 import inference_pb2 as pb
+
+
+def pretend(name: str, folder: Path, listen: str) -> None:
+    if (folder / f"{name}-fails").exists():
+        sys.exit(3)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    (folder / name).write_text(str(os.getpid()))
+    if name == "router":
+        load = pb.GetLoadResponse(workers=[pb.WorkerLoad(ready=True), pb.WorkerLoad(ready=True)])
+        with serving(FakeRouter(load=load), listen=listen):
+            signal.sigwait({signal.SIGTERM})
+    else:
+        signal.sigwait({signal.SIGTERM})
+    (folder / f"{name}-stopped").touch()
+
+
+def fake_part(module: str, settings: object, config: serve.ServeConfig, own: dict[str, object]) -> Child:
+    return Child(module, [sys.executable, __file__, "--pretend", module, str(config.model), str(own["listen"])])
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--pretend"]:
+        pretend(sys.argv[2], Path(sys.argv[3]), sys.argv[4])
+    else:
+        serve.part = fake_part
+        main.main("serve")

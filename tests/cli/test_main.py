@@ -1,0 +1,157 @@
+import json
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cli.main import app
+from tests.protos.fake_router import FakeRouter, serving
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'protos'}", "TERM": "dumb", "COLUMNS": "300"}
+COMMANDS = ("serve", "router", "prefill-worker", "decode-worker", "generate", "chat", "bench")
+
+
+@pytest.fixture
+def router() -> Iterator[FakeRouter]:
+    with serving(FakeRouter()) as router:
+        yield router
+
+
+def twostroke(*arguments: str, text: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "cli.main", *arguments]
+    return subprocess.run(
+        command, input=text, env=ENVIRONMENT | environment, cwd=ROOT, check=False, capture_output=True, text=True
+    )
+
+
+def test_help_names_every_command_and_imports_nothing_heavy() -> None:
+    program = (
+        "import sys; from cli.main import app; app(['--help'], result_action='return_value');"
+        "print('modules:', *sys.modules)"
+    )
+    command = [sys.executable, "-c", program]
+    run = subprocess.run(command, env=ENVIRONMENT, cwd=ROOT, check=True, capture_output=True, text=True)
+    text, _, modules = run.stdout.partition("modules:")
+    assert all(command in text for command in COMMANDS)
+    assert set(modules.split()).isdisjoint({"torch", "transformers", "numpy", "grpc", "google.protobuf"})
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_every_command_explains_every_flag(command: str) -> None:
+    flags = {argument.name for argument in app[command].assemble_argument_collection()}
+    flags = {name for name in flags if name.startswith("--")}
+    help_text = twostroke(command, "--help").stdout
+    assert flags
+    for flag in flags:
+        assert re.search(rf"{flag}( [A-Z]+)?(\.\.\.)?  +[^│\s]", help_text), flag
+        assert f"TWOSTROKE_{flag[2:].replace('-', '_').upper()}]" in help_text
+
+
+def test_generate_streams_the_answer(router: FakeRouter) -> None:
+    run = twostroke("generate", "Hello", "--target", router.address, "--max-tokens=3", "--temperature=0", "--stop=x")
+    assert (run.stdout, run.returncode) == ("t0 t1 t2 \n", 0)
+    (request,) = router.requests
+    assert [(message.role, message.content) for message in request.chat.messages] == [("user", "Hello")]
+    assert request.sampling.HasField("temperature")
+    assert request.stopping.stop == ["x"]
+    assert not request.sampling.HasField("seed")
+
+
+def test_flags_are_environment_variables(router: FakeRouter) -> None:
+    run = twostroke("generate", "Hello", TWOSTROKE_TARGET=router.address, TWOSTROKE_MAX_TOKENS="2")
+    assert run.stdout == "t0 t1 \n"
+    run = twostroke("generate", "Hello", "--max-tokens=1", TWOSTROKE_TARGET=router.address, TWOSTROKE_MAX_TOKENS="2")
+    assert run.stdout == "t0 \n"
+
+
+def test_generate_reads_standard_input(router: FakeRouter) -> None:
+    twostroke("generate", "-", "--raw", text="from a pipe", TWOSTROKE_TARGET=router.address)
+    twostroke("generate", "-", "--system=Be brief.", text="from a pipe", TWOSTROKE_TARGET=router.address)
+    raw, chat = router.requests
+    assert raw.text == "from a pipe"
+    assert [message.content for message in chat.chat.messages] == ["Be brief.", "from a pipe"]
+
+
+def test_generate_as_json(router: FakeRouter) -> None:
+    run = twostroke("generate", "Hello", "--json", "--max-tokens=2", TWOSTROKE_TARGET=router.address)
+    answer = json.loads(run.stdout)
+    assert (answer["text"], answer["token_ids"], answer["finish_reason"]) == ("t0 t1 ", [0, 1], "length")
+    assert answer["usage"]["completion_tokens"] == 2
+
+
+def test_errors_are_sentences() -> None:
+    run = twostroke("generate", "Hello", "--target=127.0.0.1:1")
+    assert run.returncode == 1
+    assert run.stderr.startswith("twostroke: UNAVAILABLE: ")
+    assert "Traceback" not in run.stderr
+
+
+class Terminal:
+    """A program on a terminal of its own: what a person types, and what they see."""
+
+    def __init__(self, *arguments: str, target: str) -> None:
+        environment = ENVIRONMENT | {"TWOSTROKE_TARGET": target}
+        self.pid, self._terminal = pty.fork()
+        if self.pid == 0:
+            os.chdir(ROOT)
+            os.execve(sys.executable, [sys.executable, "-m", "cli.main", *arguments], environment)
+        self._seen = ""
+
+    def type(self, keys: str) -> None:
+        os.write(self._terminal, keys.encode())
+
+    def see(self, words: str) -> str:
+        """What appeared up to and with `words` since the last time."""
+        deadline = time.monotonic() + 20
+        while words not in self._seen:
+            assert select.select([self._terminal], [], [], max(0.0, deadline - time.monotonic()))[0], self._seen
+            self._seen += os.read(self._terminal, 4096).decode()
+        before, _, self._seen = self._seen.partition(words)
+        return before + words
+
+    def exit_code(self) -> int:
+        code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        os.close(self._terminal)
+        return code
+
+
+def test_chat(router: FakeRouter) -> None:
+    terminal = Terminal("chat", "--system=Be brief.", "--max-tokens=3", target=router.address)
+    terminal.see("> ")
+    terminal.type("Hello\n")
+    terminal.see("t0 t1 t2 ")
+    terminal.see("3 tokens")
+    terminal.see("> ")
+
+    router.step_seconds = 0.05
+    terminal.type("again\n")
+    terminal.see("t0 ")
+    terminal.type("\x03")  # Ctrl-C: the answer ends, the program does not
+    terminal.see("…")
+    terminal.see("> ")
+    assert router.cancelled.wait(timeout=5)
+
+    router.step_seconds = 0.0
+    terminal.type("half a thought")
+    terminal.see("half a thought")
+    terminal.type("\x03")  # Ctrl-C at the prompt: a new line
+    terminal.see("> ")
+    terminal.type("and now\n")
+    terminal.see("3 tokens")
+    terminal.see("> ")
+    terminal.type("\x04")  # Ctrl-D
+    assert terminal.exit_code() == 0
+
+    *_, last = router.requests
+    roles = [message.role for message in last.chat.messages]
+    assert roles == ["system", "user", "assistant", "user", "assistant", "user"]
+    assert [message.content for message in last.chat.messages][1:4] == ["Hello", "t0 t1 t2 ", "again"]
+    assert last.chat.messages[4].content.startswith("t0 ")

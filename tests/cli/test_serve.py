@@ -1,0 +1,163 @@
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from cli.serve import ServeConfig, part
+from decode_worker.config import DecodeConfig
+from prefill_worker.config import PrefillConfig
+from router.config import RouterConfig
+from twostroke import Client
+
+ROOT = Path(__file__).parents[2]
+PARTS = ("router", "prefill_worker", "decode_worker")
+
+# What `serve` decides for its parts.
+DECIDED = {"listen", "advertise", "router", "prefill", "decode", "device"}
+
+
+@contextmanager
+def serve(folder: Path, *command: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
+    arguments = [sys.executable, "tests/cli/serve_fakes.py", "--listen=127.0.0.1:0", f"--model={folder}"]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'protos'}"} | environment
+    process = subprocess.Popen(
+        [*arguments, *(("--", *command) if command else ())],
+        env=environment,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def line_with(process: subprocess.Popen[str], words: str) -> str:
+    assert process.stderr is not None
+    seen = []
+    for line in process.stderr:
+        seen.append(line)
+        if words in line:
+            return line
+    raise AssertionError(f"no line with {words!r}, but: {seen}")
+
+
+def pid_of(folder: Path, name: str) -> int:
+    return int((folder / name).read_text())
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while not (held := condition()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return held
+
+
+def test_ready_when_it_says_so_and_one_ctrl_c_stops_all(tmp_path: Path) -> None:
+    with serve(tmp_path) as process:
+        address = line_with(process, "ready at").partition("ready at ")[2].split()[0]
+        with Client(address) as client:
+            assert client.generate("Hello").text
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=10) == 0
+    assert all((tmp_path / f"{name}-stopped").exists() for name in PARTS)
+    assert not any(alive(pid_of(tmp_path, name)) for name in PARTS)
+
+
+def test_a_command_runs_against_the_cluster(tmp_path: Path) -> None:
+    program = "import sys; from cli.main import main; main('generate')"
+    command = [sys.executable, "-c", program, "Hello", "--max-tokens=2"]
+    with serve(tmp_path, *command) as process:
+        output, errors = process.communicate(timeout=30)
+    assert process.returncode == 0, errors
+    assert output == "t0 t1 \n"
+    assert all((tmp_path / f"{name}-stopped").exists() for name in PARTS)
+
+
+@pytest.mark.parametrize(("program", "code"), [("exit 7", 7), ("kill -9 $$", 137)])
+def test_the_exit_code_is_that_of_the_command(tmp_path: Path, program: str, code: int) -> None:
+    with serve(tmp_path, "sh", "-c", program) as process:
+        assert process.wait(timeout=30) == code
+
+
+def test_a_signal_stops_the_command_too(tmp_path: Path) -> None:
+    with serve(tmp_path, "sh", "-c", f"echo $$ > {tmp_path}/command; exec sleep 60") as process:
+        assert eventually(lambda: (tmp_path / "command").exists() and (tmp_path / "command").read_text() != "")
+        process.terminate()
+        assert process.wait(timeout=10) == 128 + signal.SIGTERM
+    assert not alive(pid_of(tmp_path, "command"))
+
+
+def test_there_is_no_such_command(tmp_path: Path) -> None:
+    with serve(tmp_path, "no-such-command") as process:
+        assert "there is no command 'no-such-command'" in process.communicate(timeout=30)[1]
+    assert process.returncode == 1
+    assert not (tmp_path / "router").exists()
+
+
+@pytest.mark.parametrize("name", ["router", "decode_worker"])
+def test_a_part_that_dies_is_started_again(tmp_path: Path, name: str) -> None:
+    with serve(tmp_path) as process:
+        line_with(process, "ready at")
+        killed = pid_of(tmp_path, name)
+        os.kill(killed, signal.SIGKILL)
+        assert "was killed by SIGKILL; starting it again" in line_with(process, name)
+        assert eventually(lambda: pid_of(tmp_path, name) != killed)
+        assert alive(pid_of(tmp_path, name))
+
+
+def test_a_crash_loop_ends_it(tmp_path: Path) -> None:
+    with serve(tmp_path) as process:
+        line_with(process, "ready at")
+        (tmp_path / "decode_worker-fails").touch()
+        os.kill(pid_of(tmp_path, "decode_worker"), signal.SIGKILL)
+        assert "ended with exit code 3; giving up" in line_with(process, "giving up")
+        assert process.wait(timeout=10) == 1
+    assert (tmp_path / "router-stopped").exists()
+
+
+def test_a_part_that_cannot_start_ends_it_at_once(tmp_path: Path) -> None:
+    (tmp_path / "prefill_worker-fails").touch()
+    with serve(tmp_path) as process:
+        assert "prefill_worker ended with exit code 3; giving up" in line_with(process, "giving up")
+        assert process.wait(timeout=10) == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
+def test_no_part_outlives_it(tmp_path: Path) -> None:
+    with serve(tmp_path) as process:
+        line_with(process, "ready at")
+        process.kill()
+        assert eventually(lambda: not any(alive(pid_of(tmp_path, name)) for name in PARTS))
+
+
+def test_every_setting_of_the_parts_is_a_flag_of_serve() -> None:
+    flags = {field.name for field in dataclasses.fields(ServeConfig)}
+    for settings in (RouterConfig, PrefillConfig, DecodeConfig):
+        assert {field.name for field in dataclasses.fields(settings)} - DECIDED <= flags
+
+
+def test_flags_are_passed_on_to_who_knows_them() -> None:
+    config = ServeConfig(model="m", max_batch=4, max_queue=2, devices=("cuda:1",))
+    router = part("router", RouterConfig, config, {"listen": "a:1"})
+    worker = part("decode_worker", DecodeConfig, config, {"listen": "b:0", "device": "cuda:1"})
+    assert router.command[1:3] == ["-m", "router"]
+    assert set(router.command[3:]) == {"--listen=a:1", "--model=m", "--max-queue=2"}
+    assert set(worker.command[3:]) == {"--listen=b:0", "--model=m", "--max-batch=4", "--device=cuda:1"}

@@ -121,7 +121,13 @@ class FakeRouter(inference_pb2_grpc.InferenceServicer):
 
 
 @contextmanager
-def serving(router: FakeRouter, *, listen: str = "127.0.0.1:0", ready_after: float = 0.0) -> Iterator[FakeRouter]:
+def serving(
+    router: FakeRouter,
+    *,
+    listen: str = "127.0.0.1:0",
+    tls: grpc.ServerCredentials | None = None,
+    ready_after: float = 0.0,
+) -> Iterator[FakeRouter]:
     """Serves on a free port or at `listen`, on a thread of its own; `router.address` says where."""
     loop = asyncio.new_event_loop()
     stop = asyncio.Event()
@@ -132,7 +138,7 @@ def serving(router: FakeRouter, *, listen: str = "127.0.0.1:0", ready_after: flo
         inference_pb2_grpc.add_InferenceServicer_to_server(router, server)
         servicer = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
-        port = server.add_insecure_port(listen)
+        port = server.add_secure_port(listen, tls) if tls else server.add_insecure_port(listen)
         await servicer.set(SERVICE, health_pb2.HealthCheckResponse.NOT_SERVING)
         await server.start()
         started.set_result(f"127.0.0.1:{port}")

@@ -1,4 +1,7 @@
+import shutil
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -197,6 +200,33 @@ def test_api_key(router: FakeRouter) -> None:
         assert client.generate("Hello").text
     with Client(router.address, api_key="wrong") as client, pytest.raises(twostroke.Unauthenticated):
         client.generate("Hello")
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
+def test_tls(tmp_path: Path) -> None:
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    command = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "rsa:2048",
+        "-nodes",
+        "-keyout",
+        str(key),
+        "-out",
+        str(certificate),
+    ]
+    command += ["-days", "2", "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
+    subprocess.run(command, check=True, capture_output=True)
+    tls = grpc.ssl_server_credentials([(key.read_bytes(), certificate.read_bytes())])
+    with serving(FakeRouter(api_key="secret"), listen="localhost:0", tls=tls) as router:
+        target = router.address.replace("127.0.0.1", "localhost")
+        trusted = grpc.ssl_channel_credentials(certificate.read_bytes())
+        with Client(target, tls=trusted, api_key="secret") as client:
+            assert client.generate("Hello").text
+        with Client(target, tls=True) as client, pytest.raises(twostroke.Unavailable):
+            client.generate("Hello")  # no authority of the system's vouches for this certificate
 
 
 def test_wait_until_ready() -> None:

@@ -1,0 +1,252 @@
+"""The router alone: real gRPC, fake workers, 256 streams, each part in a process of its own on the same two cores.
+
+Fake workers write the time into the tokens (tenths of a millisecond, modulo), so whoever holds a token knows its age.
+"Router" ages are taken in the router, when gRPC has accepted the message that the token is in; "client" ages where the
+client has it in its hands, Python on both sides included.
+
+    python -m benchmarks.router --json router.json
+"""
+
+import asyncio
+import json
+import multiprocessing
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Annotated, Any
+
+import cyclopts
+import grpc
+from rich.console import Console
+from rich.table import Table
+
+from common.model_config import load_config
+from common.model_files import EMBEDDED, resolve
+from router.config import RouterConfig
+from router.detokenizer import Detokenizer
+from router.fan_out import fan_out
+from router.mailbox import Mailbox
+from router.request import Prompt, Request
+from router.server import Router
+from router.tokenizer import Tokenizer
+from tests.router.fake_worker import DECODE, PREFILL, FakeWorker, Script
+from twostroke.v1 import inference_pb2, inference_pb2_grpc, worker_pb2
+
+FIRST_TOKEN, TICKS, TICKS_PER_SECOND = 1_000, 40_000, 10_000
+PROMPT = tuple(range(500, 532))
+
+app = cyclopts.App(help=__doc__)
+spawn = multiprocessing.get_context("spawn")
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    name: str
+    offered: float  # tokens/s that the fake workers make
+    delivered: float  # tokens/s that reached the clients
+    messages: float  # messages/s that carried them
+    router_p50_ms: float
+    router_p99_ms: float
+    client_p50_ms: float
+    client_p99_ms: float
+
+
+def tick(_length: int = 0) -> int:
+    return FIRST_TOKEN + int(time.monotonic() * TICKS_PER_SECOND) % TICKS
+
+
+def age_ms(token: int) -> float:
+    return 1000 * ((tick() - token) % TICKS) / TICKS_PER_SECOND
+
+
+# ---------------------------------------------------------------- the processes
+
+
+def workers(pipe: Connection, count: int, step_seconds: float) -> None:
+    asyncio.run(_workers(pipe, count, step_seconds))
+
+
+async def _workers(pipe: Connection, count: int, step_seconds: float) -> None:
+    prefill = FakeWorker(PREFILL, Script(token=tick), max_batch=1 << 20)
+    decodes = [FakeWorker(DECODE, Script(token=tick, step_seconds=step_seconds)) for _ in range(count)]
+    addresses = [await prefill.start()]
+    for decode in decodes:
+        addresses.append(await decode.start())
+        await asyncio.sleep(step_seconds / count)  # so that they do not step together
+    pipe.send(addresses)
+    await asyncio.to_thread(pipe.recv)
+    for worker in (prefill, *decodes):
+        await worker.die()
+
+
+def router(pipe: Connection) -> None:
+    asyncio.run(_router(pipe, pipe.recv()))
+
+
+async def _router(pipe: Connection, addresses: Sequence[str]) -> None:
+    directory = resolve(EMBEDDED)
+    model = load_config(directory)
+    config = RouterConfig(listen="127.0.0.1:0", prefill=tuple(addresses[:1]), decode=tuple(addresses[1:]))
+    service = Router(config, model, Tokenizer(directory, model.vocab_size))
+    ages: list[float] = []
+    answer = service.service.GenerateStream
+
+    async def timed(request: inference_pb2.GenerateRequest, context: Any) -> None:
+        await answer(request, _Timed(context, ages))
+
+    service.service.GenerateStream = timed  # type: ignore[method-assign]
+    port = await service.start()
+    while not service.dispatcher.ready or len(service.dispatcher.workers()) < len(addresses):
+        await asyncio.sleep(0.01)
+    pipe.send(f"127.0.0.1:{port}")
+    await asyncio.to_thread(pipe.recv)
+    pipe.send(ages)
+    await service.stop(0)
+
+
+class _Timed:
+    """A call's context that notes how old tokens are once gRPC has their message."""
+
+    def __init__(self, context: Any, ages: list[float]) -> None:
+        self.abort = context.abort
+        self._write = context.write
+        self._ages = ages
+
+    async def write(self, chunk: inference_pb2.GenerateChunk) -> None:
+        await self._write(chunk)
+        self._ages.extend(age_ms(token) for token in chunk.delta.token_ids)
+
+
+def clients(pipe: Connection, streams: int, tokens: int) -> None:
+    asyncio.run(_clients(pipe, pipe.recv(), streams, tokens))
+
+
+async def _clients(pipe: Connection, address: str, streams: int, tokens: int) -> None:
+    arrivals: list[tuple[float, list[float]]] = []
+
+    async def one(stub: Any) -> None:
+        request = inference_pb2.GenerateRequest(token_ids=inference_pb2.TokenIds(ids=PROMPT))
+        request.stopping.max_tokens = tokens
+        request.stopping.ignore_eos = True
+        async for chunk in stub.GenerateStream(request):
+            if chunk.delta.token_ids:
+                arrivals.append((time.monotonic(), [age_ms(token) for token in chunk.delta.token_ids]))
+
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub = inference_pb2_grpc.InferenceStub(channel)
+        await asyncio.gather(*(one(stub) for _ in range(streams)))
+    pipe.send(arrivals)
+
+
+# ---------------------------------------------------------------- one run
+
+
+def run(name: str, streams: int, decode_workers: int, tokens_per_second: float, seconds: float) -> Figures:
+    """Offers so many tokens a second to `streams` streams, evenly over the decode workers."""
+    step_seconds = streams / tokens_per_second
+    (worker_pipe, its), (router_pipe, router_end), (client_pipe, client_end) = (spawn.Pipe() for _ in range(3))
+    tokens = int(seconds / step_seconds)
+    processes = [
+        spawn.Process(target=workers, args=(its, decode_workers, step_seconds)),
+        spawn.Process(target=router, args=(router_end,)),
+        spawn.Process(target=clients, args=(client_end, streams, tokens)),
+    ]
+    for process in processes:
+        process.start()
+    router_pipe.send(worker_pipe.recv())
+    client_pipe.send(router_pipe.recv())
+    arrivals = client_pipe.recv()
+    router_pipe.send("stop")
+    router_ages = router_pipe.recv()
+    worker_pipe.send("stop")
+    for process in processes:
+        process.join()
+    # The first and last tenth, in which streams come and go, do not count.
+    steady = arrivals[len(arrivals) // 10 : -len(arrivals) // 10]
+    elapsed = steady[-1][0] - steady[0][0]
+    ages = [age for _, message in steady for age in message]
+    in_router = router_ages[len(router_ages) // 10 : -len(router_ages) // 10]
+    return Figures(
+        name, tokens_per_second, len(ages) / elapsed, len(steady) / elapsed, *_p50_p99(in_router), *_p50_p99(ages)
+    )
+
+
+def _p50_p99(values: Sequence[float]) -> tuple[float, float]:
+    hundredths = statistics.quantiles(values, n=100)
+    return hundredths[49], hundredths[98]
+
+
+# ---------------------------------------------------------------- the inner loops
+
+
+def fan_out_rate(streams: int = 256, steps: int = 400) -> float:
+    """Tokens/s from a packed message's bytes to the requests' buffers."""
+    prompt = Prompt(PROMPT, 1 << 30, 0, frozenset(), "")
+    mailbox: Mailbox[Request] = Mailbox()
+    decoding = {
+        attempt: Request("", 0, attempt, prompt, worker_pb2.SamplingParams(), mailbox) for attempt in range(streams)
+    }
+    tokens = worker_pb2.StepTokens(attempt_ids=list(decoding), token_ids=[40_000] * streams)
+    packed = worker_pb2.WorkerMessage(tokens=tokens).SerializeToString()
+    began = time.perf_counter()
+    for _ in range(steps):
+        fan_out(decoding, worker_pb2.WorkerMessage.FromString(packed).tokens)
+    return streams * steps / (time.perf_counter() - began)
+
+
+def detokenize_microseconds(tokens: int = 100_000) -> float:
+    """Microseconds a token, one token at a time."""
+    directory = resolve(EMBEDDED)
+    tokenizer = Tokenizer(directory, load_config(directory).vocab_size)
+    detokenizer: Detokenizer = tokenizer.detokenizer(special_tokens=False)
+    began = time.perf_counter()
+    for token in range(tokens):
+        detokenizer.feed((1_000 + token % 40_000,))
+    return 1e6 * (time.perf_counter() - began) / tokens
+
+
+@app.default
+def main(
+    *,
+    streams: int = 256,
+    seconds: float = 8.0,
+    json_file: Annotated[Path | None, cyclopts.Parameter(name="--json")] = None,
+) -> None:
+    """Prints the router's figures.
+
+    Args:
+        streams: client streams at once.
+        seconds: length of a run.
+        json_file: also writes the figures there.
+    """
+    runs = [
+        run("saturated", streams, 1, 60_000, seconds),
+        run("12,500 tokens/s, one decode worker in step", streams, 1, 12_500, seconds),
+        run("12,500 tokens/s, 16 decode workers", streams, 16, 12_500, seconds),
+    ]
+    rate, microseconds = fan_out_rate(streams), detokenize_microseconds()
+    table = Table("run", "offered/s", "delivered/s", "messages/s", "router p50, p99 ms", "client p50, p99 ms")
+    for figures in runs:
+        table.add_row(
+            figures.name,
+            f"{figures.offered:,.0f}",
+            f"{figures.delivered:,.0f}",
+            f"{figures.messages:,.0f}",
+            f"{figures.router_p50_ms:.1f}, {figures.router_p99_ms:.1f}",
+            f"{figures.client_p50_ms:.1f}, {figures.client_p99_ms:.1f}",
+        )
+    console = Console()
+    console.print(table)
+    console.print(
+        f"worker message to request buffers: {rate:,.0f} tokens/s; detokenizing: {microseconds:.2f} µs a token"
+    )
+    if json_file is not None:
+        result = {"runs": [asdict(figures) for figures in runs], "fan_out_per_s": rate, "detokenize_us": microseconds}
+        json_file.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    app()

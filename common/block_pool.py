@@ -4,11 +4,22 @@ Pure bookkeeping: no tensor is touched here. Every operation is O(1) per block: 
 list threaded through two arrays, so taking a block out of its middle (a prefix hit) costs as much as one off its end.
 """
 
-from collections.abc import Iterable, MutableSequence, Sequence
+from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 
 class OutOfBlocks(Exception):
     """Fewer blocks are available than were asked for; none was taken."""
+
+
+class Generations(Protocol):
+    """Counters, one for each block: a list, or a memoryview of 64-bit integers that other processes can read."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, block: int, /) -> int: ...
+
+    def __setitem__(self, block: int, generation: int, /) -> None: ...
 
 
 class BlockPool:
@@ -24,7 +35,7 @@ class BlockPool:
             generation it was told, has copied what it meant to. Its values are taken as they are.
     """
 
-    def __init__(self, num_blocks: int, generations: MutableSequence[int] | None = None) -> None:
+    def __init__(self, num_blocks: int, generations: Generations | None = None) -> None:
         if num_blocks < 1:
             raise ValueError(f"a pool needs at least one block, not {num_blocks}")
         if generations is None:

@@ -1,0 +1,76 @@
+"""What a KV transport offers: an owner's pool that peers can read, and a peer's pool seen from the reader."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from common.block_pool import Generations
+from common.kv_pool import KvPool
+
+
+class TransportError(Exception):
+    """A transport does not work here. Its text is a sentence that says why and what to change."""
+
+
+class TransferFailed(TransportError):
+    """Blocks could not be read; what the target blocks hold now is undefined."""
+
+
+class PoolMemory(Protocol):
+    """The memory of a worker's own pool. Only the owner writes to it."""
+
+    @property
+    def tensor(self) -> Tensor:
+        """uint8 [layout.pool_bytes], zeroed when new."""
+
+    @property
+    def generations(self) -> Generations:
+        """One 64-bit counter for each block, where peers can read it; for the owner's BlockPool."""
+
+    @property
+    def descriptor(self) -> bytes:
+        """What a peer needs to open the pool. Printable; it is no secret, access is by the operating system's user."""
+
+    def close(self) -> None:
+        """Takes the pool away from peers to come. The memory is freed with the last tensor that views it."""
+
+
+class Transfer(Protocol):
+    """Blocks on their way into the reader's pool."""
+
+    @property
+    def bytes(self) -> int: ...
+
+    @property
+    def milliseconds(self) -> float:
+        """How long the copy itself took. Once it is done."""
+
+    def done(self) -> bool:
+        """Polls. Raises TransferFailed once, and every time, if the copy went wrong."""
+
+    def wait(self) -> None:
+        """Until done. Raises as `done` does."""
+
+
+class PeerPool(Protocol):
+    """Another worker's pool, read-only. One reader thread at a time."""
+
+    def read(self, src_blocks: Sequence[int], dst: KvPool, dst_blocks: Sequence[int]) -> Transfer:
+        """Starts to copy the peer's `src_blocks` into `dst_blocks` of `dst`, pair by pair, and returns at once.
+
+        Until the transfer is done, nobody else may use the target blocks. Whether the source still held what it should
+        is known only by asking `generations_hold` afterwards: a writer raises a block's generation, then rewrites it.
+
+        Raises:
+            TransferFailed: the two lists do not match, or a block is outside its pool.
+        """
+
+    def generations_hold(self, blocks: Sequence[int], expected: Sequence[int]) -> bool:
+        """Whether each of the peer's `blocks` still is of the `expected` generation."""
+
+    def owner_alive(self) -> bool:
+        """False once the owner closed its pool or died."""
+
+    def close(self) -> None:
+        """Unmaps the peer's memory, after transfers under way have ended."""

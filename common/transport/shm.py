@@ -1,0 +1,156 @@
+"""Transport for CPUs of one host: the pool is a file in /dev/shm; a reader maps it and copies on its own thread."""
+
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import numpy.typing as npt
+import structlog
+import torch
+from torch import Tensor
+
+from common.kv_pool import KvLayout, KvPool
+from common.transport.interface import TransferFailed, TransportError
+from common.transport.segment import PROBE_BYTES, OwnSegment, PeerSegment, digest, sweep
+
+__all__ = ["ShmMemory", "ShmPeer", "create", "open_peer", "sweep"]
+
+log = structlog.get_logger(__name__)
+
+_MEASURED_BYTES = 16 << 20
+
+Rows = npt.NDArray[np.uint8]  # [num_blocks, block_bytes]; numpy has no bfloat16, and a copy needs no dtype
+
+
+class ShmMemory:
+    """The owner's pool: the body of its segment. See interface.PoolMemory."""
+
+    def __init__(self, layout: KvLayout, instance: str) -> None:
+        self._segment = OwnSegment(instance, layout, layout.pool_bytes + PROBE_BYTES)
+        body = torch.frombuffer(self._segment.body, dtype=torch.uint8)
+        self.tensor: Tensor = body[: layout.pool_bytes]
+        probe = np.random.default_rng().bytes(PROBE_BYTES)
+        self._segment.body[layout.pool_bytes :] = probe
+        self._segment.publish(digest(probe))
+        self.generations = self._segment.generations
+        self.descriptor = self._segment.descriptor()
+
+    def close(self) -> None:
+        self._segment.close()
+
+
+class ShmTransfer:
+    """A copy on the reader's thread. See interface.Transfer."""
+
+    def __init__(self, copy: Future[float], bytes: int) -> None:
+        self._copy = copy
+        self.bytes = bytes
+
+    @property
+    def milliseconds(self) -> float:
+        return self._copy.result()
+
+    def done(self) -> bool:
+        if not self._copy.done():
+            return False
+        self.wait()
+        return True
+
+    def wait(self) -> None:
+        try:
+            self._copy.result()
+        except Exception as error:
+            raise TransferFailed(f"copying from the peer's shared memory failed: {error!r}") from error
+
+
+class ShmPeer:
+    """A peer's pool, mapped read-only. See interface.PeerPool."""
+
+    def __init__(self, descriptor: bytes, layout: KvLayout) -> None:
+        self._segment = PeerSegment(descriptor, layout)
+        theirs = self._segment.header.layout
+        self._block_bytes = theirs.block_bytes
+        self._rows: Rows | None = np.frombuffer(self._segment.body, np.uint8, theirs.pool_bytes).reshape(
+            theirs.num_blocks, theirs.block_bytes
+        )
+        self._copier = ThreadPoolExecutor(max_workers=1, thread_name_prefix="shm-copy")
+        if self._read_probe() != self._segment.header.probe_digest:
+            self.close()
+            raise TransportError(f"the probe of worker {self._segment.header.instance} was not read intact")
+        log.info(
+            "opened a peer's pool",
+            transport="shm",
+            instance=self._segment.header.instance,
+            probe="intact",
+            gigabytes_per_second=round(self._measure(), 2),
+        )
+
+    def _read_probe(self) -> str:
+        pool_bytes = self._segment.header.layout.pool_bytes
+        probe = np.frombuffer(self._segment.body, np.uint8, PROBE_BYTES, pool_bytes).reshape(1, PROBE_BYTES)
+        received = np.zeros_like(probe)
+        self._copier.submit(_copy, probe, (0,), received, (0,)).result()
+        return digest(received.tobytes())
+
+    def _measure(self) -> float:
+        assert self._rows is not None
+        count = min(len(self._rows), max(1, _MEASURED_BYTES // self._block_bytes))
+        scratch = np.zeros((count, self._block_bytes), np.uint8)
+        milliseconds = self._copier.submit(_copy, self._rows, range(count), scratch, range(count)).result()
+        return scratch.nbytes / milliseconds / 1e6
+
+    def read(self, src_blocks: Sequence[int], dst: KvPool, dst_blocks: Sequence[int]) -> ShmTransfer:
+        if self._rows is None:
+            raise TransferFailed("the peer's pool was closed")
+        target = dst.tensor.view(torch.uint8).view(dst.layout.num_blocks, self._block_bytes).numpy()
+        self._segment.check(src_blocks, dst_blocks, len(target))
+        copy = self._copier.submit(_copy, self._rows, tuple(src_blocks), target, tuple(dst_blocks))
+        return ShmTransfer(copy, len(src_blocks) * self._block_bytes)
+
+    def generations_hold(self, blocks: Sequence[int], expected: Sequence[int]) -> bool:
+        return self._segment.generations_hold(blocks, expected)
+
+    def owner_alive(self) -> bool:
+        return self._segment.owner_alive()
+
+    def close(self) -> None:
+        self._copier.shutdown()
+        self._rows = None
+        self._segment.close()
+
+
+def create(layout: KvLayout, device: torch.device, instance: str) -> ShmMemory:
+    _check_device(device)
+    return ShmMemory(layout, instance)
+
+
+def open_peer(descriptor: bytes, layout: KvLayout, device: torch.device) -> ShmPeer:
+    _check_device(device)
+    return ShmPeer(descriptor, layout)
+
+
+def _copy(source: Rows, src_blocks: Sequence[int], target: Rows, dst_blocks: Sequence[int]) -> float:
+    started = time.perf_counter()
+    for src, dst, count in _runs(src_blocks, dst_blocks):
+        target[dst : dst + count] = source[src : src + count]  # numpy lets go of the GIL
+    return (time.perf_counter() - started) * 1000
+
+
+def _runs(src_blocks: Sequence[int], dst_blocks: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """Pairs of blocks that follow each other on both sides, as (source, target, count)."""
+    start = 0
+    for end in range(1, len(src_blocks) + 1):
+        length = end - start
+        if (
+            end == len(src_blocks)
+            or src_blocks[end] != src_blocks[start] + length
+            or dst_blocks[end] != dst_blocks[start] + length
+        ):
+            yield src_blocks[start], dst_blocks[start], length
+            start = end
+
+
+def _check_device(device: torch.device) -> None:
+    if device.type != "cpu":
+        raise TransportError(f"transport shm is for CPUs, and the device is {device}; use --transport cuda_ipc")

@@ -1,0 +1,303 @@
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from common import transport
+from common.kv_pool import KvLayout, KvPool, allocate, view
+from common.transport import TransferFailed, TransportError, segment, shm
+
+CPU = torch.device("cpu")
+LAYOUT = KvLayout(num_blocks=24, num_layers=3, block_size=4, num_kv_heads=2, head_dim=8, dtype="bfloat16")
+
+# A prefill worker, as far as its pool goes: fills it, tells its descriptor, and obeys one-word commands.
+OWNER = """
+import sys, torch
+from common import transport
+from common.block_pool import BlockPool
+from common.kv_pool import KvLayout, view
+
+layout = KvLayout(24, 3, 4, 2, 8, "bfloat16")
+memory = transport.create("shm", layout, torch.device("cpu"), sys.argv[1])
+pool, blocks = view(memory.tensor, layout), BlockPool(24, memory.generations)
+held = blocks.allocate(24)
+generator = torch.Generator().manual_seed(7)
+pool.copy_(torch.randn(layout.shape, generator=generator))
+print(memory.descriptor.decode(), flush=True)
+for command in sys.stdin:
+    if command == "reuse\\n":
+        blocks.release(held[5:6])
+        (block,) = blocks.allocate(1)
+        pool[block] = 0
+        print(block, flush=True)
+    elif command == "close\\n":
+        memory.close()
+        print("closed", flush=True)
+"""
+
+
+class Owner:
+    def __init__(self, instance: str) -> None:
+        self.path = segment.DIRECTORY / (segment.PREFIX + instance)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", OWNER, instance],
+            env=os.environ | {"PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.descriptor = self._line().encode()
+
+    def _line(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+    def ask(self, command: str) -> str:
+        assert self.process.stdin is not None
+        self.process.stdin.write(command + "\n")
+        self.process.stdin.flush()
+        return self._line()
+
+    def kill(self) -> None:
+        self.process.send_signal(signal.SIGKILL)
+        self.process.communicate()
+
+
+@pytest.fixture
+def owner() -> Iterator[Owner]:
+    owner = Owner(f"test-{os.getpid()}")
+    yield owner
+    owner.kill()
+    transport.sweep()
+    assert not owner.path.exists()
+
+
+@pytest.fixture(scope="module")
+def lasting_owner() -> Iterator[Owner]:
+    owner = Owner(f"test-{os.getpid()}-lasting")
+    yield owner
+    owner.kill()
+    transport.sweep()
+
+
+def filled() -> torch.Tensor:
+    return torch.randn(LAYOUT.shape, generator=torch.Generator().manual_seed(7)).to(torch.bfloat16)
+
+
+def mapped(path: Path) -> int:
+    return Path("/proc/self/maps").read_text().count(str(path))
+
+
+def test_blocks_arrive_in_another_process_and_nowhere_else(lasting_owner: Owner) -> None:
+    ours = replace(LAYOUT, num_blocks=40)
+    pool = allocate(ours, CPU)
+    peer = transport.open_peer(lasting_owner.descriptor, "shm", ours, CPU)
+    source = [3, 4, 5, 11, 0, 23, 22, 21]
+    target = [7, 8, 9, 0, 39, 20, 21, 22]
+    transfer = peer.read(source, pool, target)
+    transfer.wait()
+    assert transfer.done()
+    assert transfer.bytes == 8 * LAYOUT.block_bytes
+    assert transfer.milliseconds > 0
+    expected = torch.zeros(ours.shape, dtype=torch.bfloat16)
+    expected[target] = filled()[source]
+    assert torch.equal(pool.tensor, expected)
+    peer.close()
+
+
+def test_a_reader_sees_that_a_block_was_reused(owner: Owner) -> None:
+    pool = allocate(LAYOUT, CPU)
+    peer = transport.open_peer(owner.descriptor, "shm", LAYOUT, CPU)
+    blocks = [4, 5, 6]
+    assert peer.generations_hold(blocks, [1, 1, 1])
+    assert not peer.generations_hold(blocks, [1, 0, 1])
+    assert not peer.generations_hold(blocks, [1, 1])
+    reused = int(owner.ask("reuse"))
+    assert reused == 5
+    peer.read(blocks, pool, blocks).wait()
+    assert not peer.generations_hold(blocks, [1, 1, 1])
+    assert peer.generations_hold(blocks, [1, 2, 1])
+    assert not pool.tensor[5].any()
+    peer.close()
+
+
+def test_sweep_removes_what_the_killed_left_and_nothing_else(owner: Owner, lasting_owner: Owner) -> None:
+    peer = transport.open_peer(owner.descriptor, "shm", LAYOUT, CPU)
+    transport.sweep()
+    assert lasting_owner.path.exists()
+    assert owner.path.exists()
+    assert peer.owner_alive()
+    owner.kill()
+    assert not peer.owner_alive()
+    # Another worker that starts on this machine may have swept already: then the segment is not here.
+    with pytest.raises(TransportError, match=r"worker (that )?is gone"):
+        transport.open_peer(owner.descriptor, "shm", LAYOUT, CPU)
+    transport.sweep()
+    assert not owner.path.exists()
+    assert lasting_owner.path.exists()
+    with pytest.raises(TransportError, match="is not here"):
+        transport.open_peer(owner.descriptor, "shm", LAYOUT, CPU)
+    # What is mapped stays readable: a copy under way ends as it would have.
+    pool = allocate(LAYOUT, CPU)
+    peer.read([1], pool, [2]).wait()
+    assert torch.equal(pool.tensor[2], filled()[1])
+    assert mapped(owner.path) == 1
+    peer.close()
+    assert mapped(owner.path) == 0
+
+
+def test_an_owner_that_closes_is_seen_to_be_gone(owner: Owner) -> None:
+    peer = transport.open_peer(owner.descriptor, "shm", LAYOUT, CPU)
+    assert owner.ask("close") == "closed"
+    assert not peer.owner_alive()
+    assert not owner.path.exists()
+    peer.close()
+    peer.close()
+    with pytest.raises(TransferFailed, match="was closed"):
+        peer.read([0], allocate(LAYOUT, CPU), [0])
+
+
+def test_a_later_worker_of_the_same_name_is_not_mistaken(owner: Owner) -> None:
+    owner.kill()
+    later = Owner(owner.path.name.removeprefix(segment.PREFIX))
+    try:
+        with pytest.raises(TransportError, match="a later worker of the same name"):
+            transport.open_peer(owner.descriptor, "shm", LAYOUT, CPU)
+    finally:
+        later.kill()
+
+
+@pytest.mark.parametrize(
+    ("ours", "said"),
+    [
+        (replace(LAYOUT, dtype="float16"), "dtype is bfloat16 there and float16 here"),
+        (replace(LAYOUT, block_size=16), "block_size is 4 there and 16 here"),
+        (
+            replace(LAYOUT, num_layers=2, head_dim=12),
+            "num_layers is 3 there and 2 here, head_dim is 8 there and 12 here",
+        ),
+    ],
+)
+def test_another_layout_is_refused_with_both_values(ours: KvLayout, said: str) -> None:
+    memory = transport.create("shm", LAYOUT, CPU, f"test-{os.getpid()}")
+    try:
+        with pytest.raises(TransportError, match=said):
+            transport.open_peer(memory.descriptor, "shm", ours, CPU)
+    finally:
+        memory.close()
+
+
+@pytest.fixture
+def memory() -> Iterator[shm.ShmMemory]:
+    memory = shm.create(LAYOUT, CPU, f"test-{os.getpid()}")
+    yield memory
+    memory.close()
+
+
+def test_the_pool_is_private_zeroed_and_gone_when_closed(memory: shm.ShmMemory) -> None:
+    (path,) = segment.DIRECTORY.glob(f"twostroke-test-{os.getpid()}")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    pool = KvPool(LAYOUT, view(memory.tensor, LAYOUT))
+    assert not pool.tensor.any()
+    assert list(memory.generations) == [0] * LAYOUT.num_blocks
+    with pytest.raises(TransportError, match="File exists"):
+        shm.create(LAYOUT, CPU, f"test-{os.getpid()}")
+    memory.close()
+    assert not path.exists()
+    pool.tensor.fill_(1)  # memory that is still viewed stays
+
+
+def test_a_probe_that_arrives_changed_is_refused(memory: shm.ShmMemory) -> None:
+    (path,) = segment.DIRECTORY.glob(f"twostroke-test-{os.getpid()}")
+    with path.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last[0] ^ 1]))
+    mappings = mapped(path)
+    with pytest.raises(TransportError, match="was not read intact"):
+        shm.open_peer(memory.descriptor, LAYOUT, CPU)
+    assert mapped(path) == mappings
+
+
+def test_blocks_outside_a_pool_are_refused(memory: shm.ShmMemory) -> None:
+    peer = shm.open_peer(memory.descriptor, LAYOUT, CPU)
+    small = allocate(replace(LAYOUT, num_blocks=2), CPU)
+    for source, target, said in [
+        ([24], [0], "24 to 24 are not all among the 24 of the peer's pool"),
+        ([-1], [0], "of the peer's pool"),
+        ([0], [2], "not all among the 2 of this worker's pool"),
+        ([0, 1], [1], "2 blocks cannot be read into 1"),
+    ]:
+        with pytest.raises(TransferFailed, match=said):
+            peer.read(source, small, target)
+    empty = peer.read([], small, [])
+    empty.wait()
+    assert empty.done()
+    assert empty.bytes == 0
+    peer.close()
+
+
+def test_a_copy_that_fails_says_so_whenever_it_is_asked() -> None:
+    copy: Future[float] = Future()
+    transfer = shm.ShmTransfer(copy, 0)
+    assert not transfer.done()
+    copy.set_exception(MemoryError("none left"))
+    for ask in (transfer.done, transfer.wait, transfer.done):
+        with pytest.raises(TransferFailed, match="none left"):
+            ask()
+
+
+def test_too_little_shared_memory_is_a_sentence_and_leaves_nothing() -> None:
+    huge = replace(LAYOUT, num_blocks=2**40 // LAYOUT.block_bytes * 64)
+    with pytest.raises(TransportError, match=r"--shm-size.*shm_size.*--num-blocks"):
+        transport.create("shm", huge, CPU, f"test-{os.getpid()}-huge")
+    assert not list(segment.DIRECTORY.glob(f"twostroke-test-{os.getpid()}-huge"))
+
+
+@pytest.mark.parametrize(
+    "descriptor",
+    [
+        b"",
+        b"[]",
+        b"{}",
+        json.dumps({"segment": "twostroke-../../etc/passwd", "nonce": ""}).encode(),
+        json.dumps({"segment": "other", "nonce": ""}).encode(),
+        json.dumps({"segment": 7, "nonce": ""}).encode(),
+    ],
+)
+def test_malformed_descriptors(descriptor: bytes) -> None:
+    with pytest.raises(TransportError, match="malformed"):
+        transport.open_peer(descriptor, "shm", LAYOUT, CPU)
+
+
+def test_a_segment_of_another_version(memory: shm.ShmMemory) -> None:
+    (path,) = segment.DIRECTORY.glob(f"twostroke-test-{os.getpid()}")
+    with path.open("r+b") as file:
+        file.write(b"twostroke kv 0\n")
+    with pytest.raises(TransportError, match="no segment of this version"):
+        transport.open_peer(memory.descriptor, "shm", LAYOUT, CPU)
+
+
+@pytest.mark.parametrize("instance", ["", "a/b", "..", "x" * 200])
+def test_instances_that_cannot_name_a_file(instance: str) -> None:
+    with pytest.raises(TransportError, match="cannot name a segment"):
+        transport.create("shm", LAYOUT, CPU, instance)
+
+
+def test_transports_that_do_not_work_here() -> None:
+    with pytest.raises(TransportError, match='no transport is called "rdma"'):
+        transport.create("rdma", LAYOUT, CPU, "test")
+    with pytest.raises(TransportError, match="use --transport cuda_ipc"):
+        transport.create("shm", LAYOUT, torch.device("cuda:0"), "test")
+    with pytest.raises(TransportError, match=r"cuda_ipc"):
+        transport.create("cuda_ipc", LAYOUT, CPU, "test")

@@ -32,6 +32,7 @@ from router.mailbox import Mailbox
 from router.request import Prompt, Request
 from router.server import Router
 from router.tokenizer import Tokenizer
+from router.turnstile import Turnstile
 from tests.router.fake_worker import DECODE, PREFILL, FakeWorker, Script
 from twostroke.v1 import inference_pb2, inference_pb2_grpc, worker_pb2
 
@@ -52,6 +53,8 @@ class Figures:
     router_p99_ms: float
     client_p50_ms: float
     client_p99_ms: float
+    router_cpu_us: float  # of the router's process, a message
+    client_cpu_us: float
 
 
 def tick(_length: int = 0) -> int:
@@ -99,11 +102,17 @@ async def _router(pipe: Connection, addresses: Sequence[str]) -> None:
 
     service.service.GenerateStream = timed  # type: ignore[method-assign]
     port = await service.start()
-    while not service.dispatcher.ready or len(service.dispatcher.workers()) < len(addresses):
-        await asyncio.sleep(0.01)
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        stub = inference_pb2_grpc.InferenceStub(channel)
+        request = inference_pb2.GetLoadRequest()
+        for _ in range(1_000):
+            if len((await stub.GetLoad(request)).workers) == len(addresses):
+                break
+            await asyncio.sleep(0.01)
     pipe.send(f"127.0.0.1:{port}")
+    began = time.process_time()
     await asyncio.to_thread(pipe.recv)
-    pipe.send(ages)
+    pipe.send((ages, time.process_time() - began))
     await service.stop(0)
 
 
@@ -138,7 +147,7 @@ async def _clients(pipe: Connection, address: str, streams: int, tokens: int) ->
     async with grpc.aio.insecure_channel(address) as channel:
         stub = inference_pb2_grpc.InferenceStub(channel)
         await asyncio.gather(*(one(stub) for _ in range(streams)))
-    pipe.send(arrivals)
+    pipe.send((arrivals, time.process_time()))
 
 
 # ---------------------------------------------------------------- one run
@@ -158,19 +167,26 @@ def run(name: str, streams: int, decode_workers: int, tokens_per_second: float, 
         process.start()
     router_pipe.send(worker_pipe.recv())
     client_pipe.send(router_pipe.recv())
-    arrivals = client_pipe.recv()
+    arrivals, client_cpu = client_pipe.recv()
     router_pipe.send("stop")
-    router_ages = router_pipe.recv()
+    router_ages, router_cpu = router_pipe.recv()
     worker_pipe.send("stop")
     for process in processes:
         process.join()
-    # The first and last tenth, in which streams come and go, do not count.
+    # The first and last tenth, when streams come and go, do not count.
     steady = arrivals[len(arrivals) // 10 : -len(arrivals) // 10]
     elapsed = steady[-1][0] - steady[0][0]
     ages = [age for _, message in steady for age in message]
     in_router = router_ages[len(router_ages) // 10 : -len(router_ages) // 10]
     return Figures(
-        name, tokens_per_second, len(ages) / elapsed, len(steady) / elapsed, *_p50_p99(in_router), *_p50_p99(ages)
+        name,
+        tokens_per_second,
+        len(ages) / elapsed,
+        len(steady) / elapsed,
+        *_p50_p99(in_router),
+        *_p50_p99(ages),
+        1e6 * router_cpu / len(arrivals),
+        1e6 * client_cpu / len(arrivals),
     )
 
 
@@ -185,16 +201,16 @@ def _p50_p99(values: Sequence[float]) -> tuple[float, float]:
 def fan_out_rate(streams: int = 256, steps: int = 400) -> float:
     """Tokens/s from a packed message's bytes to the requests' buffers."""
     prompt = Prompt(PROMPT, 1 << 30, 0, frozenset(), "")
-    mailbox: Mailbox[Request] = Mailbox()
+    mailbox: Mailbox[Request] = Mailbox(Turnstile())
     decoding = {
         attempt: Request("", 0, attempt, prompt, worker_pb2.SamplingParams(), mailbox) for attempt in range(streams)
     }
     tokens = worker_pb2.StepTokens(attempt_ids=list(decoding), token_ids=[40_000] * streams)
     packed = worker_pb2.WorkerMessage(tokens=tokens).SerializeToString()
-    began = time.perf_counter()
+    began = time.process_time()
     for _ in range(steps):
         fan_out(decoding, worker_pb2.WorkerMessage.FromString(packed).tokens)
-    return streams * steps / (time.perf_counter() - began)
+    return streams * steps / (time.process_time() - began)
 
 
 def detokenize_microseconds(tokens: int = 100_000) -> float:
@@ -202,10 +218,10 @@ def detokenize_microseconds(tokens: int = 100_000) -> float:
     directory = resolve(EMBEDDED)
     tokenizer = Tokenizer(directory, load_config(directory).vocab_size)
     detokenizer: Detokenizer = tokenizer.detokenizer(special_tokens=False)
-    began = time.perf_counter()
+    began = time.process_time()
     for token in range(tokens):
         detokenizer.feed((1_000 + token % 40_000,))
-    return 1e6 * (time.perf_counter() - began) / tokens
+    return 1e6 * (time.process_time() - began) / tokens
 
 
 @app.default
@@ -228,7 +244,9 @@ def main(
         run("12,500 tokens/s, 16 decode workers", streams, 16, 12_500, seconds),
     ]
     rate, microseconds = fan_out_rate(streams), detokenize_microseconds()
-    table = Table("run", "offered/s", "delivered/s", "messages/s", "router p50, p99 ms", "client p50, p99 ms")
+    table = Table(
+        "run", "offered/s", "delivered/s", "messages/s", "router p50, p99 ms", "client p50, p99 ms", "CPU µs a message"
+    )
     for figures in runs:
         table.add_row(
             figures.name,
@@ -237,6 +255,7 @@ def main(
             f"{figures.messages:,.0f}",
             f"{figures.router_p50_ms:.1f}, {figures.router_p99_ms:.1f}",
             f"{figures.client_p50_ms:.1f}, {figures.client_p99_ms:.1f}",
+            f"{figures.router_cpu_us:.0f} + {figures.client_cpu_us:.0f}",
         )
     console = Console()
     console.print(table)

@@ -3,31 +3,35 @@
 import asyncio
 from typing import Generic, TypeVar
 
+from router.turnstile import Turnstile
+
 T = TypeVar("T")
 
 
 class Mailbox(Generic[T]):
-    """Whatever gathers while the consumer is busy is taken at once: that is what packs a slow client's messages."""
+    """Whatever gathers while the consumer is busy, or waits for its turn, is taken at once: that is what packs the
+    messages of a slow client, and of all clients where the router is the slow one."""
 
-    __slots__ = ("_posted", "_waiter")
+    __slots__ = ("_posted", "_turnstile", "_waiter")
 
-    def __init__(self) -> None:
+    def __init__(self, turnstile: Turnstile) -> None:
+        self._turnstile = turnstile
         self._posted: list[T] = []
         self._waiter: asyncio.Future[None] | None = None
 
     def post(self, item: T) -> None:
         self._posted.append(item)
         if self._waiter is not None:
-            self._waiter.set_result(None)
+            self._turnstile.admit(self._waiter)
             self._waiter = None
 
     async def take(self) -> list[T]:
-        """Everything posted since the last call; waits while there is nothing."""
-        if not self._posted:
-            self._waiter = asyncio.get_running_loop().create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
+        """Everything posted since the last call; waits while there is nothing, and for its turn."""
+        waiter = asyncio.get_running_loop().create_future()
+        if self._posted:
+            self._turnstile.admit(waiter)
+        else:
+            self._waiter = waiter
+        await waiter
         posted, self._posted = self._posted, []
         return posted

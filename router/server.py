@@ -34,7 +34,7 @@ class Router:
         self.metrics = Metrics()
         self.dispatcher = Dispatcher(config, self.metrics)
         self.registry = Registry(config, self.dispatcher)
-        self._service = InferenceService(config, model, tokenizer, self.dispatcher, self.registry, self.metrics)
+        self.service = InferenceService(config, model, tokenizer, self.dispatcher, self.registry, self.metrics)
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> int:
@@ -44,7 +44,7 @@ class Router:
             OSError: the address cannot be listened on.
         """
         self._server = grpc.aio.server(options=OPTIONS)
-        inference_pb2_grpc.add_InferenceServicer_to_server(self._service, self._server)
+        inference_pb2_grpc.add_InferenceServicer_to_server(self.service, self._server)
         worker_pb2_grpc.add_RegistryServicer_to_server(RegistryService(self.registry), self._server)
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)

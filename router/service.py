@@ -21,6 +21,7 @@ from router.metrics import Metrics
 from router.registry import Registry
 from router.request import Prompt, Request
 from router.tokenizer import Tokenizer
+from router.turnstile import Turnstile
 from router.validate import Job
 from router.worker import Worker
 from twostroke.v1 import inference_pb2 as pb
@@ -47,6 +48,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self._dispatcher = dispatcher
         self._registry = registry
         self._metrics = metrics
+        self._turnstile = Turnstile()
         self._serials = itertools.count()
 
     # ------------------------------------------------------------ generating
@@ -71,7 +73,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         structlog.contextvars.bind_contextvars(request_id=job.request_id)
         self._dispatcher.check_admission(job.n)
         token_ids = await self._prompt(request)
-        mailbox: Mailbox[Request] = Mailbox()
+        mailbox: Mailbox[Request] = Mailbox(self._turnstile)
         requests = self._requests(job, token_ids, mailbox)
         answers = [
             Answer(choice, job, self._tokenizer, self._model.eos_token_ids, self._metrics) for choice in requests

@@ -208,7 +208,6 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
             self.end(start.attempt_id, Ended.CAUSE_LEASE_LOST)
             return
         sequence = self.held[start.attempt_id]
-        assert start.first_token == self.script.token(len(sequence.token_ids))
         self.send(started=[worker_pb2.Started(attempt_id=start.attempt_id, transfer_ms=1.5)])
         self.running[start.attempt_id] = Running(
             sequence, len(sequence.token_ids) + 1, stops=frozenset(sequence.stop_token_ids)
@@ -217,8 +216,10 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
     # ------------------------------------------------------------ decoding
 
     async def _decode(self) -> None:
+        next_step = time.monotonic()
         while True:
-            await asyncio.sleep(self.script.step_seconds)
+            next_step = max(next_step + self.script.step_seconds, time.monotonic())
+            await asyncio.sleep(next_step - time.monotonic())
             message = worker_pb2.WorkerMessage()
             with_logprobs = any(running.sequence.sampling.HasField("logprobs") for running in self.running.values())
             for attempt_id, running in list(self.running.items()):

@@ -48,7 +48,11 @@ async def test_what_the_workers_are_told(model: Path) -> None:
         prefill, reserve = it.prefills[0].prefills[0], it.decodes[0].reserves[0]
         sequence = prefill.sequence
         assert reserve.sequence == sequence
-        assert reserve.attempt_id == prefill.attempt_id
+        start = it.decodes[0].starts[0]
+        assert reserve.attempt_id == start.attempt_id == prefill.attempt_id
+        assert start.first_token == expected(1)[0]
+        assert start.kv.pool.instance == it.prefills[0].instance
+        assert list(start.kv.block_ids) == [0, 1]
         assert reserve.headroom_tokens == 6
         assert tuple(sequence.token_ids) == PROMPT
         assert (sequence.prompt_length, sequence.max_length, sequence.min_length) == (20, 28, 22)

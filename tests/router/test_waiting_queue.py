@@ -3,6 +3,7 @@ from hypothesis import strategies as st
 
 from router.mailbox import Mailbox
 from router.request import Prompt, Request, State
+from router.turnstile import Turnstile
 from router.waiting_queue import WaitingQueue
 from twostroke.v1 import worker_pb2
 
@@ -10,7 +11,7 @@ PROMPT = Prompt((1,), 2, 1, frozenset(), "")
 
 
 def new(serial: int, resumes: int = 0) -> Request:
-    made: Request = Request("", 0, serial, PROMPT, worker_pb2.SamplingParams(), Mailbox())
+    made: Request = Request("", 0, serial, PROMPT, worker_pb2.SamplingParams(), Mailbox(Turnstile()))
     made.resumes = resumes
     return made
 

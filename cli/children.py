@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
+from typing import IO, Any
 
 # A child that died this often within so many seconds would only die again.
 MOST_DEATHS = 5
@@ -18,17 +19,18 @@ class Child:
 
     name: str
     command: list[str]
+    output: IO[Any] = sys.stderr
+    """Where its standard and error output go."""
     process: subprocess.Popen[bytes] | None = None
     deaths: list[float] = field(default_factory=list)
 
     def start(self) -> None:
         # Its own process group: Ctrl-C at the terminal is for this process, which then stops its children in order.
-        # Its standard output is this process's error output: standard output is for the command that is served.
         command = [sys.executable, "-m", "cli.bound_to_parent", str(os.getpid()), *self.command]
         # Its settings are flags: a variable that was meant for one part of the cluster must not reach the others.
         environment = {name: value for name, value in os.environ.items() if not name.startswith("TWOSTROKE_")}
         self.process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=sys.stderr, env=environment, process_group=0
+            command, stdin=subprocess.DEVNULL, stdout=self.output, stderr=self.output, env=environment, process_group=0
         )
 
     def death(self) -> str | None:

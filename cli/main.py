@@ -24,7 +24,9 @@ app.command(
 
     A part that dies is started again. A second Ctrl-C kills what still runs after the first.
 
-    With a command, wait until the cluster is ready, run it with TWOSTROKE_TARGET set, then stop all; for example:
+    With a command, wait until the cluster is ready, run it with TWOSTROKE_TARGET set, then stop all.
+
+    The parts' log lines are then shown only where one of them fails.
 
         twostroke serve --decode-workers 2 -- twostroke generate "Name three primary colors."
     """,

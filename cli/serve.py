@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from tempfile import TemporaryFile
 from types import FrameType
 from typing import Annotated, Any, Literal
 
@@ -109,49 +110,64 @@ def serve(
     """
     if command and shutil.which(command[0]) is None:
         raise SystemExit(f"twostroke serve: there is no command {command[0]!r}")
-    target = _with_port(config.listen)
-    router, *workers = cluster = _cluster(config, target)
-    with _stop_signals() as signals, Client(_reachable(target)) as client:
+    listen = _with_port(config.listen)
+    target = _reachable(listen)
+    router, *workers = cluster = _cluster(config, listen)
+    with _stop_signals() as signals, Client(target) as client, TemporaryFile() as log:
         try:
             for child in cluster:
+                if command:  # whose own output log lines would break into
+                    child.output = log
                 child.start()
-            raise SystemExit(_supervise(cluster, client, command, _reachable(target), signals))
+            raise SystemExit(_supervise(cluster, client, command, target, signals))
+        except _GivenUp as error:
+            _stop([[router], workers], STOP_SECONDS, signals)
+            log.seek(0)
+            sys.stderr.write(log.read().decode(errors="replace"))
+            raise SystemExit(f"twostroke serve: {error}; giving up") from error
         finally:
             _stop([[router], workers], (config.drain_seconds or RouterConfig().drain_seconds) + STOP_SECONDS, signals)
 
 
+class _GivenUp(Exception):
+    """A part died, and a new start would not mend it."""
+
+
 def _supervise(cluster: list[Child], client: Client, command: tuple[str, ...], target: str, signals: list[int]) -> int:
-    """Runs until a signal, the command's end, or a death that a new start would not mend; returns the exit code."""
-    began, ready = time.monotonic(), False
+    """Runs until a signal or the command's end; returns the exit code. Ctrl-C at the terminal reaches the command too,
+    and what it means is then for the command to say: in `twostroke chat` it ends an answer, and nothing else."""
+    began, model = time.monotonic(), None
     running: subprocess.Popen[bytes] | None = None
-    while not signals:
-        for child in cluster:
-            if (death := child.death()) is None:
-                continue
-            if not ready or child.crash_loops:
-                _say(f"{child.name} {death}; giving up")
-                return 1
-            _say(f"{child.name} {death}; starting it again")
-            child.start()
-        if not ready and (ready := _is_ready(client, workers=len(cluster) - 1)):
-            _say(f"ready at {target} after {time.monotonic() - began:.1f} s: {client.model().name}")
-            if command:
-                running = subprocess.Popen(command, env=os.environ | {"TWOSTROKE_TARGET": target})
-        if running and (code := running.poll()) is not None:
-            return code if code >= 0 else 128 - code
-        time.sleep(POLL_SECONDS)
-    if running:
-        return _wait_for(running)
-    return 0
-
-
-def _is_ready(client: Client, workers: int) -> bool:
-    """Whether the router's health is SERVING, and every worker takes requests."""
     try:
-        client.wait_until_ready(timeout=POLL_SECONDS)
-        return sum(worker.ready for worker in client.load(timeout=1).workers) == workers
+        while signal.SIGTERM not in signals and (running or not signals):
+            for child in cluster:
+                if death := child.death():
+                    if model is None or child.crash_loops:
+                        raise _GivenUp(f"{child.name} {death}")
+                    _say(f"{child.name} {death}; starting it again")
+                    child.start()
+            if model is None and (model := _served_model(client, workers=len(cluster) - 1)):
+                _say(f"ready at {target} after {time.monotonic() - began:.1f} s: {model}")
+                if command:
+                    running = subprocess.Popen(command, env=os.environ | {"TWOSTROKE_TARGET": target})
+            if running and (code := running.poll()) is not None:
+                return code if code >= 0 else 128 - code
+            time.sleep(POLL_SECONDS)
+        return _end(running) if running else 0
+    except _GivenUp:
+        if running:
+            _end(running)
+        raise
+
+
+def _served_model(client: Client, workers: int) -> str | None:
+    """The model's name, once the router's health is SERVING and every worker takes requests."""
+    try:
+        client.wait_until_ready(timeout=1)
+        ready = sum(worker.ready for worker in client.load(timeout=1).workers)
+        return client.model(timeout=1).name if ready == workers else None
     except TwostrokeError:
-        return False
+        return None
 
 
 def _cluster(config: ServeConfig, listen: str) -> list[Child]:
@@ -223,8 +239,8 @@ def _stop_signals() -> Iterator[list[int]]:
             signal.signal(handled, handler)
 
 
-def _wait_for(command: subprocess.Popen[bytes]) -> int:
-    """The exit code of a command that is stopped; Ctrl-C at the terminal reached it already."""
+def _end(command: subprocess.Popen[bytes]) -> int:
+    """Stops the command and returns its exit code."""
     command.terminate()
     try:
         code = command.wait(timeout=STOP_SECONDS)

@@ -5,6 +5,7 @@ part ends at once where there is a file "NAME-fails"."""
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 from cli import main, serve
@@ -15,11 +16,15 @@ from twostroke.v1 import inference_pb2 as pb
 
 def pretend(name: str, folder: Path, listen: str) -> None:
     if (folder / f"{name}-fails").exists():
-        sys.exit(3)
+        sys.exit(f"{name} says why")
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    print(f"{name} logs a line")
     (folder / name).write_text(str(os.getpid()))
     if name == "router":
         load = pb.GetLoadResponse(workers=[pb.WorkerLoad(ready=True), pb.WorkerLoad(ready=True)])
+        workers = [folder / "prefill_worker", folder / "decode_worker"]
+        while not all(worker.exists() for worker in workers) and signal.SIGTERM not in signal.sigpending():
+            time.sleep(0.02)
         with serving(FakeRouter(load=load), listen=listen):
             signal.sigwait({signal.SIGTERM})
     else:

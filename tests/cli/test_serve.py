@@ -105,6 +105,18 @@ def test_a_signal_stops_the_command_too(tmp_path: Path) -> None:
     assert not alive(pid_of(tmp_path, "command"))
 
 
+def test_ctrl_c_is_for_the_command(tmp_path: Path) -> None:
+    program = f"trap 'echo cut short; exit 5' INT; echo $$ > {tmp_path}/command; while true; do sleep 0.05; done"
+    with serve(tmp_path, "sh", "-c", program) as process:
+        assert eventually(lambda: (tmp_path / "command").exists() and (tmp_path / "command").read_text() != "")
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        assert alive(pid_of(tmp_path, "command"))
+        os.kill(pid_of(tmp_path, "command"), signal.SIGINT)
+        assert process.communicate(timeout=10)[0] == "cut short\n"
+    assert process.returncode == 5
+
+
 def test_there_is_no_such_command(tmp_path: Path) -> None:
     with serve(tmp_path, "no-such-command") as process:
         assert "there is no command 'no-such-command'" in process.communicate(timeout=30)[1]
@@ -128,16 +140,26 @@ def test_a_crash_loop_ends_it(tmp_path: Path) -> None:
         line_with(process, "ready at")
         (tmp_path / "decode_worker-fails").touch()
         os.kill(pid_of(tmp_path, "decode_worker"), signal.SIGKILL)
-        assert "ended with exit code 3; giving up" in line_with(process, "giving up")
+        assert "ended with exit code 1; giving up" in line_with(process, "giving up")
         assert process.wait(timeout=10) == 1
     assert (tmp_path / "router-stopped").exists()
 
 
-def test_a_part_that_cannot_start_ends_it_at_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", [(), ("echo", "never")])
+def test_a_part_that_cannot_start_ends_it_at_once(tmp_path: Path, command: tuple[str, ...]) -> None:
     (tmp_path / "prefill_worker-fails").touch()
-    with serve(tmp_path) as process:
-        assert "prefill_worker ended with exit code 3; giving up" in line_with(process, "giving up")
-        assert process.wait(timeout=10) == 1
+    with serve(tmp_path, *command) as process:
+        output, errors = process.communicate(timeout=30)
+    assert (process.returncode, output) == (1, "")
+    assert "prefill_worker says why" in errors
+    assert errors.splitlines()[-1] == "twostroke serve: prefill_worker ended with exit code 1; giving up"
+
+
+def test_log_lines_do_not_break_into_the_command(tmp_path: Path) -> None:
+    with serve(tmp_path, "echo", "answer") as process:
+        output, errors = process.communicate(timeout=30)
+    assert output == "answer\n"
+    assert [line for line in errors.splitlines() if not line.startswith("twostroke serve: ready")] == []
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")

@@ -21,13 +21,13 @@ class HostCopy:
     """A device tensor on its way to the host; `get` waits for this copy alone."""
 
     def __init__(self, tensor: Tensor) -> None:
+        self._arrived: torch.cuda.Event | None = None
         if tensor.device.type == "cpu":
-            self._host, self._arrived = tensor, None
+            self._host = tensor
             return
         self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         self._host.copy_(tensor, non_blocking=True)
-        self._arrived = torch.cuda.Event()
-        self._arrived.record()
+        self._arrived = torch.cuda.current_stream().record_event()
 
     def get(self) -> Tensor:
         if self._arrived is not None:

@@ -138,7 +138,7 @@ def choose_device(name: str) -> torch.device:
             raise ModelError(
                 f"device {name} was asked for, but torch sees no GPU; use --device cpu, or check the driver"
             )
-        if device.index is None:
+        if ":" not in name:
             device = torch.device("cuda", 0)
         if device.index >= torch.cuda.device_count():
             raise ModelError(f"device {name} was asked for, but there are {torch.cuda.device_count()} GPUs")

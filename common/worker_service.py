@@ -160,57 +160,53 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         self,
         requests: AsyncIterator[pb.RouterMessage],
         context: "grpc.aio.ServicerContext[pb.RouterMessage, pb.WorkerMessage]",
-    ) -> None:
+    ) -> AsyncIterator[pb.WorkerMessage]:
         """One router's stream, from its hello until either side goes."""
         hello = await anext(requests, None)
         if hello is None or not hello.HasField("hello"):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message of a stream must be hello")
-            return
-        await context.write(pb.WorkerMessage(hello=self._hello))
-        connection = self._next_connection
-        self._next_connection += 1
-        unsent = _Unsent()
-        self._connections[connection] = unsent
-        log.info("router connected", router=hello.hello.router, connection=connection)
-        reader = asyncio.create_task(self._read(connection, requests))
-        writer = asyncio.create_task(self._write(unsent, context))
-        unsent.cut_off = writer.cancel
+        yield pb.WorkerMessage(hello=self._hello)
+        task = asyncio.current_task()
+        assert task is not None
+        unsent = _Unsent(cut_off=task.cancel)
+        reader = asyncio.create_task(self._read(hello.hello.router, requests, unsent))
         try:
-            await asyncio.wait((reader, writer), return_when=asyncio.FIRST_COMPLETED)
+            while await unsent.ready.wait() and not reader.done():
+                unsent.ready.clear()
+                while unsent.messages:
+                    yield unsent.messages.popleft()
         finally:
             reader.cancel()
-            writer.cancel()
+
+    async def _read(self, router: str, requests: AsyncIterator[pb.RouterMessage], unsent: "_Unsent") -> None:
+        """Owns the connection: it is there for the engine as long as this runs."""
+        connection = self._next_connection
+        self._next_connection += 1
+        self._connections[connection] = unsent
+        self._inbox.put(Received(connection, pb.RouterMessage()))
+        log.info("router connected", router=router)
+        try:
+            async for message in requests:
+                self._inbox.put(Received(connection, message))
+        finally:
             del self._connections[connection]
             self._inbox.put(Received(connection, None))
-            log.info("router gone", router=hello.hello.router, connection=connection)
-
-    async def _read(self, connection: int, requests: AsyncIterator[pb.RouterMessage]) -> None:
-        self._inbox.put(Received(connection, pb.RouterMessage()))
-        async for message in requests:
-            self._inbox.put(Received(connection, message))
-
-    async def _write(
-        self, unsent: "_Unsent", context: "grpc.aio.ServicerContext[pb.RouterMessage, pb.WorkerMessage]"
-    ) -> None:
-        while True:
-            await unsent.ready.wait()
-            unsent.ready.clear()
-            while unsent.messages:
-                await context.write(unsent.messages.popleft())
+            unsent.ready.set()
+            log.info("router gone", router=router)
 
 
 class _Unsent:
     """Messages on their way to one router."""
 
-    def __init__(self) -> None:
+    def __init__(self, cut_off: Callable[[], object]) -> None:
         self.messages: deque[pb.WorkerMessage] = deque()
         self.ready = asyncio.Event()
-        self.cut_off: Callable[[], object] = lambda: None
+        self._cut_off = cut_off
 
     def put(self, message: pb.WorkerMessage) -> None:
         if len(self.messages) >= MAX_UNSENT_MESSAGES:
             log.error("a router does not read; cutting it off", unsent=len(self.messages))
-            self.cut_off()
+            self._cut_off()
             return
         self.messages.append(message)
         self.ready.set()

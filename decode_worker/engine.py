@@ -1,5 +1,6 @@
 """The decode worker's loop: receive, pull, grow, launch a step, deliver the one before."""
 
+import time
 from collections import deque
 from dataclasses import dataclass
 
@@ -72,7 +73,7 @@ class Engine:
             for reserve in received.message.reserves:
                 self._reserve(received.connection, reserve, accepting)
             self._puller.start(
-                Pull(sequence, start.kv)
+                Pull(sequence, start.kv, time.monotonic())
                 for start in received.message.starts
                 if (sequence := self._started(start)) is not None
             )

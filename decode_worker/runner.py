@@ -34,9 +34,9 @@ class Runner:
         self._slots: dict[Sequence, int] = {}  # of the sequences in the batch whose logits are adjusted
         self._asks: set[Sequence] = set()  # for log-probabilities
         self._adjusted: AdjustedRows | None = None
-        self._graphs: DecodeGraphs | None = None
+        self.graphs: DecodeGraphs | None = None
         if parts.device.type == "cuda":
-            self._graphs = DecodeGraphs(self._stepper, self.batch.state, max_batch)
+            self.graphs = DecodeGraphs(self._stepper, self.batch.state, max_batch)
 
     def add(self, sequence: Sequence) -> None:
         self.batch.add(sequence)
@@ -73,13 +73,13 @@ class Runner:
         return StepOutput(HostCopy(tokens), HostLogprobs(specs, logits, tokens) if self._asks else None)
 
     def _plain(self, rows: int) -> Tensor:
-        if self._graphs is not None:
-            return self._graphs.plain(rows)
+        if self.graphs is not None:
+            return self.graphs.plain(rows)
         return self._stepper.plain(self.batch.state.first(rows))
 
     def _logits(self, rows: int) -> Tensor:
-        if self._graphs is not None:
-            return self._graphs.logits(rows)
+        if self.graphs is not None:
+            return self.graphs.logits(rows)
         return self._stepper.logits(self.batch.state.first(rows))
 
     def _adjusted_rows(self) -> AdjustedRows:

@@ -19,7 +19,8 @@ def main(config: PrefillConfig) -> None:
     parts = worker_parts.load(config, inference_pb2.WORKER_ROLE_PREFILL, config.max_batch_tokens)
     try:
         runner = Runner(parts)
-        runner.warm_up(config.max_batch_tokens)
+        if parts.device.type == "cuda":
+            runner.warm_up(config.max_batch_tokens)
         service = WorkerService(parts.hello, config.listen, config.advertise, config.router)
         lifecycle = Lifecycle(service.wake, config.drain_seconds)
         service.set_serving(True)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
+from common.transport import sweep
 from twostroke import Client
 from twostroke.v1 import inference_pb2 as pb
 
@@ -65,8 +66,6 @@ class Cluster:
             process.kill()
         for process in self.processes.values():
             process.wait()
-        from common.transport.shm import sweep
-
         sweep()
 
     def start_router(self) -> None:
@@ -76,7 +75,7 @@ class Cluster:
         own = self.prefill_flags if role == "prefill" else self.decode_flags
         # A worker that starts again takes the address of the one before.
         listen = self._addresses.setdefault(f"{role}-{index}", f"127.0.0.1:{free_port()}")
-        common = {"listen": listen, "router": self.target, "threads": 1, "num-blocks": 1024, "device": "cpu", "dtype": "float32"}
+        common = {"listen": listen, "router": self.target, "threads": 1, "num-blocks": 1024, "device": "cpu"}
         self._start(f"{role}-{index}", f"{role}_worker", {**common, **self.worker_flags, **own, **flags})
 
     def _start(self, name: str, module: str, flags: Mapping[str, object]) -> None:

@@ -130,6 +130,8 @@ class Answer:
         timing = pb.Timing()
         timing.CopyFrom(request.timing)
         timing.total_ms = 1000 * total
+        if request.attempt is not None and request.attempt.decoding_since is not None:  # a stop string cuts it short
+            timing.decode_ms += 1000 * (time.monotonic() - request.attempt.decoding_since)
         return pb.Finish(reason=reason, stop=stop, stop_token_id=stop_token_id, usage=usage, timing=timing)
 
     def _measure(self, tokens: int) -> None:

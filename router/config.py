@@ -24,15 +24,13 @@ class RouterConfig:
     """Most requests that wait for a worker; one more is answered with RESOURCE_EXHAUSTED."""
 
     headroom_tokens: int = 256
-    """Room for output that a request's first attempt reserves on a decode worker, in tokens. More of it means fewer
-    preemptions and smaller batches. A resumed request reserves all that it may still need."""
+    """Tokens of output that a first attempt reserves room for. More of them: fewer preemptions, smaller batches."""
 
     max_resumes: int = 3
-    """Times that a request may lose a worker or its KV and go on; once more is answered with UNAVAILABLE.
-    Preemptions don't count."""
+    """Times that a request survives a lost worker or lost KV; once more is UNAVAILABLE. Preemptions don't count."""
 
     worker_grace: float = 1.5
-    """Seconds that requests wait for a worker of a role that has none, before they are answered with UNAVAILABLE."""
+    """Seconds that requests wait for a worker of a role that has none; then they are answered with UNAVAILABLE."""
 
     drain_seconds: float = 10.0
     """Seconds that running requests get to finish after SIGTERM or Ctrl-C."""

@@ -1,6 +1,7 @@
 """Starts a router, and stops it on a signal."""
 
 import asyncio
+import gc
 import signal
 
 import structlog
@@ -26,6 +27,8 @@ async def _serve(config: RouterConfig) -> None:
     model = load_config(directory)
     router = Router(config, model, Tokenizer(directory, model.vocab_size))
     port = await router.start()
+    gc.collect()
+    gc.freeze()  # what is there now stays; going through it again and again would only make pauses
     host = config.listen.rpartition(":")[0]
     log.info("router listening", address=f"{host}:{port}", model=config.model)
     signals: asyncio.Queue[int] = asyncio.Queue()

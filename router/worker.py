@@ -6,7 +6,8 @@ import time
 from router.request import Attempt, Request
 from twostroke.v1 import inference_pb2, worker_pb2
 
-# A decode worker that refused is asked again after this long, even if it reports nothing new. Seconds.
+# A decode worker that refused is asked again after so many seconds, or when a sequence ends there: each time that it
+# refuses, a prefill worker has begun in vain.
 REFUSAL_PAUSE = 0.1
 
 # A prefill worker gets work for so many batches ahead; the rest waits in the router's queue, and can go anywhere.
@@ -77,7 +78,6 @@ class Worker:
         """Takes the worker's own figures; what it had not yet heard of when it wrote them still counts."""
         self.load = load
         self._room = load.blocks.free + load.blocks.cached - load.blocks.reserved - self._unanswered_blocks
-        self._refused_at = 0.0
 
     # ------------------------------------------------------------ sending
 

@@ -67,6 +67,9 @@ class WorkerLink:
                 if _this_task_is_cancelled():
                     raise
                 problem = "the stream was cut off here"  # which its reader is told with the same exception
+            except Exception as error:  # a fault of the router must not lose it the worker for good
+                log.exception("link failed", worker=self.address)
+                problem = repr(error)
             if self.worker is not None:
                 worker, self.worker = self.worker, None
                 self._events.worker_lost(worker)

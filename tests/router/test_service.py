@@ -124,6 +124,7 @@ async def test_a_stop_string_ends_the_answer_and_the_attempt(
         choice = (await it.generate(max_tokens=500, stopping=stopping)).choices[0]
         assert choice.finish.reason == pb.FINISH_REASON_STOP
         assert choice.finish.stop == stop
+        assert 0 < choice.finish.timing.decode_ms < choice.finish.timing.total_ms
         assert choice.text == whole[: 12 if include_stop else 9]
         assert text_of(list(choice.token_ids)) == whole[:12]
         assert choice.finish.usage.completion_tokens == len(choice.token_ids)

@@ -21,9 +21,7 @@ class HostLogprobs:
     """
 
     def __init__(self, specs: Sequence[SequenceSpec], logits: Tensor, tokens: Tensor) -> None:
-        self._wanted = [
-            (row, spec.sampling.logprobs or 0) for row, spec in enumerate(specs) if wants_logprobs(spec)
-        ]
+        self._wanted = [(row, spec.sampling.logprobs or 0) for row, spec in enumerate(specs) if wants_logprobs(spec)]
         if not self._wanted:
             return
         rows = to_device(np.asarray([row for row, _ in self._wanted], dtype=np.int64), logits.device)

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 
+from common.worker_metrics import WorkerMetrics
 from common.worker_service import WorkerService
 from twostroke.v1 import inference_pb2
 
@@ -11,8 +12,11 @@ HEARTBEAT_SECONDS = 1.0
 
 
 class LoadReport:
-    def __init__(self, service: WorkerService, measure: Callable[[], inference_pb2.WorkerLoad]) -> None:
+    def __init__(
+        self, service: WorkerService, metrics: WorkerMetrics, measure: Callable[[], inference_pb2.WorkerLoad]
+    ) -> None:
         self._service = service
+        self._metrics = metrics
         self._measure = measure
         self._last = inference_pb2.WorkerLoad()
         self._connections: tuple[int, ...] = ()
@@ -26,6 +30,7 @@ class LoadReport:
         if now - self._sent_at < INTERVAL_SECONDS and not new_router:
             return
         load = self._measure()
+        self._metrics.load(load)
         if load == self._last and not new_router and now - self._sent_at < HEARTBEAT_SECONDS:
             return
         self._last, self._connections, self._sent_at = load, connections, now

@@ -14,6 +14,7 @@ from common.config import WorkerConfig
 from common.kv_pool import KvLayout, KvPool, view
 from common.model import Model
 from common.model_config import ModelConfig, ModelError
+from common.sequence import SequenceSpec
 from common.transport import PoolMemory, create
 from kernels.ops import Ops, select
 from twostroke.v1 import inference_pb2
@@ -45,6 +46,13 @@ class WorkerParts:
     @property
     def pool_handle(self) -> pb.PoolHandle:
         return self.hello.pool
+
+    def check(self, spec: SequenceSpec, length: int) -> None:
+        """Raises ValueError, with a sentence, for a sequence of up to `length` tokens that cannot be served here."""
+        if length > self.max_length:
+            raise ValueError(f"{length} tokens do not fit; the longest sequence here has {self.max_length}")
+        if len(spec.block_hashes) != len(spec.token_ids) // self.pool.layout.block_size:
+            raise ValueError(f"{len(spec.block_hashes)} block hashes came with {len(spec.token_ids)} tokens")
 
     def blocks_load(self, reserved: int) -> inference_pb2.Blocks:
         return inference_pb2.Blocks(

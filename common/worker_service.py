@@ -49,7 +49,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         self._routers = routers
         self._inbox: queue.SimpleQueue[Received] = queue.SimpleQueue()
         self._outgoing: dict[int, pb.WorkerMessage] = {}
-        self._connections: dict[int, "_Unsent"] = {}
+        self._connections: dict[int, _Unsent] = {}
         self._next_connection = 0
         self._health = health.aio.HealthServicer()
         self._loop = asyncio.new_event_loop()

@@ -20,7 +20,7 @@ class BatchState:
 
     seeds: Tensor  # [R] int64
     tokens: Tensor  # [R] int32, the token that the next step consumes
-    lengths: Tensor  # [R] int32, its position: the number of tokens whose KV is there; UNUSED in rows without a sequence
+    lengths: Tensor  # [R] int32, its position, which is the number of tokens with KV; UNUSED: no sequence
     temperature: Tensor  # [R] float32
     top_p: Tensor  # [R] float32
     min_p: Tensor  # [R] float32

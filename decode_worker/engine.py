@@ -4,20 +4,17 @@ import time
 from collections import deque
 from dataclasses import dataclass
 
-import structlog
-
 from common.lifecycle import Lifecycle
 from common.load_report import INTERVAL_SECONDS, LoadReport
 from common.sequence import sequence_from_proto
 from common.worker_parts import WorkerParts
 from common.worker_service import WorkerService
-from decode_worker.pulls import Pull, Puller
+from decode_worker.metrics import DecodeMetrics
+from decode_worker.pulls import Pull, Pulled, Puller
 from decode_worker.runner import Runner, StepOutput
 from decode_worker.scheduler import Scheduler, Sequence, State
 from twostroke.v1 import inference_pb2
 from twostroke.v1 import worker_pb2 as pb
-
-log = structlog.get_logger(__name__)
 
 # How often the loop looks after KV on its way while no step runs that would bring it round anyway.
 PULL_POLL_SECONDS = 0.0002
@@ -32,10 +29,13 @@ class Step:
 
 
 class Engine:
-    def __init__(self, parts: WorkerParts, service: WorkerService, runner: Runner, max_batch: int) -> None:
+    def __init__(
+        self, parts: WorkerParts, service: WorkerService, runner: Runner, metrics: DecodeMetrics, max_batch: int
+    ) -> None:
         self._parts = parts
         self._service = service
         self._runner = runner
+        self._metrics = metrics
         self._batch = runner.batch
         self._scheduler = Scheduler(parts.blocks, parts.pool.layout.block_size, max_batch)
         self._puller = Puller(parts.pool, parts.device)
@@ -44,7 +44,7 @@ class Engine:
         self._steps_ahead = 1 if parts.device.type == "cuda" else 0
 
     def run(self, lifecycle: Lifecycle) -> None:
-        load = LoadReport(self._service, lambda: self._load(ready=not lifecycle.draining))
+        load = LoadReport(self._service, self._metrics, lambda: self._load(ready=not lifecycle.draining))
         while not lifecycle.over(idle=self._idle):
             self._receive(accepting=not lifecycle.draining)
             self._finish_pulls()
@@ -87,18 +87,18 @@ class Engine:
         self._puller.close_gone_peers()
 
     def _reserve(self, connection: int, reserve: pb.Reserve, accepting: bool) -> None:
-        outgoing = self._service.outgoing(connection)
         if not accepting:
-            outgoing.ended.add(attempt_id=reserve.attempt_id, cause=pb.Ended.CAUSE_DRAINING)
+            self._tell_ended(connection, reserve.attempt_id, pb.Ended.CAUSE_DRAINING)
             return
-        spec = sequence_from_proto(reserve.sequence)
-        if spec.max_length > self._parts.max_length:
-            detail = f"{spec.max_length} tokens do not fit; the longest sequence here has {self._parts.max_length}"
-            outgoing.ended.add(attempt_id=reserve.attempt_id, cause=pb.Ended.CAUSE_REJECTED, detail=detail)
+        try:
+            spec = sequence_from_proto(reserve.sequence)
+            self._parts.check(spec, length=spec.max_length)
+        except ValueError as error:
+            self._tell_ended(connection, reserve.attempt_id, pb.Ended.CAUSE_REJECTED, str(error))
             return
         sequence = Sequence(reserve.attempt_id, connection, spec, list(spec.token_ids))
         admitted = self._scheduler.reserve(sequence, reserve.headroom_tokens)
-        outgoing.reserved.add(
+        self._service.outgoing(connection).reserved.add(
             attempt_id=reserve.attempt_id,
             refused=not admitted,
             cached_tokens=sequence.cached_blocks * self._parts.pool.layout.block_size,
@@ -122,6 +122,7 @@ class Engine:
                 self._end(sequence, cause, pulled.problem)
             else:
                 self._scheduler.start(sequence)
+                self._measure(pulled)
                 self._service.outgoing(sequence.connection).started.add(
                     attempt_id=sequence.attempt_id, transfer_ms=pulled.milliseconds
                 )
@@ -129,6 +130,14 @@ class Engine:
                     self._runner.add(sequence)
                 else:
                     self._end(sequence, pb.Ended.CAUSE_FINISHED)
+
+    def _measure(self, pulled: Pulled) -> None:
+        layout, sequence = self._parts.pool.layout, pulled.sequence
+        cached = sequence.cached_blocks * layout.block_size
+        self._metrics.cached_tokens.inc(cached)
+        self._metrics.pulled_tokens.inc(sequence.kv_len - cached)
+        self._metrics.handover_bytes.inc((len(sequence.blocks) - sequence.cached_blocks) * layout.block_bytes)
+        self._metrics.handover_seconds.observe(pulled.milliseconds / 1000)
 
     def _grow(self) -> None:
         starved = self._scheduler.grow(self._batch.sequences)
@@ -142,6 +151,7 @@ class Engine:
 
     def _launch(self) -> Step:
         step = Step(tuple(self._batch.sequences), self._runner.launch())
+        self._metrics.batch_sequences.observe(len(step.sequences))
         for sequence in step.sequences:
             sequence.kv_len += 1
             sequence.steps_in_flight += 1
@@ -151,6 +161,7 @@ class Engine:
 
     def _deliver(self, step: Step) -> None:
         tokens = step.output.tokens.get().tolist()
+        self._metrics.output_tokens.inc(len(tokens))
         logprobs = step.output.logprobs.read() if step.output.logprobs is not None else {}
         for row, (sequence, token) in enumerate(zip(step.sequences, tokens, strict=True)):
             sequence.steps_in_flight -= 1
@@ -168,9 +179,14 @@ class Engine:
 
     def _end(self, sequence: Sequence, cause: "pb.Ended.Cause.ValueType", detail: str = "") -> None:
         self._drop(sequence)
-        self._service.outgoing(sequence.connection).ended.add(
-            attempt_id=sequence.attempt_id, cause=cause, detail=detail
-        )
+        self._tell_ended(sequence.connection, sequence.attempt_id, cause, detail)
+
+    def _tell_ended(
+        self, connection: int, attempt_id: int, cause: "pb.Ended.Cause.ValueType", detail: str = ""
+    ) -> None:
+        """Tells the router that the attempt is over here."""
+        self._metrics.ended(cause)
+        self._service.outgoing(connection).ended.add(attempt_id=attempt_id, cause=cause, detail=detail)
 
     def _drop(self, sequence: Sequence) -> None:
         if sequence in self._batch:

@@ -9,7 +9,7 @@ from decode_worker.step import Stepper
 
 
 def ladder(max_batch: int) -> tuple[int, ...]:
-    """Batch sizes to capture: a batch runs in the smallest that holds it, so the steps are where padding stays cheap."""
+    """Batch sizes to capture: a batch runs in the smallest that holds it, and padding stays cheap."""
     sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, max_batch, 32)]
     return (*(size for size in sizes if size < max_batch), max_batch)
 

@@ -7,6 +7,7 @@ from common.lifecycle import Lifecycle
 from common.worker_service import WorkerService
 from decode_worker.config import DecodeConfig
 from decode_worker.engine import Engine
+from decode_worker.metrics import DecodeMetrics
 from decode_worker.runner import Runner
 from twostroke.v1 import inference_pb2
 
@@ -21,10 +22,12 @@ def main(config: DecodeConfig) -> None:
         runner = Runner(parts, config.max_batch)
         service = WorkerService(parts.hello, config.listen, config.advertise, config.router)
         lifecycle = Lifecycle(service.wake, config.drain_seconds)
+        metrics = DecodeMetrics()
+        metrics.serve(config.metrics_port, config.listen)
         service.set_serving(True)
         log.info("decode worker ready", address=service.address, instance=parts.hello.instance)
         try:
-            Engine(parts, service, runner, config.max_batch).run(lifecycle)
+            Engine(parts, service, runner, metrics, config.max_batch).run(lifecycle)
         finally:
             service.stop()
     finally:

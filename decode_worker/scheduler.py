@@ -41,7 +41,7 @@ class Sequence:
 
 
 class Scheduler:
-    """Owns every sequence of the worker and its blocks. Operations are O(1) per block; preemption looks at all running."""
+    """Owns the worker's sequences and their blocks. O(1) per block; only preemption looks at all that run."""
 
     def __init__(self, blocks: BlockPool, block_size: int, max_batch: int) -> None:
         self._blocks = blocks

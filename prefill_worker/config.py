@@ -13,5 +13,5 @@ class PrefillConfig(WorkerConfig):
     """Most tokens in one forward pass; longer prompts are cut into chunks."""
 
     lease_seconds: float = 30.0
-    """Seconds that a finished prompt's blocks are held for a decode worker. Long enough for a full decode worker to make
-    room, short enough that a lost router's blocks come home."""
+    """Seconds that a finished prompt's blocks are held for a decode worker: long enough for a busy one to take them,
+    short enough that blocks come home when nobody does."""

@@ -3,29 +3,33 @@
 import time
 from collections import deque
 
-import structlog
-
 from common.lifecycle import Lifecycle
 from common.load_report import INTERVAL_SECONDS, LoadReport
 from common.sequence import sequence_from_proto
 from common.worker_parts import WorkerParts
 from common.worker_service import WorkerService
 from prefill_worker.leases import Leases
+from prefill_worker.metrics import PrefillMetrics
 from prefill_worker.runner import LaunchedBatch, Runner
 from prefill_worker.scheduler import Prompt, Scheduler
 from twostroke.v1 import inference_pb2
 from twostroke.v1 import worker_pb2 as pb
 
-log = structlog.get_logger(__name__)
-
 
 class Engine:
     def __init__(
-        self, parts: WorkerParts, service: WorkerService, runner: Runner, max_batch_tokens: int, lease_seconds: float
+        self,
+        parts: WorkerParts,
+        service: WorkerService,
+        runner: Runner,
+        metrics: PrefillMetrics,
+        max_batch_tokens: int,
+        lease_seconds: float,
     ) -> None:
         self._parts = parts
         self._service = service
         self._runner = runner
+        self._metrics = metrics
         self._scheduler = Scheduler(parts.blocks, parts.pool.layout.block_size, max_batch_tokens)
         self._leases = Leases(parts.blocks, lease_seconds)
         self._in_flight: deque[LaunchedBatch] = deque()
@@ -33,13 +37,14 @@ class Engine:
         self._batches_ahead = 1 if parts.device.type == "cuda" else 0
 
     def run(self, lifecycle: Lifecycle) -> None:
-        load = LoadReport(self._service, lambda: self._load(ready=not lifecycle.draining))
+        load = LoadReport(self._service, self._metrics, lambda: self._load(ready=not lifecycle.draining))
         progress = False
         while not lifecycle.over(idle=self._idle):
             self._receive(0.0 if progress else INTERVAL_SECONDS, accepting=not lifecycle.draining)
             self._expire_leases()
             chunks = self._scheduler.schedule()
             if chunks:
+                self._metrics.batch_tokens.observe(sum(chunk.end - chunk.start for chunk in chunks))
                 self._in_flight.append(self._runner.launch(chunks))
             if len(self._in_flight) > (self._batches_ahead if chunks else 0):
                 self._announce(self._in_flight.popleft())
@@ -64,21 +69,20 @@ class Engine:
                 self._leases.end(attempt_id)
 
     def _accept(self, connection: int, prefill: pb.Prefill, accepting: bool) -> None:
-        ended = self._service.outgoing(connection).ended
         if not accepting:
-            ended.add(attempt_id=prefill.attempt_id, cause=pb.Ended.CAUSE_DRAINING)
+            self._end(connection, prefill.attempt_id, pb.Ended.CAUSE_DRAINING)
             return
-        spec = sequence_from_proto(prefill.sequence)
-        if not 0 < len(spec.token_ids) < self._parts.max_length:
-            detail = f"{len(spec.token_ids)} tokens do not fit; the longest sequence here has {self._parts.max_length}"
-            ended.add(attempt_id=prefill.attempt_id, cause=pb.Ended.CAUSE_REJECTED, detail=detail)
+        try:
+            spec = sequence_from_proto(prefill.sequence)
+            self._parts.check(spec, length=len(spec.token_ids) + 1)
+        except ValueError as error:
+            self._end(connection, prefill.attempt_id, pb.Ended.CAUSE_REJECTED, str(error))
             return
         self._scheduler.add(Prompt(prefill.attempt_id, connection, spec))
 
     def _expire_leases(self) -> None:
         for attempt_id, connection in self._leases.expire(time.monotonic()):
-            log.warning("a lease was not taken in time", attempt_id=attempt_id)
-            self._service.outgoing(connection).ended.add(attempt_id=attempt_id, cause=pb.Ended.CAUSE_LEASE_LOST)
+            self._end(connection, attempt_id, pb.Ended.CAUSE_LEASE_LOST, "nobody took the KV in time")
 
     def _announce(self, batch: LaunchedBatch) -> None:
         """Publishes what the batch computed and tells routers the first token of each prompt that is complete."""
@@ -88,6 +92,8 @@ class Engine:
             if not self._scheduler.finish(chunk) or first is None:
                 continue
             prompt = chunk.prompt
+            self._metrics.cached_tokens.inc(prompt.cached_len)
+            self._metrics.computed_tokens.inc(prompt.length - prompt.cached_len)
             self._leases.grant(prompt.attempt_id, prompt.connection, prompt.blocks, time.monotonic())
             self._service.outgoing(prompt.connection).prefilled.add(
                 attempt_id=prompt.attempt_id,
@@ -100,6 +106,10 @@ class Engine:
                     generations=[self._parts.blocks.generation(block) for block in prompt.blocks],
                 ),
             )
+
+    def _end(self, connection: int, attempt_id: int, cause: "pb.Ended.Cause.ValueType", detail: str = "") -> None:
+        self._metrics.ended(cause)
+        self._service.outgoing(connection).ended.add(attempt_id=attempt_id, cause=cause, detail=detail)
 
     def _load(self, ready: bool) -> inference_pb2.WorkerLoad:
         return inference_pb2.WorkerLoad(

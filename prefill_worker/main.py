@@ -7,6 +7,7 @@ from common.lifecycle import Lifecycle
 from common.worker_service import WorkerService
 from prefill_worker.config import PrefillConfig
 from prefill_worker.engine import Engine
+from prefill_worker.metrics import PrefillMetrics
 from prefill_worker.runner import Runner
 from twostroke.v1 import inference_pb2
 
@@ -23,10 +24,12 @@ def main(config: PrefillConfig) -> None:
             runner.warm_up(config.max_batch_tokens)
         service = WorkerService(parts.hello, config.listen, config.advertise, config.router)
         lifecycle = Lifecycle(service.wake, config.drain_seconds)
+        metrics = PrefillMetrics()
+        metrics.serve(config.metrics_port, config.listen)
         service.set_serving(True)
         log.info("prefill worker ready", address=service.address, instance=parts.hello.instance)
         try:
-            Engine(parts, service, runner, config.max_batch_tokens, config.lease_seconds).run(lifecycle)
+            Engine(parts, service, runner, metrics, config.max_batch_tokens, config.lease_seconds).run(lifecycle)
         finally:
             service.stop()
     finally:

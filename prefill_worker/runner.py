@@ -85,6 +85,4 @@ class Runner:
             logits = self._counts.adjust(logits, positions, self._counts.select(special))
         for _, slot, _ in special:
             self._counts.remove(slot)
-        return self._parts.ops.sample(
-            logits, temperature, top_k, top_p, min_p, to_device(seeds, device), positions
-        )
+        return self._parts.ops.sample(logits, temperature, top_k, top_p, min_p, to_device(seeds, device), positions)

@@ -27,10 +27,10 @@ def test_the_same_tokens_alone_in_a_batch_after_preemption_and_elsewhere(options
             beside = [pool.submit(ask, cluster, other, options | {"seed": seed}) for seed, other in enumerate(others)]
             batched = pool.submit(ask, cluster, prompt, options).result()
             assert {tuple(answer.result().token_ids) for answer in beside}.isdisjoint({alone.token_ids})
-    with Cluster(decode_flags={"num-blocks": 16}, router_flags={"headroom-tokens": 1}) as cluster:
-        with ThreadPoolExecutor(16) as pool:
-            beside = [pool.submit(ask, cluster, other, options) for other in others[:7]]
-            preempted = pool.submit(ask, cluster, prompt, options).result()
-            resumes = preempted.finish.usage.resumes + sum(one.result().finish.usage.resumes for one in beside)
+    scarce = Cluster(decode_flags={"num-blocks": 16}, router_flags={"headroom-tokens": 1})
+    with scarce as cluster, ThreadPoolExecutor(16) as pool:
+        beside = [pool.submit(ask, cluster, other, options) for other in others[:7]]
+        preempted = pool.submit(ask, cluster, prompt, options).result()
+        resumes = preempted.finish.usage.resumes + sum(one.result().finish.usage.resumes for one in beside)
     assert resumes > 0
     assert alone.token_ids == batched.token_ids == preempted.token_ids

@@ -1,0 +1,38 @@
+"""Prometheus metrics that both kinds of worker have."""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
+
+from twostroke.v1 import inference_pb2
+from twostroke.v1 import worker_pb2 as pb
+
+
+class WorkerMetrics:
+    """One set per worker; the kinds of worker add their own to `registry`."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        blocks = Gauge("twostroke_blocks", "KV blocks of the pool, by state", ("state",), registry=self.registry)
+        self._blocks = {state: blocks.labels(state) for state in ("free", "cached", "in_use", "reserved")}
+        self._waiting = Gauge("twostroke_waiting", "Attempts that wait in this worker", registry=self.registry)
+        self._running = Gauge("twostroke_running", "Attempts in this worker's batch", registry=self.registry)
+        self._leases = Gauge(
+            "twostroke_leases", "Finished prompts whose blocks wait to be taken", registry=self.registry
+        )
+        self._ended = Counter(
+            "twostroke_attempts_ended", "Attempts that this worker ended, by cause", ("cause",), registry=self.registry
+        )
+
+    def ended(self, cause: "pb.Ended.Cause.ValueType") -> None:
+        self._ended.labels(pb.Ended.Cause.Name(cause).removeprefix("CAUSE_").lower()).inc()
+
+    def load(self, load: inference_pb2.WorkerLoad) -> None:
+        self._waiting.set(load.waiting)
+        self._running.set(load.running)
+        self._leases.set(load.leases)
+        for state, gauge in self._blocks.items():
+            gauge.set(getattr(load.blocks, state))
+
+    def serve(self, port: int | None, listen: str) -> None:
+        """Serves them over HTTP at `port` on the host of `listen`; nothing where there is no port."""
+        if port is not None:
+            start_http_server(port, addr=listen.rpartition(":")[0].strip("[]"), registry=self.registry)

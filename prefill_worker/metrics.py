@@ -1,0 +1,19 @@
+"""Prometheus metrics of a prefill worker."""
+
+from prometheus_client import Counter, Histogram
+
+from common.worker_metrics import WorkerMetrics
+
+TOKEN_BUCKETS = (16, 64, 256, 512, 1_024, 2_048, 4_096, 8_192, 16_384)
+
+
+class PrefillMetrics(WorkerMetrics):
+    def __init__(self) -> None:
+        super().__init__()
+        self.batch_tokens = Histogram(
+            "twostroke_batch_tokens", "Tokens of a prefill batch", buckets=TOKEN_BUCKETS, registry=self.registry
+        )
+        tokens = Counter(
+            "twostroke_prompt_tokens", "Prompt tokens, by where their KV came from", ("source",), registry=self.registry
+        )
+        self.computed_tokens, self.cached_tokens = tokens.labels("computed"), tokens.labels("cache")

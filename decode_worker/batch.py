@@ -16,11 +16,11 @@ UNUSED = -1
 
 @dataclass(frozen=True, slots=True)
 class BatchState:
-    """Device tensors of R rows; all are views of one int32 buffer, so that one scatter brings every change of a turn."""
+    """Device tensors of R rows, all views of one int32 buffer: one scatter brings every change of a turn."""
 
     seeds: Tensor  # [R] int64
     tokens: Tensor  # [R] int32, the token that the next step consumes
-    lengths: Tensor  # [R] int32, its position, which is the number of tokens with KV; UNUSED: no sequence
+    lengths: Tensor  # [R] int32, its position: how many tokens have KV; UNUSED where there is no sequence
     temperature: Tensor  # [R] float32
     top_p: Tensor  # [R] float32
     min_p: Tensor  # [R] float32

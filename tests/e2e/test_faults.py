@@ -46,11 +46,12 @@ class Asking(threading.Thread):
         self.error: TwostrokeError | None = None
         self._cluster = cluster
         self._arguments = (prompt, max_tokens)
+        self._salt = f"{prompt[:3]} {time.monotonic_ns()}"  # so that the prompt is computed, whatever came before
         self.start()
 
     def run(self) -> None:
         prompt, max_tokens = self._arguments
-        options = {"temperature": 0, "ignore_eos": True, "max_tokens": max_tokens}
+        options = {"temperature": 0, "ignore_eos": True, "max_tokens": max_tokens, "cache_salt": self._salt}
         try:
             for piece in self._cluster.client.stream(prompt, **options):  # type: ignore[arg-type]
                 self.pieces.append(piece)

@@ -52,7 +52,7 @@ def _transport(name: str) -> _Transport:
         return shm
     if name == "cuda_ipc":
         try:
-            from common.transport import cuda_ipc  # needs cupy, which exists only with a GPU
+            import common.transport.cuda_ipc as cuda_ipc  # needs cupy, which only GPUs come with
         except ImportError as error:
             raise TransportError(f"transport cuda_ipc needs cupy ({error}); install twostroke[cuda]") from error
         return cuda_ipc

@@ -257,7 +257,7 @@ def main(
             f"{figures.client_p50_ms:.1f}, {figures.client_p99_ms:.1f}",
             f"{figures.router_cpu_us:.0f} + {figures.client_cpu_us:.0f}",
         )
-    console = Console()
+    console = Console(width=140)
     console.print(table)
     console.print(
         f"worker message to request buffers: {rate:,.0f} tokens/s; detokenizing: {microseconds:.2f} µs a token"

@@ -45,10 +45,10 @@ class Script:
 
 @dataclass(slots=True)
 class Running:
-    sequence: worker_pb2.Sequence
     length: int
+    max_length: int
+    stops: frozenset[int]
     steps: int = 0
-    stops: frozenset[int] = frozenset()
 
 
 class FakeWorker(worker_pb2_grpc.WorkerServicer):
@@ -210,7 +210,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         sequence = self.held[start.attempt_id]
         self.send(started=[worker_pb2.Started(attempt_id=start.attempt_id, transfer_ms=1.5)])
         self.running[start.attempt_id] = Running(
-            sequence, len(sequence.token_ids) + 1, stops=frozenset(sequence.stop_token_ids)
+            len(sequence.token_ids) + 1, sequence.max_length, frozenset(sequence.stop_token_ids)
         )
 
     # ------------------------------------------------------------ decoding
@@ -220,31 +220,32 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         while True:
             next_step = max(next_step + self.script.step_seconds, time.monotonic())
             await asyncio.sleep(next_step - time.monotonic())
-            message = worker_pb2.WorkerMessage()
-            with_logprobs = any(running.sequence.sampling.HasField("logprobs") for running in self.running.values())
-            for attempt_id, running in list(self.running.items()):
-                self._step(message, attempt_id, running, with_logprobs)
-            if message.HasField("tokens") or message.ended:
+            message = self._step()
+            if message.tokens.token_ids or message.ended:
                 self._out.put_nowait(message)
 
-    def _step(self, message: worker_pb2.WorkerMessage, attempt_id: int, running: Running, with_logprobs: bool) -> None:
-        if self.script.stop_after is not None and running.steps >= self.script.stop_after:
-            return
-        causes = self.script.end_after.get(running.steps)
-        if causes:
-            del self.held[attempt_id], self.running[attempt_id]
-            message.ended.add(attempt_id=attempt_id, cause=causes.pop(0), detail="scripted")
-            return
-        token = self.script.token(running.length)
-        message.tokens.attempt_ids.append(attempt_id)
-        message.tokens.token_ids.append(token)
-        if with_logprobs:
-            message.tokens.logprobs.append(_logprobs(token, running.sequence) or worker_pb2.Logprobs())
-        running.length += 1
-        running.steps += 1
-        if token in running.stops or running.length >= running.sequence.max_length:
-            del self.held[attempt_id], self.running[attempt_id]
-            message.ended.add(attempt_id=attempt_id, cause=Ended.CAUSE_FINISHED)
+    def _step(self) -> worker_pb2.WorkerMessage:
+        script = self.script
+        tokens: dict[int, int] = {}
+        ended: list[worker_pb2.Ended] = []
+        for attempt_id, running in self.running.items():
+            if script.stop_after is not None and running.steps >= script.stop_after:
+                continue
+            if causes := script.end_after.get(running.steps):
+                ended.append(Ended(attempt_id=attempt_id, cause=causes.pop(0), detail="scripted"))
+                continue
+            tokens[attempt_id] = token = script.token(running.length)
+            running.length += 1
+            running.steps += 1
+            if token in running.stops or running.length >= running.max_length:
+                ended.append(Ended(attempt_id=attempt_id, cause=Ended.CAUSE_FINISHED))
+        logprobs = [_logprobs(token, self.held[attempt_id]) for attempt_id, token in tokens.items()]
+        packed = worker_pb2.StepTokens(attempt_ids=tokens.keys(), token_ids=tokens.values())
+        if any(logprobs):
+            packed.logprobs.extend(entry or worker_pb2.Logprobs() for entry in logprobs)
+        for end in ended:
+            del self.held[end.attempt_id], self.running[end.attempt_id]
+        return worker_pb2.WorkerMessage(tokens=packed, ended=ended)
 
 
 def _logprobs(token: int, sequence: worker_pb2.Sequence) -> worker_pb2.Logprobs | None:

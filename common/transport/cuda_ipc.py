@@ -34,7 +34,7 @@ class CudaMemory:
             with cupy.cuda.Device(device) as current:
                 memory = cupy.cuda.Memory(size)
                 array = cupy.ndarray(size, np.uint8, cupy.cuda.MemoryPointer(memory, 0))
-                array.fill(0)
+                array.data.memset(0, size)
                 array[layout.pool_bytes :].set(np.frombuffer(probe, np.uint8))
                 current.synchronize()
                 handle: bytes = cupy.cuda.runtime.ipcGetMemHandle(memory.ptr)

@@ -75,8 +75,8 @@ def _config(metadata: dict[str, Any], tied: bool) -> dict[str, Any]:
 
 
 def _tensors(reader: GGUFReader) -> dict[str, ReaderTensor]:
-    """The file's tensors by their Hugging Face names, layer by layer, a layer's q, k and v and its gate and up one after
-    another: a reader that wants them as one matrix has it without a copy."""
+    """The file's tensors by their Hugging Face names, layer by layer, a layer's q, k and v and its gate and up one
+    after another: a reader that wants them as one matrix has it without a copy."""
     places = {kind: place for place, kind in enumerate(_LAYER_TENSORS)}
     named: dict[tuple[int, int], tuple[str, ReaderTensor]] = {}
     for index, tensor in enumerate(reader.tensors):

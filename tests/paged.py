@@ -15,7 +15,9 @@ from kernels.ops import Ops
 class PagedSequences:
     """A static batch of sequences; blocks are given out in random order, and never used ones hold noise."""
 
-    def __init__(self, model: Model, ops: Ops, prompts: Sequence[Sequence[int]], room: int, block_size: int = 16) -> None:
+    def __init__(
+        self, model: Model, ops: Ops, prompts: Sequence[Sequence[int]], room: int, block_size: int = 16
+    ) -> None:
         self.model, self.ops, self.block_size = model, ops, block_size
         self.tokens = [list(prompt) for prompt in prompts]
         self.pool, self.tables = self._scattered(room)

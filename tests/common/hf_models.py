@@ -1,0 +1,103 @@
+"""Small random models of every supported architecture, as transformers makes and runs them."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+
+from common import weights
+from common.model import Model
+from common.model_config import load_config
+from kernels.ops import REFERENCE
+
+_SMALL: dict[str, Any] = {
+    "vocab_size": 500,
+    "intermediate_size": 136,
+    "num_hidden_layers": 3,
+    "max_position_embeddings": 256,
+    "eos_token_id": 1,
+    "bos_token_id": 0,
+    "pad_token_id": 0,
+    "dtype": "float32",
+}
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+CONFIGS = {
+    "llama": LlamaConfig(
+        **_SMALL, hidden_size=72, num_attention_heads=3, num_key_value_heads=1, head_dim=64, tie_word_embeddings=True
+    ),
+    "llama3-rope": LlamaConfig(
+        **_SMALL,
+        hidden_size=100,
+        num_attention_heads=5,
+        num_key_value_heads=5,
+        head_dim=80,
+        tie_word_embeddings=False,
+        rope_parameters=_LLAMA3,
+    ),
+    "llama-biases": LlamaConfig(
+        **_SMALL, hidden_size=128, num_attention_heads=2, num_key_value_heads=1, head_dim=64, attention_bias=True
+    ),
+    "mistral": MistralConfig(
+        **_SMALL,
+        hidden_size=96,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=128,
+        tie_word_embeddings=False,
+        sliding_window=None,
+    ),
+    "qwen2": Qwen2Config(
+        **_SMALL, hidden_size=448, num_attention_heads=7, num_key_value_heads=1, tie_word_embeddings=True
+    ),
+    "qwen3": Qwen3Config(
+        **_SMALL, hidden_size=88, num_attention_heads=9, num_key_value_heads=3, head_dim=128, tie_word_embeddings=False
+    ),
+    "qwen3-tied": Qwen3Config(
+        **_SMALL, hidden_size=64, num_attention_heads=4, num_key_value_heads=4, head_dim=80, tie_word_embeddings=True
+    ),
+}
+
+
+def save(name: str, directory: Path, max_shard_size: str = "5GB") -> PreTrainedModel:
+    """Writes a random model to `directory`. Every parameter is random, norms and biases too, and large enough that
+    greedy answers do not repeat one token."""
+    torch.manual_seed(list(CONFIGS).index(name))
+    model = AutoModelForCausalLM.from_config(CONFIGS[name], dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            offset = 1.0 if parameter_name.endswith("norm.weight") else 0.0
+            parameter.normal_(offset, 0.3 if parameter.dim() == 1 else 2 * parameter.shape[1] ** -0.5)
+    model.save_pretrained(directory, max_shard_size=max_shard_size)
+    return model
+
+
+def load_ours(directory: Path, dtype: str = "float32") -> Model:
+    config = load_config(directory)
+    return Model(config, weights.load(directory, config, dtype, torch.device("cpu")), REFERENCE)
+
+
+@torch.inference_mode()
+def greedy(model: PreTrainedModel, prompts: list[list[int]], count: int) -> list[list[int]]:
+    """transformers' own answers, each prompt alone."""
+    answers = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        output = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=count,
+            min_new_tokens=count,
+            eos_token_id=None,
+        )
+        answers.append(output[0, len(prompt) :].tolist())
+    return answers

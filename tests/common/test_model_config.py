@@ -1,0 +1,112 @@
+"""Which configurations are taken, and in what words the others are refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.model_config import Llama3Scaling, ModelError, load_config, parse_config
+
+LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 500,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "eos_token_id": 2,
+}
+
+
+def test_older_and_newer_spellings_are_read_alike() -> None:
+    scaling = {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 1024,
+    }
+    older = {"torch_dtype": "bfloat16", "rope_theta": 5e5, "rope_scaling": {"type": "llama3"} | scaling}
+    newer = {"dtype": "bfloat16", "rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5} | scaling}
+    config = parse_config(LLAMA | older)
+    assert config == parse_config(LLAMA | newer)
+    assert (config.dtype, config.rope_theta) == ("bfloat16", 5e5)
+    assert config.rope_scaling == Llama3Scaling(8.0, 1.0, 4.0, 1024)
+
+
+def test_what_is_not_said_has_its_architectures_default() -> None:
+    config = parse_config({key: value for key, value in LLAMA.items() if key != "num_key_value_heads"})
+    assert (config.num_kv_heads, config.head_dim, config.dtype) == (4, 16, "float32")
+    assert (config.rope_theta, config.rope_scaling) == (10000.0, None)
+    assert not config.tie_word_embeddings
+
+
+def test_features_follow_the_architecture() -> None:
+    def features(architecture: str) -> tuple[bool, bool, bool]:
+        config = parse_config(LLAMA | {"architectures": [architecture]})
+        return config.qkv_bias, config.output_bias, config.qk_norm
+
+    assert features("LlamaForCausalLM") == (False, False, False)
+    assert features("MistralForCausalLM") == (False, False, False)
+    assert features("Qwen2ForCausalLM") == (True, False, False)
+    assert features("Qwen3ForCausalLM") == (False, False, True)
+
+
+def test_end_of_sequence_tokens_come_from_both_files(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 5]}))
+    assert load_config(tmp_path).eos_token_ids == (2, 5, 7)
+
+
+def test_max_length_lowers_the_context() -> None:
+    assert parse_config(LLAMA, max_length=100).context_length == 100
+    with pytest.raises(ModelError, match="5000 is outside the model's 1 to 4096"):
+        parse_config(LLAMA, max_length=5000)
+
+
+def test_a_sliding_window_is_refused_where_the_context_exceeds_it() -> None:
+    mistral = LLAMA | {"architectures": ["MistralForCausalLM"], "sliding_window": 1024}
+    with pytest.raises(ModelError, match=r"sliding-window attention \(1024 tokens\) .*--max-length 1024"):
+        parse_config(mistral)
+    assert parse_config(mistral, max_length=1024).context_length == 1024
+    qwen2 = LLAMA | {"architectures": ["Qwen2ForCausalLM"], "sliding_window": 1024}
+    assert parse_config(qwen2 | {"use_sliding_window": False}).context_length == 4096
+    with pytest.raises(ModelError, match="sliding-window"):
+        parse_config(qwen2 | {"use_sliding_window": True})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, "architecture GPT2LMHeadModel is not supported.*LlamaForCausalLM"),
+        ({"architectures": None}, "names no architecture"),
+        ({"dtype": "float64"}, "dtype float64 are not supported"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope type 'yarn' is not supported"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "'llama3' needs low_freq_factor"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
+        ({"mlp_bias": True}, "mlp_bias is not supported"),
+        ({"quantization_config": {"quant_method": "awq"}}, r"quantized weights \(awq\) are not supported"),
+        ({"num_key_value_heads": 3}, "must be a multiple"),
+        ({"head_dim": 15}, "head_dim is 15"),
+        ({"hidden_size": None}, "hidden_size as a positive whole number"),
+        ({"vocab_size": -1}, "vocab_size as a positive whole number; it gives -1"),
+    ],
+)
+def test_refused_by_name(change: dict[str, Any], words: str) -> None:
+    with pytest.raises(ModelError, match=words):
+        parse_config(LLAMA | change)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"), [("{", "not valid JSON"), ("[]", "JSON object"), (None, "cannot read .*config.json")]
+)
+def test_damaged_files_are_refused(content: str | None, words: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ModelError, match=words):
+        load_config(tmp_path)

@@ -1,0 +1,164 @@
+"""Reading checkpoints: one file or shards, mapped or converted, whole or damaged."""
+
+import json
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from common import fingerprint, weights
+from common.kv_pool import KvLayout
+from common.model_config import ModelError, load_config
+from tests.common import hf_models
+
+CPU = torch.device("cpu")
+LAYOUT = KvLayout(num_blocks=10, num_layers=3, block_size=16, num_kv_heads=1, head_dim=64, dtype="float32")
+
+
+def _load(directory: Path, dtype: str = "float32") -> weights.Weights:
+    return weights.load(directory, load_config(directory), dtype, CPU)
+
+
+def _flat(loaded: weights.Weights) -> dict[str, Tensor]:
+    named = {"embedding": loaded.embedding, "norm": loaded.norm, "lm_head": loaded.lm_head}
+    for index, layer in enumerate(loaded.layers):
+        values = {field.name: getattr(layer, field.name) for field in fields(layer)}
+        named |= {f"{index}.{name}": value for name, value in values.items() if value is not None}
+    return named
+
+
+def test_shards_hold_the_same_as_one_file(tmp_path: Path) -> None:
+    one, many = tmp_path / "one", tmp_path / "many"
+    hf_models.save("qwen2", one)
+    hf_models.save("qwen2", many, max_shard_size="1MB")
+    assert len(list(many.glob("*.safetensors"))) > 2
+    expected, loaded = _flat(_load(one)), _flat(_load(many))
+    assert expected.keys() == loaded.keys()
+    assert all(torch.equal(expected[name], loaded[name]) for name in expected)
+
+
+def test_another_dtype_is_converted(tmp_path: Path) -> None:
+    hf_models.save("llama", tmp_path)
+    exact, rounded = _flat(_load(tmp_path)), _flat(_load(tmp_path, "bfloat16"))
+    assert all(torch.equal(exact[name].bfloat16(), rounded[name]) for name in exact)
+
+
+def test_the_embedded_model_is_mapped_and_not_copied(embedded: Path) -> None:
+    loaded = _load(embedded)
+    assert len({tensor.untyped_storage().data_ptr() for tensor in _flat(loaded).values()}) == 1
+    assert all(layer.qkv.data_ptr() % 64 == 0 for layer in loaded.layers)
+
+
+def test_dummy_weights_are_reproducible_and_tame(tmp_path: Path) -> None:
+    hf_models.save("qwen3", tmp_path)
+    config = load_config(tmp_path)
+    first, again, other = (_flat(weights.dummy(config, "float32", CPU, seed)) for seed in (1, 1, 2))
+    assert first.keys() == _flat(_load(tmp_path)).keys()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["0.qkv"], other["0.qkv"])
+    assert first["0.q_norm"].eq(1).all()
+    assert (first["0.down"].std() * first["0.down"].shape[1] ** 0.5).item() == pytest.approx(1, rel=0.05)
+
+
+def _without(name: str) -> Callable[[dict[str, Tensor]], None]:
+    return lambda tensors: tensors.__delitem__(name)
+
+
+def _with(name: str, value: Tensor) -> Callable[[dict[str, Tensor]], None]:
+    return lambda tensors: tensors.__setitem__(name, value)
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (_without("model.layers.1.mlp.up_proj.weight"), r"lacks the tensor model\.layers\.1\.mlp\.up_proj\.weight"),
+        (_with("model.norm.weight", torch.ones(71)), r"model\.norm\.weight .* has shape \[71\].*asks for \[72\]"),
+        (_with("model.norm.weight", torch.ones(72, dtype=torch.float64)), "model.norm.weight .* is F64.*not supported"),
+        (_with("model.layers.0.self_attn.q_proj.bias", torch.ones(192)), "q_proj.bias, which LlamaForCausalLM"),
+        (_with("model.layers.3.input_layernorm.weight", torch.ones(72)), r"holds model\.layers\.3"),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_refused(
+    edit: Callable[[dict[str, Tensor]], None], words: str, tmp_path: Path
+) -> None:
+    hf_models.save("llama", tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    edit(tensors)
+    save_file(tensors, file)
+    with pytest.raises(ModelError, match=words):
+        _load(tmp_path)
+
+
+def test_tensors_that_checkpoints_carry_for_nothing_are_passed_over(tmp_path: Path) -> None:
+    hf_models.save("llama", tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    tensors["lm_head.weight"] = torch.zeros(500, 72)
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(32)
+    save_file(tensors, file)
+    loaded = _load(tmp_path)
+    assert loaded.lm_head is loaded.embedding
+    assert loaded.lm_head.any()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content[:-100],
+        lambda content: content[:6],
+        lambda content: b"",
+        lambda content: content[:20] + b"\0" + content[21:],
+        lambda content: b"\xff" * 8 + content[8:],
+    ],
+    ids=["cut", "no header", "empty", "broken header", "huge header"],
+)
+def test_a_damaged_file_is_refused(damage: Callable[[bytes], bytes], tmp_path: Path) -> None:
+    hf_models.save("llama", tmp_path)
+    file = tmp_path / "model.safetensors"
+    content = file.read_bytes()
+    file.unlink()
+    file.write_bytes(damage(content))
+    with pytest.raises(ModelError, match=r"model\.safetensors is not a readable safetensors file"):
+        _load(tmp_path)
+
+
+def test_missing_and_unreadable_files_are_named(tmp_path: Path) -> None:
+    hf_models.save("qwen2", tmp_path, max_shard_size="1MB")
+    shard = min(tmp_path.glob("*.safetensors"))
+    shard.unlink()
+    with pytest.raises(ModelError, match=f"{shard.name} does not exist"):
+        _load(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text("[]")
+    with pytest.raises(ModelError, match="not a valid index"):
+        _load(tmp_path)
+    (tmp_path / "model.safetensors.index.json").unlink()
+    with pytest.raises(ModelError, match=r"model\.safetensors does not exist"):
+        _load(tmp_path)
+
+
+def test_fingerprints_differ_with_weights_configuration_dtype_and_block(tmp_path: Path) -> None:
+    hf_models.save("llama", tmp_path)
+
+    def now(dtype: str = "float32", layout: KvLayout = LAYOUT, load_format: str = "auto") -> str:
+        return fingerprint.compute(tmp_path, load_format, dtype, layout)
+
+    before = now()
+    assert len(bytes.fromhex(before)) == 16
+    assert now() == before
+    assert now(layout=KvLayout(99, 3, 16, 1, 64, "float32")) == before
+    variants = {now("bfloat16"), now(layout=KvLayout(10, 3, 8, 1, 64, "float32")), now(load_format="dummy")}
+
+    file = tmp_path / "model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    tensors["model.layers.2.mlp.down_proj.weight"] *= 1.01
+    save_file(tensors, file)
+    variants.add(now())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+    variants.add(now())
+    assert len(variants | {before}) == 6

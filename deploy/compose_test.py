@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from threading import Semaphore
 
 from twostroke import Client
 from twostroke.v1 import inference_pb2 as pb
@@ -14,13 +15,19 @@ from twostroke.v1 import inference_pb2 as pb
 TARGET = f"127.0.0.1:{os.environ['TWOSTROKE_PORT']}"
 NAMES = ("Paris", "Mercury", "Rex", "Java", "Victoria", "Python", "Amazon", "Orion")
 PROMPTS = tuple(f"{name} is the name of a" for name in NAMES)
+LONG = 96  # tokens of the answers that workers are killed under
 
 
-def answers(client: Client, tokens: int) -> list[tuple[int, ...]]:
-    """Greedy answers to all prompts, in flight at once."""
+def answers(client: Client, tokens: int, progress: Semaphore | None = None) -> list[tuple[int, ...]]:
+    """Greedy answers to all prompts, in flight at once; `progress` is released with every piece of one."""
 
     def ask(prompt: str) -> tuple[int, ...]:
-        return client.generate(prompt, max_tokens=tokens, temperature=0, ignore_eos=True, timeout=120).token_ids
+        answer: list[int] = []
+        for piece in client.stream(prompt, max_tokens=tokens, temperature=0, ignore_eos=True, timeout=240):
+            answer.extend(piece.token_ids)
+            if progress is not None:
+                progress.release()
+        return tuple(answer)
 
     with ThreadPoolExecutor(len(PROMPTS)) as threads:
         return list(threads.map(ask, PROMPTS))
@@ -57,17 +64,19 @@ def check(client: Client, each: int) -> None:
 
 
 def survive(client: Client, compose: list[str]) -> None:
-    expected = answers(client, 256)
+    expected, progress = answers(client, LONG), Semaphore(0)
     with ThreadPoolExecutor(1) as threads:
-        running = threads.submit(answers, client, 256)
-        time.sleep(1)
+        running = threads.submit(answers, client, LONG, progress)
+        for _ in range(LONG * len(PROMPTS) // 4):
+            progress.acquire(timeout=60)
         for role in ("decode", "prefill"):
             container = subprocess.run([*compose, "ps", "--quiet", role], check=True, capture_output=True, text=True)
             subprocess.run(["docker", "kill", container.stdout.split()[0]], check=True, stdout=subprocess.DEVNULL)
+        assert not running.done(), "the requests were over too soon"
         assert running.result() == expected, "an answer changed when its workers were killed"
     print("requests that ran meanwhile have the same answers")
     wait_for(lambda: workers(client) == {"prefill": 1, "decode": 1}, "1 + 1 workers are left")
-    assert answers(client, 256) == expected, "an answer changed afterwards"
+    assert answers(client, 32) == [answer[:32] for answer in expected], "an answer changed afterwards"
     wait_for(lambda: blocks_are_home(client), "all blocks home")
 
 

@@ -22,7 +22,7 @@ finish() {
     set +e
     if [ "$status" -ne 0 ] && [ -f "$WORK/override.yaml" ]; then
         "${COMPOSE[@]}" ps --all
-        "${COMPOSE[@]}" logs --tail 30
+        "${COMPOSE[@]}" logs --tail 30 --no-color
     fi
     [ -f "$WORK/override.yaml" ] && "${COMPOSE[@]}" down --volumes --timeout 5 > "$WORK/down.log" 2>&1
     [ -n "$ENGINE" ] && kill "$ENGINE" && wait "$ENGINE"
@@ -78,8 +78,8 @@ docker image inspect "$BASE" > /dev/null 2>&1 || { say "a base image, as $BASE";
 
 say "images"
 cat > "$WORK/override.yaml" << YAML
-x-build: &build {build: {args: {TORCH: "$TORCH"}}}
-services: {router: *build, prefill: *build, decode: *build}
+x-part: &part {build: {args: {TORCH: "$TORCH"}}, environment: {TWOSTROKE_THREADS: 1}}
+services: {router: *part, prefill: *part, decode: *part}
 YAML
 "${COMPOSE[@]}" --profile observability config --quiet
 "${COMPOSE[@]}" --file compose.gpu.yaml config --quiet
@@ -108,6 +108,10 @@ say "two of each"
 
 say "a decode and a prefill worker are killed while requests run"
 "$PYTHON" deploy/compose_test.py survive "${COMPOSE[@]}"
+
+say "the router is restarted"
+"${COMPOSE[@]}" restart --timeout 5 router
+"$PYTHON" deploy/compose_test.py one-pair
 
 say "down"
 "${COMPOSE[@]}" down --volumes --timeout 20

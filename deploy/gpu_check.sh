@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one go: tests first, then measurements, then all tables again.
+#   deploy/gpu_check.sh [FOLDER]    logs and JSON go to FOLDER (build/gpu-check where none is given)
+# Settings, as environment variables:
+#   PYTHON    the Python that has torch, triton and cupy (python3)
+#   STEPS     what to run, of: kernels-tests engine-tests kernels handover engine throughput
+#   TWOSTROKE_TEST_MODEL    SmolLM2-135M-Instruct as a directory or GGUF, where its package is not installed
+# Each step has a time limit, and the next one runs whatever became of it. Exit code 1: a step failed.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+out=$(realpath -m "${1:-build/gpu-check}")
+mkdir -p "$out"
+python=${PYTHON:-python3}
+export PYTHONPATH=".:protos${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+steps=${STEPS:-kernels-tests engine-tests kernels handover engine throughput}
+summary=()
+status=0
+
+run() { # NAME SECONDS COMMAND...
+  local name=$1 limit=$2 started=$SECONDS code
+  shift 2
+  [[ " $steps " == *" $name "* ]] || return 0
+  echo "### $name (at most $limit s)"
+  timeout --kill-after 10 "$limit" "$@" >"$out/$name.log" 2>&1
+  code=$?
+  ((code == 0)) || status=1
+  summary+=("$(printf '%-16s exit %-4d %4d s' "$name" "$code" $((SECONDS - started)))")
+  tail -n 5 "$out/$name.log"
+}
+
+nvidia-smi --query-gpu=index,name,driver_version,memory.total --format=csv,noheader
+run kernels-tests 150 "$python" -m pytest -q -x --timeout 120 tests/kernels
+run engine-tests 240 "$python" -m pytest -q --timeout 180 tests/gpu
+run kernels 120 "$python" -m benchmarks.gpu.kernels "$out/kernels.json"
+run handover 120 "$python" -m benchmarks.gpu.handover "$out/handover.json"
+run engine 240 "$python" -m benchmarks.gpu.engine --out "$out/engine.json"
+run throughput 240 "$python" -m benchmarks.gpu.throughput --out "$out/throughput.json" --logs "$out/cluster"
+
+for name in $steps; do
+  [[ -f "$out/$name.log" ]] || continue
+  echo
+  echo "### $name"
+  # The table that a script ends with; of a script without one, its last lines.
+  if grep -q '^what  ' "$out/$name.log"; then
+    tac "$out/$name.log" | sed '/^what  /q' | tac
+  else
+    tail -n 15 "$out/$name.log"
+  fi
+done
+echo
+printf '%s\n' "${summary[@]}"
+exit "$status"

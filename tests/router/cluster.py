@@ -65,7 +65,7 @@ def expected(tokens: int, prompt: Sequence[int] = PROMPT) -> list[int]:
     return [counting(len(prompt) + place) for place in range(tokens)]
 
 
-async def eventually(holds: Callable[[], bool], seconds: float = 2.0) -> None:
+async def eventually(holds: Callable[[], bool], seconds: float = 5.0) -> None:
     deadline = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < deadline, "it did not come true in time"

@@ -66,7 +66,7 @@ async def test_a_cancel_frees_both_workers_at_once(model: Path, state: str, stre
         with pytest.raises(asyncio.CancelledError):
             await reading
         await eventually(it.nothing_held)
-        assert time.monotonic() - cancelled_at < 0.5
+        assert time.monotonic() - cancelled_at < 1
 
 
 async def _read_all(call: Any) -> None:

@@ -76,8 +76,6 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         self.reserves: list[worker_pb2.Reserve] = []
         self.starts: list[worker_pb2.Start] = []
         self.ended: list[int] = []
-        self.ended_at: dict[int, float] = {}
-        self.streams = 0
         self._out: asyncio.Queue[worker_pb2.WorkerMessage] = asyncio.Queue()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -109,7 +107,6 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
     async def Connect(self, requests: AsyncIterator[worker_pb2.RouterMessage], context: Any) -> None:  # type: ignore[override]
         hello = await anext(requests)
         assert hello.HasField("hello")
-        self.streams += 1
         self._out = asyncio.Queue()
         await context.write(worker_pb2.WorkerMessage(hello=self.hello))
         self.report()
@@ -144,11 +141,6 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
     # ------------------------------------------------------------ what it hears
 
     def _received(self, message: worker_pb2.RouterMessage) -> None:
-        for attempt_id in message.ended:
-            self.ended.append(attempt_id)
-            self.ended_at[attempt_id] = time.monotonic()
-            self.held.pop(attempt_id, None)
-            self.running.pop(attempt_id, None)
         for prefill in message.prefills:
             self.prefills.append(prefill)
             if self._takes(prefill.attempt_id, prefill.sequence):
@@ -161,6 +153,10 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
             self.starts.append(start)
             if start.attempt_id in self.held and not self.script.silent_at_start:
                 self._start(start)
+        for attempt_id in message.ended:  # last: the same message may bring an attempt and take it back
+            self.ended.append(attempt_id)
+            self.held.pop(attempt_id, None)
+            self.running.pop(attempt_id, None)
 
     def _takes(self, attempt_id: int, sequence: worker_pb2.Sequence) -> bool:
         assert attempt_id not in self.held, "an attempt's id was used twice"

@@ -29,11 +29,14 @@ run() { # NAME SECONDS COMMAND...
 }
 
 nvidia-smi --query-gpu=index,name,driver_version,memory.total --format=csv,noheader
-run kernels-tests 150 "$python" -m pytest -q -x --timeout 120 tests/kernels
-run engine-tests 240 "$python" -m pytest -q --timeout 180 tests/gpu
+# Most of the tests' time goes into compiling kernels, on one core each.
+parallel=()
+"$python" -c "import xdist" 2>/dev/null && parallel=(-n 8)
+run kernels-tests 150 "$python" -m pytest -q --maxfail 20 --timeout 120 "${parallel[@]}" tests/kernels
+run engine-tests 240 "$python" -m pytest -q --timeout 180 "${parallel[@]}" tests/gpu
 run kernels 120 "$python" -m benchmarks.gpu.kernels "$out/kernels.json"
-run handover 120 "$python" -m benchmarks.gpu.handover "$out/handover.json"
-run engine 240 "$python" -m benchmarks.gpu.engine --out "$out/engine.json"
+run handover 60 "$python" -m benchmarks.gpu.handover "$out/handover.json"
+run engine 210 "$python" -m benchmarks.gpu.engine --out "$out/engine.json"
 run throughput 240 "$python" -m benchmarks.gpu.throughput --out "$out/throughput.json" --logs "$out/cluster"
 
 for name in $steps; do
@@ -41,10 +44,10 @@ for name in $steps; do
   echo
   echo "### $name"
   # The table that a script ends with; of a script without one, its last lines.
-  if grep -q '^what  ' "$out/$name.log"; then
-    tac "$out/$name.log" | sed '/^what  /q' | tac
+  if grep -qE '^(what|kernel)  ' "$out/$name.log"; then
+    tac "$out/$name.log" | sed -E '/^(what|kernel)  /q' | tac
   else
-    tail -n 15 "$out/$name.log"
+    tail -n 25 "$out/$name.log"
   fi
 done
 echo

@@ -1,0 +1,80 @@
+"""A router and one worker of each role as processes of this machine, for as long as a `with` lasts."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from socket import create_server
+from typing import Self
+
+from twostroke import Client, TwostrokeError
+
+Flags = Mapping[str, object]
+
+
+@dataclass
+class Cluster:
+    """Flags are named as on the command line, without dashes in front: {"num-blocks": 64}. Logs go to `logs`."""
+
+    router: Flags
+    worker: Flags  # of both workers
+    prefill: Flags
+    decode: Flags
+    logs: Path
+    start_seconds: float = 180.0
+    processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+
+    def __enter__(self) -> Self:
+        with create_server(("127.0.0.1", 0)) as server:
+            self.target = f"127.0.0.1:{server.getsockname()[1]}"
+        self.logs.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            stack.callback(self._stop)
+            self._start("router", {"listen": self.target, **self.router})
+            self._start("prefill_worker", {"router": self.target, **self.worker, **self.prefill})
+            self._start("decode_worker", {"router": self.target, **self.worker, **self.decode})
+            self._wait_until_ready()
+            stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()
+
+    def log(self, name: str) -> str:
+        return (self.logs / f"{name}.log").read_text(errors="replace")
+
+    def _start(self, module: str, flags: Flags) -> None:
+        arguments = [f"--{flag}={value}" for flag, value in flags.items()]
+        with (self.logs / f"{module}.log").open("wb") as log:
+            self.processes[module] = subprocess.Popen(
+                [sys.executable, "-m", module, *arguments], stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
+
+    def _wait_until_ready(self) -> None:
+        deadline = time.monotonic() + self.start_seconds
+        with Client(self.target) as client:
+            while True:
+                for name, process in self.processes.items():
+                    if process.poll() is not None:
+                        raise RuntimeError(f"{name} ended with {process.returncode}:\n{self.log(name)[-4000:]}")
+                if time.monotonic() > deadline:
+                    tails = "\n".join(f"{name}: {self.log(name)[-1500:]}" for name in self.processes)
+                    raise RuntimeError(f"the cluster was not ready within {self.start_seconds} s\n{tails}")
+                try:
+                    client.wait_until_ready(timeout=1)
+                    return
+                except TwostrokeError:
+                    continue
+
+    def _stop(self) -> None:
+        for process in self.processes.values():
+            process.terminate()
+        for process in self.processes.values():
+            try:
+                process.wait(timeout=5)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()

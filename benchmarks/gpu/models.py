@@ -1,0 +1,104 @@
+"""Model directories without weights, for `--load-format dummy`: config.json, and a tokenizer of made-up words."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from cyclopts import App
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+_COMMON = {"hidden_act": "silu", "attention_bias": False, "torch_dtype": "bfloat16"}
+
+# Shapes as published with the models of these names; "tiny" is for trying the scripts on a CPU.
+SHAPES: dict[str, dict[str, Any]] = {
+    "qwen3-0.6b": {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "vocab_size": 151936,
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 40960,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+        "tie_word_embeddings": True,
+        "eos_token_id": 151645,
+    },
+    "llama-3.1-8b": {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 5e5,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+        "tie_word_embeddings": False,
+        "eos_token_id": 128001,
+    },
+    "tiny": {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "vocab_size": 12000,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e4,
+        "tie_word_embeddings": True,
+        "eos_token_id": 11999,
+    },
+}
+
+
+def write(name: str, directory: Path) -> Path:
+    """Writes the model called `name` into `directory`/`name`. Returns that."""
+    target = directory / name
+    target.mkdir(parents=True, exist_ok=True)
+    shape = SHAPES[name]
+    (target / "config.json").write_text(json.dumps(_COMMON | shape, indent=1))
+    _tokenizer(shape["vocab_size"]).save(str(target / "tokenizer.json"))
+    (target / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    return target
+
+
+def _tokenizer(vocab_size: int) -> Tokenizer:
+    """Byte-level; ids behind the 256 bytes are words of a few letters, so that a token costs what a real one does."""
+    pieces = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pieces += [f"\u0120w{index}" for index in range(vocab_size - len(pieces))]
+    tokenizer = Tokenizer(models.BPE(vocab={piece: index for index, piece in enumerate(pieces)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+app = App(name="models", help_format="plaintext")
+
+
+@app.default
+def main(directory: Path, *names: str) -> None:
+    """Writes model directories (all shapes where none is named) under a folder."""
+    for name in names or SHAPES:
+        print(write(name, directory))
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,62 @@
+"""Workers' parts in one process: a model, and pools in plain memory that no other process reads."""
+
+import random
+from collections.abc import MutableSequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from common import model_config, weights
+from common.block_pool import BlockPool
+from common.kv_pool import KvLayout, KvPool, view
+from common.model import Model
+from common.worker_parts import WorkerParts
+from kernels.ops import Ops, select
+from twostroke.v1 import worker_pb2
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    model: Model
+    ops: Ops
+    device: torch.device
+
+
+@dataclass(frozen=True, slots=True)
+class PlainMemory:
+    """A `PoolMemory` without a transport."""
+
+    tensor: Tensor
+    generations: MutableSequence[int]
+    descriptor: bytes = field(default=b"")
+
+    def close(self) -> None:
+        pass
+
+
+def load_model(directory: Path, dtype: str, device: torch.device, *, dummy: bool, max_length: int) -> LoadedModel:
+    config = model_config.load_config(directory, max_length)
+    loaded = weights.dummy(config, dtype, device) if dummy else weights.load(directory, config, dtype, device)
+    ops = select(device)
+    return LoadedModel(Model(config, loaded, ops), ops, device)
+
+
+def worker_parts(loaded: LoadedModel, num_blocks: int, block_size: int = 16) -> WorkerParts:
+    """A pool of `num_blocks` that holds noise; blocks are given out in random order, as after hours of service."""
+    config = loaded.model.config
+    layout = KvLayout(
+        num_blocks, config.num_layers, block_size, config.num_kv_heads, config.head_dim, loaded.model.dtype
+    )
+    tensor = torch.empty(layout.pool_bytes, dtype=torch.uint8, device=loaded.device)
+    pool = KvPool(layout, view(tensor, layout))
+    pool.tensor.normal_()
+    memory = PlainMemory(tensor, [0] * num_blocks)
+    blocks = BlockPool(num_blocks, memory.generations)
+    shuffled = blocks.allocate(num_blocks)
+    random.Random(0).shuffle(shuffled)
+    blocks.release(shuffled)
+    max_length = min(config.context_length, num_blocks * block_size)
+    hello = worker_pb2.WorkerHello(max_length=max_length)
+    return WorkerParts(loaded.model, loaded.ops, pool, memory, blocks, loaded.device, hello)

@@ -1,0 +1,282 @@
+"""Output tokens per second of nano-vLLM's benchmark workload on one GPU: the engine in one process, and a cluster of
+router, prefill and decode worker over gRPC, whose workers share the GPU.
+
+    python -m benchmarks.gpu.throughput --out throughput.json
+"""
+
+import asyncio
+import multiprocessing
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from cyclopts import App
+
+from benchmarks.gpu import floors, models
+from benchmarks.gpu.cluster import Cluster
+from benchmarks.gpu.report import Figure, Report
+from benchmarks.gpu.timing import copy_bytes_per_second, gemm_operations_per_second
+from common.model_config import load_config
+from twostroke import AsyncClient
+
+TEMPERATURE = 0.6
+MAX_LENGTH = 4096
+# Tokens per second of the workload at 3.0 TB/s and 790 TFLOP/s, and the share of it that is wanted.
+FLOOR, FLOOR_SHARE = 25_800, 0.8
+CLUSTER_SHARE = 0.97
+HANDOVER_LIMIT_MS = 3.0
+
+app = App(name="throughput", help_format="plaintext")
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    prompt: tuple[int, ...]
+    output_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How the workers are set up; equal in process and in the cluster."""
+
+    prefill_blocks: int
+    decode_blocks: int
+    max_batch: int
+    max_batch_tokens: int
+
+
+def workload(requests: int, longest: int = 1024) -> list[Ask]:
+    """nano-vLLM's bench.py: the same numbers from Python's generator, drawn in the same order."""
+    draw = random.Random(0).randint
+    prompts = [tuple(draw(0, 10_000) for _ in range(draw(100, longest))) for _ in range(requests)]
+    return [Ask(prompt, draw(100, longest)) for prompt in prompts]
+
+
+@app.default
+def main(
+    *,
+    out: Path | None = None,
+    device: str = "cuda",
+    name: str = "qwen3-0.6b",
+    requests: int = 256,
+    longest: int = 1024,
+    prefill_blocks: int = 6144,
+    decode_blocks: int = 20480,
+    max_batch: int = 256,
+    max_batch_tokens: int = 8192,
+    clients: int = 4,
+    logs: Path | None = None,
+    skip: tuple[str, ...] = (),
+) -> int:
+    """Measures the workload in process and through a cluster.
+
+    Parameters
+    ----------
+    out: JSON file for the figures.
+    name: model, by its name in benchmarks/gpu/models.py.
+    longest: of prompts and of outputs, in tokens.
+    clients: processes that the cluster's requests come from.
+    logs: folder for the cluster's logs; not set: one that is removed.
+    skip: "process" or "cluster".
+    """
+    report = Report(out)
+    asks = workload(requests, longest)
+    sizes = Sizes(prefill_blocks, decode_blocks, max_batch, max_batch_tokens)
+    with tempfile.TemporaryDirectory() as folder:
+        directory = models.write(name, Path(folder))
+        in_process: list[float] = []
+        if "process" not in skip:
+            report.section("in process", lambda: _apart(directory, device, asks, sizes, in_process))
+        if "cluster" not in skip:
+            where = logs or Path(folder) / "logs"
+            report.section("cluster", lambda: _in_cluster(directory, device, asks, sizes, clients, in_process, where))
+    return report.finish()
+
+
+def _dtype(device: str) -> str:
+    return "float32" if device == "cpu" else "bfloat16"
+
+
+# ------------------------------------------------------------ in one process
+
+
+def _apart(directory: Path, device: str, asks: list[Ask], sizes: Sizes, in_process: list[float]) -> Iterator[Figure]:
+    """In a process of its own, whose memory is free again for the cluster."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        floor, runs = pool.submit(_run_in_process, directory, device, asks, sizes).result()
+    tokens = sum(ask.output_tokens for ask in asks)
+    in_process.append(tokens / min(runs))
+    yield Figure("floor of this GPU", f"{tokens / floor:.0f} tok/s", f"{floor:.2f} s for {tokens} tokens")
+    for seconds in runs:
+        yield _against_floor("in process", tokens, seconds, bounded=False)
+
+
+def _run_in_process(directory: Path, device: str, asks: list[Ask], sizes: Sizes) -> tuple[float, list[float]]:
+    from benchmarks.gpu.in_process import InProcess, spec
+    from benchmarks.gpu.parts import load_model, worker_parts
+
+    where = torch.device(device)
+    small = where.type == "cpu"
+    copy = copy_bytes_per_second(where, 1 << 24 if small else 2 << 30)
+    gemm = gemm_operations_per_second(where, 256 if small else 8192)
+    config = load_config(directory, MAX_LENGTH)
+    floor = floors.workload_seconds(config, [(len(ask.prompt), ask.output_tokens) for ask in asks], copy, gemm)
+    loaded = load_model(directory, _dtype(device), where, dummy=True, max_length=MAX_LENGTH)
+    engine = InProcess(
+        worker_parts(loaded, sizes.prefill_blocks),
+        worker_parts(loaded, sizes.decode_blocks),
+        max_batch=sizes.max_batch,
+        max_batch_tokens=sizes.max_batch_tokens,
+    )
+    runs = []
+    for run in range(3):  # the first is the warm-up, with a few requests
+        some = asks[:: 16 if run == 0 else 1]
+        specs = [
+            spec(
+                ask.prompt,
+                len(ask.prompt) + ask.output_tokens,
+                temperature=TEMPERATURE,
+                seed=index,
+                root=run.to_bytes(16, "little"),
+            )
+            for index, ask in enumerate(some)
+        ]
+        started = time.perf_counter()
+        outputs = engine.run(specs)
+        seconds = time.perf_counter() - started
+        assert [len(output) for output in outputs] == [ask.output_tokens for ask in some]
+        assert engine.blocks_home()
+        if run > 0:
+            runs.append(seconds)
+    return floor, runs
+
+
+# ------------------------------------------------------------ through a cluster
+
+
+def _in_cluster(
+    directory: Path,
+    device: str,
+    asks: list[Ask],
+    sizes: Sizes,
+    clients: int,
+    in_process: list[float],
+    logs: Path,
+) -> Iterator[Figure]:
+    started = time.perf_counter()
+    with (
+        Cluster(
+            router={"model": directory, "headroom-tokens": MAX_LENGTH},
+            worker={
+                "model": directory,
+                "load-format": "dummy",
+                "device": device,
+                "dtype": _dtype(device),
+                "max-length": MAX_LENGTH,
+            },
+            prefill={"num-blocks": sizes.prefill_blocks, "max-batch-tokens": sizes.max_batch_tokens},
+            decode={"num-blocks": sizes.decode_blocks, "max-batch": sizes.max_batch},
+            logs=logs,
+        ) as cluster,
+        ProcessPoolExecutor(clients, multiprocessing.get_context("spawn")) as pool,
+    ):
+        yield Figure("cluster: ready after", f"{time.perf_counter() - started:.1f} s")
+        shares = [asks[first::clients] for first in range(clients)]
+        tokens = sum(ask.output_tokens for ask in asks)
+
+        def ask_all(shares: list[list[Ask]], salt: str, stream: bool) -> float:
+            began = time.perf_counter()
+            list(pool.map(partial(_ask_share, cluster.target, salt, stream), shares))
+            return time.perf_counter() - began
+
+        ask_all([share[:4] for share in shares], "warm-up", stream=True)
+        yield from _idle_handover(cluster.target)
+        for round_ in range(2):
+            for kind in ("Generate", "GenerateStream"):
+                seconds = ask_all(shares, f"{kind} {round_}", stream=kind == "GenerateStream")
+                yield _against_floor(f"gRPC, {kind}", tokens, seconds, bounded=True)
+                if in_process:
+                    rate = tokens / seconds
+                    against = f"{in_process[0]:.0f} tok/s in process"
+                    yield Figure(f"gRPC, {kind}", f"{rate:.0f} tok/s", against, rate / in_process[0], CLUSTER_SHARE)
+
+
+def _ask_share(target: str, salt: str, stream: bool, asks: list[Ask]) -> None:
+    """A client's process: all its requests at once; raises where an answer is not as long as it should be."""
+    asyncio.run(_ask_all(target, salt, stream, asks))
+
+
+async def _ask_all(target: str, salt: str, stream: bool, asks: list[Ask]) -> None:
+    async with AsyncClient(target, timeout=300) as client:
+        counts = await asyncio.gather(*(_ask(client, salt, stream, ask) for ask in asks))
+    assert counts == [ask.output_tokens for ask in asks]
+
+
+async def _ask(client: AsyncClient, salt: str, stream: bool, ask: Ask) -> int:
+    if not stream:
+        answer = await client.generate(
+            ask.prompt, max_tokens=ask.output_tokens, temperature=TEMPERATURE, ignore_eos=True, cache_salt=salt
+        )
+        return len(answer.token_ids)
+    pieces = client.stream(
+        ask.prompt, max_tokens=ask.output_tokens, temperature=TEMPERATURE, ignore_eos=True, cache_salt=salt
+    )
+    return sum([len(piece.token_ids) async for piece in pieces])
+
+
+def _idle_handover(target: str) -> Iterator[Figure]:
+    """From the first token at the client to the second, less the time between later ones: what the hand-over costs."""
+    samples = asyncio.run(_handovers(target, 1024, 20))
+    gaps, transfers = zip(*samples, strict=True)
+    gap, transfer = statistics.median(gaps), statistics.median(transfers)
+    yield Figure(
+        "prefill done to first decode step, 1,024 tokens, idle",
+        f"{gap:.2f} ms (max {max(gaps):.2f})",
+        f"limit {HANDOVER_LIMIT_MS:g} ms",
+        gap / HANDOVER_LIMIT_MS,
+        1.0,
+        at_most=True,
+    )
+    yield Figure("pull asked for to pull done, as the worker says", f"{transfer:.2f} ms (max {max(transfers):.2f})")
+
+
+async def _handovers(target: str, length: int, count: int) -> list[tuple[float, float]]:
+    draw = random.Random(1)
+    samples = []
+    async with AsyncClient(target, timeout=60) as client:
+        for index in range(count + 2):
+            prompt = draw.choices(range(10_000), k=length)
+            arrivals, transfer = [], 0.0
+            async for piece in client.stream(prompt, max_tokens=32, temperature=TEMPERATURE, ignore_eos=True):
+                if piece.token_ids:
+                    arrivals.append(time.perf_counter())
+                if piece.finish is not None:
+                    transfer = piece.finish.timing.transfer_ms
+            between = [1000 * (later - sooner) for sooner, later in pairwise(arrivals)]
+            if index >= 2:
+                samples.append((between[0] - statistics.median(between[1:]), transfer))
+    return samples
+
+
+def _against_floor(what: str, tokens: int, seconds: float, *, bounded: bool) -> Figure:
+    rate = tokens / seconds
+    return Figure(
+        what,
+        f"{rate:.0f} tok/s {seconds:.2f} s",
+        f"floor {FLOOR} tok/s",
+        rate / FLOOR,
+        FLOOR_SHARE if bounded else None,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(app())

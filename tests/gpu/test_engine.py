@@ -1,0 +1,198 @@
+"""The engine of both workers, in one process on one GPU, says what transformers says."""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from benchmarks.gpu.in_process import InProcess, spec
+from benchmarks.gpu.parts import LoadedModel, load_model, worker_parts
+from common.sequence import SequenceSpec
+from tests.gpu import tiny_models
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+OUTPUT_TOKENS = 64
+LENGTHS: tuple[int, ...] = (
+    1,
+    2,
+    3,
+    5,
+    8,
+    15,
+    16,
+    17,
+    31,
+    32,
+    33,
+    47,
+    48,
+    63,
+    64,
+    65,
+    80,
+    100,
+    127,
+    128,
+    129,
+    150,
+    200,
+    255,
+    256,
+)
+LENGTHS += (300, 400, 511, 512, 700, 1_000, 1_500)
+SOME_LENGTHS = (1, 7, 16, 33, 64, 100, 129, 200, 257, 400)
+
+# How far below the likeliest token's logit, in float32, a token chosen in bfloat16 may lie. Logits of this model reach
+# 20 to 30; bfloat16 keeps 8 bits of each, and errors of 30 layers add up.
+BF16_GAP = 1.0
+BF16_SAME = 0.9  # share of tokens that are the likeliest all the same
+
+
+@dataclass(frozen=True)
+class Engines:
+    """A model in one dtype, and the makings of engines with small or large pools."""
+
+    loaded: LoadedModel
+    directory: Path
+
+    def engine(self, *, blocks: int, block_size: int = 16, graphs: bool = True, **settings: int) -> InProcess:
+        engine = InProcess(
+            worker_parts(self.loaded, 2048 * 16 // block_size, block_size),
+            worker_parts(self.loaded, blocks, block_size),
+            max_batch=settings.get("max_batch", 32),
+            max_batch_tokens=settings.get("max_batch_tokens", 2048),
+            headroom_tokens=settings.get("headroom_tokens", 1024),
+        )
+        if not graphs:
+            engine.decode_runner.graphs = None
+        return engine
+
+
+def load(directory: Path, dtype: str, max_length: int) -> Engines:
+    return Engines(load_model(directory, dtype, DEVICE, dummy=False, max_length=max_length), directory)
+
+
+@pytest.fixture(scope="module")
+def smol(smollm2: Path) -> Engines:
+    return load(smollm2, "float32", 2048)
+
+
+@pytest.fixture(scope="module", params=list(tiny_models.MODELS))
+def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
+    yield load(tiny_models.write(request.param, tmp_path_factory.mktemp(request.param)), "float32", 1024)
+    reference.cache_clear()
+
+
+def prompts(lengths: Sequence[int], vocab_size: int, seed: int = 0) -> list[list[int]]:
+    draw = random.Random(seed)
+    return [draw.choices(range(vocab_size), k=length) for length in lengths]
+
+
+def greedy(asked: Sequence[Sequence[int]], count: int, block_size: int = 16) -> list[SequenceSpec]:
+    return [spec(tokens, len(tokens) + count, temperature=0, block_size=block_size) for tokens in asked]
+
+
+@cache
+def reference(directory: Path) -> Any:
+    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    return model.to(DEVICE).eval()
+
+
+@torch.inference_mode()
+def gaps(directory: Path, prompt: Sequence[int], output: Sequence[int]) -> torch.Tensor:
+    """How far each output token's logit lies below the likeliest one's, as transformers has them in float32, by token.
+
+    All zero: the output is what greedy generation gives.
+    """
+    tokens = torch.tensor([[*prompt, *output[:-1]]], device=DEVICE)
+    logits = reference(directory)(tokens, logits_to_keep=len(output)).logits[0]
+    chosen = logits.gather(1, torch.tensor(output, device=DEVICE)[:, None]).squeeze(1)
+    gap: torch.Tensor = logits.amax(1) - chosen
+    return gap
+
+
+def assert_greedy(
+    engines: Engines, asked: Sequence[Sequence[int]], outputs: Sequence[Sequence[int]], count: int
+) -> None:
+    for prompt, output in zip(asked, outputs, strict=True):
+        assert len(output) == count
+        gap = gaps(engines.directory, prompt, output)
+        assert not gap.any(), f"prompt of {len(prompt)}: first wrong at {int(gap.nonzero()[0])}, by {gap.max():.2e}"
+
+
+@pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "eager"])
+def test_32_prompts_at_once(smol: Engines, graphs: bool) -> None:
+    asked = prompts(LENGTHS, 49_000)
+    assert len(asked) == 32
+    engine = smol.engine(blocks=1024, graphs=graphs)
+    assert_greedy(smol, asked, engine.run(greedy(asked, OUTPUT_TOKENS)), OUTPUT_TOKENS)
+    assert engine.blocks_home()
+
+
+@pytest.mark.parametrize("block_size", [4, 64])
+def test_other_block_sizes(smol: Engines, block_size: int) -> None:
+    asked = prompts(SOME_LENGTHS, 49_000)
+    engine = smol.engine(blocks=4096 // block_size, block_size=block_size)
+    assert_greedy(smol, asked, engine.run(greedy(asked, 32, block_size)), 32)
+
+
+def test_chunks_of_32(smol: Engines) -> None:
+    asked = prompts(SOME_LENGTHS, 49_000)
+    engine = smol.engine(blocks=512, max_batch_tokens=32)
+    assert_greedy(smol, asked, engine.run(greedy(asked, 32)), 32)
+
+
+def test_prefix_hits_on_both_sides(smol: Engines) -> None:
+    (shared,) = prompts((203,), 49_000)
+    asked = [shared + tail for tail in prompts((1, 5, 16, 40), 49_000, seed=1)]
+    engine = smol.engine(blocks=512)
+    for _ in range(2):
+        assert_greedy(smol, asked, engine.run(greedy(asked, 32)), 32)
+    assert engine.blocks_home()
+
+
+def test_preemption(smol: Engines) -> None:
+    asked = prompts(SOME_LENGTHS, 49_000)
+    engine = smol.engine(blocks=100, headroom_tokens=1)
+    assert_greedy(smol, asked, engine.run(greedy(asked, 48)), 48)
+    assert engine.preemptions > 0
+    assert engine.blocks_home()
+
+
+def test_a_seeded_sequence_is_the_same_alone_and_in_a_batch(smol: Engines) -> None:
+    asked = prompts((33,) * 16, 49_000)
+    specs = [spec(tokens, 33 + 32, temperature=0.8, seed=index) for index, tokens in enumerate(asked)]
+    together = smol.engine(blocks=512).run(specs)
+    alone = [smol.engine(blocks=512).run([wanted])[0] for wanted in specs[:4]]
+    assert alone == together[:4]
+    assert len({tuple(output) for output in together}) == 16
+
+
+@pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "eager"])
+def test_bfloat16_stays_close(smollm2: Path, graphs: bool) -> None:
+    engines = load(smollm2, "bfloat16", 2048)
+    asked = prompts(LENGTHS, 49_000)
+    outputs = engines.engine(blocks=1024, graphs=graphs).run(greedy(asked, OUTPUT_TOKENS))
+    gap = torch.cat([gaps(smollm2, prompt, output) for prompt, output in zip(asked, outputs, strict=True)])
+    assert gap.max() <= BF16_GAP
+    assert (gap == 0).float().mean() >= BF16_SAME
+
+
+@pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "eager"])
+def test_every_architecture(tiny: Engines, graphs: bool) -> None:
+    asked = prompts(SOME_LENGTHS, tiny_models.VOCAB_SIZE)
+    engine = tiny.engine(blocks=512, graphs=graphs)
+    assert_greedy(tiny, asked, engine.run(greedy(asked, 32)), 32)
+    assert engine.blocks_home()
+
+
+def test_every_architecture_in_chunks(tiny: Engines) -> None:
+    asked = prompts(SOME_LENGTHS, tiny_models.VOCAB_SIZE)
+    engine = tiny.engine(blocks=512, max_batch_tokens=48)
+    assert_greedy(tiny, asked, engine.run(greedy(asked, 32)), 32)

@@ -66,8 +66,8 @@ REFERENCE = Ops(
 
 
 def select(device: torch.device) -> Ops:
-    """The fastest functions for `device`: the references on a CPU; on CUDA, Triton's, with flash-attn for attention
-    where it is installed."""
+    """The fastest functions for `device`: the references on a CPU; on CUDA, Triton's, with flash-attn for prefill where
+    it is installed."""
     ops = REFERENCE if device.type == "cpu" else _cuda()
     structlog.get_logger().info(
         "kernels chosen", **{name: getattr(ops, name).__module__ for name in Ops.__dataclass_fields__}
@@ -79,18 +79,17 @@ def _cuda() -> Ops:
     # imported here: none of this exists on a machine without a GPU
     from kernels import triton_activation, triton_attention, triton_norm, triton_rope, triton_sampling
 
+    prefill_attention = triton_attention.prefill_attention
     if importlib.util.find_spec("flash_attn"):
         from kernels import flash
 
-        prefill, decode = flash.prefill_attention, flash.decode_attention
-    else:
-        prefill, decode = triton_attention.prefill_attention, triton_attention.decode_attention
+        prefill_attention = flash.prefill_attention
     return Ops(
         rms_norm=triton_norm.rms_norm,
         add_rms_norm=triton_norm.add_rms_norm,
         silu_mul=triton_activation.silu_mul,
         rope_write_kv=triton_rope.rope_write_kv,
-        prefill_attention=prefill,
-        decode_attention=decode,
+        prefill_attention=prefill_attention,
+        decode_attention=triton_attention.decode_attention,
         sample=triton_sampling.sample,
     )

@@ -1,0 +1,163 @@
+"""The Triton kernels, compiled, against their references at the sizes of serving; `tests/kernels` has small ones."""
+
+import pytest
+import torch
+from torch import Tensor
+
+if not torch.cuda.is_available():  # importing the kernels here would keep tests/kernels from interpreting them
+    pytest.skip("no CUDA device: torch.cuda.is_available() is False", allow_module_level=True)
+
+from tests.kernels import checks
+from tests.kernels.inputs import DEVICE, assert_close, causal_attention, paged, randn
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+HEADS = [(9, 3, 64), (16, 8, 128), (32, 8, 128), (32, 32, 80), (28, 4, 128), (16, 8, 96), (16, 4, 256)]
+VOCAB = 151_936
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 64, 8192])
+@pytest.mark.parametrize("width", [576, 1024, 4096, 8192])
+def test_norms(rows: int, width: int, dtype: torch.dtype) -> None:
+    checks.check_rms_norm(rows, width, dtype)
+    checks.check_add_rms_norm(rows, width, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "width"), [(1, 1536), (256, 3072), (2048, 14_336)])
+def test_silu_mul(rows: int, width: int, dtype: torch.dtype) -> None:
+    checks.check_silu_mul(rows, width, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_norm", [False, True])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), HEADS)
+def test_rope_write_kv(heads: int, kv_heads: int, head_dim: int, with_norm: bool, dtype: torch.dtype) -> None:
+    checks.check_rope_write_kv(1000, heads, kv_heads, head_dim, 16, with_norm, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block_size", [16, 48, 256])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), HEADS)
+def test_decode_attention(heads: int, kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype) -> None:
+    checks.check_decode_attention((1, 1000, 0, 63, 64, 65, 2500, 7), heads, kv_heads, head_dim, block_size, dtype)
+
+
+@pytest.mark.parametrize("lengths", [(20_000,), tuple(range(1, 600, 5))], ids=["long", "many"])
+def test_decode_attention_lengths(lengths: tuple[int, ...]) -> None:
+    checks.check_decode_attention(lengths, 16, 8, 128, 16, torch.bfloat16)
+
+
+def test_decode_attention_in_a_graph_follows_lengths() -> None:
+    """Captured once; lengths and tables change between replays, also from one split to many."""
+    decode = checks.triton_attention.decode_attention
+    caches = paged((3000, 700), 8, 128, 16, torch.bfloat16)
+    q = randn(2, 16, 128, dtype=torch.bfloat16)
+    seq_lens = torch.tensor([3000, 700], dtype=torch.int32, device=DEVICE)
+    tables = caches.block_tables.clone()
+    arguments = (q, caches.key_cache, caches.value_cache, tables, seq_lens, 0.1)
+    decode(*arguments)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = decode(*arguments)
+    for lengths, order in (((3000, 700), (0, 1)), ((1, 0), (0, 1)), ((64, 2999), (1, 0)), ((700, 130), (1, 0))):
+        seq_lens.copy_(torch.tensor(lengths, dtype=torch.int32))
+        tables.copy_(caches.block_tables[list(order)])
+        graph.replay()
+        for row, (length, owner) in enumerate(zip(lengths, order, strict=True)):
+            if length == 0:
+                assert not out[row].any()
+                continue
+            keys, values = caches.keys[owner][:length], caches.values[owner][:length]
+            assert_close(out[row : row + 1], causal_attention(q[row : row + 1], keys, values, 0.1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), HEADS)
+@pytest.mark.parametrize(
+    ("query_lens", "kv_lens"),
+    [((513, 1, 128), (513, 1, 128)), ((300, 1, 64), (1000, 777, 64))],
+    ids=["packed", "paged"],
+)
+def test_prefill_attention(
+    query_lens: tuple[int, ...],
+    kv_lens: tuple[int, ...],
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+) -> None:
+    checks.check_prefill_attention(query_lens, kv_lens, heads, kv_heads, head_dim, 16, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), HEADS)
+@pytest.mark.parametrize(
+    ("query_lens", "kv_lens"),
+    [((513, 1, 128), (513, 1, 128)), ((300, 1, 64), (1000, 777, 64))],
+    ids=["packed", "gathered"],
+)
+def test_flash_prefill_attention(
+    query_lens: tuple[int, ...],
+    kv_lens: tuple[int, ...],
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+) -> None:
+    """What flash-attn does not take goes to Triton."""
+    pytest.importorskip("flash_attn", exc_type=ImportError)
+    from kernels import flash
+
+    checks.check_prefill_attention(query_lens, kv_lens, heads, kv_heads, head_dim, 16, dtype, flash.prefill_attention)
+
+
+def test_gather_kv() -> None:
+    checks.check_gather_kv((3000, 1, 700), 8, 128, 16)
+
+
+def sampling_columns(batch: int, temperature: float, top_k: int, top_p: float, min_p: float) -> tuple[Tensor, ...]:
+    return (
+        torch.full((batch,), temperature, device=DEVICE),
+        torch.full((batch,), top_k, dtype=torch.int32, device=DEVICE),
+        torch.full((batch,), top_p, device=DEVICE),
+        torch.full((batch,), min_p, device=DEVICE),
+        torch.randint(-(2**63), 2**63 - 1, (batch,), generator=torch.Generator().manual_seed(3)).to(DEVICE),
+        torch.arange(batch, dtype=torch.int32, device=DEVICE),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spread", [0.3, 2.0, 8.0])
+@pytest.mark.parametrize("batch", [1, 100])
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p", "min_p"),
+    [
+        (0.0, 0, 1.0, 0.0),
+        (0.8, 0, 1.0, 0.0),
+        (0.8, 50, 1.0, 0.0),
+        (0.8, 5000, 1.0, 0.0),
+        (0.8, 0, 0.9, 0.0),
+        (0.8, 0, 0.999, 0.0),
+        (0.8, 5000, 0.9, 0.0),
+        (0.8, 40, 0.9, 0.02),
+        (0.8, 0, 1.0, 0.1),
+    ],
+)
+def test_sample(
+    temperature: float, top_k: int, top_p: float, min_p: float, batch: int, spread: float, dtype: torch.dtype
+) -> None:
+    logits = randn(batch, VOCAB, seed=3).mul_(spread).to(dtype)
+    columns = sampling_columns(batch, temperature, top_k, top_p, min_p)
+    together = checks.check_sample(logits, *columns)
+    last = batch - 1
+    alone = checks.triton_sampling.sample(logits[last:], *(column[last:] for column in columns))
+    assert int(alone) == int(together[last])
+
+
+def test_draws_follow_the_distribution() -> None:
+    draws = 100_000
+    logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]], device=DEVICE).expand(draws, 4).contiguous()
+    taken = checks.triton_sampling.sample(logits, *sampling_columns(draws, 1.0, 0, 1.0, 0.0)).long()
+    shares = torch.bincount(taken, minlength=4).float() / draws
+    assert torch.allclose(shares, logits[0].softmax(-1), atol=0.01)

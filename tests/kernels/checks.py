@@ -1,0 +1,182 @@
+"""Each Triton kernel against its torch reference; test modules and `tests/gpu` choose the shapes.
+
+Outputs are allocated by the kernels' wrappers, so unwritten elements are whatever the allocator left there: on the GPU
+`poison` fills that memory with NaN first.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import triton
+from torch import Tensor
+
+from kernels import (
+    activation,
+    norm,
+    rope,
+    sampling,
+    triton_activation,
+    triton_attention,
+    triton_gather,
+    triton_norm,
+    triton_rope,
+    triton_sampling,
+)
+from tests.kernels.inputs import DEVICE, INTERPRETED, assert_close, causal_attention, paged, prefill_batch, randn
+
+if INTERPRETED and triton.__version__.startswith("3.6") and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
+    raise ImportError("the interpreter of Triton 3.6 needs numpy < 2.4")
+
+
+def poison(elements: int, dtype: torch.dtype) -> None:
+    """Leaves NaN in the memory that the next allocations of this size will get."""
+    for _ in range(2):
+        torch.full((max(elements, 1),), torch.nan, dtype=dtype, device=DEVICE)
+
+
+def check_rms_norm(rows: int, width: int, dtype: torch.dtype) -> None:
+    x, weight = randn(rows, width, dtype=dtype, seed=1), randn(width, dtype=dtype, seed=2)
+    poison(x.numel(), dtype)
+    assert_close(triton_norm.rms_norm(x, weight, 1e-5), norm.rms_norm(x.double(), weight.double(), 1e-5))
+
+
+def check_add_rms_norm(rows: int, width: int, dtype: torch.dtype) -> None:
+    x, residual = randn(rows, width, dtype=dtype, seed=1), randn(rows, width, dtype=dtype, seed=3)
+    weight = randn(width, dtype=dtype, seed=2)
+    poison(x.numel(), dtype)
+    normed, summed = triton_norm.add_rms_norm(x, residual, weight, 1e-5)
+    assert_close(summed, x.double() + residual.double())
+    assert_close(normed, norm.rms_norm(summed.double(), weight.double(), 1e-5))
+
+
+def check_silu_mul(rows: int, width: int, dtype: torch.dtype) -> None:
+    gate_up = randn(rows, 2 * width, dtype=dtype, seed=1) * 4
+    poison(rows * width, dtype)
+    assert_close(triton_activation.silu_mul(gate_up), activation.silu_mul(gate_up.double()))
+
+
+def check_rope_write_kv(
+    tokens: int, heads: int, kv_heads: int, head_dim: int, block_size: int, with_norm: bool, dtype: torch.dtype
+) -> None:
+    """Against the reference in the same dtype, bit for bit but for rounding; every third token has no slot."""
+    caches = paged((tokens,), kv_heads, head_dim, block_size, dtype)
+    untouched = 1000.0
+    caches.key_cache.fill_(untouched)
+    caches.value_cache.fill_(untouched)
+    num_slots = caches.key_cache.shape[0] * block_size
+    slots = torch.randperm(num_slots, generator=torch.Generator().manual_seed(0))[:tokens].to(DEVICE)
+    slots[2::3] = -1
+    positions = torch.arange(tokens, device=DEVICE).flip(0)
+    cos_sin = randn(tokens, head_dim, seed=5)
+    weights = [randn(head_dim, dtype=dtype, seed=seed) if with_norm else None for seed in (6, 7)]
+    qkv = randn(tokens, (heads + 2 * kv_heads) * head_dim, dtype=dtype, seed=4)
+
+    expected_qkv = qkv.clone()
+    expected_keys, expected_values = caches.key_cache.clone(), caches.value_cache.clone()
+    expected = rope.rope_write_kv(
+        expected_qkv, positions, cos_sin, slots, expected_keys, expected_values, weights[0], weights[1], 1e-6
+    )
+    actual = triton_rope.rope_write_kv(
+        qkv, positions, cos_sin, slots, caches.key_cache, caches.value_cache, weights[0], weights[1], 1e-6
+    )
+    for mine, theirs in zip(actual, expected, strict=True):
+        assert mine.data_ptr() >= qkv.data_ptr()
+        assert_close(mine, theirs)
+    assert_close(caches.key_cache, expected_keys)
+    assert torch.equal(caches.value_cache, expected_values)
+    assert torch.equal(caches.key_cache == untouched, expected_keys == untouched)
+
+
+def check_decode_attention(
+    lengths: tuple[int, ...], heads: int, kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype
+) -> None:
+    """lengths may hold 0, a padded row."""
+    caches = paged(lengths, kv_heads, head_dim, block_size, dtype)
+    # queries as rope_write_kv returns them: a part of each row
+    q = randn(len(lengths), heads + 2 * kv_heads, head_dim, dtype=dtype, seed=99)[:, :heads]
+    seq_lens = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+    scale = head_dim**-0.5
+    arguments = (q, caches.key_cache, caches.value_cache, caches.block_tables, seq_lens, scale)
+    poison(q.numel(), dtype)
+    actual = triton_attention.decode_attention(*arguments)
+    for row, length in enumerate(lengths):
+        if length == 0:
+            assert torch.equal(actual[row], torch.zeros_like(actual[row]))
+        else:
+            expected = causal_attention(q[row : row + 1], caches.keys[row], caches.values[row], scale)
+            assert_close(actual[row : row + 1], expected)
+    # the merge left its counters as it found them
+    assert torch.equal(actual, triton_attention.decode_attention(*arguments))
+
+
+def check_prefill_attention(
+    query_lens: tuple[int, ...],
+    kv_lens: tuple[int, ...],
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    block_size: int,
+    dtype: torch.dtype,
+    function: Callable[..., Tensor] = triton_attention.prefill_attention,
+) -> None:
+    caches = paged(kv_lens, kv_heads, head_dim, block_size, dtype)
+    tokens = sum(query_lens)
+    qkv = randn(tokens, heads + 2 * kv_heads, head_dim, dtype=dtype, seed=99)
+    q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=1)
+    k.copy_(torch.cat([key[len(key) - n :] for key, n in zip(caches.keys, query_lens, strict=True)]))
+    v.copy_(torch.cat([value[len(value) - n :] for value, n in zip(caches.values, query_lens, strict=True)]))
+    scale = head_dim**-0.5
+    batch = prefill_batch(query_lens, kv_lens, caches.block_tables)
+    poison(q.numel(), dtype)
+    actual = function(q, k, v, caches.key_cache, caches.value_cache, batch, scale)
+    expected = [
+        causal_attention(queries, key, value, scale)
+        for queries, key, value in zip(q.split(list(query_lens)), caches.keys, caches.values, strict=True)
+    ]
+    assert_close(actual, torch.cat(expected))
+
+
+def check_gather_kv(kv_lens: tuple[int, ...], kv_heads: int, head_dim: int, block_size: int) -> None:
+    caches = paged(kv_lens, kv_heads, head_dim, block_size, torch.float16)
+    keys, values = triton_gather.gather_kv(
+        caches.key_cache, caches.value_cache, prefill_batch(kv_lens, kv_lens, caches.block_tables)
+    )
+    assert torch.equal(keys, torch.cat(caches.keys))
+    assert torch.equal(values, torch.cat(caches.values))
+
+
+def check_sample(
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seeds: Tensor, positions: Tensor
+) -> Tensor:
+    """Equal tokens, but where the draw or the nucleus' edge is nearer than float32 sums can tell. Returns them."""
+    arguments = (logits, temperature, top_k, top_p, min_p, seeds, positions)
+    actual = triton_sampling.sample(*arguments)
+    expected = sampling.sample(*arguments)
+    u = sampling.philox_uniform(seeds, positions).double()
+    for row in (actual != expected).nonzero().flatten().tolist():
+        assert temperature[row] > 0, f"row {row}: greedy took {actual[row]}, not {expected[row]}"
+        scaled = logits[row].double() / temperature[row].double()
+        wide, narrow = (_running(scaled, top_k[row], top_p[row], min_p[row], slack) for slack in (1e-5, -1e-5))
+        token = int(actual[row])
+        near = [
+            running[token] + 1e-5 >= u[row] >= (running[token - 1] if token else 0.0) - 1e-5
+            for running in (wide, narrow)
+        ]
+        assert any(near), f"row {row}: took {token}, not {expected[row]}"
+    assert (actual != expected).float().mean() < 0.02
+    return actual
+
+
+def _running(scaled: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, slack: float) -> Tensor:
+    """The kept tokens' running share, of a nucleus that is wider by `slack`."""
+    if top_k > 0:
+        least = scaled.topk(min(int(top_k), len(scaled))).values[-1]
+        scaled = scaled.masked_fill(scaled < least, -torch.inf)
+    p = scaled.softmax(-1)
+    if top_p < 1:
+        largest = p.sort(descending=True).values
+        inside = largest.cumsum(0) - largest < top_p + slack
+        p = p.masked_fill(p < largest[inside].min(), 0.0)
+    p = p.masked_fill(p < (min_p - slack * (min_p > 0)) * p.max(), 0.0)
+    return (p.cumsum(0) / p.sum()).double()

@@ -1,0 +1,80 @@
+"""Random inputs for kernels, and how their outputs are compared."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.attention import PrefillAttention
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+INTERPRETED = DEVICE.type == "cpu"
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+
+def require_dot(dtype: torch.dtype) -> None:
+    if INTERPRETED and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter computes garbage in tl.dot of bfloat16")
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(DEVICE)
+
+
+def assert_close(actual: Tensor, expected: Tensor) -> None:
+    """By relative norm; expected in a higher precision."""
+    assert actual.shape == expected.shape
+    wide = expected.double()
+    error = (actual.double() - wide).norm() / wide.norm().clamp(min=1e-30)
+    assert error <= TOLERANCE[actual.dtype], f"relative error {error:.2e}"  # NaN fails too
+
+
+@dataclass(frozen=True)
+class Paged:
+    """A layer's caches as strided views of a pool, sequences scattered over it; all else in the pool is NaN."""
+
+    key_cache: Tensor
+    value_cache: Tensor
+    block_tables: Tensor
+    keys: list[Tensor]  # of each sequence [len, Hkv, D]
+    values: list[Tensor]
+
+
+def paged(lengths: tuple[int, ...], kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype) -> Paged:
+    counts = [-(-length // block_size) for length in lengths]
+    num_blocks = sum(counts) + 3
+    pool = torch.full((num_blocks, 2, 2, block_size, kv_heads, head_dim), torch.nan, dtype=dtype, device=DEVICE)
+    key_cache, value_cache = pool[:, 1, 0], pool[:, 1, 1]
+    order = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    tables = torch.zeros(len(lengths), max(counts) + 2, dtype=torch.int32, device=DEVICE)
+    keys, values = [], []
+    taken = 0
+    for row, (length, count) in enumerate(zip(lengths, counts, strict=True)):
+        blocks = order[taken : taken + count]
+        taken += count
+        tables[row, :count] = blocks.int()
+        key = randn(length, kv_heads, head_dim, dtype=dtype, seed=2 * row)
+        value = randn(length, kv_heads, head_dim, dtype=dtype, seed=2 * row + 1)
+        token = torch.arange(length, device=DEVICE)
+        key_cache[blocks[token // block_size], token % block_size] = key
+        value_cache[blocks[token // block_size], token % block_size] = value
+        keys.append(key)
+        values.append(value)
+    return Paged(key_cache, value_cache, tables, keys, values)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """The last len(q) tokens of a sequence attending to it, in float64."""
+    group = q.shape[1] // k.shape[1]
+    k, v = k.double().repeat_interleave(group, 1), v.double().repeat_interleave(group, 1)
+    scores = torch.einsum("qhd,khd->hqk", q.double(), k) * scale
+    hidden = torch.ones(len(q), len(k), dtype=torch.bool, device=q.device).tril(len(k) - len(q)).logical_not()
+    return torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v)
+
+
+def prefill_batch(query_lens: tuple[int, ...], kv_lens: tuple[int, ...], block_tables: Tensor) -> PrefillAttention:
+    def running(lengths: tuple[int, ...]) -> Tensor:
+        return torch.tensor([0, *lengths]).cumsum(0).int().to(DEVICE)
+
+    return PrefillAttention(query_lens, kv_lens, running(query_lens), running(kv_lens), block_tables)

@@ -1,0 +1,66 @@
+"""Paged decode attention, packed and paged prefill attention, and the gather of paged keys and values."""
+
+import pytest
+import torch
+
+from tests.kernels.inputs import require_dot
+
+checks = pytest.importorskip("tests.kernels.checks", exc_type=ImportError)
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+HEADS = [(9, 3, 64), (16, 8, 128), (4, 4, 80), (14, 2, 96), (8, 1, 256), (40, 2, 64)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), HEADS)
+def test_decode_attention_head_shapes(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
+    require_dot(dtype)
+    checks.check_decode_attention((70, 0, 1), heads, kv_heads, head_dim, 16, dtype)
+
+
+@pytest.mark.parametrize("block_size", [1, 5, 16, 64, 256])
+def test_decode_attention_block_sizes(block_size: int) -> None:
+    checks.check_decode_attention((block_size, block_size + 1, 130), 4, 2, 64, block_size, torch.float32)
+
+
+@pytest.mark.parametrize("lengths", [(300,), (64, 65, 128), (0, 0), (257, 3, 0, 0, 31, 32, 33, 1)])
+def test_decode_attention_splits(lengths: tuple[int, ...]) -> None:
+    checks.check_decode_attention(lengths, 6, 2, 64, 16, torch.float32)
+
+
+def test_decode_attention_without_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks.triton_attention, "_MAX_SPLITS", 1)
+    checks.check_decode_attention((300, 0, 5), 6, 2, 64, 16, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), HEADS)
+@pytest.mark.parametrize(
+    ("query_lens", "kv_lens"),
+    [((33, 1), (33, 1)), ((20, 1, 5), (52, 40, 5))],
+    ids=["packed", "paged"],
+)
+def test_prefill_attention_head_shapes(
+    query_lens: tuple[int, ...],
+    kv_lens: tuple[int, ...],
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+) -> None:
+    require_dot(dtype)
+    checks.check_prefill_attention(query_lens, kv_lens, heads, kv_heads, head_dim, 16, dtype)
+
+
+@pytest.mark.parametrize("block_size", [1, 5, 16, 64])
+@pytest.mark.parametrize(
+    ("query_lens", "kv_lens"),
+    [((1,), (1,)), ((64,), (64,)), ((100, 31), (100, 31)), ((1,), (130,)), ((64, 7), (128, 71)), ((31, 40), (95, 40))],
+)
+def test_prefill_attention_lengths(query_lens: tuple[int, ...], kv_lens: tuple[int, ...], block_size: int) -> None:
+    checks.check_prefill_attention(query_lens, kv_lens, 2, 1, 64, block_size, torch.float32)
+
+
+@pytest.mark.parametrize("block_size", [1, 5, 16, 256])
+def test_gather_kv(block_size: int) -> None:
+    checks.check_gather_kv((40, 1, 7), 3, 80, block_size)

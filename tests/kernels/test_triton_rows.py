@@ -1,0 +1,38 @@
+"""Norms, activation, and rope with the write into blocks."""
+
+import pytest
+import torch
+
+checks = pytest.importorskip("tests.kernels.checks", exc_type=ImportError)
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "width"), [(1, 64), (3, 576), (5, 1024), (2, 2560)])
+def test_norms(rows: int, width: int, dtype: torch.dtype) -> None:
+    checks.check_rms_norm(rows, width, dtype)
+    checks.check_add_rms_norm(rows, width, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "width"), [(1, 24), (3, 1536), (2, 3072)])
+def test_silu_mul(rows: int, width: int, dtype: torch.dtype) -> None:
+    checks.check_silu_mul(rows, width, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_norm", [False, True])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "block_size"),
+    [(9, 3, 64, 16), (16, 8, 128, 16), (4, 4, 80, 1), (6, 2, 96, 5), (8, 1, 256, 32)],
+)
+def test_rope_write_kv(
+    heads: int, kv_heads: int, head_dim: int, block_size: int, with_norm: bool, dtype: torch.dtype
+) -> None:
+    checks.check_rope_write_kv(7, heads, kv_heads, head_dim, block_size, with_norm, dtype)
+
+
+def test_nothing_to_do() -> None:
+    checks.check_rms_norm(0, 64, torch.float32)
+    checks.check_silu_mul(0, 64, torch.float32)

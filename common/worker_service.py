@@ -25,6 +25,8 @@ log = structlog.get_logger(__name__)
 
 SERVICE = "twostroke.v1.Worker"
 
+REGISTRATION = (*KEEPALIVE, ("grpc.use_local_subchannel_pool", 1))
+
 # A router that reads nothing for this many messages is cut off: its sequences end, and memory stays bounded.
 MAX_UNSENT_MESSAGES = 10_000
 
@@ -135,20 +137,22 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         """Tells a router where this worker is, again and again: a router that restarts learns it within seconds."""
         request = pb.RegisterRequest(address=self.address, instance=self._hello.instance, role=self._hello.role)
         failing = False
-        async with grpc.aio.insecure_channel(router, options=KEEPALIVE) as channel:
-            stub = worker_pb2_grpc.RegistryStub(channel)
-            while True:
+        while True:
+            # A new channel for each try: one that failed waits up to two minutes before it looks the name up again.
+            async with grpc.aio.insecure_channel(router, options=REGISTRATION) as channel:
+                stub = worker_pb2_grpc.RegistryStub(channel)
                 try:
-                    response = await stub.Register(request, timeout=5, wait_for_ready=True)
-                    if failing:
-                        log.info("registered", router=router)
-                    failing = False
-                    await asyncio.sleep(max(response.interval_ms, 100) / 1000)
+                    while True:
+                        response = await stub.Register(request, timeout=5, wait_for_ready=True)
+                        if failing:
+                            log.info("registered", router=router)
+                        failing = False
+                        await asyncio.sleep(max(response.interval_ms, 100) / 1000)
                 except grpc.aio.AioRpcError as error:
                     if not failing:
                         log.warning("cannot register yet; trying on", router=router, detail=error.details())
                     failing = True
-                    await asyncio.sleep(0.5)
+            await asyncio.sleep(0.5)
 
     def _hand_over(self, outgoing: dict[int, pb.WorkerMessage]) -> None:
         for connection, message in outgoing.items():

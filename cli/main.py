@@ -6,6 +6,8 @@ from importlib import import_module
 from cyclopts import App, Parameter
 from cyclopts.config import Env
 
+from common.security_config import SettingsError
+
 app = App(
     name="twostroke",
     help="LLM inference with prefill and decode in separate workers.",
@@ -34,6 +36,14 @@ app.command(
 app.command("cli.parts:router", name="router", help="Run a router, the door that clients call.")
 app.command("cli.parts:prefill_worker", name="prefill-worker", help="Run a worker that turns prompts into KV cache.")
 app.command("cli.parts:decode_worker", name="decode-worker", help="Run a worker that turns KV cache into tokens.")
+app.command(
+    "cli.key:key",
+    name="key",
+    help="""Make an API key, and its lines for the router's keys file.
+
+        twostroke key alice >> keys.toml
+    """,
+)
 app.command(
     "cli.generate:generate",
     name="generate",
@@ -66,7 +76,10 @@ app.command(
 
 def main(command: str | None = None) -> None:
     """Runs the command line; `command` is what `python -m router` and its like put in front of their flags."""
-    app([command, *sys.argv[1:]] if command else None)
+    try:
+        app([command, *sys.argv[1:]] if command else None)
+    except SettingsError as error:
+        raise SystemExit(f"twostroke: {error}") from error
 
 
 if __name__ == "__main__":

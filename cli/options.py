@@ -7,12 +7,14 @@ from typing import cast
 
 from cyclopts import Parameter
 
+from common.security_config import TlsConfig
+from common.tls import channel_credentials
 from twostroke import Client, Options, TwostrokeError
 
 
 @Parameter(name="*")
 @dataclass(frozen=True, slots=True)
-class Connection:
+class Connection(TlsConfig):
     target: str = "localhost:8600"
     """The router, host:port."""
 
@@ -20,13 +22,23 @@ class Connection:
     """Sent as a bearer token."""
 
     tls: bool = False
-    """Connect with TLS, against the system's certificate authorities."""
+    """Connect with TLS, against the system's certificate authorities where --tls-ca names no others."""
 
     timeout: float | None = None
     """Seconds that an answer may take. Not set: for ever."""
 
     def client(self) -> Client:
-        return Client(self.target, api_key=self.api_key, tls=self.tls, timeout=self.timeout)
+        """
+        Raises:
+            SettingsError: a file of the TLS settings is missing or wrong.
+        """
+        return Client(
+            self.target,
+            api_key=self.api_key,
+            tls=channel_credentials(self) or self.tls,
+            tls_server_name=self.tls_server_name,
+            timeout=self.timeout,
+        )
 
 
 @Parameter(name="*")

@@ -1,6 +1,7 @@
 """`twostroke serve`: a whole cluster on this machine, each part a process."""
 
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -9,14 +10,18 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
-from tempfile import TemporaryFile
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory, TemporaryFile
 from types import FrameType
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
 from cli.children import Child
+from common import cluster_secret
+from common.security_config import SecurityConfig, SettingsError, TlsConfig
+from common.tls import channel_credentials
 from decode_worker.config import DecodeConfig
 from prefill_worker.config import PrefillConfig
 from router.config import RouterConfig
@@ -28,7 +33,7 @@ STOP_SECONDS = 5.0
 
 @Parameter(name="*")
 @dataclass(frozen=True, slots=True)
-class ServeConfig:
+class ServeConfig(SecurityConfig):
     """What `serve` passes on: to each part, the flags that it knows by the same name and that are set."""
 
     prefill_workers: int = 1
@@ -42,6 +47,9 @@ class ServeConfig:
 
     listen: str = "127.0.0.1:8600"
     """Address to serve at, host:port. Port 0 picks a free one."""
+
+    api_keys: Path | None = None
+    """File of the callers' API keys, as `twostroke key` makes them. Set: nobody is served without one."""
 
     model: str | None = None
     """Model to serve: a local Hugging Face directory. Not set: the embedded SmolLM2-135M-Instruct."""
@@ -110,16 +118,24 @@ def serve(
     """
     if command and shutil.which(command[0]) is None:
         raise SystemExit(f"twostroke serve: there is no command {command[0]!r}")
+    if config.tls_cert and not config.tls_ca:
+        raise SettingsError("the parts call one another: with --tls-cert, set --tls-ca to who signed it")
     listen = _with_port(config.listen)
     target = _reachable(listen)
-    router, *workers = cluster = _cluster(config, listen)
-    with _stop_signals() as signals, Client(target) as client, TemporaryFile() as log:
+    with (
+        _secret(config) as config,
+        _stop_signals() as signals,
+        _client(config, target) as client,
+        TemporaryFile() as log,
+    ):
+        router, *workers = cluster = _cluster(config, listen)
         try:
             for child in cluster:
                 if command:  # whose own output log lines would break into
                     child.output = log
                 child.start()
-            raise SystemExit(_supervise(cluster, client, command, target, signals))
+            environment = os.environ | _tls_environment(config) | {"TWOSTROKE_TARGET": target}
+            raise SystemExit(_supervise(cluster, client, command, environment, signals))
         except _GivenUp as error:
             _stop([[router], workers], STOP_SECONDS, signals)
             log.seek(0)
@@ -133,7 +149,9 @@ class _GivenUp(Exception):
     """A part died, and a new start would not mend it."""
 
 
-def _supervise(cluster: list[Child], client: Client, command: tuple[str, ...], target: str, signals: list[int]) -> int:
+def _supervise(
+    cluster: list[Child], client: Client, command: tuple[str, ...], environment: dict[str, str], signals: list[int]
+) -> int:
     """Runs until a signal or the command's end; returns the exit code. Ctrl-C at the terminal reaches the command too,
     and what it means is then for the command to say: in `twostroke chat` it ends an answer, and nothing else."""
     began, model = time.monotonic(), None
@@ -147,9 +165,9 @@ def _supervise(cluster: list[Child], client: Client, command: tuple[str, ...], t
                     _say(f"{child.name} {death}; starting it again")
                     child.start()
             if model is None and (model := _served_model(client, workers=len(cluster) - 1)):
-                _say(f"ready at {target} after {time.monotonic() - began:.1f} s: {model}")
+                _say(f"ready at {environment['TWOSTROKE_TARGET']} after {time.monotonic() - began:.1f} s: {model}")
                 if command:
-                    running = subprocess.Popen(command, env=os.environ | {"TWOSTROKE_TARGET": target})
+                    running = subprocess.Popen(command, env=environment)
             if running and (code := running.poll()) is not None:
                 return code if code >= 0 else 128 - code
             time.sleep(POLL_SECONDS)
@@ -190,6 +208,34 @@ def part(module: str, settings: type[Any], config: ServeConfig, own: dict[str, o
     flags = {name: value for name, value in (passed_on | own).items() if value is not None}
     arguments = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
     return Child(module.replace("_", " "), [sys.executable, "-m", module, *arguments])
+
+
+@contextmanager
+def _secret(config: ServeConfig) -> Iterator[ServeConfig]:
+    """With API keys the parts need a secret, and where none is given they get one that lasts as long as they do."""
+    if config.api_keys is None or config.cluster_secret_file is not None:
+        yield config
+        return
+    with TemporaryDirectory(prefix="twostroke-") as folder:  # which only this user may enter
+        file = Path(folder, "secret")
+        file.write_text(secrets.token_hex())
+        yield replace(config, cluster_secret_file=file)
+
+
+def _client(config: ServeConfig, target: str) -> Client:
+    secret = cluster_secret.read(config.cluster_secret_file) if config.cluster_secret_file else None
+    return Client(
+        target,
+        api_key=secret if config.api_keys else None,  # the router takes it for one
+        tls=channel_credentials(config) or False,
+        tls_server_name=config.tls_server_name,
+    )
+
+
+def _tls_environment(config: ServeConfig) -> dict[str, str]:
+    """What a `twostroke` command needs to call the cluster as its parts do."""
+    settings = {field.name: getattr(config, field.name) for field in fields(TlsConfig)}
+    return {f"TWOSTROKE_{name.upper()}": str(value) for name, value in settings.items() if value is not None}
 
 
 def _with_port(listen: str) -> str:

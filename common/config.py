@@ -3,9 +3,11 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from common.security_config import SecurityConfig
+
 
 @dataclass(frozen=True, slots=True)
-class WorkerConfig:
+class WorkerConfig(SecurityConfig):
     """Settings of a worker, fixed at its start."""
 
     model: str = "SmolLM2-135M-Instruct"
@@ -29,6 +31,9 @@ class WorkerConfig:
     router: tuple[str, ...] = ()
     """Addresses of routers to register with, host:port. None: a router has this worker's address in its settings."""
 
+    insecure: bool = False
+    """Listen where other machines reach it, though neither a secret nor certificates keep out who is not a router."""
+
     block_size: int = 16
     """Tokens in a KV block. Equal on all workers of a cluster."""
 
@@ -36,8 +41,8 @@ class WorkerConfig:
     """KV blocks in the pool. Not set: as many as fit the memory that is free."""
 
     max_length: int | None = None
-    """Tokens of the longest sequence, prompt and output together. Not set: the model's context length, or the whole pool
-    where that is less."""
+    """Tokens of the longest sequence, prompt and output together. Not set: the model's context length, or the whole
+    pool where that is less."""
 
     transport: Literal["auto", "shm", "cuda_ipc"] = "auto"
     """How KV goes from prefill to decode workers. auto: cuda_ipc on a GPU, shm on a CPU."""

@@ -1,19 +1,30 @@
 """`python -m common.probe HOST:PORT [SERVICE]`: asks a part's health once, for container health checks.
 
-Exits with 0 when grpc.health.v1 says SERVING, else with 1 and a line that says why.
+Exits with 0 when grpc.health.v1 says SERVING, else with 1 and a line that says why. Where the part serves TLS, it is
+asked with the TLS settings in the environment: TWOSTROKE_TLS_CA and so on, as the part has them.
 """
 
+import os
 import sys
+from dataclasses import fields
+from pathlib import Path
 
 import grpc
 from grpc_health.v1 import health_pb2
 
+from common import tls
+from common.security_config import SettingsError, TlsConfig
+
 TIMEOUT_SECONDS = 3
+PLAIN_TEXT = TlsConfig()
 
 
-def probe(address: str, service: str) -> str | None:
+def probe(address: str, service: str, config: TlsConfig = PLAIN_TEXT) -> str | None:
     """None when the service at `address` ("host:port") is serving, else a sentence."""
-    with grpc.insecure_channel(address) as channel:
+    credentials, options = tls.channel_credentials(config), tls.channel_options(config)
+    with (
+        grpc.secure_channel(address, credentials, options) if credentials else grpc.insecure_channel(address)
+    ) as channel:
         check = channel.unary_unary(
             "/grpc.health.v1.Health/Check",
             request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
@@ -31,7 +42,13 @@ def probe(address: str, service: str) -> str | None:
 def main() -> None:
     if len(sys.argv) not in (2, 3):
         sys.exit(__doc__)
-    sys.exit(probe(sys.argv[1], sys.argv[2] if len(sys.argv) == 3 else ""))
+    found = {field.name: os.environ.get(f"TWOSTROKE_{field.name.upper()}") for field in fields(TlsConfig)}
+    paths = {name: Path(value) for name, value in found.items() if value and name != "tls_server_name"}
+    try:
+        config = TlsConfig(**paths, tls_server_name=found["tls_server_name"])
+        sys.exit(probe(sys.argv[1], sys.argv[2] if len(sys.argv) == 3 else "", config))
+    except SettingsError as error:
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":

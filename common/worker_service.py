@@ -17,13 +17,18 @@ import grpc
 import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from common.cluster_secret import SecretInterceptor
+from common.config import WorkerConfig
 from common.grpc_options import KEEPALIVE
+from common.peers import Peers
 from twostroke.v1 import worker_pb2 as pb
 from twostroke.v1 import worker_pb2_grpc
 
 log = structlog.get_logger(__name__)
 
 SERVICE = "twostroke.v1.Worker"
+
+WRONG_SECRET = "the worker has a cluster secret, and this call not the same: set --cluster-secret-file on the router"
 
 REGISTRATION = (*KEEPALIVE, ("grpc.use_local_subchannel_pool", 1))
 
@@ -40,15 +45,16 @@ class Received:
 
 
 class WorkerService(worker_pb2_grpc.WorkerServicer):
-    """Serves `twostroke.v1.Worker` and health at `listen` ("host:port", port 0 picks a free one).
+    """Serves `twostroke.v1.Worker` and health at `config.listen`, to routers that `peers` knows.
 
     Raises:
         OSError: the address cannot be listened on.
     """
 
-    def __init__(self, hello: pb.WorkerHello, listen: str, advertise: str | None, routers: tuple[str, ...]) -> None:
+    def __init__(self, hello: pb.WorkerHello, config: WorkerConfig, peers: Peers) -> None:
         self._hello = hello
-        self._routers = routers
+        self._routers = config.router
+        self._peers = peers
         self._inbox: queue.SimpleQueue[Received] = queue.SimpleQueue()
         self._outgoing: dict[int, pb.WorkerMessage] = {}
         self._connections: dict[int, _Unsent] = {}
@@ -57,11 +63,11 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         self._loop = asyncio.new_event_loop()
         self._stopping = asyncio.Event()
         started: Future[int] = Future()
-        self._thread = threading.Thread(target=self._run, args=(listen, started), name="grpc", daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(config.listen, started), name="grpc", daemon=True)
         self._thread.start()
         port = started.result()
-        host = listen.rpartition(":")[0]
-        self.address = advertise or f"{_reachable_host(host)}:{port}"
+        host = config.listen.rpartition(":")[0]
+        self.address = config.advertise or f"{_reachable_host(host)}:{port}"
         self._loop.call_soon_threadsafe(self._start_registering)
 
     # ------------------------------------------------------------ called by the engine's loop
@@ -115,15 +121,17 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         self._loop.run_until_complete(self._serve(listen, started))
 
     async def _serve(self, listen: str, started: "Future[int]") -> None:
+        secret = self._peers.secret
         server = grpc.aio.server(
-            options=[*KEEPALIVE, ("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", -1)]
+            options=[*KEEPALIVE, ("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", -1)],
+            interceptors=[] if secret is None else [SecretInterceptor(SERVICE, secret, WRONG_SECRET)],
         )
         worker_pb2_grpc.add_WorkerServicer_to_server(self, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         try:
-            port = server.add_insecure_port(listen)
-        except RuntimeError as error:
-            started.set_exception(OSError(f"cannot listen on {listen}: {error}. Is the port taken?"))
+            port = self._peers.listen(server, listen)
+        except OSError as error:
+            started.set_exception(error)
             return
         await server.start()
         started.set_result(port)
@@ -139,11 +147,13 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         failing = False
         while True:
             # A new channel for each try: one that failed waits up to two minutes before it looks the name up again.
-            async with grpc.aio.insecure_channel(router, options=REGISTRATION) as channel:
+            async with self._peers.channel(router, REGISTRATION) as channel:
                 stub = worker_pb2_grpc.RegistryStub(channel)
                 try:
                     while True:
-                        response = await stub.Register(request, timeout=5, wait_for_ready=True)
+                        response = await stub.Register(
+                            request, timeout=5, wait_for_ready=True, metadata=self._peers.metadata
+                        )
                         if failing:
                             log.info("registered", router=router)
                         failing = False

@@ -2,7 +2,7 @@
 
 import structlog
 
-from common import logs, worker_parts
+from common import logs, peers, worker_parts
 from common.lifecycle import Lifecycle
 from common.worker_service import WorkerService
 from decode_worker.config import DecodeConfig
@@ -17,10 +17,11 @@ log = structlog.get_logger(__name__)
 def main(config: DecodeConfig) -> None:
     """Runs until a signal ends it."""
     logs.configure(config.log_format)
+    known = peers.of_worker(config)
     parts = worker_parts.load(config, inference_pb2.WORKER_ROLE_DECODE, config.max_batch)
     try:
         runner = Runner(parts, config.max_batch)
-        service = WorkerService(parts.hello, config.listen, config.advertise, config.router)
+        service = WorkerService(parts.hello, config, known)
         lifecycle = Lifecycle(service.wake, config.drain_seconds)
         metrics = DecodeMetrics()
         metrics.serve(config.metrics_port, config.listen)

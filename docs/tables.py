@@ -20,18 +20,20 @@ def pages() -> dict[str, dict[str, str]]:
     from cli.options import Connection, Sampling
     from cli.serve import ServeConfig
     from common.config import WorkerConfig
+    from common.security_config import SecurityConfig, TlsConfig
     from decode_worker.config import DecodeConfig
     from prefill_worker.config import PrefillConfig
     from router.config import RouterConfig
 
     return {
         "configuration.md": {
-            "router": settings(RouterConfig),
-            "worker": settings(WorkerConfig),
+            "security": settings(SecurityConfig),
+            "router": settings(RouterConfig, beyond=SecurityConfig),
+            "worker": settings(WorkerConfig, beyond=SecurityConfig),
             "prefill": settings(PrefillConfig, beyond=WorkerConfig),
             "decode": settings(DecodeConfig, beyond=WorkerConfig),
-            "serve": settings(ServeConfig),
-            "connection": settings(Connection),
+            "serve": settings(ServeConfig, beyond=SecurityConfig),
+            "connection": settings(Connection, beyond=TlsConfig),
             "sampling": settings(Sampling),
         },
         "architecture.md": {"modules": modules()},
@@ -41,7 +43,7 @@ def pages() -> dict[str, dict[str, str]]:
 def settings(config: type[Any], beyond: type[Any] | None = None) -> str:
     """One row for each field of `config` that `beyond` lacks."""
     known = {field.name for field in fields(beyond)} if beyond else set()
-    meanings = docstrings(config)
+    meanings = {name: text for part in reversed(config.__mro__[:-1]) for name, text in docstrings(part).items()}
     rows = ["| flag | environment variable | default | meaning |", "| --- | --- | --- | --- |"]
     for field in fields(config):
         if field.name not in known:

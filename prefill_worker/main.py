@@ -2,7 +2,7 @@
 
 import structlog
 
-from common import logs, worker_parts
+from common import logs, peers, worker_parts
 from common.lifecycle import Lifecycle
 from common.worker_service import WorkerService
 from prefill_worker.config import PrefillConfig
@@ -17,12 +17,13 @@ log = structlog.get_logger(__name__)
 def main(config: PrefillConfig) -> None:
     """Runs until a signal ends it."""
     logs.configure(config.log_format)
+    known = peers.of_worker(config)
     parts = worker_parts.load(config, inference_pb2.WORKER_ROLE_PREFILL, config.max_batch_tokens)
     try:
         runner = Runner(parts)
         if parts.device.type == "cuda":
             runner.warm_up(config.max_batch_tokens)
-        service = WorkerService(parts.hello, config.listen, config.advertise, config.router)
+        service = WorkerService(parts.hello, config, known)
         lifecycle = Lifecycle(service.wake, config.drain_seconds)
         metrics = PrefillMetrics()
         metrics.serve(config.metrics_port, config.listen)

@@ -1,11 +1,14 @@
 """The router's settings; their docstrings are the help of the command line."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
+
+from common.security_config import SecurityConfig
 
 
 @dataclass(frozen=True, slots=True)
-class RouterConfig:
+class RouterConfig(SecurityConfig):
     """Settings of a router. Workers are given as addresses, or make themselves known at the router."""
 
     model: str = "SmolLM2-135M-Instruct"
@@ -19,6 +22,10 @@ class RouterConfig:
 
     decode: tuple[str, ...] = ()
     """Addresses of decode workers, host:port. A DNS name stands for all addresses behind it, now and later."""
+
+    api_keys: Path | None = None
+    """File of the callers' API keys, as `twostroke key` makes them. Set: nobody is served without one. Read again
+    when it changes."""
 
     max_queue: int = 1024
     """Most requests that wait for a worker; one more is answered with RESOURCE_EXHAUSTED."""

@@ -9,6 +9,7 @@ import structlog
 from common import logs
 from common.model_config import load_config
 from common.model_files import resolve
+from common.peers import only_local
 from router.config import RouterConfig
 from router.server import Router
 from router.tokenizer import Tokenizer
@@ -31,6 +32,8 @@ async def _serve(config: RouterConfig) -> None:
     gc.freeze()  # what is there now stays; going through it again and again would only make pauses
     host = config.listen.rpartition(":")[0]
     log.info("router listening", address=f"{host}:{port}", model=config.model)
+    if not (config.api_keys or config.tls_client_ca or only_local(config.listen)):
+        log.warning("whoever reaches this address is served; --api-keys or --tls-client-ca would change that")
     signals: asyncio.Queue[int] = asyncio.Queue()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, signals.put_nowait, number)

@@ -9,6 +9,7 @@ from typing import TypeAlias
 
 import structlog
 
+from common.peers import Peers
 from router.config import RouterConfig
 from router.dispatcher import DECODE, PREFILL, ROLE_NAMES, Dispatcher
 from router.errors import InvalidArgument
@@ -30,11 +31,12 @@ Role: TypeAlias = inference_pb2.WorkerRole.ValueType
 class Registry:
     """Keeps a link to every address, and lets in only workers that fit together."""
 
-    def __init__(self, config: RouterConfig, dispatcher: Dispatcher) -> None:
+    def __init__(self, config: RouterConfig, dispatcher: Dispatcher, peers: Peers) -> None:
         self.instance = secrets.token_hex(8)
         self._named: list[tuple[str, Role]] = [(address, PREFILL) for address in config.prefill]
         self._named += [(address, DECODE) for address in config.decode]
         self._dispatcher = dispatcher
+        self._peers = peers
         self._links: dict[tuple[str, Role], WorkerLink] = {}
         self._tasks: dict[tuple[str, Role], asyncio.Task[None]] = {}
         self._heard_of: dict[tuple[str, Role], float] = {}
@@ -106,7 +108,7 @@ class Registry:
     def _keep_link(self, key: tuple[str, Role]) -> None:
         if key not in self._links:
             address, role = key
-            self._links[key] = WorkerLink(address, role, self.instance, self)
+            self._links[key] = WorkerLink(address, role, self.instance, self._peers, self)
             self._tasks[key] = asyncio.create_task(self._links[key].run(), name=f"link {address}")
 
     def _forget_gone(self) -> None:

@@ -9,8 +9,12 @@ import prometheus_client
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from common.cluster_secret import SecretInterceptor
 from common.grpc_options import KEEPALIVE
 from common.model_config import ModelConfig
+from common.peers import Peers
+from router.api_keys import ApiKeys
+from router.auth import KeyInterceptor
 from router.config import RouterConfig
 from router.dispatcher import DECODE, PREFILL, ROLE_NAMES, Dispatcher
 from router.metrics import Metrics
@@ -23,17 +27,26 @@ from twostroke.v1 import inference_pb2, inference_pb2_grpc, worker_pb2, worker_p
 INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 REGISTRY = worker_pb2.DESCRIPTOR.services_by_name["Registry"].full_name
 
+NO_SECRET = "set --cluster-secret-file on the router and its workers: a router with API keys lets no worker in without"
+WRONG_SECRET = "the router has a cluster secret, and this call not the same: set --cluster-secret-file on the worker"
+
 OPTIONS = [*KEEPALIVE, ("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)]
 
 
 class Router:
-    """Serves from `start` to `stop`, on the running event loop."""
+    """Serves from `start` to `stop`, on the running event loop.
+
+    Raises:
+        SettingsError: a file of certificates, keys or the secret is missing or wrong.
+    """
 
     def __init__(self, config: RouterConfig, model: ModelConfig, tokenizer: Tokenizer) -> None:
         self._config = config
+        self._peers = Peers.of(config)
+        self._keys = None if config.api_keys is None else ApiKeys(config.api_keys)
         self.metrics = Metrics()
         self.dispatcher = Dispatcher(config, self.metrics)
-        self.registry = Registry(config, self.dispatcher)
+        self.registry = Registry(config, self.dispatcher, self._peers)
         self.service = InferenceService(config, model, tokenizer, self.dispatcher, self.registry, self.metrics)
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -43,7 +56,7 @@ class Router:
         Raises:
             OSError: the address cannot be listened on.
         """
-        self._server = grpc.aio.server(options=OPTIONS)
+        self._server = grpc.aio.server(options=OPTIONS, interceptors=self._interceptors())
         inference_pb2_grpc.add_InferenceServicer_to_server(self.service, self._server)
         worker_pb2_grpc.add_RegistryServicer_to_server(RegistryService(self.registry), self._server)
         self._health = health.aio.HealthServicer()
@@ -51,10 +64,7 @@ class Router:
         reflection.enable_server_reflection(
             (INFERENCE, REGISTRY, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server
         )
-        try:
-            port = self._server.add_insecure_port(self._config.listen)
-        except RuntimeError as error:
-            raise OSError(f"cannot listen on {self._config.listen}: {error}. Is the port taken?") from error
+        port = self._peers.listen(self._server, self._config.listen)
         self._watch()
         if self._config.metrics_port is not None:
             host = self._config.listen.rpartition(":")[0].strip("[]")
@@ -63,6 +73,8 @@ class Router:
         await self._set_health(self.dispatcher.ready)
         await self._server.start()
         self._spawn(self.registry.run())
+        if self._keys is not None:
+            self._spawn(self._keys.watch())
         return port
 
     async def stop(self, grace: float) -> None:
@@ -73,6 +85,16 @@ class Router:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _interceptors(self) -> list[grpc.aio.ServerInterceptor]:
+        secret, keys = self._peers.secret, self._keys
+        interceptors: list[grpc.aio.ServerInterceptor] = []
+        if secret is not None or keys is not None:
+            # Whoever may register is sent prompts: with API keys about, that is not for everyone.
+            interceptors.append(SecretInterceptor(REGISTRY, secret, NO_SECRET if secret is None else WRONG_SECRET))
+        if keys is not None:
+            interceptors.append(KeyInterceptor(INFERENCE, keys, secret, self.metrics))
+        return interceptors
 
     def _watch(self) -> None:
         dispatcher, metrics = self.dispatcher, self.metrics

@@ -16,6 +16,7 @@ from router.answer import Answer
 from router.config import RouterConfig
 from router.dispatcher import Dispatcher
 from router.errors import CallError, InvalidArgument
+from router.limits import CALLER
 from router.mailbox import Mailbox
 from router.metrics import Metrics
 from router.registry import Registry
@@ -71,37 +72,42 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         """The answer, at the reader's pace. Closing it, at whatever point, ends the request on the workers."""
         job = validate.check(request, self._model)
         structlog.contextvars.bind_contextvars(request_id=job.request_id)
-        self._dispatcher.check_admission(job.n)
-        token_ids = await self._prompt(request)
-        mailbox: Mailbox[Request] = Mailbox(self._turnstile)
-        requests = self._requests(job, token_ids, mailbox)
-        answers = [
-            Answer(choice, job, self._tokenizer, self._model.eos_token_ids, self._metrics) for choice in requests
-        ]
-        self._dispatcher.submit(requests)
-        self._metrics.prompt_tokens.inc(len(token_ids))
-        try:
-            info = pb.PromptInfo(request_id=job.request_id, prompt_tokens=len(token_ids), seed=job.seed)
-            yield pb.GenerateChunk(prompt=info)
-            unfinished = job.n
-            while unfinished:
-                for choice in await mailbox.take():
-                    choice.posted = False
-                    if choice.failure is not None:
-                        raise choice.failure
-                    answer = answers[choice.index]
-                    if answer.over:
-                        continue
-                    delta, finish = answer.advance()
-                    if finish is not None:
-                        self._dispatcher.drop(choice)
-                        unfinished -= 1
-                        _log_finish(choice.index, finish)
-                    yield pb.GenerateChunk(index=choice.index, delta=delta, finish=finish)
-        finally:
-            for choice in requests:
-                self._dispatcher.drop(choice)
-            self._metrics.output_tokens.inc(sum(answer.tokens for answer in answers))
+        caller = CALLER.get()
+        with caller.generating(job.n):
+            self._dispatcher.check_admission(job.n)
+            token_ids = await self._prompt(request)
+            mailbox: Mailbox[Request] = Mailbox(self._turnstile)
+            requests = self._requests(job, token_ids, mailbox)
+            answers = [
+                Answer(choice, job, self._tokenizer, self._model.eos_token_ids, self._metrics) for choice in requests
+            ]
+            self._dispatcher.submit(requests)
+            self._metrics.prompt_tokens.inc(len(token_ids))
+            caller.spend(len(token_ids))
+            try:
+                info = pb.PromptInfo(request_id=job.request_id, prompt_tokens=len(token_ids), seed=job.seed)
+                yield pb.GenerateChunk(prompt=info)
+                unfinished = job.n
+                while unfinished:
+                    for choice in await mailbox.take():
+                        choice.posted = False
+                        if choice.failure is not None:
+                            raise choice.failure
+                        answer = answers[choice.index]
+                        if answer.over:
+                            continue
+                        delta, finish = answer.advance()
+                        if finish is not None:
+                            self._dispatcher.drop(choice)
+                            unfinished -= 1
+                            _log_finish(choice.index, finish)
+                        yield pb.GenerateChunk(index=choice.index, delta=delta, finish=finish)
+            finally:
+                for choice in requests:
+                    self._dispatcher.drop(choice)
+                output_tokens = sum(answer.tokens for answer in answers)
+                self._metrics.output_tokens.inc(output_tokens)
+                caller.spend(output_tokens)
 
     async def _prompt(self, request: pb.GenerateRequest) -> list[int]:
         match request.WhichOneof("input"):
@@ -120,7 +126,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             max_length=validate.check_length(len(token_ids), job, self._model, self._dispatcher.smallest_pool()),
             min_length=len(token_ids) + job.min_tokens,
             stop_token_ids=job.stop_token_ids,
-            cache_salt=job.cache_salt,
+            cache_salt=CALLER.get().cache_salt(job.cache_salt),
         )
         requests = []
         for index in range(job.n):

@@ -8,6 +8,7 @@ import grpc
 import structlog
 
 from common.grpc_options import KEEPALIVE
+from common.peers import Peers
 from router.worker import Worker
 from twostroke.v1 import inference_pb2, worker_pb2, worker_pb2_grpc
 
@@ -34,11 +35,14 @@ class Events(Protocol):
 
 
 class WorkerLink:
-    def __init__(self, address: str, role: inference_pb2.WorkerRole.ValueType, router: str, events: Events) -> None:
+    def __init__(
+        self, address: str, role: inference_pb2.WorkerRole.ValueType, router: str, peers: Peers, events: Events
+    ) -> None:
         self.address = address
         self.role = role
         self.worker: Worker | None = None
         self._router = router
+        self._peers = peers
         self._events = events
         self._hurry = asyncio.Event()
         self._stream: Connect | None = None
@@ -86,8 +90,8 @@ class WorkerLink:
     async def _connect(self) -> str:
         """One stream, from hello to its end; returns why it ended."""
         options = [*KEEPALIVE, ("grpc.max_receive_message_length", -1), ("grpc.use_local_subchannel_pool", 1)]
-        async with grpc.aio.insecure_channel(self.address, options=options) as channel:
-            stream: Connect = worker_pb2_grpc.WorkerStub(channel).Connect()
+        async with self._peers.channel(self.address, options) as channel:
+            stream: Connect = worker_pb2_grpc.WorkerStub(channel).Connect(metadata=self._peers.metadata)
             self._stream = stream
             try:
                 async with asyncio.timeout(HELLO_SECONDS):

@@ -10,7 +10,6 @@ import grpc
 from google.protobuf.wrappers_pb2 import Int32Value, StringValue
 
 from twostroke.channel import (
-    CHANNEL_OPTIONS,
     DEFAULT_TARGET,
     HEALTH_FROM_BYTES,
     HEALTH_OF_INFERENCE,
@@ -19,6 +18,7 @@ from twostroke.channel import (
     SERVING,
     credentials_of,
     metadata_of,
+    options_of,
 )
 from twostroke.errors import DeadlineExceeded, error_of
 from twostroke.request import Messages, Options, Prompt, as_messages, generate_request, tokenize_request
@@ -49,9 +49,11 @@ class AsyncClient:
         *,
         api_key: str | None = None,
         tls: bool | grpc.ChannelCredentials = False,
+        tls_server_name: str | None = None,
         timeout: float | None = None,
     ) -> None:
         self._credentials = credentials_of(tls)
+        self._options = options_of(tls_server_name)
         self._metadata = metadata_of(api_key)
         self._timeout = timeout
         self._target = target
@@ -60,8 +62,8 @@ class AsyncClient:
     @cached_property
     def _channel(self) -> grpc.aio.Channel:
         if self._credentials:
-            return grpc.aio.secure_channel(self._target, self._credentials, options=CHANNEL_OPTIONS)
-        return grpc.aio.insecure_channel(self._target, options=CHANNEL_OPTIONS)
+            return grpc.aio.secure_channel(self._target, self._credentials, options=self._options)
+        return grpc.aio.insecure_channel(self._target, options=self._options)
 
     @cached_property
     def _stub(self) -> "InferenceAsyncStub":

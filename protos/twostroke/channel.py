@@ -31,5 +31,10 @@ def credentials_of(tls: bool | grpc.ChannelCredentials) -> grpc.ChannelCredentia
     return tls
 
 
+def options_of(tls_server_name: str | None) -> list[tuple[str, int | str]]:
+    own_name = [("grpc.ssl_target_name_override", tls_server_name)] if tls_server_name else []
+    return [*CHANNEL_OPTIONS, *own_name]
+
+
 def metadata_of(api_key: str | None) -> tuple[tuple[str, str], ...]:
     return (("authorization", f"Bearer {api_key}"),) if api_key else ()

@@ -7,7 +7,6 @@ from typing import Self, TypeVar, Unpack
 import grpc
 
 from twostroke.channel import (
-    CHANNEL_OPTIONS,
     DEFAULT_TARGET,
     HEALTH_FROM_BYTES,
     HEALTH_OF_INFERENCE,
@@ -16,6 +15,7 @@ from twostroke.channel import (
     SERVING,
     credentials_of,
     metadata_of,
+    options_of,
 )
 from twostroke.errors import DeadlineExceeded, error_of
 from twostroke.request import Messages, Options, Prompt, as_messages, generate_request, tokenize_request
@@ -39,6 +39,7 @@ class Client:
         target: the router, host:port, or another name that gRPC knows.
         api_key: sent with every call as `authorization: Bearer ...`.
         tls: True for TLS with the system's certificate authorities, or credentials of your own.
+        tls_server_name: the name in the router's certificate, where it is not the target's host.
         timeout: seconds that a call may take where it names none; None is for ever.
     """
 
@@ -48,13 +49,14 @@ class Client:
         *,
         api_key: str | None = None,
         tls: bool | grpc.ChannelCredentials = False,
+        tls_server_name: str | None = None,
         timeout: float | None = None,
     ) -> None:
-        credentials = credentials_of(tls)
+        credentials, channel_options = credentials_of(tls), options_of(tls_server_name)
         self._channel = (
-            grpc.secure_channel(target, credentials, options=CHANNEL_OPTIONS)
+            grpc.secure_channel(target, credentials, options=channel_options)
             if credentials
-            else grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
+            else grpc.insecure_channel(target, options=channel_options)
         )
         self._stub = InferenceStub(self._channel)
         self._watch = self._channel.unary_stream(HEALTH_WATCH, HEALTH_TO_BYTES, HEALTH_FROM_BYTES)

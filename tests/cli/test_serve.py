@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 PARTS = ("router", "prefill_worker", "decode_worker")
 
 # What `serve` decides for its parts.
-DECIDED = {"listen", "advertise", "router", "prefill", "decode", "device"}
+DECIDED = {"insecure", "listen", "advertise", "router", "prefill", "decode", "device"}
 
 
 @contextmanager

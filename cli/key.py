@@ -1,0 +1,17 @@
+"""`twostroke key`: a new API key."""
+
+import sys
+
+
+def key(name: str) -> None:
+    """
+    Parameters
+    ----------
+    name
+        Whose key it is: up to 64 letters, digits, - and _.
+    """
+    from router.api_keys import make
+
+    made, lines = make(name)
+    print(lines)
+    print(f"The key, which is shown only now: {made}", file=sys.stderr)

@@ -1,0 +1,75 @@
+"""The secret by which routers and workers of a cluster know one another: metadata of the calls between them."""
+
+import hmac
+from collections.abc import Awaitable, Callable, Iterable
+from pathlib import Path
+from typing import TypeVar
+
+import grpc
+import structlog
+from grpc import HandlerCallDetails, RpcMethodHandler
+
+from common.refusal import refuse
+from common.security_config import SettingsError
+
+log = structlog.get_logger(__name__)
+
+METADATA_KEY = "twostroke-cluster-secret"
+MIN_LENGTH = 16
+
+_Request = TypeVar("_Request")
+_Response = TypeVar("_Response")
+
+
+def read(path: Path) -> str:
+    """
+    Raises:
+        SettingsError: the file cannot be read, or holds no secret that is worth the name.
+    """
+    try:
+        secret = path.read_text().strip()
+    except (OSError, UnicodeError) as error:
+        raise SettingsError(f"--cluster-secret-file: cannot read {path}: {error}") from error
+    if len(secret) < MIN_LENGTH or not secret.isascii() or not secret.isprintable():
+        raise SettingsError(
+            f"--cluster-secret-file {path} must hold one line of {MIN_LENGTH} or more printable ASCII characters; "
+            "make one with: openssl rand -hex 32"
+        )
+    return secret
+
+
+def same(given: str | bytes, secret: str | bytes) -> bool:
+    """Compares in a time that tells nothing about where the two differ."""
+    given, secret = (value.encode() if isinstance(value, str) else value for value in (given, secret))
+    return hmac.compare_digest(given, secret)
+
+
+def metadata_value(metadata: Iterable[tuple[str, str | bytes]] | None, key: str) -> str | bytes:
+    """The value of `key` in a call's metadata; empty where it has none."""
+    return next((value for name, value in metadata or () if name == key), "")
+
+
+class SecretInterceptor(grpc.aio.ServerInterceptor):
+    """Guards one service (given by its full name); health, reflection and the rest are not its business.
+
+    Args:
+        secret: what callers must send; None refuses every call.
+        refusal: the sentence for those who are refused.
+    """
+
+    def __init__(self, service: str, secret: str | None, refusal: str) -> None:
+        self._prefix = f"/{service}/"
+        self._secret = secret
+        self._refusal = refusal
+
+    async def intercept_service(
+        self,
+        continuation: "Callable[[HandlerCallDetails], Awaitable[RpcMethodHandler[_Request, _Response] | None]]",
+        details: HandlerCallDetails,
+    ) -> "RpcMethodHandler[_Request, _Response] | None":
+        if details.method.startswith(self._prefix):
+            given = metadata_value(details.invocation_metadata, METADATA_KEY)
+            if self._secret is None or not same(given, self._secret):
+                log.warning("call refused", method=details.method, reason=self._refusal)
+                return refuse(grpc.StatusCode.UNAUTHENTICATED, self._refusal)
+        return await continuation(details)

@@ -1,0 +1,86 @@
+"""How a part of a cluster listens, how it calls the other parts, and how they know that it is one of them."""
+
+import ipaddress
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import grpc
+
+from common import cluster_secret, tls
+from common.config import WorkerConfig
+from common.security_config import SecurityConfig, SettingsError
+
+Options = Sequence[tuple[str, int | str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Peers:
+    secret: str | None
+    server_credentials: grpc.ServerCredentials | None
+    channel_credentials: grpc.ChannelCredentials | None
+    channel_options: Options
+
+    @classmethod
+    def of(cls, config: SecurityConfig) -> Self:
+        """
+        Raises:
+            SettingsError: a file is missing or wrong; the sentence names it and its flag.
+        """
+        return cls(
+            secret=None if config.cluster_secret_file is None else cluster_secret.read(config.cluster_secret_file),
+            server_credentials=tls.server_credentials(config),
+            channel_credentials=tls.channel_credentials(config),
+            channel_options=tls.channel_options(config),
+        )
+
+    def listen(self, server: grpc.aio.Server, address: str) -> int:
+        """Returns the port.
+
+        Raises:
+            OSError: the address cannot be listened on.
+        """
+        try:
+            if self.server_credentials is None:
+                return server.add_insecure_port(address)
+            return server.add_secure_port(address, self.server_credentials)
+        except RuntimeError as error:
+            raise OSError(f"cannot listen on {address}: {error}. Is the port taken?") from error
+
+    def channel(self, target: str, options: Options) -> grpc.aio.Channel:
+        options = [*options, *self.channel_options]
+        if self.channel_credentials is None:
+            return grpc.aio.insecure_channel(target, options=options)
+        return grpc.aio.secure_channel(target, self.channel_credentials, options=options)
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """What calls to other parts carry."""
+        return () if self.secret is None else ((cluster_secret.METADATA_KEY, self.secret),)
+
+
+def of_worker(config: WorkerConfig) -> Peers:
+    """
+    Raises:
+        SettingsError: as `Peers.of`; or other machines could reach the worker, and use it without a proof that they
+            are routers.
+    """
+    proof = config.cluster_secret_file or config.tls_client_ca
+    if not (proof or config.insecure or only_local(config.listen)):
+        raise SettingsError(
+            f"whoever reaches {config.listen} could run prompts on this worker: set --cluster-secret-file (or "
+            "--tls-cert, --tls-key and --tls-client-ca) here and on the routers, listen on 127.0.0.1, or, on a "
+            "network where only routers and workers are, set --insecure"
+        )
+    return Peers.of(config)
+
+
+def only_local(listen: str) -> bool:
+    """Whether what listens at this address is reached from the same machine only."""
+    host = listen.rpartition(":")[0].strip("[]")
+    if host in ("localhost", "unix", "unix-abstract") or listen.startswith("unix:"):
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -40,7 +40,13 @@ install() {
 # of Debian 13 is unpacked beside everything else: it needs nothing newer than Debian 12's C library.
 compose_plugin() {
     local mirror apt plugins=$WORK/docker/cli-plugins
-    mirror=$(sed -n -E 's/^(URIs: |deb )(http[^ ]+).*/\2/p' /etc/apt/sources.list.d/debian.sources /etc/apt/sources.list 2> /dev/null | head -1)
+    apt-get -qq update
+    if apt-cache policy docker-compose | grep -q 'Candidate: 2'; then
+        install docker-compose
+        return
+    fi
+    mirror=$(cat /etc/apt/sources.list.d/debian.sources /etc/apt/sources.list 2> /dev/null | sed -n -E 's/^(URIs: |deb )(http[^ ]+).*/\2/p' || true)
+    mirror=${mirror%%$'\n'*}
     mkdir -p "$WORK/apt/lists/partial" "$WORK/apt/cache/archives/partial" "$plugins"
     echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $mirror trixie main" > "$WORK/apt/sources.list"
     apt=(-qq -o Dir::Etc::sourcelist="$WORK/apt/sources.list" -o Dir::Etc::sourceparts=- -o Dir::State::lists="$WORK/apt/lists"
@@ -72,7 +78,7 @@ if ! docker info > /dev/null 2>&1; then
     for _ in $(seq 60); do docker info > /dev/null 2>&1 && break; sleep 0.5; done
     docker info > /dev/null || { tail -5 "$WORK/dockerd.log"; exit 1; }
 fi
-docker compose version 2> /dev/null || { install docker-compose && docker compose version 2> /dev/null; } || compose_plugin
+docker compose version > /dev/null 2>&1 || compose_plugin
 docker compose version
 docker image inspect "$BASE" > /dev/null 2>&1 || { say "a base image, as $BASE"; base_image; }
 

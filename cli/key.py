@@ -3,7 +3,7 @@
 import sys
 
 
-def key(name: str) -> None:
+def key(name: str, /) -> None:
     """
     Parameters
     ----------

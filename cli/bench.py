@@ -15,7 +15,6 @@ from benchmarks.load.report import as_json, as_table, plot
 from benchmarks.load.run import DEFAULT_REQUESTS, run
 from benchmarks.load.summary import summarize
 from cli.options import Connection, errors_as_exit
-from twostroke import AsyncClient
 
 
 def bench(
@@ -45,7 +44,7 @@ def bench(
 
 
 async def _measure(connection: Connection, load: LoadConfig) -> tuple[str, list[Record]]:
-    client = AsyncClient(connection.target, api_key=connection.api_key, tls=connection.tls, timeout=connection.timeout)
+    client = connection.async_client()
     async with client:
         model = await client.model(timeout=10)
         with Progress(console=Console(stderr=True), transient=True) as progress:

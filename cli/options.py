@@ -3,13 +3,14 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import cast
+from typing import TypedDict, cast
 
+import grpc
 from cyclopts import Parameter
 
 from common.security_config import TlsConfig
 from common.tls import channel_credentials
-from twostroke import Client, Options, TwostrokeError
+from twostroke import AsyncClient, Client, Options, TwostrokeError
 
 
 @Parameter(name="*")
@@ -32,13 +33,26 @@ class Connection(TlsConfig):
         Raises:
             SettingsError: a file of the TLS settings is missing or wrong.
         """
-        return Client(
-            self.target,
-            api_key=self.api_key,
-            tls=channel_credentials(self) or self.tls,
-            tls_server_name=self.tls_server_name,
-            timeout=self.timeout,
-        )
+        return Client(self.target, **self._how())
+
+    def async_client(self) -> AsyncClient:
+        """Raises as `client`."""
+        return AsyncClient(self.target, **self._how())
+
+    def _how(self) -> "_How":
+        return {
+            "api_key": self.api_key,
+            "tls": channel_credentials(self) or self.tls,
+            "tls_server_name": self.tls_server_name,
+            "timeout": self.timeout,
+        }
+
+
+class _How(TypedDict):
+    api_key: str | None
+    tls: bool | grpc.ChannelCredentials
+    tls_server_name: str | None
+    timeout: float | None
 
 
 @Parameter(name="*")

@@ -10,7 +10,7 @@ import pytest
 
 from common import cluster_secret, peers
 from common.config import WorkerConfig
-from common.probe import probe
+from common.probe import main, probe
 from common.security_config import SettingsError, TlsConfig
 from common.worker_service import WorkerService
 from tests.certificates import Signed, sign
@@ -88,6 +88,23 @@ def test_a_worker_with_mutual_tls_lets_in_who_its_authority_signed(signed: Signe
         assert complaint is not None
         assert "UNAVAILABLE" in complaint
         assert probe(address, "", TlsConfig(tls_ca=signed.ca, tls_cert=signed.cert, tls_key=signed.key)) is None
+
+
+def test_the_health_check_has_its_settings_from_the_environment(
+    signed: Signed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with worker(tls_cert=signed.cert, tls_key=signed.key) as address:
+        monkeypatch.setattr("sys.argv", ["probe", address])
+        for name, value, code in (
+            ("TWOSTROKE_TLS_CERT", str(signed.cert), "--tls-cert and --tls-key belong together: set both or none"),
+            ("TWOSTROKE_TLS_KEY", str(signed.key), f"{address} : UNAVAILABLE"),
+            ("TWOSTROKE_TLS_CA", str(signed.ca), None),
+            ("TWOSTROKE_TLS_SERVER_NAME", "another", f"{address} : UNAVAILABLE"),
+        ):
+            monkeypatch.setenv(name, value)
+            with pytest.raises(SystemExit) as ended:
+                main()
+            assert ended.value.code == code or str(ended.value.code).startswith(str(code))
 
 
 @pytest.mark.parametrize("listen", ["0.0.0.0:1", "[::]:1", ":1", "192.0.2.1:1", "somewhere:1"])

@@ -98,7 +98,8 @@ async def _router(pipe: Connection, addresses: Sequence[str]) -> None:
     answer = service.service.GenerateStream
 
     async def timed(request: inference_pb2.GenerateRequest, context: Any) -> None:
-        await answer(request, _Timed(context, ages))
+        clock: Any = _Timed(context, ages)
+        await answer(request, clock)
 
     service.service.GenerateStream = timed  # type: ignore[method-assign]
     port = await service.start()

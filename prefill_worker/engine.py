@@ -1,7 +1,6 @@
-"""The prefill worker's loop: receive, schedule a batch of chunks, launch it, announce the prompts of the one before."""
+"""The prefill worker's loop: receive, one turn of prompts, announce those that are complete, under a lease."""
 
 import time
-from collections import deque
 
 from common.lifecycle import Lifecycle
 from common.load_report import INTERVAL_SECONDS, LoadReport
@@ -9,9 +8,10 @@ from common.sequence import sequence_from_proto
 from common.worker_parts import WorkerParts
 from common.worker_service import WorkerService
 from prefill_worker.leases import Leases
+from prefill_worker.loop import PrefillLoop, Turn
 from prefill_worker.metrics import PrefillMetrics
-from prefill_worker.runner import LaunchedBatch, Runner
-from prefill_worker.scheduler import Prompt, Scheduler
+from prefill_worker.runner import FirstToken, Runner
+from prefill_worker.scheduler import Prompt
 from twostroke.v1 import inference_pb2
 from twostroke.v1 import worker_pb2 as pb
 
@@ -28,27 +28,17 @@ class Engine:
     ) -> None:
         self._parts = parts
         self._service = service
-        self._runner = runner
         self._metrics = metrics
-        self._scheduler = Scheduler(parts.blocks, parts.pool.layout.block_size, max_batch_tokens)
+        self._loop = PrefillLoop(parts, runner, max_batch_tokens)
+        self._scheduler = self._loop.scheduler
         self._leases = Leases(parts.blocks, lease_seconds)
-        self._in_flight: deque[LaunchedBatch] = deque()
-        # On a GPU the next batch is launched before the first tokens of this one are read.
-        self._batches_ahead = 1 if parts.device.type == "cuda" else 0
 
     def run(self, lifecycle: Lifecycle) -> None:
         load = LoadReport(self._service, self._metrics, lambda: self._load(ready=not lifecycle.draining))
-        progress = False
         while not lifecycle.over(idle=self._idle):
-            self._receive(0.0 if progress else INTERVAL_SECONDS, accepting=not lifecycle.draining)
+            self._receive(accepting=not lifecycle.draining)
             self._expire_leases()
-            chunks = self._scheduler.schedule()
-            if chunks:
-                self._metrics.batch_tokens.observe(sum(chunk.end - chunk.start for chunk in chunks))
-                self._in_flight.append(self._runner.launch(chunks))
-            if len(self._in_flight) > (self._batches_ahead if chunks else 0):
-                self._announce(self._in_flight.popleft())
-            progress = bool(chunks or self._in_flight)
+            self._tell(self._loop.turn())
             load.send_if_due()
             self._service.flush()
 
@@ -56,8 +46,8 @@ class Engine:
     def _idle(self) -> bool:
         return not (self._scheduler.waiting_count or self._scheduler.running_count or self._leases)
 
-    def _receive(self, patience: float, accepting: bool) -> None:
-        for received in self._service.receive(patience):
+    def _receive(self, accepting: bool) -> None:
+        for received in self._service.receive(0.0 if self._loop.busy else INTERVAL_SECONDS):
             if received.message is None:
                 self._scheduler.drop_connection(received.connection)
                 self._leases.end_connection(received.connection)
@@ -84,28 +74,27 @@ class Engine:
         for attempt_id, connection in self._leases.expire(time.monotonic()):
             self._end(connection, attempt_id, pb.Ended.CAUSE_LEASE_LOST, "nobody took the KV in time")
 
-    def _announce(self, batch: LaunchedBatch) -> None:
-        """Publishes what the batch computed and tells routers the first token of each prompt that is complete."""
-        first_tokens = iter(batch.first_tokens())
-        for chunk in batch.chunks:
-            first = next(first_tokens) if chunk.is_last else None
-            if not self._scheduler.finish(chunk) or first is None:
-                continue
-            prompt = chunk.prompt
-            self._metrics.cached_tokens.inc(prompt.cached_len)
-            self._metrics.computed_tokens.inc(prompt.length - prompt.cached_len)
-            self._leases.grant(prompt.attempt_id, prompt.connection, prompt.blocks, time.monotonic())
-            self._service.outgoing(prompt.connection).prefilled.add(
-                attempt_id=prompt.attempt_id,
-                first_token=first.token,
-                logprobs=first.logprobs,
-                cached_tokens=prompt.cached_len,
-                kv=pb.KvLocation(
-                    pool=self._parts.pool_handle,
-                    block_ids=prompt.blocks,
-                    generations=[self._parts.blocks.generation(block) for block in prompt.blocks],
-                ),
-            )
+    def _tell(self, turn: Turn) -> None:
+        if turn.launched_tokens:
+            self._metrics.batch_tokens.observe(turn.launched_tokens)
+        for prompt, first in turn.complete:
+            self._announce(prompt, first)
+
+    def _announce(self, prompt: Prompt, first: FirstToken) -> None:
+        self._metrics.cached_tokens.inc(prompt.cached_len)
+        self._metrics.computed_tokens.inc(prompt.length - prompt.cached_len)
+        self._leases.grant(prompt.attempt_id, prompt.connection, prompt.blocks, time.monotonic())
+        self._service.outgoing(prompt.connection).prefilled.add(
+            attempt_id=prompt.attempt_id,
+            first_token=first.token,
+            logprobs=first.logprobs,
+            cached_tokens=prompt.cached_len,
+            kv=pb.KvLocation(
+                pool=self._parts.pool_handle,
+                block_ids=prompt.blocks,
+                generations=[self._parts.blocks.generation(block) for block in prompt.blocks],
+            ),
+        )
 
     def _end(self, connection: int, attempt_id: int, cause: "pb.Ended.Cause.ValueType", detail: str = "") -> None:
         self._metrics.ended(cause)

@@ -18,11 +18,12 @@ import torch
 from cyclopts import App
 
 from benchmarks.gpu import floors, models
-from benchmarks.gpu.in_process import DecodeLoop, spec
+from benchmarks.gpu.in_process import spec
 from benchmarks.gpu.parts import LoadedModel, load_model, worker_parts
 from benchmarks.gpu.report import Figure, Report
 from benchmarks.gpu.timing import copy_bytes_per_second, elapsed, gemm_operations_per_second, median, synchronize
 from common.worker_parts import WorkerParts
+from decode_worker.loop import DecodeLoop
 from decode_worker.runner import Runner as DecodeRunner
 from decode_worker.scheduler import Sequence
 from prefill_worker.runner import Runner as PrefillRunner
@@ -178,7 +179,8 @@ def _decode_batch(
     sequences = [_sequence(index, first_length) for index in range(batch)]
     for sequence in sequences:
         assert loop.scheduler.reserve(sequence, 0)
-        loop.start(sequence, 1)
+        sequence.tokens.append(1)
+        loop.start(sequence)
     for _ in range(WARM_UP):
         loop.turn()
     in_loop, replayed = [], []
@@ -227,7 +229,7 @@ def _step(runner: DecodeRunner, rows: int) -> None:
         runner.launch()
 
 
-def _repeat(step: Callable[[], None]) -> None:
+def _repeat(step: Callable[[], object]) -> None:
     for _ in range(STEPS):
         step()
 

@@ -19,33 +19,7 @@ from tests.gpu import tiny_models
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 OUTPUT_TOKENS = 64
-LENGTHS: tuple[int, ...] = (
-    1,
-    2,
-    3,
-    5,
-    8,
-    15,
-    16,
-    17,
-    31,
-    32,
-    33,
-    47,
-    48,
-    63,
-    64,
-    65,
-    80,
-    100,
-    127,
-    128,
-    129,
-    150,
-    200,
-    255,
-    256,
-)
+LENGTHS = (1, 2, 3, 5, 8, 15, 16, 17, 31, 32, 33, 47, 48, 63, 64, 65, 80, 100, 127, 128, 129, 150, 200, 255, 256)
 LENGTHS += (300, 400, 511, 512, 700, 1_000, 1_500)
 SOME_LENGTHS = (1, 7, 16, 33, 64, 100, 129, 200, 257, 400)
 

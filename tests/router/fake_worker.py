@@ -68,8 +68,18 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
             dtype="float32",
         )
         pool = worker_pb2.PoolHandle(instance=self.instance, transport="shm", descriptor=b"fake", layout=layout)
-        settings = {"fingerprint": "f" * 32, "max_length": 2048, "max_batch": 2048, "dtype": "float32"} | hello
-        self.hello = worker_pb2.WorkerHello(instance=self.instance, role=role, model="fake", pool=pool, **settings)
+        self.hello = worker_pb2.WorkerHello(
+            instance=self.instance,
+            role=role,
+            model="fake",
+            pool=pool,
+            fingerprint="f" * 32,
+            max_length=2048,
+            max_batch=2048,
+            dtype="float32",
+        )
+        for name, value in hello.items():
+            setattr(self.hello, name, value)
         self.held: dict[int, worker_pb2.Sequence] = {}
         self.running: dict[int, Running] = {}
         self.prefills: list[worker_pb2.Prefill] = []

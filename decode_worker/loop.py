@@ -1,0 +1,117 @@
+"""The running batch, turn by turn: give each sequence the block it writes to, launch a step, read the one before.
+
+Where sequences come from and who hears of their tokens is not known here; see engine.py for that.
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from common.worker_parts import WorkerParts
+from decode_worker.runner import Runner, StepOutput
+from decode_worker.scheduler import Scheduler, Sequence, State
+from twostroke.v1 import worker_pb2 as pb
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A launched step, and the sequences of its rows."""
+
+    sequences: tuple[Sequence, ...]
+    output: StepOutput
+
+
+@dataclass(frozen=True, slots=True)
+class StepTokens:
+    """What a step gave: parallel lists. `logprobs` is empty where no sequence asked for any."""
+
+    sequences: list[Sequence]
+    tokens: list[int]
+    logprobs: list[pb.Logprobs]
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What happened in a turn, in this order. Who finished or was preempted is out of the batch, its blocks on their
+    way home."""
+
+    steps: list[StepTokens] = field(default_factory=list)
+    finished: list[Sequence] = field(default_factory=list)
+    preempted: list[Sequence] = field(default_factory=list)
+
+
+class DecodeLoop:
+    def __init__(self, parts: WorkerParts, runner: Runner, max_batch: int) -> None:
+        self.scheduler = Scheduler(parts.blocks, parts.pool.layout.block_size, max_batch)
+        self.runner = runner
+        self._batch = runner.batch
+        self._in_flight: deque[Step] = deque()
+        # On a GPU a step is launched before the one before it is read, so that the GPU never waits for Python.
+        self._steps_ahead = 1 if parts.device.type == "cuda" else 0
+
+    @property
+    def busy(self) -> bool:
+        """Whether the next turn has something to do."""
+        return bool(self._batch) or bool(self._in_flight)
+
+    def start(self, sequence: Sequence) -> bool:
+        """A reserved sequence's KV and its first token are here. False where that token was its last one; then it is
+        over."""
+        self.scheduler.start(sequence)
+        if sequence.wants_step:
+            self.runner.add(sequence)
+            return True
+        self.scheduler.end(sequence)
+        return False
+
+    def drop(self, sequence: Sequence) -> None:
+        """Takes a sequence out, in whatever state."""
+        if sequence in self._batch:
+            self.runner.remove(sequence)
+        self.scheduler.end(sequence)
+
+    def turn(self) -> Turn:
+        turn = Turn()
+        self._grow(turn)
+        if self._batch:
+            self._in_flight.append(self._launch())
+        if len(self._in_flight) > (self._steps_ahead if self._batch else 0):
+            self._read(self._in_flight.popleft(), turn)
+        return turn
+
+    def _grow(self, turn: Turn) -> None:
+        starved = self.scheduler.grow(self._batch.sequences)
+        if not starved:
+            return
+        while self._in_flight:  # their tokens are owed before anyone is preempted, and may end a sequence
+            self._read(self._in_flight.popleft(), turn)
+        while starved := self.scheduler.grow([sequence for sequence in starved if sequence in self._batch]):
+            victim = self.scheduler.cheapest()
+            self.drop(victim)
+            turn.preempted.append(victim)
+
+    def _launch(self) -> Step:
+        step = Step(tuple(self._batch.sequences), self.runner.launch())
+        for sequence in step.sequences:
+            sequence.kv_len += 1
+            sequence.steps_in_flight += 1
+            if not sequence.wants_step:
+                self.runner.remove(sequence)
+        return step
+
+    def _read(self, step: Step, turn: Turn) -> None:
+        logprobs = step.output.logprobs.read() if step.output.logprobs is not None else {}
+        read = StepTokens([], [], [])
+        for row, (sequence, token) in enumerate(zip(step.sequences, step.output.tokens.get().tolist(), strict=True)):
+            sequence.steps_in_flight -= 1
+            if sequence.state is State.OVER:
+                self.scheduler.release_if_idle(sequence)
+                continue
+            self.scheduler.deliver(sequence, token)
+            read.sequences.append(sequence)
+            read.tokens.append(token)
+            if logprobs:
+                read.logprobs.append(logprobs.get(row, pb.Logprobs()))
+            if token in sequence.spec.stop_token_ids or len(sequence.tokens) >= sequence.spec.max_length:
+                self.drop(sequence)
+                turn.finished.append(sequence)
+        turn.steps.append(read)

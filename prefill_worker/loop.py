@@ -1,0 +1,45 @@
+"""Prompts through the model, turn by turn: schedule a batch of chunks, launch it, read the one before.
+
+Where prompts come from and who hears of their first tokens is not known here; see engine.py for that.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from common.worker_parts import WorkerParts
+from prefill_worker.runner import FirstToken, LaunchedBatch, Runner
+from prefill_worker.scheduler import Prompt, Scheduler
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    launched_tokens: int
+    complete: list[tuple[Prompt, FirstToken]]  # prompts whose blocks are the caller's from now on
+
+
+class PrefillLoop:
+    def __init__(self, parts: WorkerParts, runner: Runner, max_batch_tokens: int) -> None:
+        self.scheduler = Scheduler(parts.blocks, parts.pool.layout.block_size, max_batch_tokens)
+        self.busy = False  # whether the last turn had something to do, so that the next one may, too
+        self._runner = runner
+        self._in_flight: deque[LaunchedBatch] = deque()
+        # On a GPU the next batch is launched before the first tokens of this one are read.
+        self._batches_ahead = 1 if parts.device.type == "cuda" else 0
+
+    def turn(self) -> Turn:
+        chunks = self.scheduler.schedule()
+        if chunks:
+            self._in_flight.append(self._runner.launch(chunks))
+        complete: list[tuple[Prompt, FirstToken]] = []
+        if len(self._in_flight) > (self._batches_ahead if chunks else 0):
+            complete += self._read(self._in_flight.popleft())
+        self.busy = bool(chunks or self._in_flight)
+        return Turn(sum(chunk.end - chunk.start for chunk in chunks), complete)
+
+    def _read(self, batch: LaunchedBatch) -> Iterator[tuple[Prompt, FirstToken]]:
+        first_tokens = iter(batch.first_tokens())
+        for chunk in batch.chunks:
+            first = next(first_tokens) if chunk.is_last else None
+            if self.scheduler.finish(chunk) and first is not None:
+                yield chunk.prompt, first

@@ -18,7 +18,7 @@ from kernels.attention import PrefillAttention
 
 _LOG2_E = 1.4426950408889634
 _MAX_SPLITS = 64
-_PROGRAMS_PER_SM = 8  # decode programs wanted for each SM: several waves, so that the last one costs little
+_PROGRAMS_PER_SM = 2  # decode programs wanted for each SM; more would be more parts to merge
 _MIN_SPAN = 64  # keys below which another split costs more than it hides
 _MAX_MERGES = 1 << 15  # (sequence, KV head) pairs that may be split
 
@@ -160,7 +160,7 @@ def _decode_tile(head_dim: int, dtype: torch.dtype) -> tuple[int, int, int]:
     """Keys a step, warps, and pipeline stages of the decode kernel."""
     if dtype == torch.float32:
         return (32, 4, 2) if head_dim <= 128 else (16, 4, 2)
-    return (64, 4, 3) if head_dim <= 128 else (32, 4, 3)
+    return (32, 2, 3) if head_dim <= 128 else (32, 4, 3)
 
 
 def decode_attention(

@@ -57,11 +57,11 @@ def _chunk_kernel(
     TILES: tl.constexpr,
 ):
     """maxima and sums [B, chunks]: a chunk's largest logit, and its sum of exp((logit - largest) / temperature)."""
-    row = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64)
     heat = tl.load(temperature + row)
     scale = _exponent_scale(heat)
     for tile in tl.range(0, TILES):
-        chunk = (tl.program_id(0) * TILES + tile) * ROWS + tl.arange(0, ROWS)
+        chunk = (tl.program_id(1) * TILES + tile) * ROWS + tl.arange(0, ROWS)
         token = chunk[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
         logit = tl.load(logits + row * stride + token, mask=token < vocab, other=float("-inf")).to(tl.float32)
         largest = tl.max(logit, axis=1)
@@ -386,7 +386,7 @@ def sample(
     values = torch.empty((batch, _CANDIDATES), dtype=torch.float32, device=device)
     tokens = torch.empty((batch, _CANDIDATES), dtype=torch.int32, device=device)
     tiles = 1 if batch < 64 else 4
-    _chunk_kernel[(triton.cdiv(chunks, _TILE_CHUNKS * tiles), batch)](
+    _chunk_kernel[(batch, triton.cdiv(chunks, _TILE_CHUNKS * tiles))](
         logits,
         temperature,
         maxima,

@@ -164,7 +164,10 @@ def check_sample(
             for running in (wide, narrow)
         ]
         assert any(near), f"row {row}: took {token}, not {expected[row]}"
-    assert (actual != expected).float().mean() < 0.02
+    # the reference rounds too: where a token's share is as small as what sums lose, its neighbour is drawn now and then
+    shares = (logits.double() / temperature.double().clamp(min=1e-6)[:, None]).softmax(-1)
+    drawn_share = float(shares.square().sum(-1).mean())
+    assert (actual != expected).float().mean() < 0.02 + 1e-6 / drawn_share
     return actual
 
 

@@ -11,6 +11,7 @@ import torch
 from common import fingerprint, model_config, model_files, weights
 from common.block_pool import BlockPool
 from common.config import WorkerConfig
+from common.cpu_memory import keep_freed_memory
 from common.kv_pool import KvLayout, KvPool, view
 from common.model import Model
 from common.model_config import ModelConfig, ModelError
@@ -77,6 +78,8 @@ def load(config: WorkerConfig, role: "inference_pb2.WorkerRole.ValueType", max_b
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     device = choose_device(config.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     directory = model_files.resolve(config.model)
     model = model_config.load_config(directory, config.max_length)
     dtype = choose_dtype(config.dtype, model, device)

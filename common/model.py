@@ -31,31 +31,28 @@ class Model:
         """Runs T tokens, of any number of sequences, through all layers.
 
         tokens, positions [T] int32 or int64; slots [T] int32 or int64, where each token's K and V go in `pool` (block *
-        block_size + offset; -1: nowhere). Returns [T, H], final norm applied.
+        block_size + offset; -1: nowhere). Returns [T, H], before the final norm.
         """
         config, weights, ops = self.config, self._weights, self._ops
         eps = config.rms_norm_eps
-        residual = F.embedding(tokens, weights.embedding)
-        normed = ops.rms_norm(residual, weights.layers[0].attention_norm, eps)
-        next_norms = [layer.attention_norm for layer in weights.layers[1:]] + [weights.norm]
-        for index, (layer, next_norm) in enumerate(zip(weights.layers, next_norms, strict=True)):
+        hidden = F.embedding(tokens, weights.embedding)
+        for index, layer in enumerate(weights.layers):
             key_cache, value_cache = pool.layer(index)
-            qkv = F.linear(normed, layer.qkv, layer.qkv_bias)
+            qkv = ops.norm_linear(hidden, layer.attention_norm, eps, layer.qkv, layer.qkv_bias)
             q, k, v = ops.rope_write_kv(
                 qkv, positions, self._cos_sin, slots, key_cache, value_cache, layer.q_norm, layer.k_norm, eps
             )
             attended = attend(q, k, v, key_cache, value_cache).flatten(1)
-            normed, residual = ops.add_rms_norm(
-                F.linear(attended, layer.output, layer.output_bias), residual, layer.mlp_norm, eps
-            )
-            activated = ops.silu_mul(F.linear(normed, layer.gate_up))
-            normed, residual = ops.add_rms_norm(F.linear(activated, layer.down), residual, next_norm, eps)
-        return normed
+            hidden = ops.add_linear(hidden, attended, layer.output, layer.output_bias)
+            activated = ops.norm_gated_linear(hidden, layer.mlp_norm, eps, layer.gate_up)
+            hidden = ops.add_linear(hidden, activated, layer.down, None)
+        return hidden
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [N, H] -> [N, V], in the model's dtype."""
-        return F.linear(hidden, self._weights.lm_head)
+        """hidden [N, H], of what `forward` returned -> [N, V], in the model's dtype."""
+        weights = self._weights
+        return self._ops.norm_linear(hidden, weights.norm, self.config.rms_norm_eps, weights.lm_head, None)
 
 
 def rotary_table(config: ModelConfig) -> Tensor:

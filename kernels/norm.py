@@ -14,12 +14,3 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return torch.nn.functional.rms_norm(x, weight.shape, weight, eps)
     wide = x.float()
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
-
-
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """`rms_norm` of the residual stream after `x` has joined it.
-
-    x, residual [T, H]; weight [H]; one dtype. Returns (rms_norm(x + residual), x + residual).
-    """
-    residual = residual + x
-    return rms_norm(residual, weight, eps), residual

@@ -9,7 +9,7 @@ import structlog
 import torch
 from torch import Tensor
 
-from kernels import activation, attention, norm, rope, sampling
+from kernels import attention, linear, rope, sampling, step
 from kernels.attention import PrefillAttention
 
 
@@ -45,29 +45,33 @@ class Sample(Protocol):
 class Ops:
     """Functions of one meaning and signature on every device; their references say what they do."""
 
-    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
-    add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
-    silu_mul: Callable[[Tensor], Tensor]
+    norm_linear: Callable[[Tensor, Tensor, float, Tensor, Tensor | None], Tensor]
+    norm_gated_linear: Callable[[Tensor, Tensor, float, Tensor], Tensor]
+    add_linear: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
     rope_write_kv: RopeWriteKv
     prefill_attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, PrefillAttention, float], Tensor]
     decode_attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
     sample: Sample
+    locate: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
+    advance: Callable[[Tensor, Tensor, Tensor], None]
 
 
 REFERENCE = Ops(
-    rms_norm=norm.rms_norm,
-    add_rms_norm=norm.add_rms_norm,
-    silu_mul=activation.silu_mul,
+    norm_linear=linear.norm_linear,
+    norm_gated_linear=linear.norm_gated_linear,
+    add_linear=linear.add_linear,
     rope_write_kv=rope.rope_write_kv,
     prefill_attention=attention.prefill_attention,
     decode_attention=attention.decode_attention,
     sample=sampling.sample,
+    locate=step.locate,
+    advance=step.advance,
 )
 
 
 def select(device: torch.device) -> Ops:
-    """The fastest functions for `device`: the references on a CPU; on CUDA, Triton's, with flash-attn for prefill where
-    it is installed."""
+    """The fastest functions for `device`: the references on a CPU; on CUDA, Triton's, with flash-attn for prefill after
+    cached context where it is installed."""
     ops = REFERENCE if device.type == "cpu" else _cuda()
     structlog.get_logger().info(
         "kernels chosen", **{name: getattr(ops, name).__module__ for name in Ops.__dataclass_fields__}
@@ -77,7 +81,7 @@ def select(device: torch.device) -> Ops:
 
 def _cuda() -> Ops:
     # imported here: none of this exists on a machine without a GPU
-    from kernels import triton_activation, triton_attention, triton_norm, triton_rope, triton_sampling
+    from kernels import triton_attention, triton_linear, triton_rope, triton_sampling, triton_step
 
     prefill_attention = triton_attention.prefill_attention
     if importlib.util.find_spec("flash_attn"):
@@ -85,11 +89,13 @@ def _cuda() -> Ops:
 
         prefill_attention = flash.prefill_attention
     return Ops(
-        rms_norm=triton_norm.rms_norm,
-        add_rms_norm=triton_norm.add_rms_norm,
-        silu_mul=triton_activation.silu_mul,
+        norm_linear=triton_linear.norm_linear,
+        norm_gated_linear=triton_linear.norm_gated_linear,
+        add_linear=triton_linear.add_linear,
         rope_write_kv=triton_rope.rope_write_kv,
         prefill_attention=prefill_attention,
         decode_attention=triton_attention.decode_attention,
         sample=triton_sampling.sample,
+        locate=triton_step.locate,
+        advance=triton_step.advance,
     )

@@ -6,14 +6,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.triton_launch import dependent, wait_for_previous
+
 _BLOCK = 1024
 
 
 @triton.jit
-def _silu_mul_kernel(gate_up, out, stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def _silu_mul_kernel(gate_up, out, stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < WIDTH
+    wait_for_previous(DEPENDENT)
     gate = tl.load(gate_up + row * stride + column, mask=inside, other=0.0)
     up = tl.load(gate_up + row * stride + WIDTH + column, mask=inside, other=0.0)
     wide = gate.to(tl.float32)
@@ -27,5 +30,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     out = torch.empty((rows, width), dtype=gate_up.dtype, device=gate_up.device)
     if rows:
         grid = (rows, triton.cdiv(width, _BLOCK))
-        _silu_mul_kernel[grid](gate_up, out, gate_up.stride(0), WIDTH=width, BLOCK=_BLOCK, num_warps=4)
+        _silu_mul_kernel[grid](
+            gate_up, out, gate_up.stride(0), WIDTH=width, BLOCK=_BLOCK, num_warps=4, **dependent(gate_up.device)
+        )
     return out

@@ -7,20 +7,19 @@ are few sequences (Dao et al., "Flash-Decoding", 2023) and the last of them to f
 one launch: a graph of decode steps at batch 1 is mostly launches.
 """
 
-from functools import lru_cache
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernels.attention import PrefillAttention
+from kernels.triton_launch import MAX_ARRIVALS, arrivals, dependent, multiprocessors, wait_for_previous
 
 _LOG2_E = 1.4426950408889634
 _MAX_SPLITS = 64
 _PROGRAMS_PER_SM = 2  # decode programs wanted for each SM; more would be more parts to merge
 _MIN_SPAN = 64  # keys below which another split costs more than it hides
-_MAX_MERGES = 1 << 15  # (sequence, KV head) pairs that may be split
+_MERGED = 16  # splits whose parts are merged at a time
 
 
 @triton.jit
@@ -33,7 +32,7 @@ def _decode_kernel(
     out,
     parts,
     part_scales,
-    arrivals,
+    arrived,
     scale,
     q_stride_sequence,
     q_stride_head,
@@ -51,6 +50,8 @@ def _decode_kernel(
     SPLITS: tl.constexpr,
     MIN_SPAN: tl.constexpr,
     STAGES: tl.constexpr,
+    MERGED: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """The GROUP query heads of one KV head (rows of a matrix product, padded to ROWS) over one split of the keys."""
     kv_head = tl.program_id(0)
@@ -65,6 +66,10 @@ def _decode_kernel(
     span = tl.maximum(tl.cdiv(tl.cdiv(length, SPLITS), TILE) * TILE, MIN_SPAN)
     start = split * span
     end = tl.minimum(start + span, length)
+    table = block_tables + sequence * table_stride
+    token = start + tl.arange(0, TILE)
+    block = tl.load(table + token // BLOCK_SIZE, mask=token < end, other=0)
+    wait_for_previous(DEPENDENT)
     if start >= end:
         if split == 0:
             tl.store(out_at, tl.zeros((ROWS, LANES), out.dtype.element_ty), mask=whole)
@@ -72,15 +77,12 @@ def _decode_kernel(
 
     query_at = q + sequence * q_stride_sequence + (kv_head * GROUP + row)[:, None] * q_stride_head + lane[None, :]
     query = tl.load(query_at, mask=whole, other=0.0)
-    table = block_tables + sequence * table_stride
     keys = key_cache + kv_head * cache_stride_head
     values = value_cache + kv_head * cache_stride_head
     largest = tl.full((ROWS,), float("-inf"), tl.float32)
     # summed over the tile only at the end: one reduction between warps less in every step
     weight_sum = tl.zeros((ROWS, TILE), tl.float32)
     total = tl.zeros((ROWS, LANES), tl.float32)
-    token = start + tl.arange(0, TILE)
-    block = tl.load(table + token // BLOCK_SIZE, mask=token < end, other=0)
     for first in tl.range(start, end, TILE, num_stages=STAGES):
         token = first + tl.arange(0, TILE)
         inside = token < end
@@ -114,44 +116,38 @@ def _decode_kernel(
         tl.store(part_scales + part_rows, largest + tl.log2(normaliser), mask=row < GROUP)
         # all threads' parts are written before the release by the thread that counts; the last one acquires them all
         tl.debug_barrier()
-        arrived = tl.atomic_add(arrivals + pair, 1, sem="acq_rel")
-        if arrived == live - 1:
-            tl.store(arrivals + pair, 0)
-            other = tl.arange(0, SPLITS)
-            is_live = other < live
-            for member in tl.range(0, GROUP):
-                rows = (pair * SPLITS + other) * GROUP + member
+        if tl.atomic_add(arrived + pair, 1, sem="acq_rel") == live - 1:
+            tl.store(arrived + pair, 0)
+            every = tl.arange(0, SPLITS)
+            for member in tl.static_range(GROUP):
+                scales_at = part_scales + pair * (SPLITS * GROUP) + member
+                parts_at = parts + (pair * (SPLITS * GROUP) + member) * HEAD_DIM + lane[None, :]
                 # .cg: from L2, where the other programs' writes are
-                scales = tl.load(part_scales + rows, mask=is_live, other=float("-inf"), cache_modifier=".cg")
-                shares = tl.exp2(scales - tl.max(scales))
-                mask = is_live[:, None] & (lane < HEAD_DIM)[None, :]
-                part = tl.load(
-                    parts + rows[:, None] * HEAD_DIM + lane[None, :], mask=mask, other=0.0, cache_modifier=".cg"
+                scales = tl.load(
+                    scales_at + every * GROUP, mask=every < live, other=float("-inf"), cache_modifier=".cg"
                 )
-                merged = tl.sum(part * shares[:, None], axis=0) / tl.sum(shares)
+                top = tl.max(scales)
+                merged = tl.zeros((LANES,), tl.float32)
+                for first in tl.range(0, live, MERGED):
+                    other = first + tl.arange(0, MERGED)
+                    mask = (other < live)[:, None] & (lane < HEAD_DIM)[None, :]
+                    part = tl.load(
+                        parts_at + other[:, None] * (GROUP * HEAD_DIM), mask=mask, other=0.0, cache_modifier=".cg"
+                    )
+                    part_scale = tl.load(
+                        scales_at + other * GROUP, mask=other < live, other=float("-inf"), cache_modifier=".cg"
+                    )
+                    merged += tl.sum(part * tl.exp2(part_scale - top)[:, None], axis=0)
+                merged = merged / tl.sum(tl.exp2(scales - top))
                 head = sequence * KV_HEADS * GROUP + kv_head * GROUP + member
                 tl.store(out + head * HEAD_DIM + lane, merged.to(out.dtype.element_ty), mask=lane < HEAD_DIM)
 
 
-@lru_cache
-def _multiprocessors(device: torch.device) -> int:
-    if device.type == "cpu":  # Triton's interpreter
-        return 4
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-@lru_cache
-def _arrivals(device: torch.device) -> Tensor:
-    """Counters that are zero between launches. One set for a device: its decode attention runs on one stream at a
-    time. Made on the first call, which must not be inside a graph's capture (compilation cannot be either)."""
-    return torch.zeros(_MAX_MERGES, dtype=torch.int32, device=device)
-
-
-def _splits(pairs: int, max_tokens: int, multiprocessors: int) -> int:
+def _splits(pairs: int, max_tokens: int, device: torch.device) -> int:
     """Programs for each (sequence, KV head) pair, a power of two, of which short sequences use only a part."""
-    wanted = triton.cdiv(_PROGRAMS_PER_SM * multiprocessors, pairs)
+    wanted = triton.cdiv(_PROGRAMS_PER_SM * multiprocessors(device), pairs)
     useful = triton.cdiv(max_tokens, _MIN_SPAN)
-    if pairs > _MAX_MERGES:
+    if pairs > MAX_ARRIVALS:
         return 1
     return int(triton.next_power_of_2(max(1, min(wanted, useful, _MAX_SPLITS))))
 
@@ -174,14 +170,13 @@ def decode_attention(
     group = num_heads // num_kv_heads
     tile, warps, stages = _decode_tile(head_dim, q.dtype)
     pairs = batch * num_kv_heads
-    splits = _splits(pairs, block_tables.shape[1] * block_size, _multiprocessors(q.device))
+    splits = _splits(pairs, block_tables.shape[1] * block_size, q.device)
     out = torch.empty((batch, num_heads, head_dim), dtype=q.dtype, device=q.device)
     if splits > 1:
         parts = torch.empty((pairs, splits, group, head_dim), dtype=torch.float32, device=q.device)
         part_scales = torch.empty((pairs, splits, group), dtype=torch.float32, device=q.device)
-        arrivals = _arrivals(q.device)
     else:
-        parts = part_scales = arrivals = out  # not touched
+        parts = part_scales = out  # not touched
     _decode_kernel[(num_kv_heads, splits, batch)](
         q,
         key_cache,
@@ -191,7 +186,7 @@ def decode_attention(
         out,
         parts,
         part_scales,
-        arrivals,
+        arrivals(q.device),
         scale * _LOG2_E,
         q.stride(0),
         q.stride(1),
@@ -207,7 +202,9 @@ def decode_attention(
         SPLITS=splits,
         MIN_SPAN=max(tile, _MIN_SPAN),
         STAGES=stages,
+        MERGED=min(splits, _MERGED),
         num_warps=warps,
+        **dependent(q.device),
     )
     return out
 
@@ -295,6 +292,7 @@ def _prefill_kernel(
     TILE: tl.constexpr,
     PAGED: tl.constexpr,
     STAGES: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """QUERIES tokens of one head of one sequence."""
     head = tl.program_id(1)
@@ -305,6 +303,7 @@ def _prefill_kernel(
     kv_len = tl.load(cu_kv_lens + sequence + 1) - kv_start
     # the tiles that see the most keys start first
     first_query = (tl.num_programs(0) - 1 - tl.program_id(0)) * QUERIES
+    wait_for_previous(DEPENDENT)
     if first_query >= query_len:
         return
 
@@ -385,5 +384,6 @@ def prefill_attention(
         PAGED=paged,
         STAGES=stages,
         num_warps=warps,
+        **dependent(q.device),
     )
     return out

@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.triton_launch import dependent, wait_for_previous
+
 _HEADS = 8  # heads of one token that a program handles
 
 
@@ -29,6 +31,7 @@ def _rope_write_kernel(
     NORM: tl.constexpr,
     HEADS: tl.constexpr,
     LANES: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
@@ -40,6 +43,7 @@ def _rope_write_kernel(
 
     low_at = qkv + (token * (Q_HEADS + 2 * KV_HEADS) + head[:, None]) * (2 * HALF) + lane[None, :]
     high_at = low_at + HALF
+    wait_for_previous(DEPENDENT)
     low = tl.load(low_at, mask=exists, other=0.0)
     high = tl.load(high_at, mask=exists, other=0.0)
     position = tl.load(positions + token).to(tl.int64)
@@ -111,6 +115,7 @@ def rope_write_kv(
             HEADS=_HEADS,
             LANES=triton.next_power_of_2(head_dim // 2),
             num_warps=4,
+            **dependent(qkv.device),
         )
     q, k, v = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
     return q, k, v

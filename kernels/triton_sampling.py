@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.triton_launch import dependent, wait_for_previous
+
 _CHUNK = 512
 _TILE_CHUNKS = 4  # chunks a program of the first launch reads at a time
 _GATHER = 16  # chunks the second launch reads at a time
@@ -55,9 +57,11 @@ def _chunk_kernel(
     CHUNK: tl.constexpr,
     ROWS: tl.constexpr,
     TILES: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """maxima and sums [B, chunks]: a chunk's largest logit, and its sum of exp((logit - largest) / temperature)."""
     row = tl.program_id(0).to(tl.int64)
+    wait_for_previous(DEPENDENT)
     heat = tl.load(temperature + row)
     scale = _exponent_scale(heat)
     for tile in tl.range(0, TILES):
@@ -242,12 +246,14 @@ def _draw_kernel(
     CHUNKS: tl.constexpr,
     GATHER: tl.constexpr,
     CANDIDATES: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """One row's token. hits [B, chunks] int32, values and tokens [B, CANDIDATES] are scratch; sums is overwritten."""
     row = tl.program_id(0).to(tl.int64)
     row_logits = logits + row * stride
     chunk = tl.arange(0, CHUNKS)
     offset = tl.arange(0, CHUNK)
+    wait_for_previous(DEPENDENT)
     maximum = tl.load(maxima + row * chunks + chunk, mask=chunk < chunks, other=float("-inf"))
     largest = tl.max(maximum)
     heat = tl.load(temperature + row)
@@ -398,6 +404,7 @@ def sample(
         ROWS=_TILE_CHUNKS,
         TILES=tiles,
         num_warps=4,
+        **dependent(device),
     )
     _draw_kernel[(batch,)](
         logits,
@@ -421,5 +428,6 @@ def sample(
         GATHER=_GATHER,
         CANDIDATES=_CANDIDATES,
         num_warps=8,
+        **dependent(device),
     )
     return out

@@ -7,6 +7,7 @@ from torch import Tensor
 if not torch.cuda.is_available():  # importing the kernels here would keep tests/kernels from interpreting them
     pytest.skip("no CUDA device: torch.cuda.is_available() is False", allow_module_level=True)
 
+from kernels import triton_attention, triton_launch, triton_linear, triton_sampling
 from tests.kernels import checks
 from tests.kernels.inputs import DEVICE, assert_close, causal_attention, paged, randn
 
@@ -18,15 +19,72 @@ VOCAB = 151_936
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 64, 8192])
 @pytest.mark.parametrize("width", [576, 1024, 4096, 8192])
-def test_norms(rows: int, width: int, dtype: torch.dtype) -> None:
+def test_rms_norm(rows: int, width: int, dtype: torch.dtype) -> None:
     checks.check_rms_norm(rows, width, dtype)
-    checks.check_add_rms_norm(rows, width, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "width"), [(1, 1536), (256, 3072), (2048, 14_336)])
 def test_silu_mul(rows: int, width: int, dtype: torch.dtype) -> None:
     checks.check_silu_mul(rows, width, dtype)
+
+
+# (outputs, inputs): qkv, output, down and lm_head of SmolLM2, Qwen3-0.6B and Llama-3.1-8B, and Qwen2-1.5B's qkv
+LINEARS = [(960, 576), (576, 1536), (4096, 1024), (1024, 3072), (6144, 4096), (4096, 14_336), (2048, 1536)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 3, 16, 64, 100, 300])
+@pytest.mark.parametrize(("outputs", "inputs"), LINEARS)
+def test_linear(rows: int, outputs: int, inputs: int, dtype: torch.dtype) -> None:
+    checks.check_linear(rows, outputs, inputs, (outputs, inputs) == (2048, 1536), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 3, 16, 64, 100, 300])
+@pytest.mark.parametrize(("intermediate", "inputs"), [(1536, 576), (3072, 1024), (14_336, 4096)])
+def test_norm_gated_linear(rows: int, intermediate: int, inputs: int, dtype: torch.dtype) -> None:
+    checks.check_norm_gated_linear(rows, intermediate, inputs, dtype)
+
+
+def test_logits_of_many_tokens() -> None:
+    checks.check_linear(1, VOCAB, 1024, False, torch.bfloat16)
+
+
+def test_step() -> None:
+    checks.check_step(300, 16)
+
+
+def test_kernels_that_start_early_wait_for_what_they_read() -> None:
+    """A chain of short kernels, each reading what the one before wrote: the same tokens' values whether or not a kernel
+    may start before the one before it has ended."""
+    hidden, intermediate, tokens = 1024, 3072, (1, 3, 40)
+    norm = randn(hidden, dtype=torch.bfloat16, seed=1)
+    gate_up = randn(2 * intermediate, hidden, dtype=torch.bfloat16, seed=2).mul_(hidden**-0.5)
+    down = randn(hidden, intermediate, dtype=torch.bfloat16, seed=3).mul_(intermediate**-0.5)
+
+    def run(start: Tensor) -> Tensor:
+        residual = start.clone()
+        for _ in range(50):
+            activated = triton_linear.norm_gated_linear(residual, norm, 1e-6, gate_up)
+            residual = triton_linear.add_linear(residual, activated, down, None)
+        return residual
+
+    for rows in tokens:
+        start = randn(rows, hidden, dtype=torch.bfloat16, seed=rows)
+        run(start)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            early = run(start)
+        triton_launch.enabled = False
+        try:
+            in_order = run(start)
+        finally:
+            triton_launch.enabled = True
+        for _ in range(20):
+            early.fill_(torch.nan)
+            graph.replay()
+            assert torch.equal(early, in_order)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -50,7 +108,7 @@ def test_decode_attention_lengths(lengths: tuple[int, ...]) -> None:
 
 def test_decode_attention_in_a_graph_follows_lengths() -> None:
     """Captured once; lengths and tables change between replays, also from one split to many."""
-    decode = checks.triton_attention.decode_attention
+    decode = triton_attention.decode_attention
     caches = paged((3000, 700), 8, 128, 16, torch.bfloat16)
     q = randn(2, 16, 128, dtype=torch.bfloat16)
     seq_lens = torch.tensor([3000, 700], dtype=torch.int32, device=DEVICE)
@@ -151,13 +209,13 @@ def test_sample(
     columns = sampling_columns(batch, temperature, top_k, top_p, min_p)
     together = checks.check_sample(logits, *columns)
     last = batch - 1
-    alone = checks.triton_sampling.sample(logits[last:], *(column[last:] for column in columns))
+    alone = triton_sampling.sample(logits[last:], *(column[last:] for column in columns))
     assert int(alone) == int(together[last])
 
 
 def test_draws_follow_the_distribution() -> None:
     draws = 100_000
     logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]], device=DEVICE).expand(draws, 4).contiguous()
-    taken = checks.triton_sampling.sample(logits, *sampling_columns(draws, 1.0, 0, 1.0, 0.0)).long()
+    taken = triton_sampling.sample(logits, *sampling_columns(draws, 1.0, 0, 1.0, 0.0)).long()
     shares = torch.bincount(taken, minlength=4).float() / draws
     assert torch.allclose(shares, logits[0].softmax(-1), atol=0.01)

@@ -13,15 +13,19 @@ from torch import Tensor
 
 from kernels import (
     activation,
+    linear,
     norm,
     rope,
     sampling,
+    step,
     triton_activation,
     triton_attention,
     triton_gather,
+    triton_linear,
     triton_norm,
     triton_rope,
     triton_sampling,
+    triton_step,
 )
 from tests.kernels.inputs import DEVICE, INTERPRETED, assert_close, causal_attention, paged, prefill_batch, randn
 
@@ -41,13 +45,52 @@ def check_rms_norm(rows: int, width: int, dtype: torch.dtype) -> None:
     assert_close(triton_norm.rms_norm(x, weight, 1e-5), norm.rms_norm(x.double(), weight.double(), 1e-5))
 
 
-def check_add_rms_norm(rows: int, width: int, dtype: torch.dtype) -> None:
-    x, residual = randn(rows, width, dtype=dtype, seed=1), randn(rows, width, dtype=dtype, seed=3)
-    weight = randn(width, dtype=dtype, seed=2)
-    poison(x.numel(), dtype)
-    normed, summed = triton_norm.add_rms_norm(x, residual, weight, 1e-5)
-    assert_close(summed, x.double() + residual.double())
-    assert_close(normed, norm.rms_norm(summed.double(), weight.double(), 1e-5))
+def check_linear(rows: int, outputs: int, inputs: int, with_bias: bool, dtype: torch.dtype) -> None:
+    """norm_linear and add_linear. x is a part of wider rows."""
+    x = randn(rows, inputs + 16, dtype=dtype, seed=1)[:, :inputs]
+    weight = randn(outputs, inputs, dtype=dtype, seed=2).div_(inputs**0.5)
+    scale = randn(inputs, dtype=dtype, seed=3)
+    bias = randn(outputs, dtype=dtype, seed=4) if with_bias else None
+    wide_bias = None if bias is None else bias.double()
+    poison(rows * outputs, dtype)
+    actual = triton_linear.norm_linear(x, scale, 1e-5, weight, bias)
+    assert_close(actual, linear.norm_linear(x.double(), scale.double(), 1e-5, weight.double(), wide_bias))
+
+    residual = randn(rows, outputs, dtype=dtype, seed=5)
+    expected = linear.add_linear(residual.double(), x.double(), weight.double(), wide_bias)
+    actual = triton_linear.add_linear(residual, x, weight, bias)
+    assert actual.data_ptr() == residual.data_ptr()
+    assert_close(actual, expected)
+
+
+def check_norm_gated_linear(rows: int, intermediate: int, inputs: int, dtype: torch.dtype) -> None:
+    x = randn(rows, inputs, dtype=dtype, seed=1)
+    gate_up = randn(2 * intermediate, inputs, dtype=dtype, seed=2).div_(inputs**0.5)
+    scale = randn(inputs, dtype=dtype, seed=3)
+    poison(rows * intermediate, dtype)
+    actual = triton_linear.norm_gated_linear(x, scale, 1e-5, gate_up)
+    assert_close(actual, linear.norm_gated_linear(x.double(), scale.double(), 1e-5, gate_up.double()))
+
+
+def check_step(rows: int, block_size: int) -> None:
+    """Bit for bit; every third row has no sequence."""
+    lengths = torch.arange(rows, dtype=torch.int32, device=DEVICE) * 7 % (4 * block_size)
+    lengths[2::3] = -1
+    order = torch.randperm(4 * rows, generator=torch.Generator().manual_seed(0))
+    block_tables = order.int().view(rows, 4).to(DEVICE)
+    for mine, theirs in zip(
+        triton_step.locate(lengths, block_tables, block_size),
+        step.locate(lengths, block_tables, block_size),
+        strict=True,
+    ):
+        assert mine.dtype == theirs.dtype
+        assert torch.equal(mine, theirs)
+    drawn = torch.arange(rows, dtype=torch.int32, device=DEVICE) + 100
+    tokens, expected_lengths = torch.zeros_like(drawn), lengths.clone()
+    step.advance(tokens.clone(), expected_lengths, drawn)
+    triton_step.advance(tokens, lengths, drawn)
+    assert torch.equal(tokens, drawn)
+    assert torch.equal(lengths, expected_lengths)
 
 
 def check_silu_mul(rows: int, width: int, dtype: torch.dtype) -> None:

@@ -1,4 +1,4 @@
-"""Norms, activation, and rope with the write into blocks."""
+"""Norms, activation, rope with the write into blocks, and the bookkeeping of a step."""
 
 import pytest
 import torch
@@ -10,9 +10,8 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "width"), [(1, 64), (3, 576), (5, 1024), (2, 2560)])
-def test_norms(rows: int, width: int, dtype: torch.dtype) -> None:
+def test_rms_norm(rows: int, width: int, dtype: torch.dtype) -> None:
     checks.check_rms_norm(rows, width, dtype)
-    checks.check_add_rms_norm(rows, width, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -36,3 +35,8 @@ def test_rope_write_kv(
 def test_nothing_to_do() -> None:
     checks.check_rms_norm(0, 64, torch.float32)
     checks.check_silu_mul(0, 64, torch.float32)
+
+
+@pytest.mark.parametrize(("rows", "block_size"), [(1, 16), (200, 5)])
+def test_step(rows: int, block_size: int) -> None:
+    checks.check_step(rows, block_size)

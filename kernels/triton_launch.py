@@ -1,0 +1,74 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+"""Programmatic dependent launch (CUDA C++ Programming Guide, section 6.2.1.6): a kernel's programs start while the one
+before it still runs, and wait where they need its results. It hides most of the launch between two short kernels.
+
+Rules for a kernel that is launched so: every program calls `wait_for_previous` once, before it returns, reads what
+earlier kernels wrote and writes anything; before the call it may read weights, and what a kernel at least two launches
+back wrote (the next kernel is let in only after the wait, when everything before this kernel has ended).
+"""
+
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+enabled = True  # benchmarks compare
+
+
+@lru_cache
+def _supported(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def dependent(device: torch.device) -> dict[str, bool]:
+    """Launch options of a kernel that has the constant DEPENDENT."""
+    return {"DEPENDENT": True, "launch_pdl": True} if enabled and _supported(device) else {"DEPENDENT": False}
+
+
+@lru_cache
+def multiprocessors(device: torch.device) -> int:
+    if device.type == "cpu":  # Triton's interpreter
+        return 4
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+MAX_ARRIVALS = 1 << 15
+
+
+@lru_cache
+def arrivals(device: torch.device) -> Tensor:
+    """[MAX_ARRIVALS] int32 that programs count themselves in with when the last of some merges their parts; zero
+    between launches. One set for a device: its kernels run on one stream at a time. Made on the first call, which must
+    not be inside a graph's capture (compilation cannot be either)."""
+    return torch.zeros(MAX_ARRIVALS, dtype=torch.int32, device=device)
+
+
+@triton.jit
+def wait_for_previous(DEPENDENT: tl.constexpr):
+    """Waits until all kernels before this one have ended, then lets the next one's programs start."""
+    if DEPENDENT:
+        gdc_wait()
+        gdc_launch_dependents()
+
+
+@triton.jit
+def prefetch_to_l2(address, size):
+    """Asks for `size` bytes to be brought to the L2 cache, once a program; address and size are multiples of 16."""
+    tl.inline_asm_elementwise(
+        """{
+        .reg .pred first;
+        .reg .u32 thread;
+        mov.u32 thread, %tid.x;
+        setp.eq.u32 first, thread, 0;
+        @first cp.async.bulk.prefetch.L2.global [$1], $2;
+        mov.u32 $0, 0;
+        }""",
+        "=r,l,r",
+        [address.to(tl.int64), size],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )

@@ -1,0 +1,43 @@
+"""Linear layers of few rows with what is fused into them."""
+
+import pytest
+import torch
+
+checks = pytest.importorskip("tests.kernels.checks", exc_type=ImportError)
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize(("rows", "outputs", "inputs"), [(1, 96, 1024), (3, 50, 576), (4, 33, 2112), (2, 7, 40)])
+def test_few_rows(rows: int, outputs: int, inputs: int, with_bias: bool, dtype: torch.dtype) -> None:
+    checks.check_linear(rows, outputs, inputs, with_bias, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "intermediate", "inputs"), [(1, 48, 1024), (3, 50, 576), (4, 17, 2112)])
+def test_few_rows_gated(rows: int, intermediate: int, inputs: int, dtype: torch.dtype) -> None:
+    checks.check_norm_gated_linear(rows, intermediate, inputs, dtype)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "outputs", "inputs"),
+    [(5, 96, 576), (20, 40, 1088), (70, 32, 1024)],  # the last two: parts of the inputs merged, of equal size or not
+)
+def test_tiles(rows: int, outputs: int, inputs: int, with_bias: bool) -> None:
+    checks.check_linear(rows, outputs, inputs, with_bias, torch.float16)
+
+
+@pytest.mark.parametrize(("rows", "intermediate", "inputs"), [(5, 48, 576), (40, 24, 1024)])
+def test_tiles_gated(rows: int, intermediate: int, inputs: int) -> None:
+    checks.check_norm_gated_linear(rows, intermediate, inputs, torch.float16)
+
+
+def test_left_to_the_library() -> None:
+    """More rows than the kernels are for, and inputs that tiles do not divide."""
+    checks.check_linear(130, 24, 64, True, torch.float32)
+    checks.check_linear(7, 24, 72, True, torch.float16)
+    checks.check_norm_gated_linear(130, 24, 64, torch.float32)
+    checks.check_linear(0, 24, 64, True, torch.float32)

@@ -57,6 +57,7 @@ def main(
     context: int = 1024,
     prefill_tokens: int = 8192,
     hardware_size: int = 8192,
+    dependent_launch: bool = True,
 ) -> int:
     """Measures the engine; the sizes are smaller only to try this script without a GPU.
 
@@ -65,7 +66,12 @@ def main(
     out: JSON file for the figures.
     names: models, by the names in benchmarks/gpu/models.py.
     hardware_size: rows of the matrices, and MiB / 4 of the copy, that the hardware's own rates are measured with.
+    dependent_launch: off to see what programmatic dependent launch of the Triton kernels brings.
     """
+    if not dependent_launch:
+        from kernels import triton_launch  # imports Triton, which a machine without a GPU may lack
+
+        triton_launch.enabled = False
     report = Report(out)
     where = torch.device(device)
     rates: list[Hardware] = []

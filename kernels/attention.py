@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_GATHERED_TOKENS = 2048
+_GATHERED_TOKENS = 4096
 
 
 @dataclass(frozen=True, slots=True)

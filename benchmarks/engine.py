@@ -103,9 +103,7 @@ def _against_transformers(
     )
 
 
-def _cluster(
-    loaded: LoadedModel, prompts: list[list[int]], count: int, rounds: int, threads: int
-) -> Iterator[Figure]:
+def _cluster(loaded: LoadedModel, prompts: list[list[int]], count: int, rounds: int, threads: int) -> Iterator[Figure]:
     flags = {"threads": threads, "dtype": "float32", "device": "cpu", "num-blocks": BLOCKS}
     bare, delivered = [], []
     with (
@@ -153,8 +151,7 @@ async def _delivered_rate(target: str, prompts: list[list[int]], count: int) -> 
 
 async def _arrivals(client: AsyncClient, tokens: list[int], count: int, salt: str) -> list[float]:
     times: list[float] = []
-    options = {"max_tokens": count, "temperature": 0.0, "ignore_eos": True, "cache_salt": salt}
-    async for piece in client.stream(tokens, **options):
+    async for piece in client.stream(tokens, max_tokens=count, temperature=0, ignore_eos=True, cache_salt=salt):
         times += [time.perf_counter()] * len(piece.token_ids)
     return times[1:]  # the first is the prefill worker's
 

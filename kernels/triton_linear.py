@@ -4,7 +4,7 @@ references.
 
 One to four rows: products and sums on the ordinary units. A program owns a few outputs and reads their weights, which
 lie end to end, in full; norm, gated activation, bias and residual happen on the way, so that a layer needs four
-launches of this. Up to 128 rows: tiles on the matrix units, the input split over several programs where there are too
+launches of this. Up to 64 rows: tiles on the matrix units, the input split over several programs where there are too
 few outputs for all multiprocessors, with the norm in a launch of its own. Above that the product is the library's.
 
 Either kernel asks for its weights before the kernel ahead of it has ended: they depend on nothing.
@@ -24,7 +24,9 @@ from kernels.triton_norm import rms_norm
 
 _FEW = 4  # rows
 _WARP_INPUTS = 256  # that a warp reads at a time: 16 bytes a thread
-_MAX_TILE_ROWS = 128
+_MAX_TILE_ROWS = 64
+# Elements of a weight up to which own kernels beat the library at more than one row.
+_SMALL_WEIGHT = 1 << 22
 _TILE_DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -254,8 +256,9 @@ def _few_rows(outputs: int, inputs: int, gated: bool, device: torch.device) -> F
 
 
 def _tile(rows: int, outputs: int, inputs: int, gated: bool, device: torch.device) -> Tile | None:
-    """None: the library's product is the faster one."""
-    if inputs % 64 or rows > _MAX_TILE_ROWS:
+    """None: the library's product is the faster one, as measured on an H100 for gated layers, for large weights and from
+    128 rows on (docs/kernels.md)."""
+    if inputs % 64 or rows > _MAX_TILE_ROWS or gated or outputs * inputs >= _SMALL_WEIGHT:
         return None
     step = 128 if inputs % 128 == 0 and rows <= 64 else 64
     each = 16 if gated else 32
@@ -281,7 +284,7 @@ def _launch(
     """The product of few rows with all that goes with it, or None where it is for the library."""
     rows, inputs = x.shape
     outputs = weight.shape[0] // (2 if gated else 1)
-    few = rows <= _FEW
+    few = rows <= (_FEW if weight.numel() <= _SMALL_WEIGHT else 1)
     tile = None if few else _tile(rows, outputs, inputs, gated, x.device)
     if rows == 0 or not (few or (tile is not None and x.dtype in _TILE_DTYPES)):
         return None

@@ -99,8 +99,8 @@ def test_the_next_turn_finds_the_answer_of_the_last_one() -> None:
 
 
 def test_preemption_every_few_steps() -> None:
-    asked = prompts(SOME_LENGTHS, seed=5)
-    flags = {"num-blocks": 40, "block-size": 16}
+    asked = prompts(tuple(range(30, 42)), seed=5)
+    flags = {"num-blocks": 40}  # they start with 3 blocks each and need up to 6
     with Cluster(decode_flags=flags, router_flags={"headroom-tokens": 1}) as cluster:
         answers = ask_all(cluster, asked, 48)
         cluster.assert_blocks_home()

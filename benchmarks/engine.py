@@ -15,10 +15,11 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from cyclopts import App
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 from benchmarks.gpu.cluster import Cluster
 from benchmarks.gpu.in_process import InProcess, spec
@@ -75,14 +76,14 @@ def _prompts(count: int, length: int) -> list[list[int]]:
 
 
 def _against_transformers(
-    loaded: LoadedModel, reference: PreTrainedModel, prompts: list[list[int]], count: int, rounds: int
+    loaded: LoadedModel, reference: Any, prompts: list[list[int]], count: int, rounds: int
 ) -> Iterator[Figure]:
     batch = len(prompts)
     engine = InProcess(
         worker_parts(loaded, BLOCKS), worker_parts(loaded, BLOCKS), max_batch=batch, max_batch_tokens=MAX_LENGTH
     )
     # An end-of-sequence token that no vocabulary has: every answer is `count` tokens long.
-    greedy = GenerationConfig(max_new_tokens=count, do_sample=False, pad_token_id=0, eos_token_id=1 << 30)
+    greedy = {"max_new_tokens": count, "do_sample": False, "pad_token_id": 0, "eos_token_id": 1 << 30}
     ours, theirs = [], []
     for index in range(rounds):
         salted = [spec(tokens, len(tokens) + count, temperature=0, root=bytes([index]) * 16) for tokens in prompts]
@@ -90,7 +91,7 @@ def _against_transformers(
         answers = engine.run(salted)
         ours.append(time.perf_counter() - started)
         started = time.perf_counter()
-        generated = reference.generate(torch.tensor(prompts), generation_config=greedy)
+        generated = reference.generate(torch.tensor(prompts), **greedy)
         theirs.append(time.perf_counter() - started)
         if [row[len(prompts[0]) :] for row in generated.tolist()] != answers:
             raise AssertionError("the engine's tokens are not those of transformers")

@@ -52,6 +52,7 @@ class BlockPool:
         self._newer = [num_blocks] * (num_blocks + 1)
         self._older = [num_blocks] * (num_blocks + 1)
         self._cached_count = 0
+        self._changes: dict[bytes, bool] | None = None
 
     @property
     def free_count(self) -> int:
@@ -83,6 +84,19 @@ class BlockPool:
             if name not in by_hash:
                 return hits
         return len(hashes)
+
+    def take_changes(self) -> dict[bytes, bool] | None:
+        """The hashes that became findable (True) or were forgotten (False) since the last call: the last word on each.
+
+        None where there is no such record: at the first call, and after more changes than are worth keeping. Then
+        `hashes` has all that can be found. Nothing is recorded before the first call.
+        """
+        changes, self._changes = self._changes, {}
+        return changes
+
+    def hashes(self) -> Iterable[bytes]:
+        """All hashes that can be found."""
+        return self._by_hash.keys()
 
     def match(self, hashes: Sequence[bytes]) -> list[int]:
         """The blocks of the longest run of leading `hashes` that are found, with a reference taken on each."""
@@ -126,18 +140,23 @@ class BlockPool:
 
     def _evict(self, n: int, evicted: list[int]) -> None:
         newer, hashes, by_hash = self._newer, self._hashes, self._by_hash
+        changes = self._changes
         sentinel = self.num_blocks
         block = newer[sentinel]
         for _ in range(n):
             name = hashes[block]
             assert name is not None, "a cached block has a hash"
             del by_hash[name]
+            if changes is not None:
+                changes[name] = False
             hashes[block] = None
             evicted.append(block)
             block = newer[block]
         newer[sentinel] = block
         self._older[block] = sentinel
         self._cached_count -= n
+        if changes is not None and len(changes) > sentinel:
+            self._changes = None
 
     def publish(self, block: int, hash: bytes) -> None:
         """Makes a block that is complete findable by its `hash`.
@@ -155,6 +174,8 @@ class BlockPool:
             raise ValueError(f"block {block} is already published under another hash")
         if self._by_hash.setdefault(hash, block) == block:
             self._hashes[block] = hash
+            if self._changes is not None:
+                self._changes[hash] = True
 
     def release(self, blocks: Iterable[int]) -> None:
         """Drops one reference from each of `blocks`, given in the order of their sequence.

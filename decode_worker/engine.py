@@ -3,6 +3,7 @@
 import time
 from collections import defaultdict
 
+from common.cache_report import CacheReport
 from common.lifecycle import Lifecycle
 from common.load_report import INTERVAL_SECONDS, LoadReport
 from common.sequence import sequence_from_proto
@@ -30,13 +31,16 @@ class Engine:
         self._loop = DecodeLoop(parts, runner, max_batch)
         self._scheduler = self._loop.scheduler
         self._puller = Puller(parts.pool, parts.device)
+        self._totals = inference_pb2.Totals()
 
     def run(self, lifecycle: Lifecycle) -> None:
+        cache = CacheReport(self._service, self._parts.blocks)
         load = LoadReport(self._service, self._metrics, lambda: self._load(ready=not lifecycle.draining))
         while not lifecycle.over(idle=self._idle):
             self._receive(accepting=not lifecycle.draining)
             self._finish_pulls()
             self._tell(self._loop.turn())
+            cache.send()
             load.send_if_due()
             self._service.flush()
         self._puller.close()
@@ -115,6 +119,8 @@ class Engine:
         cached = sequence.cached_blocks * layout.block_size
         self._metrics.cached_tokens.inc(cached)
         self._metrics.pulled_tokens.inc(sequence.kv_len - cached)
+        self._totals.prompt_tokens += sequence.kv_len
+        self._totals.cached_tokens += cached
         self._metrics.handover_bytes.inc((len(sequence.blocks) - sequence.cached_blocks) * layout.block_bytes)
         self._metrics.handover_seconds.observe(pulled.milliseconds / 1000)
 
@@ -129,6 +135,7 @@ class Engine:
     def _tell_tokens(self, step: StepTokens) -> None:
         self._metrics.batch_sequences.observe(len(step.sequences))
         self._metrics.output_tokens.inc(len(step.tokens))
+        self._totals.output_tokens += len(step.tokens)
         rows_of: dict[int, list[int]] = defaultdict(list)
         for row, sequence in enumerate(step.sequences):
             rows_of[sequence.connection].append(row)
@@ -154,4 +161,5 @@ class Engine:
             waiting=self._scheduler.waiting_count,
             running=self._scheduler.running_count,
             blocks=self._parts.blocks_load(reserved=self._scheduler.promised),
+            totals=self._totals,
         )

@@ -2,6 +2,7 @@
 
 import time
 
+from common.cache_report import CacheReport
 from common.lifecycle import Lifecycle
 from common.load_report import INTERVAL_SECONDS, LoadReport
 from common.sequence import sequence_from_proto
@@ -32,13 +33,16 @@ class Engine:
         self._loop = PrefillLoop(parts, runner, max_batch_tokens)
         self._scheduler = self._loop.scheduler
         self._leases = Leases(parts.blocks, lease_seconds)
+        self._totals = inference_pb2.Totals()
 
     def run(self, lifecycle: Lifecycle) -> None:
+        cache = CacheReport(self._service, self._parts.blocks)
         load = LoadReport(self._service, self._metrics, lambda: self._load(ready=not lifecycle.draining))
         while not lifecycle.over(idle=self._idle):
             self._receive(accepting=not lifecycle.draining)
             self._expire_leases()
             self._tell(self._loop.turn())
+            cache.send()
             load.send_if_due()
             self._service.flush()
 
@@ -83,6 +87,9 @@ class Engine:
     def _announce(self, prompt: Prompt, first: FirstToken) -> None:
         self._metrics.cached_tokens.inc(prompt.cached_len)
         self._metrics.computed_tokens.inc(prompt.length - prompt.cached_len)
+        self._totals.prompt_tokens += prompt.length
+        self._totals.cached_tokens += prompt.cached_len
+        self._totals.output_tokens += 1
         self._leases.grant(prompt.attempt_id, prompt.connection, prompt.blocks, time.monotonic())
         self._service.outgoing(prompt.connection).prefilled.add(
             attempt_id=prompt.attempt_id,
@@ -107,4 +114,5 @@ class Engine:
             running=self._scheduler.running_count,
             leases=len(self._leases),
             blocks=self._parts.blocks_load(reserved=0),
+            totals=self._totals,
         )

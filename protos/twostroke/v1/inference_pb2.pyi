@@ -931,10 +931,13 @@ class GetLoadResponse(_message.Message):
     QUEUED_FIELD_NUMBER: _builtins.int
     RUNNING_FIELD_NUMBER: _builtins.int
     WORKERS_FIELD_NUMBER: _builtins.int
+    ANSWERED_FIELD_NUMBER: _builtins.int
     queued: _builtins.int
     """requests that no worker has yet"""
     running: _builtins.int
     """requests that workers hold"""
+    answered: _builtins.int
+    """requests answered since the router started; each choice counts"""
     @_builtins.property
     def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerLoad]: ...
     def __init__(
@@ -943,10 +946,11 @@ class GetLoadResponse(_message.Message):
         queued: _builtins.int = ...,
         running: _builtins.int = ...,
         workers: _abc.Iterable[Global___WorkerLoad] | None = ...,
+        answered: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["queued", b"queued", "running", b"running", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answered", b"answered", "queued", b"queued", "running", b"running", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -964,6 +968,7 @@ class WorkerLoad(_message.Message):
     RUNNING_FIELD_NUMBER: _builtins.int
     LEASES_FIELD_NUMBER: _builtins.int
     BLOCKS_FIELD_NUMBER: _builtins.int
+    TOTALS_FIELD_NUMBER: _builtins.int
     address: _builtins.str
     instance: _builtins.str
     """new for every start of the worker"""
@@ -977,6 +982,8 @@ class WorkerLoad(_message.Message):
     """prefill: finished prompts whose blocks are held for a decode worker"""
     @_builtins.property
     def blocks(self) -> Global___Blocks: ...
+    @_builtins.property
+    def totals(self) -> Global___Totals: ...
     def __init__(
         self,
         *,
@@ -988,14 +995,45 @@ class WorkerLoad(_message.Message):
         running: _builtins.int = ...,
         leases: _builtins.int = ...,
         blocks: Global___Blocks | None = ...,
+        totals: Global___Totals | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "totals", b"totals"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "blocks", b"blocks", "instance", b"instance", "leases", b"leases", "ready", b"ready", "role", b"role", "running", b"running", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "blocks", b"blocks", "instance", b"instance", "leases", b"leases", "ready", b"ready", "role", b"role", "running", b"running", "totals", b"totals", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WorkerLoad: _TypeAlias = WorkerLoad  # noqa: Y015
+
+@_typing.final
+class Totals(_message.Message):
+    """Tokens since the worker's start."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    prompt_tokens: _builtins.int
+    """that it took in; of a resumed request also those it had generated before"""
+    cached_tokens: _builtins.int
+    """those of them whose KV was in its pool already"""
+    output_tokens: _builtins.int
+    """that it generated"""
+    def __init__(
+        self,
+        *,
+        prompt_tokens: _builtins.int = ...,
+        cached_tokens: _builtins.int = ...,
+        output_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "output_tokens", b"output_tokens", "prompt_tokens", b"prompt_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Totals: _TypeAlias = Totals  # noqa: Y015
 
 @_typing.final
 class Blocks(_message.Message):

@@ -449,6 +449,7 @@ class WorkerMessage(_message.Message):
     TOKENS_FIELD_NUMBER: _builtins.int
     ENDED_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
+    CACHE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___WorkerHello:
         """in the first message, alone"""
@@ -465,7 +466,11 @@ class WorkerMessage(_message.Message):
     def ended(self) -> _containers.RepeatedCompositeFieldContainer[Global___Ended]: ...
     @_builtins.property
     def load(self) -> _inference_pb2.WorkerLoad:
-        """with every change, at most a few times a second"""
+        """with every change, at most 20 times a second, and every second in any case"""
+
+    @_builtins.property
+    def cache(self) -> Global___CacheChanges:
+        """with every change"""
 
     def __init__(
         self,
@@ -477,14 +482,45 @@ class WorkerMessage(_message.Message):
         tokens: Global___StepTokens | None = ...,
         ended: _abc.Iterable[Global___Ended] | None = ...,
         load: _inference_pb2.WorkerLoad | None = ...,
+        cache: Global___CacheChanges | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["hello", b"hello", "load", b"load", "tokens", b"tokens"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "hello", b"hello", "load", b"load", "tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ended", b"ended", "hello", b"hello", "load", b"load", "prefilled", b"prefilled", "reserved", b"reserved", "started", b"started", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "ended", b"ended", "hello", b"hello", "load", b"load", "prefilled", b"prefilled", "reserved", b"reserved", "started", b"started", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WorkerMessage: _TypeAlias = WorkerMessage  # noqa: Y015
+
+@_typing.final
+class CacheChanges(_message.Message):
+    """What the worker's pool can be asked for by hash, since the last message that said so; 16 bytes a hash, packed. A hash
+    is in one of the two at most. The engine's first message to a router has a snapshot, and its load.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SNAPSHOT_FIELD_NUMBER: _builtins.int
+    PUBLISHED_FIELD_NUMBER: _builtins.int
+    DROPPED_FIELD_NUMBER: _builtins.int
+    snapshot: _builtins.bool
+    """what was known before is forgotten: `published` is all that there is"""
+    published: _builtins.bytes
+    dropped: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        snapshot: _builtins.bool = ...,
+        published: _builtins.bytes = ...,
+        dropped: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dropped", b"dropped", "published", b"published", "snapshot", b"snapshot"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CacheChanges: _TypeAlias = CacheChanges  # noqa: Y015
 
 @_typing.final
 class WorkerHello(_message.Message):

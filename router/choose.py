@@ -1,18 +1,39 @@
-"""Which pair of workers a request goes to. Whoever wants a smarter choice, say by prefix, changes the two keys here."""
+"""Which pair of workers a request goes to: where least is left to do for it, counting what the caches there hold.
+
+Between workers that are equal in this, the one whose cache holds less: it has less to lose.
+"""
 
 from collections.abc import Iterable
 
 from router.request import Request
 from router.worker import Worker
 
+# A block that decode need not pull is worth so many blocks of room. Pulls are quick, so the emptier worker would nearly
+# always win if it were one, and every prefix would end up in every pool, where it drives out others.
+HIT_WORTH = 4
+
 
 def prefill_worker(request: Request, workers: Iterable[Worker]) -> Worker | None:
-    """The one with the fewest tokens before it; None while all have enough to do."""
+    """The one with the fewest tokens to compute until this prompt is done; None while all have enough to do."""
     able = [worker for worker in workers if worker.can_hold(request.length + 1) and worker.accepts_prefill]
-    return min(able, key=lambda worker: (worker.instance in request.avoid, worker.pending_tokens), default=None)
+
+    def cost(worker: Worker) -> tuple[bool, int, int]:
+        tokens = worker.pending_tokens + worker.missing_tokens(request)
+        return worker.instance in request.avoid, tokens, len(worker.cache)
+
+    return min(able, key=cost, default=None)
 
 
 def decode_worker(request: Request, workers: Iterable[Worker], tokens: int) -> Worker | None:
-    """The one with the most room left; None while none has room for so many tokens."""
-    able = [worker for worker in workers if worker.can_hold(request.prompt.max_length) and worker.has_room(tokens)]
-    return max(able, key=lambda worker: (worker.instance not in request.avoid, worker.room), default=None)
+    """The one with the most room, found blocks counted several times; None while none has room for so many tokens."""
+    able = [
+        worker
+        for worker in workers
+        if worker.can_hold(request.prompt.max_length) and worker.has_room(worker.new_blocks(request, tokens))
+    ]
+
+    def cost(worker: Worker) -> tuple[bool, int, int]:
+        room = worker.room + HIT_WORTH * worker.cache.hits(request.block_hashes)
+        return worker.instance in request.avoid, -room, len(worker.cache)
+
+    return min(able, key=cost, default=None)

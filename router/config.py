@@ -39,6 +39,10 @@ class RouterConfig(SecurityConfig):
     worker_grace: float = 1.5
     """Seconds that requests wait for a worker of a role that has none; then they are answered with UNAVAILABLE."""
 
+    worker_silence_seconds: float = 30.0
+    """Seconds without a word from a worker's engine, which says something every second between batches, after which the
+    worker is taken for lost, and its requests go on elsewhere. Longer than the slowest batch of prompts takes."""
+
     drain_seconds: float = 10.0
     """Seconds that running requests get to finish after SIGTERM or Ctrl-C."""
 

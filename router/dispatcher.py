@@ -117,6 +117,8 @@ class Dispatcher:
                 return
 
     def _place(self, request: Request) -> bool:
+        for worker in self._workers[PREFILL][:1]:  # they are all alike in this
+            _hash_blocks(request, worker.hello)
         prefill = choose.prefill_worker(request, self._workers[PREFILL])
         if prefill is None:
             return self._wait(request, PREFILL, request.length + 1)
@@ -136,16 +138,16 @@ class Dispatcher:
             request=request,
             prefill=prefill,
             decode=decode,
-            prefill_tokens=request.length,
-            decode_blocks=decode.blocks(request.length + headroom) if decode else 0,
+            prefill_tokens=prefill.missing_tokens(request),
+            decode_blocks=decode.new_blocks(request, request.length + headroom) if decode else 0,
         )
         request.attempt = attempt
         sequence = _sequence(request, prefill.hello)
-        prefill.attempts[attempt.id] = attempt
+        prefill.begin(attempt)
         prefill.pending_tokens += attempt.prefill_tokens
         prefill.send_prefill(worker_pb2.Prefill(attempt_id=attempt.id, sequence=sequence))
         if decode is not None:
-            decode.attempts[attempt.id] = attempt
+            decode.begin(attempt)
             decode.reserve(attempt.decode_blocks)
             decode.send_reserve(worker_pb2.Reserve(attempt_id=attempt.id, sequence=sequence, headroom_tokens=headroom))
         return True
@@ -169,6 +171,9 @@ class Dispatcher:
     # ------------------------------------------------------------ from workers
 
     def worker_up(self, worker: Worker) -> None:
+        """It said hello, and how it is: one that is draining already gets nothing."""
+        if not worker.load.ready:
+            return
         was_ready = self.ready
         self._workers[worker.role].append(worker)
         if not was_ready and self.ready:
@@ -187,6 +192,9 @@ class Dispatcher:
         self.dispatch()
 
     def received(self, worker: Worker, message: worker_pb2.WorkerMessage) -> None:
+        worker.report(message)
+        if not worker.load.ready:
+            self._retire(worker)
         for prefilled in message.prefilled:
             self._prefilled(worker, prefilled)
         for reserved in message.reserved:
@@ -197,9 +205,7 @@ class Dispatcher:
             fan_out(worker.decoding, message.tokens)
         for ended in message.ended:
             self._ended(worker, ended)
-        if message.HasField("load"):
-            worker.report(message.load)
-        if self._queue:
+        if self._queue and (message.reserved or message.prefilled or message.ended or message.HasField("load")):
             self.dispatch()
 
     def _prefilled(self, worker: Worker, prefilled: worker_pb2.Prefilled) -> None:
@@ -232,7 +238,7 @@ class Dispatcher:
         attempt.request.timing.reserved_ms += 1000 * (time.monotonic() - attempt.dispatched_at)
         if reserved.refused:
             attempt.decode = None
-            del worker.attempts[attempt.id]
+            worker.end(attempt)
             self._close(attempt)
             self._requeue(attempt.request)
             return
@@ -293,7 +299,7 @@ class Dispatcher:
         worker, attempt.prefill = attempt.prefill, None
         if worker is None:
             return
-        del worker.attempts[attempt.id]
+        worker.end(attempt)
         if attempt.prefilled is None:
             worker.pending_tokens -= attempt.prefill_tokens
         if tell:
@@ -303,8 +309,7 @@ class Dispatcher:
         worker, attempt.decode = attempt.decode, None
         if worker is None:
             return
-        del worker.attempts[attempt.id]
-        worker.decoding.pop(attempt.id, None)
+        worker.end(attempt)
         if not attempt.reserved:
             worker.reserve_answered(attempt.decode_blocks, refused=False)
         worker.give_back(attempt.decode_blocks)
@@ -386,21 +391,28 @@ class Dispatcher:
         return CallError(grpc.StatusCode.UNAVAILABLE, sentence)
 
 
-def _sequence(request: Request, hello: worker_pb2.WorkerHello) -> worker_pb2.Sequence:
-    """Hashes only the blocks that no earlier attempt had."""
-    tokens = (*request.prompt.token_ids, *request.output)
+def _hash_blocks(request: Request, hello: worker_pb2.WorkerHello) -> None:
+    """Hashes the blocks that were not hashed before: all at first, then those with the tokens of the last attempt."""
     block_size = hello.pool.layout.block_size
-    root = prefix_hash.cache_root(hello.fingerprint, request.prompt.cache_salt)
     hashes = request.block_hashes
-    parent = hashes[-1] if hashes else root
-    hashes += prefix_hash.block_hashes(parent, tokens[len(hashes) * block_size :], block_size)
+    if len(hashes) < request.length // block_size:
+        tokens = (*request.prompt.token_ids, *request.output)
+        parent = hashes[-1] if hashes else _cache_root(request, hello)
+        hashes += prefix_hash.block_hashes(parent, tokens[len(hashes) * block_size :], block_size)
+
+
+def _cache_root(request: Request, hello: worker_pb2.WorkerHello) -> bytes:
+    return prefix_hash.cache_root(hello.fingerprint, request.prompt.cache_salt)
+
+
+def _sequence(request: Request, hello: worker_pb2.WorkerHello) -> worker_pb2.Sequence:
     return worker_pb2.Sequence(
-        token_ids=tokens,
+        token_ids=(*request.prompt.token_ids, *request.output),
         prompt_length=len(request.prompt.token_ids),
-        block_hashes=b"".join(hashes),
+        block_hashes=b"".join(request.block_hashes),
         sampling=request.sampling,
         max_length=request.prompt.max_length,
         min_length=request.prompt.min_length,
         stop_token_ids=sorted(request.prompt.stop_token_ids),
-        cache_root=root,
+        cache_root=_cache_root(request, hello),
     )

@@ -37,6 +37,7 @@ class Registry:
         self._named += [(address, DECODE) for address in config.decode]
         self._dispatcher = dispatcher
         self._peers = peers
+        self._silence_seconds = config.worker_silence_seconds
         self._links: dict[tuple[str, Role], WorkerLink] = {}
         self._tasks: dict[tuple[str, Role], asyncio.Task[None]] = {}
         self._heard_of: dict[tuple[str, Role], float] = {}
@@ -108,7 +109,7 @@ class Registry:
     def _keep_link(self, key: tuple[str, Role]) -> None:
         if key not in self._links:
             address, role = key
-            self._links[key] = WorkerLink(address, role, self.instance, self._peers, self)
+            self._links[key] = WorkerLink(address, role, self.instance, self._peers, self._silence_seconds, self)
             self._tasks[key] = asyncio.create_task(self._links[key].run(), name=f"link {address}")
 
     def _forget_gone(self) -> None:

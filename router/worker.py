@@ -3,6 +3,7 @@
 import asyncio
 import time
 
+from router.prefix_index import PrefixIndex
 from router.request import Attempt, Request
 from twostroke.v1 import inference_pb2, worker_pb2
 
@@ -28,12 +29,23 @@ class Worker:
         self.load = inference_pb2.WorkerLoad(role=hello.role)
         self.attempts: dict[int, Attempt] = {}
         self.decoding: dict[int, Request] = {}
-        self.pending_tokens = 0  # prefill: sent, and not yet answered
+        self.cache = PrefixIndex()
+        self.pending_tokens = 0  # prefill: to be computed for prompts that were sent, and not yet answered
         self._unanswered_blocks = 0  # decode: asked for, and not yet answered
         self._room = hello.pool.layout.num_blocks  # decode: blocks that can still be asked for, as far as is known
         self._refused_at = 0.0
         self._outgoing = worker_pb2.RouterMessage()
         self._has_outgoing = asyncio.Event()
+
+    def begin(self, attempt: Attempt) -> None:
+        self.attempts[attempt.id] = attempt
+        self.cache.begin(attempt.request.block_hashes)
+
+    def end(self, attempt: Attempt) -> None:
+        # The request's hashes are still those that the attempt began with: only the next attempt adds to them.
+        del self.attempts[attempt.id]
+        self.decoding.pop(attempt.id, None)
+        self.cache.end(attempt.request.block_hashes)
 
     # ------------------------------------------------------------ room
 
@@ -45,8 +57,16 @@ class Worker:
         """Whether a sequence of so many tokens could ever be served."""
         return tokens <= self.hello.max_length
 
-    def has_room(self, tokens: int) -> bool:
-        return self.room >= self.blocks(tokens) and len(self.attempts) < max(self.hello.max_batch, 1)
+    def missing_tokens(self, request: Request) -> int:
+        """Tokens of the request that it would have to compute: those not in its cache, at least the last one."""
+        return max(request.length - self.cache.hits(request.block_hashes) * self.hello.pool.layout.block_size, 1)
+
+    def new_blocks(self, request: Request, tokens: int) -> int:
+        """Blocks that the request would take from its room, if it grew to so many tokens."""
+        return self.blocks(tokens) - self.cache.shared(request.block_hashes)
+
+    def has_room(self, blocks: int) -> bool:
+        return self.room >= blocks and len(self.attempts) < max(self.hello.max_batch, 1)
 
     @property
     def room(self) -> int:
@@ -74,10 +94,14 @@ class Worker:
         self._room += blocks
         self._refused_at = 0.0
 
-    def report(self, load: inference_pb2.WorkerLoad) -> None:
-        """Takes the worker's own figures; what it had not yet heard of when it wrote them still counts."""
-        self.load = load
-        self._room = load.blocks.free + load.blocks.cached - load.blocks.reserved - self._unanswered_blocks
+    def report(self, message: worker_pb2.WorkerMessage) -> None:
+        """Takes what the worker says of itself; what it had not yet heard of when it wrote that still counts."""
+        if message.HasField("cache"):
+            self.cache.apply(message.cache)
+        if message.HasField("load"):
+            self.load = message.load
+            blocks = message.load.blocks
+            self._room = blocks.free + blocks.cached - blocks.reserved - self._unanswered_blocks
 
     # ------------------------------------------------------------ sending
 

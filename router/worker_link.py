@@ -36,13 +36,20 @@ class Events(Protocol):
 
 class WorkerLink:
     def __init__(
-        self, address: str, role: inference_pb2.WorkerRole.ValueType, router: str, peers: Peers, events: Events
+        self,
+        address: str,
+        role: inference_pb2.WorkerRole.ValueType,
+        router: str,
+        peers: Peers,
+        silence_seconds: float,
+        events: Events,
     ) -> None:
         self.address = address
         self.role = role
         self.worker: Worker | None = None
         self._router = router
         self._peers = peers
+        self._silence_seconds = silence_seconds
         self._events = events
         self._hurry = asyncio.Event()
         self._stream: Connect | None = None
@@ -100,25 +107,40 @@ class WorkerLink:
                     answer = await stream.read()
                 if not isinstance(answer, worker_pb2.WorkerMessage) or not answer.HasField("hello"):
                     return "it did not say hello"
-                worker = Worker(self.address, answer.hello)
-                reason = self._events.refusal(worker, self.role)
-                if reason is not None:
-                    log.error("worker refused", worker=self.address, instance=worker.instance, reason=reason)
-                    await asyncio.sleep(PAUSE_AFTER_REFUSAL)
-                    return reason
-                self.worker = worker
-                log.info("worker connected", worker=self.address, instance=worker.instance)
-                self._events.worker_up(worker)
-                writer = asyncio.create_task(self._write(stream, worker))
                 try:
-                    while isinstance(message := await stream.read(), worker_pb2.WorkerMessage):
-                        self._events.received(worker, message)
-                finally:
-                    writer.cancel()
-                return "the worker closed the stream"
+                    async with asyncio.timeout(self._silence_seconds) as silence:
+                        return await self._follow(stream, Worker(self.address, answer.hello), silence)
+                except TimeoutError:
+                    return f"nothing came from it for {self._silence_seconds:g} s"
             finally:
                 self._stream = None
                 stream.cancel()
+
+    async def _follow(self, stream: Connect, worker: Worker, silence: asyncio.Timeout) -> str:
+        """From the engine's first word, which comes after the hello: that is said by a thread that says it for an
+        engine that hangs, too."""
+        first = await stream.read()
+        if not isinstance(first, worker_pb2.WorkerMessage):
+            return "the worker closed the stream"
+        reason = self._events.refusal(worker, self.role)
+        if reason is not None:
+            log.error("worker refused", worker=self.address, instance=worker.instance, reason=reason)
+            silence.reschedule(None)
+            await asyncio.sleep(PAUSE_AFTER_REFUSAL)
+            return reason
+        self.worker = worker
+        worker.report(first)
+        log.info("worker connected", worker=self.address, instance=worker.instance)
+        self._events.worker_up(worker)
+        writer = asyncio.create_task(self._write(stream, worker))
+        now = asyncio.get_running_loop().time
+        try:
+            while isinstance(message := await stream.read(), worker_pb2.WorkerMessage):
+                silence.reschedule(now() + self._silence_seconds)
+                self._events.received(worker, message)
+        finally:
+            writer.cancel()
+        return "the worker closed the stream"
 
     async def _write(self, stream: Connect, worker: Worker) -> None:
         try:

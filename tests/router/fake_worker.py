@@ -14,6 +14,7 @@ from twostroke.v1 import inference_pb2, worker_pb2, worker_pb2_grpc
 
 PREFILL = inference_pb2.WORKER_ROLE_PREFILL
 DECODE = inference_pb2.WORKER_ROLE_DECODE
+HEARTBEAT_SECONDS = 0.1
 Ended = worker_pb2.Ended
 
 _instances = itertools.count()
@@ -86,6 +87,8 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         self.reserves: list[worker_pb2.Reserve] = []
         self.starts: list[worker_pb2.Start] = []
         self.ended: list[int] = []
+        self.ready = True
+        self.hung = False  # its gRPC side lives on, and nothing behind it
         self._out: asyncio.Queue[worker_pb2.WorkerMessage] = asyncio.Queue()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -119,12 +122,13 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         assert hello.HasField("hello")
         self._out = asyncio.Queue()
         await context.write(worker_pb2.WorkerMessage(hello=self.hello))
-        self.report()
+        heart = asyncio.ensure_future(self._beat())
         writer = asyncio.ensure_future(self._write(context))
         try:
             async for message in requests:
                 self._received(message)
         finally:
+            heart.cancel()
             writer.cancel()
             self.held.clear()
             self.running.clear()
@@ -132,6 +136,12 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
     async def _write(self, context: Any) -> None:
         while True:
             await context.write(await self._out.get())
+
+    async def _beat(self) -> None:
+        while True:
+            if not self.hung:
+                self.report()
+            await asyncio.sleep(HEARTBEAT_SECONDS)
 
     # ------------------------------------------------------------ what it says
 
@@ -146,11 +156,13 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
     def report(self) -> None:
         in_use = sum(-(-len(sequence.token_ids) // 16) for sequence in self.held.values())
         blocks = inference_pb2.Blocks(total=self.blocks, free=self.blocks - in_use, in_use=in_use)
-        self.send(load=inference_pb2.WorkerLoad(role=self.role, ready=True, blocks=blocks))
+        self.send(load=inference_pb2.WorkerLoad(role=self.role, ready=self.ready, blocks=blocks))
 
     # ------------------------------------------------------------ what it hears
 
     def _received(self, message: worker_pb2.RouterMessage) -> None:
+        if self.hung:
+            return
         for prefill in message.prefills:
             self.prefills.append(prefill)
             if self._takes(prefill.attempt_id, prefill.sequence):
@@ -235,6 +247,8 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         tokens: dict[int, int] = {}
         ended: list[worker_pb2.Ended] = []
         for attempt_id, running in self.running.items():
+            if self.hung:
+                break
             if script.stop_after is not None and running.steps >= script.stop_after:
                 continue
             if causes := script.end_after.get(running.steps):

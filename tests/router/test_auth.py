@@ -216,7 +216,7 @@ async def test_the_secret_opens_what_operators_ask(model: Path, keys: Keys, secr
 
 @pytest.fixture
 def worker() -> Iterator[Callable[..., WorkerService]]:
-    """Starts the real service of a worker, which registers at a router; nothing is behind it."""
+    """Starts the real service of a worker, which registers at a router; no engine is behind it."""
     started: list[WorkerService] = []
 
     def start(role: "pb.WorkerRole.ValueType", **settings: Any) -> WorkerService:
@@ -262,7 +262,11 @@ async def test_parts_find_one_another_over_mutual_tls(
     mutual["tls_server_name"] = "cluster.internal"
     async with cluster(model, prefills=[], decodes=[], **mutual) as it:
         for role in (PREFILL, DECODE):
-            await asyncio.to_thread(worker, role, router=(it.address,), **mutual)
+            service = await asyncio.to_thread(worker, role, router=(it.address,), **mutual)
+            await eventually(lambda service=service: service.connections)
+            for connection in service.connections:
+                service.outgoing(connection).load.ready = True
+            service.flush()
         await eventually(lambda: it.router.dispatcher.ready)
         credentials = signed.channel_credentials(own=True)
         async with AsyncClient(it.address, tls=credentials, tls_server_name="cluster.internal") as client:

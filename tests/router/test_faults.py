@@ -13,6 +13,7 @@ import pytest
 
 from tests.router.cluster import PROMPT, Cluster, cluster, eventually, expected, request
 from tests.router.fake_worker import DECODE, PREFILL, Ended, FakeWorker, Script
+from twostroke.v1 import inference_pb2
 
 Cause = Ended.Cause.ValueType
 
@@ -258,6 +259,63 @@ async def test_with_no_worker_left_the_answer_is_unavailable_soon(model: Path, s
         assert 0.2 < time.monotonic() - began < 1.5
 
 
+@pytest.mark.parametrize("side", ["prefill", "decode"])
+async def test_a_worker_that_hangs_is_taken_for_lost(model: Path, side: str) -> None:
+    """Its gRPC side answers as ever, hello included: only what comes from its engine counts."""
+    hanging = Script(silent=True) if side == "prefill" else Script(stop_after=3)
+    scripts = {"prefill": [Script()], "decode": [Script()]} | {side: [hanging]}
+    async with cluster(model, scripts["prefill"], scripts["decode"], worker_silence_seconds=0.4, worker_grace=5) as it:
+        answer = asyncio.ensure_future(it.generate(max_tokens=20))
+        await eventually(lambda: stuck(it, side))
+        workers = it.prefills if side == "prefill" else it.decodes
+        hung = workers[0]
+        spare = FakeWorker(hung.role)
+        workers.append(spare)
+        it.router.registry._keep_link((await spare.start(), hung.role))
+        await eventually(lambda: len(it.router.dispatcher.workers()) == 3)
+        hung.hung = True
+        choice = (await answer).choices[0]
+        assert list(choice.token_ids) == expected(20)
+        assert choice.finish.usage.resumes == 1
+        assert not hung.held
+        await asyncio.sleep(0.3)  # by now the router has connected to it again
+        assert len(it.router.dispatcher.workers()) == 2
+        hung.hung, hung.script = False, Script()
+        await eventually(lambda: len(it.router.dispatcher.workers()) == 3)
+
+
+async def test_a_quiet_worker_is_not_lost(model: Path) -> None:
+    async with cluster(model, prefills=[Script(prefill_seconds=1.0)], worker_silence_seconds=0.4) as it:
+        choice = (await it.generate()).choices[0]
+        assert list(choice.token_ids) == expected(8)
+        assert choice.finish.usage.resumes == 0
+
+
+async def test_a_worker_that_is_not_ready_is_chosen_no_more(model: Path) -> None:
+    async with cluster(model, decodes=[Script(step_seconds=0.01), Script()]) as it:
+        running = asyncio.ensure_future(it.generate(max_tokens=60))
+        await eventually(lambda: any(worker.running for worker in it.decodes))
+        draining, other = sorted(it.decodes, key=lambda worker: not worker.running)
+        draining.ready = False
+        await eventually(lambda: len(it.router.dispatcher.workers()) == 3)
+        for _ in range(4):
+            await it.generate()
+        assert (len(draining.reserves), len(other.reserves)) == (1, 4)
+        assert (await running).choices[0].finish.usage.resumes == 0
+        load = await it.stub.GetLoad(inference_pb2.GetLoadRequest())
+        assert {worker.instance for worker in load.workers if not worker.ready} == {draining.instance}
+
+
+async def test_a_worker_that_is_draining_when_it_comes_is_not_chosen(model: Path) -> None:
+    late = FakeWorker(DECODE)
+    late.ready = False
+    async with cluster(model, decodes=[Script(), late], ready=False) as it:
+        await eventually(lambda: len(it.router.registry.connected) == 3)
+        for _ in range(4):
+            await it.generate()
+        assert not late.reserves
+
+
 async def test_decoding_goes_on_without_the_prefill_worker(model: Path) -> None:
     async with cluster(model, decodes=[Script(step_seconds=0.002)]) as it:
         answer = asyncio.ensure_future(it.generate(max_tokens=100))
@@ -320,7 +378,8 @@ async def test_a_full_queue_is_an_answer(model: Path) -> None:
 async def test_prompts_beyond_two_batches_wait_in_the_router(model: Path) -> None:
     slow = FakeWorker(PREFILL, Script(prefill_seconds=0.05), max_batch=len(PROMPT))
     async with cluster(model, prefills=[slow]) as it:
-        answers = [asyncio.ensure_future(it.generate()) for _ in range(6)]
+        prompts = [tuple(range(start, start + len(PROMPT))) for start in range(6)]
+        answers = [asyncio.ensure_future(it.generate(prompt=prompt)) for prompt in prompts]
         await eventually(lambda: len(slow.held) > 0)
         assert it.router.dispatcher.running <= 2
         await asyncio.gather(*answers)

@@ -1,0 +1,56 @@
+"""Which blocks a worker's cache can find, as far as the router knows."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from common.prefix_hash import ROOT_BYTES
+from twostroke.v1 import worker_pb2
+
+
+class PrefixIndex:
+    """The hashes that a worker reported, and those of the attempts under way there, which it will report soon."""
+
+    def __init__(self) -> None:
+        self.published: set[bytes] = set()
+        self._under_way: Counter[bytes] = Counter()
+
+    def __len__(self) -> int:
+        return len(self.published)
+
+    def apply(self, changes: worker_pb2.CacheChanges) -> None:
+        if changes.snapshot:
+            self.published.clear()
+        self.published.update(_unpacked(changes.published))
+        self.published.difference_update(_unpacked(changes.dropped))
+
+    def begin(self, hashes: Iterable[bytes]) -> None:
+        """An attempt with these blocks is under way."""
+        self._under_way.update(hashes)
+
+    def end(self, hashes: Iterable[bytes]) -> None:
+        """Undoes one `begin`."""
+        for name in hashes:
+            self._under_way[name] -= 1
+            if not self._under_way[name]:
+                del self._under_way[name]
+
+    def hits(self, hashes: Sequence[bytes]) -> int:
+        """How many of the leading `hashes` are in the cache, or will be when what is under way is there."""
+        return _leading(name in self.published or name in self._under_way for name in hashes)
+
+    def shared(self, hashes: Sequence[bytes]) -> int:
+        """How many of the leading `hashes` are in the cache and in use: a sequence takes no room for these."""
+        return _leading(name in self.published and name in self._under_way for name in hashes)
+
+
+def _leading(found: Iterable[bool]) -> int:
+    count = 0
+    for is_found in found:
+        if not is_found:
+            break
+        count += 1
+    return count
+
+
+def _unpacked(hashes: bytes) -> Iterable[bytes]:
+    return (hashes[start : start + ROOT_BYTES] for start in range(0, len(hashes), ROOT_BYTES))

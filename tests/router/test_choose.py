@@ -1,0 +1,98 @@
+from typing import Any
+
+from router import choose
+from router.mailbox import Mailbox
+from router.request import Prompt, Request
+from router.turnstile import Turnstile
+from router.worker import Worker
+from tests.router.fake_worker import DECODE, PREFILL, FakeWorker
+from twostroke.v1 import inference_pb2, worker_pb2
+
+BLOCK = 16
+HASHES = [number.to_bytes(16, "little") for number in range(8)]
+
+
+def request(tokens: int = 8 * BLOCK + 5, max_length: int = 9 * BLOCK) -> Request:
+    prompt = Prompt(tuple(range(tokens)), max_length, 0, frozenset(), "")
+    made = Request("", 0, 0, prompt, worker_pb2.SamplingParams(), Mailbox(Turnstile()))
+    made.block_hashes = HASHES[: tokens // BLOCK]
+    return made
+
+
+def worker(role: Any, cached: int = 0, pending: int = 0, free: int = 100, **hello: Any) -> Worker:
+    made = Worker("", FakeWorker(role, **hello).hello)
+    made.pending_tokens = pending
+    made.report(
+        worker_pb2.WorkerMessage(
+            cache=worker_pb2.CacheChanges(published=b"".join(HASHES[:cached])),
+            load=inference_pb2.WorkerLoad(ready=True, blocks=inference_pb2.Blocks(free=free)),
+        )
+    )
+    return made
+
+
+# ------------------------------------------------------------ prefill
+
+
+def test_prefill_goes_where_the_prefix_is() -> None:
+    workers = [worker(PREFILL, cached=2), worker(PREFILL, cached=6), worker(PREFILL)]
+    assert choose.prefill_worker(request(), workers) is workers[1]
+
+
+def test_prefill_goes_elsewhere_where_waiting_costs_more_than_computing() -> None:
+    holder, idle = worker(PREFILL, cached=6, pending=6 * BLOCK - 1), worker(PREFILL)
+    assert choose.prefill_worker(request(), [idle, holder]) is holder
+    holder.pending_tokens += 2
+    assert choose.prefill_worker(request(), [holder, idle]) is idle
+
+
+def test_a_hole_in_the_cache_ends_what_is_found() -> None:
+    holey, whole = worker(PREFILL, cached=8), worker(PREFILL, cached=2)
+    holey.cache.apply(worker_pb2.CacheChanges(dropped=HASHES[1]))
+    assert choose.prefill_worker(request(), [holey, whole]) is whole
+
+
+def test_new_prefixes_go_where_the_cache_holds_less() -> None:
+    full, empty = worker(PREFILL, cached=8), worker(PREFILL)
+    unknown = request()
+    unknown.block_hashes = [b"\xff" * 16]
+    assert choose.prefill_worker(unknown, [full, empty]) is empty
+
+
+def test_prefill_avoids_who_failed_and_who_has_enough_to_do() -> None:
+    holder, other = worker(PREFILL, cached=8), worker(PREFILL, pending=1000)
+    failed = request()
+    failed.avoid.add(holder.instance)
+    assert choose.prefill_worker(failed, [holder, other]) is other
+    assert choose.prefill_worker(failed, [holder]) is holder
+    assert choose.prefill_worker(request(), [worker(PREFILL, cached=8, pending=100, max_batch=50)]) is None
+
+
+# ------------------------------------------------------------ decode
+
+
+def test_decode_goes_where_the_prefix_is_unless_the_other_has_much_more_room() -> None:
+    holder, other = worker(DECODE, cached=5, free=30), worker(DECODE, free=30 + 5 * choose.HIT_WORTH - 1)
+    assert choose.decode_worker(request(), [other, holder], 9 * BLOCK) is holder
+    roomy = worker(DECODE, free=30 + 5 * choose.HIT_WORTH + 1)
+    assert choose.decode_worker(request(), [holder, roomy], 9 * BLOCK) is roomy
+
+
+def test_decode_without_prefix_goes_where_room_is() -> None:
+    workers = [worker(DECODE, free=20), worker(DECODE, free=21)]
+    assert choose.decode_worker(request(), workers, 9 * BLOCK) is workers[1]
+
+
+def test_blocks_in_use_take_no_room_again() -> None:
+    """Cached blocks that nobody holds do: they are counted as room until they are taken."""
+    tight = worker(DECODE, cached=8, free=4)
+    assert choose.decode_worker(request(), [tight], 9 * BLOCK) is None
+    tight.cache.begin(HASHES[:5])
+    assert choose.decode_worker(request(), [tight], 9 * BLOCK) is tight
+    tight.cache.end(HASHES[:5])
+    assert choose.decode_worker(request(), [tight], 9 * BLOCK) is None
+
+
+def test_decode_does_not_go_where_the_sequence_could_never_end() -> None:
+    small = worker(DECODE, cached=8, max_length=9 * BLOCK - 1)
+    assert choose.decode_worker(request(), [small], 9 * BLOCK) is None

@@ -1,0 +1,97 @@
+"""What the router believes about a worker's cache is what is so."""
+
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any
+
+import pytest
+
+from common.block_pool import BlockPool
+from common.cache_report import CacheReport
+from router.prefix_index import PrefixIndex
+from twostroke.v1 import worker_pb2
+
+
+@dataclass
+class Wire:
+    """In place of a worker's service: messages go straight into the index of each router."""
+
+    routers: dict[int, PrefixIndex] = field(default_factory=dict)
+    messages: dict[int, worker_pb2.WorkerMessage] = field(default_factory=dict)
+    snapshots: int = 0
+    changes: int = 0
+
+    @property
+    def connections(self) -> tuple[int, ...]:
+        return tuple(self.routers)
+
+    def outgoing(self, connection: int) -> worker_pb2.WorkerMessage:
+        return self.messages.setdefault(connection, worker_pb2.WorkerMessage())
+
+    def flush(self) -> None:
+        for connection, message in self.messages.items():
+            changes = worker_pb2.WorkerMessage.FromString(message.SerializeToString()).cache
+            self.routers[connection].apply(changes)
+            self.snapshots += changes.snapshot
+            self.changes += not changes.snapshot
+        self.messages.clear()
+
+
+def name(number: int) -> bytes:
+    return number.to_bytes(16, "little")
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_routers_index_is_the_pool_after_whatever_happened(seed: int) -> None:
+    random = Random(seed)
+    pool, wire = BlockPool(24), Wire()
+    service: Any = wire
+    report = CacheReport(service, pool)
+    held: list[list[int]] = []
+    for turn in range(300):
+        for _ in range(random.choice((1, 1, 2, 40))):  # many in one turn are more than the pool keeps a record of
+            chain = [name(random.randrange(12) * 100 + place) for place in range(random.randrange(8))]
+            blocks = pool.match(chain)
+            if (wanted := len(chain) - len(blocks)) <= pool.available:
+                blocks += pool.allocate(wanted)
+                for block, hash in zip(blocks, chain, strict=True):
+                    pool.publish(block, hash)
+            held.append(blocks)
+            while held and (len(held) > 3 or random.random() < 0.4):
+                pool.release(held.pop(random.randrange(len(held))))
+        if random.random() < 0.03:
+            wire.routers[turn] = PrefixIndex()
+        if wire.routers and random.random() < 0.01:
+            del wire.routers[random.choice(list(wire.routers))]
+        report.send()
+        wire.flush()
+        for index in wire.routers.values():
+            assert index.published == set(pool.hashes())
+    assert wire.snapshots > 0
+    assert wire.changes > wire.snapshots
+
+
+def test_a_turn_without_news_sends_nothing() -> None:
+    pool, wire = BlockPool(4), Wire({0: PrefixIndex()})
+    service: Any = wire
+    report = CacheReport(service, pool)
+    report.send()
+    wire.flush()
+    report.send()
+    assert not wire.messages
+
+
+def test_what_is_under_way_counts_as_found_until_it_ends() -> None:
+    index = PrefixIndex()
+    chain = [name(number) for number in range(4)]
+    index.begin(chain[:3])
+    index.begin(chain[:2])
+    assert index.hits(chain) == 3
+    assert index.shared(chain) == 0
+    index.apply(worker_pb2.CacheChanges(published=b"".join(chain[:3])))
+    assert index.shared(chain) == 3
+    index.end(chain[:3])
+    assert (index.hits(chain), index.shared(chain)) == (3, 2)
+    index.end(chain[:2])
+    index.apply(worker_pb2.CacheChanges(dropped=chain[1]))
+    assert (index.hits(chain), index.shared(chain)) == (1, 0)

@@ -63,6 +63,14 @@ app.command(
     """,
 )
 app.command(
+    "cli.top:top",
+    name="top",
+    help="""Watch a running cluster: workers, queues, blocks and rates, until Ctrl-C.
+
+    Rates are those of the last interval; hits are the share of prompt tokens found in a worker's cache since its start.
+    """,
+)
+app.command(
     "cli.bench:bench",
     name="bench",
     help="""Measure a running cluster under load: latencies, rates and goodput.

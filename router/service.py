@@ -51,6 +51,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self._metrics = metrics
         self._turnstile = Turnstile()
         self._serials = itertools.count()
+        self._answered = 0
 
     # ------------------------------------------------------------ generating
 
@@ -100,6 +101,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                         if finish is not None:
                             self._dispatcher.drop(choice)
                             unfinished -= 1
+                            self._answered += 1
                             _log_finish(choice.index, finish)
                         yield pb.GenerateChunk(index=choice.index, delta=delta, finish=finish)
             finally:
@@ -188,6 +190,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             queued=self._dispatcher.queued,
             running=self._dispatcher.running,
             workers=[_load(worker, worker in ready) for worker in self._registry.connected],
+            answered=self._answered,
         )
 
     # ------------------------------------------------------------ how calls end

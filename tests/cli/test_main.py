@@ -16,7 +16,7 @@ from tests.protos.fake_router import FakeRouter, serving
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'protos'}", "TERM": "dumb", "COLUMNS": "300"}
-COMMANDS = ("serve", "router", "prefill-worker", "decode-worker", "generate", "chat", "bench")
+COMMANDS = ("serve", "router", "prefill-worker", "decode-worker", "generate", "chat", "top", "bench")
 
 
 @pytest.fixture

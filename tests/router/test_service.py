@@ -227,8 +227,11 @@ async def test_model_and_load_are_told(model: Path) -> None:
         assert answer.limits.max_total_tokens == 2048
         assert answer.fingerprint == "f" * 32
         load = await it.stub.GetLoad(pb.GetLoadRequest())
+        assert load.answered == 0
         assert {worker.instance for worker in load.workers} == {worker.instance for worker in it.workers}
         assert all(worker.ready and worker.blocks.total == 4096 for worker in load.workers)
+        await it.generate(n=3)
+        assert (await it.stub.GetLoad(pb.GetLoadRequest())).answered == 3
 
 
 async def test_metrics_count_what_happened(model: Path) -> None:

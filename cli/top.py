@@ -1,0 +1,144 @@
+"""`twostroke top`: a live view of a running cluster."""
+
+import time
+from dataclasses import dataclass
+from typing import Annotated
+
+from cyclopts import Parameter
+from cyclopts.validators import Number
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from cli.options import Connection, errors_as_exit
+from twostroke import Client, TwostrokeError
+from twostroke.v1 import inference_pb2 as pb
+
+BAR_CELLS = 24
+ROLES = {pb.WORKER_ROLE_PREFILL: "prefill", pb.WORKER_ROLE_DECODE: "decode"}
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    at: float
+    load: pb.GetLoadResponse
+
+
+def top(
+    *,
+    interval: Annotated[float, Parameter(validator=Number(gte=0.1))] = 1.0,
+    once: bool = False,
+    connection: Connection = Connection(),
+) -> None:
+    """
+    Parameters
+    ----------
+    interval
+        Seconds between looks at the cluster.
+    once
+        Print one frame after one interval, and end.
+    """
+    with connection.client() as client:
+        if once:
+            with errors_as_exit():
+                before = _sample(client)
+                time.sleep(interval)
+                Console().print(frame(before, _sample(client)))
+            return
+        try:
+            _watch(client, interval)
+        except KeyboardInterrupt:
+            return
+
+
+def _watch(client: Client, interval: float) -> None:
+    """Goes on while the router is away: whoever watches wants to see it come back."""
+    before: Sample | None = None
+    with Live(Text("no word from the router yet"), screen=True, auto_refresh=False) as live:
+        while True:
+            try:
+                now = _sample(client)
+                live.update(frame(before or now, now), refresh=True)
+                before = now
+            except TwostrokeError as error:
+                live.update(Text(f"{error.code.name}: {error.message}", style="red"), refresh=True)
+                before = None
+            time.sleep(interval)
+
+
+def _sample(client: Client) -> Sample:
+    load = client.load(timeout=5)
+    return Sample(time.monotonic(), load)
+
+
+# ---------------------------------------------------------------- one frame
+
+
+def frame(before: Sample, now: Sample) -> RenderableType:
+    """The cluster at `now`, with rates since `before`."""
+    seconds = now.at - before.at
+    known = {worker.instance: worker.totals for worker in before.load.workers}
+    table = Table(box=None, pad_edge=False)
+    for heading in ("role", "worker", "state"):
+        table.add_column(heading)
+    for heading in ("waiting", "running", "leases", "in tok/s", "out tok/s", "hits"):
+        table.add_column(heading, justify="right")
+    table.add_column("blocks")
+    tokens_in = tokens_out = 0.0
+    for worker in sorted(now.load.workers, key=lambda worker: (worker.role, worker.address)):
+        totals = worker.totals
+        since = known.get(worker.instance, totals)
+        taken = _rate(totals.prompt_tokens - since.prompt_tokens, seconds)
+        made = _rate(totals.output_tokens - since.output_tokens, seconds)
+        tokens_out += made
+        if worker.role == pb.WORKER_ROLE_PREFILL:
+            tokens_in += taken
+        table.add_row(
+            ROLES.get(worker.role, "?"),
+            worker.address,
+            Text("ready", style="green") if worker.ready else Text("draining", style="yellow"),
+            f"{worker.waiting:,}",
+            f"{worker.running:,}",
+            f"{worker.leases:,}" if worker.role == pb.WORKER_ROLE_PREFILL else "",
+            f"{taken:,.0f}",
+            f"{made:,.0f}",
+            f"{totals.cached_tokens / totals.prompt_tokens:.0%}" if totals.prompt_tokens else "",
+            _blocks(worker.blocks),
+        )
+    answered = _rate(max(now.load.answered - before.load.answered, 0), seconds)  # a router that restarted counts anew
+    summary = (
+        f"{now.load.queued:,} queued, {now.load.running:,} running; {answered:,.1f} requests/s, "
+        f"{tokens_in:,.0f} tokens/s in, {tokens_out:,.0f} out"
+    )
+    return Group(Text(summary, style="bold"), Text(), table, Text(), LEGEND)
+
+
+def _rate(count: int, seconds: float) -> float:
+    return count / seconds if seconds > 0 else 0.0
+
+
+# How blocks are shown, in the order of the bar: the style and sign of each state. Signs tell them apart without colour.
+STATES = (("in_use", "cyan", "█"), ("reserved", "magenta", "▓"), ("cached", "blue", "▒"), ("free", "bright_black", "░"))
+LEGEND = Text(" / ").join(Text(f"{sign} {state.replace('_', ' ')}", style=style) for state, style, sign in STATES)
+
+
+def _blocks(blocks: pb.Blocks) -> Text:
+    """A bar, and the numbers in its order. Reserved blocks are promised, not taken: in the bar they are part of the
+    free ones, and of the cached where these are too few."""
+    reserved_free = min(blocks.reserved, blocks.free)
+    reserved_cached = min(blocks.reserved - reserved_free, blocks.cached)
+    counts = {
+        "in_use": blocks.in_use,
+        "reserved": reserved_free + reserved_cached,
+        "cached": blocks.cached - reserved_cached,
+        "free": blocks.free - reserved_free,
+    }
+    bar = Text()
+    shown = end = 0
+    for state, style, sign in STATES:
+        end += counts[state]
+        cells = round(BAR_CELLS * end / blocks.total) - shown if blocks.total else 0
+        bar.append(sign * cells, style)
+        shown += cells
+    return bar.append(" " + "/".join(f"{getattr(blocks, state):,}" for state, _, _ in STATES))

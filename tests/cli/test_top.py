@@ -1,0 +1,119 @@
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from io import StringIO
+
+import pytest
+from rich.console import Console
+
+from cli.top import BAR_CELLS, Sample, frame
+from tests.cli.test_main import ENVIRONMENT, ROOT, twostroke
+from tests.protos.fake_router import FakeRouter, serving
+from twostroke.v1 import inference_pb2 as pb
+
+PREFILL, DECODE = pb.WORKER_ROLE_PREFILL, pb.WORKER_ROLE_DECODE
+
+
+def load(answered: int, prompt: int, cached: int, output: int) -> pb.GetLoadResponse:
+    blocks = pb.Blocks(total=100, free=40, cached=35, in_use=25, reserved=10)
+    return pb.GetLoadResponse(
+        queued=3,
+        running=1234,
+        answered=answered,
+        workers=[
+            pb.WorkerLoad(
+                address="10.0.0.2:1", instance="d", role=DECODE, ready=False, waiting=2, running=60, blocks=blocks
+            ),
+            pb.WorkerLoad(
+                address="10.0.0.1:1",
+                instance="p",
+                role=PREFILL,
+                ready=True,
+                leases=7,
+                blocks=blocks,
+                totals=pb.Totals(prompt_tokens=prompt, cached_tokens=cached, output_tokens=output),
+            ),
+        ],
+    )
+
+
+def text(before: Sample, now: Sample) -> list[str]:
+    console = Console(file=StringIO(), width=200)
+    with console.capture() as capture:
+        console.print(frame(before, now))
+    return capture.get().splitlines()
+
+
+def test_rates_come_from_two_looks() -> None:
+    before, now = Sample(10.0, load(5, 1000, 100, 10)), Sample(12.0, load(8, 5000, 2500, 20))
+    summary, _, heading, prefill, decode, *_ = text(before, now)
+    assert summary.strip() == "3 queued, 1,234 running; 1.5 requests/s, 2,000 tokens/s in, 5 out"
+    assert heading.split()[:4] == ["role", "worker", "state", "waiting"]
+    assert prefill.split()[:9] == ["prefill", "10.0.0.1:1", "ready", "0", "0", "7", "2,000", "5", "50%"]
+    assert decode.split()[:7] == ["decode", "10.0.0.2:1", "draining", "2", "60", "0", "0"]
+
+
+def test_a_restarted_worker_and_router_count_from_nothing() -> None:
+    later = load(0, 10, 5, 1)
+    later.workers[1].instance = "another"
+    summary, *_ = text(Sample(0.0, load(5, 1000, 100, 10)), Sample(1.0, later))
+    assert summary.strip() == "3 queued, 1,234 running; 0.0 requests/s, 0 tokens/s in, 0 out"
+
+
+def test_the_bar_has_a_cell_for_every_share() -> None:
+    line = text(Sample(0.0, load(0, 0, 0, 0)), Sample(1.0, load(0, 0, 0, 0)))[3]
+    counts = [line.count(sign) for sign in "█▓▒░"]
+    assert sum(counts) == BAR_CELLS
+    assert counts == [6, 2, 9, 7]  # 25, 10, 35 and 40 - 10 of 100
+    assert line.endswith(" 25/10/35/40")
+
+
+@pytest.fixture
+def router() -> Iterator[FakeRouter]:
+    with serving(FakeRouter(load=load(8, 5000, 2500, 20))) as router:
+        yield router
+
+
+def test_once_prints_one_frame(router: FakeRouter) -> None:
+    run = twostroke("top", "--once", "--interval", "0.1", "--target", router.address)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("10.0.0.1:1") == 1
+    assert "3 queued, 1,234 running; 0.0 requests/s" in run.stdout
+
+
+def test_once_without_a_router_says_so() -> None:
+    run = twostroke("top", "--once", "--target", "127.0.0.1:1")
+    assert run.returncode == 1
+    assert run.stderr.startswith("twostroke: UNAVAILABLE: ")
+
+
+def test_it_watches_until_ctrl_c(router: FakeRouter) -> None:
+    terminal, its_end = pty.openpty()
+    command = [sys.executable, "-m", "cli.main", "top", "--interval", "0.1", "--target", router.address]
+    environment = ENVIRONMENT | {"TERM": "xterm"}
+    watching = subprocess.Popen(command, stdin=its_end, stdout=its_end, stderr=its_end, env=environment, cwd=ROOT)
+    os.close(its_end)
+    try:
+        _read_until(terminal, b"10.0.0.1:1")
+        router.load = load(8, 5000, 2500, 20)
+        router.load.queued = 77
+        _read_until(terminal, b"77 queued")
+        watching.send_signal(signal.SIGINT)
+        assert watching.wait(timeout=10) == 0
+    finally:
+        watching.kill()
+        watching.wait()
+        os.close(terminal)
+
+
+def _read_until(terminal: int, wanted: bytes) -> None:
+    seen, deadline = b"", time.monotonic() + 15
+    while wanted not in seen:
+        assert time.monotonic() < deadline, seen
+        if select.select([terminal], [], [], 0.1)[0]:
+            seen += os.read(terminal, 65536)

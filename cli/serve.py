@@ -90,6 +90,9 @@ class ServeConfig(SecurityConfig):
     worker_grace: float | None = None
     """Seconds that requests wait for a worker of a role that has none."""
 
+    worker_silence_seconds: float | None = None
+    """Seconds without a word from a worker's engine after which its requests go on elsewhere."""
+
     drain_seconds: float | None = None
     """Seconds that running requests get to finish after Ctrl-C."""
 

@@ -292,12 +292,12 @@ async def test_a_quiet_worker_is_not_lost(model: Path) -> None:
 
 
 async def test_a_worker_that_is_not_ready_is_chosen_no_more(model: Path) -> None:
-    async with cluster(model, decodes=[Script(step_seconds=0.01), Script()]) as it:
+    async with cluster(model, decodes=[Script(step_seconds=0.01), Script(step_seconds=0.01)]) as it:
         running = asyncio.ensure_future(it.generate(max_tokens=60))
         await eventually(lambda: any(worker.running for worker in it.decodes))
         draining, other = sorted(it.decodes, key=lambda worker: not worker.running)
         draining.ready = False
-        await eventually(lambda: len(it.router.dispatcher.workers()) == 3)
+        await eventually(lambda: len(it.router.dispatcher.workers()) == 2)
         for _ in range(4):
             await it.generate()
         assert (len(draining.reserves), len(other.reserves)) == (1, 4)

@@ -1,0 +1,9 @@
+"""What holds for every test."""
+
+import signal
+
+
+def pytest_configure() -> None:
+    """A shell's background job starts with Ctrl-C ignored, and would hand that down to every program under test."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -53,7 +53,8 @@ class Engine:
         pause = PULL_POLL_SECONDS if self._puller.busy else INTERVAL_SECONDS
         for received in self._service.receive(0.0 if self._loop.busy else pause):
             if received.message is None:
-                self._forget_router(received.connection)
+                for sequence in self._scheduler.of_connection(received.connection):
+                    self._loop.drop(sequence)
                 continue
             for reserve in received.message.reserves:
                 self._reserve(received.connection, reserve, accepting)
@@ -65,11 +66,6 @@ class Engine:
             for attempt_id in received.message.ended:
                 if (sequence := self._scheduler.get(attempt_id)) is not None:
                     self._loop.drop(sequence)
-
-    def _forget_router(self, connection: int) -> None:
-        for sequence in self._scheduler.of_connection(connection):
-            self._loop.drop(sequence)
-        self._puller.close_gone_peers()
 
     def _reserve(self, connection: int, reserve: pb.Reserve, accepting: bool) -> None:
         if not accepting:

@@ -15,6 +15,9 @@ from twostroke.v1 import worker_pb2 as pb
 
 log = structlog.get_logger(__name__)
 
+# How often pools of workers that may be gone are looked after.
+PEER_CHECK_SECONDS = 1.0
+
 
 @dataclass(frozen=True, slots=True)
 class Pull:
@@ -48,6 +51,7 @@ class Puller:
         self._peers: dict[str, Future[PeerPool]] = {}
         self._waiting: list[Pull] = []  # until their peer's pool is open
         self._under_way: list[tuple[PeerPool, Transfer, list[Pull]]] = []
+        self._next_check = 0.0  # time.monotonic()
 
     @property
     def busy(self) -> bool:
@@ -78,10 +82,20 @@ class Puller:
         self._under_way = still_under_way
         for pulled in over:
             pulled.sequence.steps_in_flight -= 1
+        if (now := time.monotonic()) >= self._next_check:
+            self._next_check = now + PEER_CHECK_SECONDS
+            self._close_gone_peers()
         return over
 
-    def close_gone_peers(self) -> None:
-        """Closes the pools of workers that are no more, so that their memory can be freed."""
+    def close(self) -> None:
+        self._opener.shutdown(cancel_futures=True)
+        for opening in self._peers.values():
+            if opening.done() and not opening.cancelled() and opening.exception() is None:
+                opening.result().close()
+
+    def _close_gone_peers(self) -> None:
+        """Closes the pools of workers that are no more, so that their memory can be freed, and forgets those that could
+        not be opened, so that the next pull tries again."""
         in_use = {pull.source.pool.instance for pull in self._waiting}
         in_use.update(pull.source.pool.instance for _, _, pulls in self._under_way for pull in pulls)
         for instance, opening in list(self._peers.items()):
@@ -93,12 +107,6 @@ class Puller:
                 peer.close()
                 del self._peers[instance]
                 log.info("closed the pool of a worker that is gone", instance=instance)
-
-    def close(self) -> None:
-        self._opener.shutdown(cancel_futures=True)
-        for opening in self._peers.values():
-            if opening.done() and not opening.cancelled() and opening.exception() is None:
-                opening.result().close()
 
     def _open(self, handle: pb.PoolHandle) -> PeerPool:
         return open_peer(handle.descriptor, handle.transport, self._pool.layout, self._device)

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
@@ -154,6 +155,20 @@ def test_the_only_worker_is_killed(pair: Cluster, state: str, role: str) -> None
     assert_well(pair)
 
 
+def test_a_dead_prefill_workers_pool_is_not_kept_in_memory(pair: Cluster) -> None:
+    pair.client.generate(SHORT, max_tokens=2, cache_salt="pulled")
+    decode = Path(f"/proc/{pair.processes['decode-0'].pid}/maps")
+
+    def deleted() -> list[str]:
+        return [line for line in decode.read_text().splitlines() if "twostroke-" in line and "(deleted)" in line]
+
+    pair.kill("prefill-0")
+    pair.start_worker("prefill", 0)  # its start removes the dead one's segment; a mapping would keep the memory
+    pair.wait_until_ready()
+    pair.wait_for(lambda: not deleted())
+    assert_well(pair)
+
+
 def test_a_stopped_decode_worker_is_noticed_and_its_requests_go_on_elsewhere(pairs: Cluster) -> None:
     asking = Asking(pairs, SHORT, max_tokens=60)
     asking.reach("decoding")
@@ -198,8 +213,6 @@ def test_a_worker_drains_on_sigterm(pairs: Cluster) -> None:
 
 
 def test_nothing_is_left_behind(tmp_path_factory: pytest.TempPathFactory) -> None:
-    from pathlib import Path
-
     before = set(Path("/dev/shm").glob("twostroke-*"))
     with Cluster() as cluster:
         cluster.client.generate(SHORT, max_tokens=2)

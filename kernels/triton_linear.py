@@ -259,7 +259,7 @@ def _tile(rows: int, outputs: int, inputs: int, gated: bool, device: torch.devic
     """None: the library's product is the faster one, as it was measured on an H100 (docs/kernels.md)."""
     if inputs % 64 or rows > _MAX_TILE_ROWS or outputs * inputs * (2 if gated else 1) > _SMALL_WEIGHT:
         return None
-    step = 128 if inputs % 128 == 0 and rows <= 64 else 64
+    step = 128 if inputs % 128 == 0 else 64
     each = 16 if gated else 32
     tiles = triton.cdiv(outputs, each)
     splits = 1
@@ -283,7 +283,7 @@ def _launch(
     """The product of few rows with all that goes with it, or None where it is for the library."""
     rows, inputs = x.shape
     outputs = weight.shape[0] // (2 if gated else 1)
-    few = rows <= (_FEW if weight.numel() <= _SMALL_WEIGHT else 1)
+    few = rows <= _FEW and (rows == 1 or weight.numel() <= _SMALL_WEIGHT)
     tile = None if few else _tile(rows, outputs, inputs, gated, x.device)
     if rows == 0 or not (few or (tile is not None and x.dtype in _TILE_DTYPES)):
         return None

@@ -102,7 +102,10 @@ def _ways() -> dict[str, tuple[tuple[object, str, object], ...]]:
         LIBRARY: ((triton_linear, "_FEW", 0), (triton_linear, "_MAX_TILE_ROWS", 0)),
     }
     for few in FEW_ROWS:
-        ways[str(few)] = ((triton_linear, "_few_rows", partial(always, few)),)
+        ways[str(few)] = (
+            (triton_linear, "_few_rows", partial(always, few)),
+            (triton_linear, "_SMALL_WEIGHT", 1 << 62),
+        )
     for tile in TILES:
         ways[str(tile)] = ((triton_linear, "_FEW", 0), (triton_linear, "_tile", partial(always, tile)))
     for decode_tile in DECODE_TILES:

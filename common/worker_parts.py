@@ -95,7 +95,7 @@ def load(config: WorkerConfig, role: "inference_pb2.WorkerRole.ValueType", max_b
         head_dim=model.head_dim,
         dtype=dtype,
     )
-    num_blocks = config.num_blocks or blocks_that_fit(layout, model.context_length, device)
+    num_blocks = config.num_blocks or blocks_that_fit(layout, device)
     layout = replace(layout, num_blocks=num_blocks)
     instance = uuid.uuid4().hex
     transport = config.transport if config.transport != "auto" else ("cuda_ipc" if device.type == "cuda" else "shm")
@@ -165,8 +165,8 @@ def choose_dtype(name: str, model: ModelConfig, device: torch.device) -> str:
     return "bfloat16" if model.dtype == "float32" else model.dtype
 
 
-def blocks_that_fit(layout: KvLayout, context_length: int, device: torch.device) -> int:
-    """Blocks that fit the memory that is free now. Raises ModelError where not even one sequence block does."""
+def blocks_that_fit(layout: KvLayout, device: torch.device) -> int:
+    """Blocks that fit the memory that is free now. Raises ModelError where not even one does."""
     if device.type == "cuda":
         budget = int(torch.cuda.mem_get_info(device)[0] * GPU_POOL_SHARE)
     else:

@@ -3,10 +3,11 @@
 import time
 from collections import defaultdict
 
+from common.attempts import Attempts
 from common.cache_report import CacheReport
 from common.lifecycle import Lifecycle
 from common.load_report import INTERVAL_SECONDS, LoadReport
-from common.sequence import sequence_from_proto
+from common.sequence import SequenceSpec
 from common.worker_parts import WorkerParts
 from common.worker_service import WorkerService
 from decode_worker.loop import DecodeLoop, StepTokens, Turn
@@ -28,6 +29,7 @@ class Engine:
         self._parts = parts
         self._service = service
         self._metrics = metrics
+        self._attempts = Attempts(parts, service, metrics)
         self._loop = DecodeLoop(parts, runner, max_batch)
         self._scheduler = self._loop.scheduler
         self._puller = Puller(parts.pool, parts.device)
@@ -37,7 +39,7 @@ class Engine:
         cache = CacheReport(self._service, self._parts.blocks)
         load = LoadReport(self._service, self._metrics, lambda: self._load(ready=not lifecycle.draining))
         while not lifecycle.over(idle=self._idle):
-            self._receive(accepting=not lifecycle.draining)
+            self._receive(lifecycle.draining)
             self._finish_pulls()
             self._tell(self._loop.turn())
             cache.send()
@@ -49,15 +51,15 @@ class Engine:
     def _idle(self) -> bool:
         return not self._scheduler.count and not self._loop.busy and not self._puller.busy
 
-    def _receive(self, accepting: bool) -> None:
+    def _receive(self, draining: bool) -> None:
         pause = PULL_POLL_SECONDS if self._puller.busy else INTERVAL_SECONDS
         for received in self._service.receive(0.0 if self._loop.busy else pause):
             if received.message is None:
-                for sequence in self._scheduler.of_connection(received.connection):
-                    self._loop.drop(sequence)
+                for orphan in self._scheduler.of_connection(received.connection):
+                    self._loop.drop(orphan)
                 continue
             for reserve in received.message.reserves:
-                self._reserve(received.connection, reserve, accepting)
+                self._reserve(received.connection, reserve, draining)
             self._puller.start(
                 Pull(sequence, start.kv, time.monotonic())
                 for start in received.message.starts
@@ -67,15 +69,9 @@ class Engine:
                 if (sequence := self._scheduler.get(attempt_id)) is not None:
                     self._loop.drop(sequence)
 
-    def _reserve(self, connection: int, reserve: pb.Reserve, accepting: bool) -> None:
-        if not accepting:
-            self._tell_ended(connection, reserve.attempt_id, pb.Ended.CAUSE_DRAINING)
-            return
-        try:
-            spec = sequence_from_proto(reserve.sequence)
-            self._parts.check(spec, length=spec.max_length)
-        except ValueError as error:
-            self._tell_ended(connection, reserve.attempt_id, pb.Ended.CAUSE_REJECTED, str(error))
+    def _reserve(self, connection: int, reserve: pb.Reserve, draining: bool) -> None:
+        spec = self._attempts.accept(connection, reserve, _length, draining)
+        if spec is None:
             return
         sequence = Sequence(reserve.attempt_id, connection, spec, list(spec.token_ids))
         admitted = self._scheduler.reserve(sequence, reserve.headroom_tokens)
@@ -101,14 +97,14 @@ class Engine:
             elif pulled.problem:
                 cause = pb.Ended.CAUSE_LEASE_LOST if pulled.lease_lost else pb.Ended.CAUSE_FAILED
                 self._loop.drop(sequence)
-                self._tell_ended(sequence.connection, sequence.attempt_id, cause, pulled.problem)
+                self._attempts.end(sequence.connection, sequence.attempt_id, cause, pulled.problem)
             else:
                 self._measure(pulled)
                 self._service.outgoing(sequence.connection).started.add(
                     attempt_id=sequence.attempt_id, transfer_ms=pulled.milliseconds
                 )
                 if not self._loop.start(sequence):
-                    self._tell_ended(sequence.connection, sequence.attempt_id, pb.Ended.CAUSE_FINISHED)
+                    self._attempts.end(sequence.connection, sequence.attempt_id, pb.Ended.CAUSE_FINISHED)
 
     def _measure(self, pulled: Pulled) -> None:
         layout, sequence = self._parts.pool.layout, pulled.sequence
@@ -124,9 +120,9 @@ class Engine:
         for step in turn.steps:
             self._tell_tokens(step)
         for sequence in turn.finished:
-            self._tell_ended(sequence.connection, sequence.attempt_id, pb.Ended.CAUSE_FINISHED)
+            self._attempts.end(sequence.connection, sequence.attempt_id, pb.Ended.CAUSE_FINISHED)
         for sequence in turn.preempted:
-            self._tell_ended(sequence.connection, sequence.attempt_id, pb.Ended.CAUSE_PREEMPTED)
+            self._attempts.end(sequence.connection, sequence.attempt_id, pb.Ended.CAUSE_PREEMPTED)
 
     def _tell_tokens(self, step: StepTokens) -> None:
         self._metrics.batch_sequences.observe(len(step.sequences))
@@ -144,13 +140,6 @@ class Engine:
             if step.logprobs:
                 tokens.logprobs.extend(step.logprobs[row] for row in rows)
 
-    def _tell_ended(
-        self, connection: int, attempt_id: int, cause: "pb.Ended.Cause.ValueType", detail: str = ""
-    ) -> None:
-        """Tells the router that the attempt is over here."""
-        self._metrics.ended(cause)
-        self._service.outgoing(connection).ended.add(attempt_id=attempt_id, cause=cause, detail=detail)
-
     def _load(self, ready: bool) -> inference_pb2.WorkerLoad:
         return inference_pb2.WorkerLoad(
             ready=ready,
@@ -159,3 +148,8 @@ class Engine:
             blocks=self._parts.blocks_load(reserved=self._scheduler.promised),
             totals=self._totals,
         )
+
+
+def _length(spec: SequenceSpec) -> int:
+    """Tokens that a decode worker may have to hold: prompt and output."""
+    return spec.max_length

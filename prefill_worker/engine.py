@@ -2,10 +2,11 @@
 
 import time
 
+from common.attempts import Attempts
 from common.cache_report import CacheReport
 from common.lifecycle import Lifecycle
 from common.load_report import INTERVAL_SECONDS, LoadReport
-from common.sequence import sequence_from_proto
+from common.sequence import SequenceSpec
 from common.worker_parts import WorkerParts
 from common.worker_service import WorkerService
 from prefill_worker.leases import Leases
@@ -30,6 +31,7 @@ class Engine:
         self._parts = parts
         self._service = service
         self._metrics = metrics
+        self._attempts = Attempts(parts, service, metrics)
         self._loop = PrefillLoop(parts, runner, max_batch_tokens)
         self._scheduler = self._loop.scheduler
         self._leases = Leases(parts.blocks, lease_seconds)
@@ -39,7 +41,7 @@ class Engine:
         cache = CacheReport(self._service, self._parts.blocks)
         load = LoadReport(self._service, self._metrics, lambda: self._load(ready=not lifecycle.draining))
         while not lifecycle.over(idle=self._idle):
-            self._receive(accepting=not lifecycle.draining)
+            self._receive(lifecycle.draining)
             self._expire_leases()
             self._tell(self._loop.turn())
             cache.send()
@@ -50,33 +52,23 @@ class Engine:
     def _idle(self) -> bool:
         return not (self._scheduler.waiting_count or self._scheduler.running_count or self._leases)
 
-    def _receive(self, accepting: bool) -> None:
+    def _receive(self, draining: bool) -> None:
         for received in self._service.receive(0.0 if self._loop.busy else INTERVAL_SECONDS):
             if received.message is None:
                 self._scheduler.drop_connection(received.connection)
                 self._leases.end_connection(received.connection)
                 continue
             for prefill in received.message.prefills:
-                self._accept(received.connection, prefill, accepting)
+                spec = self._attempts.accept(received.connection, prefill, _length, draining)
+                if spec is not None:
+                    self._scheduler.add(Prompt(prefill.attempt_id, received.connection, spec))
             for attempt_id in received.message.ended:
                 self._scheduler.drop(attempt_id)
                 self._leases.end(attempt_id)
 
-    def _accept(self, connection: int, prefill: pb.Prefill, accepting: bool) -> None:
-        if not accepting:
-            self._end(connection, prefill.attempt_id, pb.Ended.CAUSE_DRAINING)
-            return
-        try:
-            spec = sequence_from_proto(prefill.sequence)
-            self._parts.check(spec, length=len(spec.token_ids) + 1)
-        except ValueError as error:
-            self._end(connection, prefill.attempt_id, pb.Ended.CAUSE_REJECTED, str(error))
-            return
-        self._scheduler.add(Prompt(prefill.attempt_id, connection, spec))
-
     def _expire_leases(self) -> None:
         for attempt_id, connection in self._leases.expire(time.monotonic()):
-            self._end(connection, attempt_id, pb.Ended.CAUSE_LEASE_LOST, "nobody took the KV in time")
+            self._attempts.end(connection, attempt_id, pb.Ended.CAUSE_LEASE_LOST, "nobody took the KV in time")
 
     def _tell(self, turn: Turn) -> None:
         if turn.launched_tokens:
@@ -103,10 +95,6 @@ class Engine:
             ),
         )
 
-    def _end(self, connection: int, attempt_id: int, cause: "pb.Ended.Cause.ValueType", detail: str = "") -> None:
-        self._metrics.ended(cause)
-        self._service.outgoing(connection).ended.add(attempt_id=attempt_id, cause=cause, detail=detail)
-
     def _load(self, ready: bool) -> inference_pb2.WorkerLoad:
         return inference_pb2.WorkerLoad(
             ready=ready,
@@ -116,3 +104,8 @@ class Engine:
             blocks=self._parts.blocks_load(reserved=0),
             totals=self._totals,
         )
+
+
+def _length(spec: SequenceSpec) -> int:
+    """Tokens that a prefill worker has to hold, with the one that it samples."""
+    return len(spec.token_ids) + 1

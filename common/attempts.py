@@ -1,0 +1,41 @@
+"""What both kinds of worker do with an attempt before and after their own work on it."""
+
+from collections.abc import Callable
+
+from common.sequence import SequenceSpec, sequence_from_proto
+from common.worker_metrics import WorkerMetrics
+from common.worker_parts import WorkerParts
+from common.worker_service import WorkerService
+from twostroke.v1 import worker_pb2 as pb
+
+
+class Attempts:
+    """Lets attempts in, and tells routers of their ends."""
+
+    def __init__(self, parts: WorkerParts, service: WorkerService, metrics: WorkerMetrics) -> None:
+        self._parts = parts
+        self._service = service
+        self._metrics = metrics
+
+    def accept(
+        self, connection: int, asked: pb.Prefill | pb.Reserve, length: Callable[[SequenceSpec], int], draining: bool
+    ) -> SequenceSpec | None:
+        """The sequence that a router asks for; None where it cannot be served, which the router is told.
+
+        `length` says how many tokens of it this worker will have to hold.
+        """
+        if draining:
+            self.end(connection, asked.attempt_id, pb.Ended.CAUSE_DRAINING)
+            return None
+        try:
+            spec = sequence_from_proto(asked.sequence)
+            self._parts.check(spec, length(spec))
+        except ValueError as error:
+            self.end(connection, asked.attempt_id, pb.Ended.CAUSE_REJECTED, str(error))
+            return None
+        return spec
+
+    def end(self, connection: int, attempt_id: int, cause: "pb.Ended.Cause.ValueType", detail: str = "") -> None:
+        """Tells the router that the attempt is over here, and that nothing is held for it any more."""
+        self._metrics.ended(cause)
+        self._service.outgoing(connection).ended.add(attempt_id=attempt_id, cause=cause, detail=detail)

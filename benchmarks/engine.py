@@ -21,10 +21,10 @@ import torch
 from cyclopts import App
 from transformers import AutoModelForCausalLM
 
-from benchmarks.gpu.cluster import Cluster
-from benchmarks.gpu.in_process import InProcess, spec
-from benchmarks.gpu.parts import LoadedModel, load_model, worker_parts
-from benchmarks.gpu.report import Figure, Report
+from benchmarks.cluster import Cluster
+from benchmarks.in_process import InProcess, spec
+from benchmarks.parts import LoadedModel, load_model, worker_parts
+from benchmarks.report import Figure, Report
 from common.cpu_memory import keep_freed_memory
 from common.model_files import EMBEDDED, resolve
 from decode_worker.loop import DecodeLoop

@@ -18,10 +18,10 @@ import torch
 from cyclopts import App
 
 from benchmarks.gpu import floors, models
-from benchmarks.gpu.in_process import spec
-from benchmarks.gpu.parts import LoadedModel, load_model, worker_parts
-from benchmarks.gpu.report import Figure, Report
 from benchmarks.gpu.timing import copy_bytes_per_second, elapsed, gemm_operations_per_second, median, synchronize
+from benchmarks.in_process import spec
+from benchmarks.parts import LoadedModel, load_model, worker_parts
+from benchmarks.report import Figure, Report
 from common.worker_parts import WorkerParts
 from decode_worker.loop import DecodeLoop
 from decode_worker.runner import Runner as DecodeRunner

@@ -19,7 +19,7 @@ from pathlib import Path
 import cupy
 import torch
 
-from benchmarks.gpu.report import Figure, Report
+from benchmarks.report import Figure, Report
 from common import transport
 from common.kv_pool import KvLayout, allocate, view
 from common.transport import cuda_ipc

@@ -21,10 +21,10 @@ from pathlib import Path
 import torch
 from cyclopts import App
 
+from benchmarks.cluster import Cluster
 from benchmarks.gpu import floors, models
-from benchmarks.gpu.cluster import Cluster
-from benchmarks.gpu.report import Figure, Report
 from benchmarks.gpu.timing import copy_bytes_per_second, gemm_operations_per_second
+from benchmarks.report import Figure, Report
 from common.model_config import load_config
 from twostroke import AsyncClient
 
@@ -121,8 +121,8 @@ def _apart(directory: Path, device: str, asks: list[Ask], sizes: Sizes, in_proce
 
 
 def _run_in_process(directory: Path, device: str, asks: list[Ask], sizes: Sizes) -> tuple[float, list[float]]:
-    from benchmarks.gpu.in_process import InProcess, spec
-    from benchmarks.gpu.parts import load_model, worker_parts
+    from benchmarks.in_process import InProcess, spec
+    from benchmarks.parts import load_model, worker_parts
 
     where = torch.device(device)
     small = where.type == "cpu"

@@ -52,9 +52,10 @@ class Asking(threading.Thread):
 
     def run(self) -> None:
         prompt, max_tokens = self._arguments
-        options = {"temperature": 0, "ignore_eos": True, "max_tokens": max_tokens, "cache_salt": self._salt}
         try:
-            for piece in self._cluster.client.stream(prompt, **options):  # type: ignore[arg-type]
+            for piece in self._cluster.client.stream(
+                prompt, max_tokens=max_tokens, temperature=0, ignore_eos=True, cache_salt=self._salt
+            ):
                 self.pieces.append(piece)
         except TwostrokeError as error:
             self.error = error

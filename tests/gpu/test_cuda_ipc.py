@@ -1,8 +1,5 @@
 import json
 import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,6 +10,7 @@ import torch
 from common import transport
 from common.kv_pool import KvLayout, allocate
 from common.transport import TransferFailed, TransportError
+from tests.pool_owner import PoolOwner
 
 pytest.importorskip("cupy", reason="cupy is not installed")
 
@@ -49,31 +47,9 @@ for command in sys.stdin:
 """
 
 
-class Owner:
+class Owner(PoolOwner):
     def __init__(self, device: int, name: str, num_blocks: int = 300) -> None:
-        instance = f"test-{os.getpid()}-{name}"
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", OWNER, str(device), instance, str(num_blocks)],
-            env=os.environ | {"PYTHONPATH": ":".join(sys.path)},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self.descriptor = self._line().encode()
-
-    def _line(self) -> str:
-        assert self.process.stdout is not None
-        return self.process.stdout.readline().strip()
-
-    def ask(self, command: str) -> str:
-        assert self.process.stdin is not None
-        self.process.stdin.write(command + "\n")
-        self.process.stdin.flush()
-        return self._line()
-
-    def kill(self) -> None:
-        self.process.send_signal(signal.SIGKILL)
-        self.process.communicate()
+        super().__init__(OWNER, str(device), f"test-{os.getpid()}-{name}", str(num_blocks))
 
 
 @pytest.fixture(params=["same GPU", "another GPU"])

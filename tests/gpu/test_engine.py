@@ -12,8 +12,8 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
-from benchmarks.gpu.in_process import InProcess, spec
-from benchmarks.gpu.parts import LoadedModel, load_model, worker_parts
+from benchmarks.in_process import InProcess, spec
+from benchmarks.parts import LoadedModel, load_model, worker_parts
 from common.sequence import SequenceSpec
 from tests.gpu import tiny_models
 

@@ -1,9 +1,6 @@
 import json
 import os
-import signal
 import stat
-import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import replace
@@ -15,6 +12,7 @@ import torch
 from common import transport
 from common.kv_pool import KvLayout, KvPool, allocate, view
 from common.transport import TransferFailed, TransportError, segment, shm
+from tests.pool_owner import PoolOwner
 
 CPU = torch.device("cpu")
 LAYOUT = KvLayout(num_blocks=24, num_layers=3, block_size=4, num_kv_heads=2, head_dim=8, dtype="bfloat16")
@@ -45,31 +43,10 @@ for command in sys.stdin:
 """
 
 
-class Owner:
+class Owner(PoolOwner):
     def __init__(self, instance: str) -> None:
         self.path = segment.DIRECTORY / (segment.PREFIX + instance)
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", OWNER, instance],
-            env=os.environ | {"PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self.descriptor = self._line().encode()
-
-    def _line(self) -> str:
-        assert self.process.stdout is not None
-        return self.process.stdout.readline().strip()
-
-    def ask(self, command: str) -> str:
-        assert self.process.stdin is not None
-        self.process.stdin.write(command + "\n")
-        self.process.stdin.flush()
-        return self._line()
-
-    def kill(self) -> None:
-        self.process.send_signal(signal.SIGKILL)
-        self.process.communicate()
+        super().__init__(OWNER, instance)
 
 
 @pytest.fixture

@@ -1,12 +1,13 @@
 """The `twostroke` command. Commands are imported when they are run, so that help comes at once."""
 
+import os
 import sys
 from importlib import import_module
 
 from cyclopts import App, Parameter
 from cyclopts.config import Env
 
-from common.security_config import SettingsError
+from common.start_error import StartError
 
 app = App(
     name="twostroke",
@@ -24,7 +25,7 @@ app.command(
     name="serve",
     help="""Run a router and workers on this machine, until Ctrl-C.
 
-    A part that dies is started again. A second Ctrl-C kills what still runs after the first.
+    A part that dies is started again. A second Ctrl-C does not wait for running requests.
 
     With a command, wait until the cluster is ready, run it with TWOSTROKE_TARGET set, then stop all.
 
@@ -84,9 +85,10 @@ app.command(
 
 def main(command: str | None = None) -> None:
     """Runs the command line; `command` is what `python -m router` and its like put in front of their flags."""
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # else it tells of every connection that ends
     try:
         app([command, *sys.argv[1:]] if command else None)
-    except SettingsError as error:
+    except StartError as error:
         raise SystemExit(f"twostroke: {error}") from error
 
 

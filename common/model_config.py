@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common.start_error import StartError
+
 DTYPES = ("float32", "bfloat16", "float16")
 
 _ARCHITECTURES = {
@@ -15,7 +17,7 @@ _ARCHITECTURES = {
 }
 
 
-class ModelError(ValueError):
+class ModelError(StartError, ValueError):
     """A model that cannot be served; the message says why in a sentence."""
 
 

@@ -10,6 +10,7 @@ import grpc
 from common import cluster_secret, tls
 from common.config import WorkerConfig
 from common.security_config import SecurityConfig, SettingsError
+from common.start_error import AddressError
 
 Options = Sequence[tuple[str, int | str]]
 
@@ -45,7 +46,7 @@ class Peers:
                 return server.add_insecure_port(address)
             return server.add_secure_port(address, self.server_credentials)
         except RuntimeError as error:
-            raise OSError(f"cannot listen on {address}: {error}. Is the port taken?") from error
+            raise AddressError(f"cannot listen on {address}: {error}. Is the port taken?") from error
 
     def channel(self, target: str, options: Options) -> grpc.aio.Channel:
         options = [*options, *self.channel_options]

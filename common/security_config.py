@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.start_error import StartError
 
-class SettingsError(ValueError):
+
+class SettingsError(StartError, ValueError):
     """A setting is wrong; the sentence says which, and what would be right."""
 
 

@@ -7,9 +7,10 @@ from torch import Tensor
 
 from common.block_pool import Generations
 from common.kv_pool import KvPool
+from common.start_error import StartError
 
 
-class TransportError(Exception):
+class TransportError(StartError):
     """A transport does not work here. Its text is a sentence that says why and what to change."""
 
 

@@ -1,0 +1,9 @@
+"""Why a part of a cluster cannot start."""
+
+
+class StartError(Exception):
+    """Its text says in a sentence what is wrong and what to change; the command line prints that alone."""
+
+
+class AddressError(StartError, OSError):
+    """An address cannot be listened on."""

@@ -29,6 +29,7 @@ from twostroke import Client, TwostrokeError
 
 POLL_SECONDS = 0.1
 STOP_SECONDS = 5.0
+HURRY_SECONDS = 3.0
 
 
 @Parameter(name="*")
@@ -168,6 +169,7 @@ def _supervise(
                     _say(f"{child.name} {death}; starting it again")
                     child.start()
             if model is None and (model := _served_model(client, workers=len(cluster) - 1)):
+                client.close()  # it has no more to ask, and would only see the router go
                 _say(f"ready at {environment['TWOSTROKE_TARGET']} after {time.monotonic() - began:.1f} s: {model}")
                 if command:
                     running = subprocess.Popen(command, env=environment)
@@ -264,6 +266,12 @@ def _stop(stages: Iterable[list[Child]], seconds: float, signals: list[int]) -> 
             child.send(signal.SIGTERM)
         deadline = time.monotonic() + seconds
         while any(child.running for child in children) and time.monotonic() < deadline and len(signals) <= received:
+            time.sleep(0.02)
+        # A second SIGTERM ends a part at once, in order: killed, a worker would leave its shared memory behind.
+        for child in children:
+            child.send(signal.SIGTERM)
+        deadline = time.monotonic() + HURRY_SECONDS
+        while any(child.running for child in children) and time.monotonic() < deadline:
             time.sleep(0.02)
         for child in children:
             child.send(signal.SIGKILL)

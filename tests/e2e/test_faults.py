@@ -224,3 +224,21 @@ def test_nothing_is_left_behind(tmp_path_factory: pytest.TempPathFactory) -> Non
         assert set(Path("/dev/shm").glob("twostroke-*")) == before
     with pytest.raises(Unavailable), Client(cluster.target) as client:
         client.model(timeout=2)
+
+
+def test_a_second_ctrl_c_hurries_and_leaves_nothing_behind_either(tmp_path: Path) -> None:
+    before = set(Path("/dev/shm").glob("twostroke-*"))
+    command = [sys.executable, "-c", "from cli.main import main; main('serve')", "--listen=127.0.0.1:0", "--threads=1"]
+    with subprocess.Popen([*command, "--num-blocks=256"], stderr=subprocess.PIPE, text=True) as serve:
+        assert serve.stderr is not None
+        address = next(line for line in serve.stderr if "ready at" in line).partition("ready at ")[2].split()[0]
+        with Client(address) as client:
+            stream = client.stream(SHORT, max_tokens=2_000, ignore_eos=True)
+            assert any(piece.token_ids for piece in stream)
+            serve.send_signal(signal.SIGINT)  # the request goes on
+            time.sleep(1)
+            assert serve.poll() is None
+            serve.send_signal(signal.SIGINT)
+            threading.Thread(target=serve.stderr.read, daemon=True).start()
+            assert serve.wait(timeout=15) == 0
+    assert set(Path("/dev/shm").glob("twostroke-*")) == before

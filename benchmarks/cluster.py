@@ -1,9 +1,9 @@
-"""A router and one worker of each role as processes of this machine, for as long as a `with` lasts."""
+"""A router and workers as processes of this machine, for as long as a `with` lasts."""
 
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,9 +20,7 @@ class Cluster:
     """Flags are named as on the command line, without dashes in front: {"num-blocks": 64}. Logs go to `logs`."""
 
     router: Flags
-    worker: Flags  # of both workers
-    prefill: Flags
-    decode: Flags
+    workers: Sequence[tuple[str, Flags]]  # what `python -m` runs, and its flags
     logs: Path
     start_seconds: float = 180.0
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
@@ -33,9 +31,9 @@ class Cluster:
         self.logs.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
             stack.callback(self._stop)
-            self._start("router", {"listen": self.target, **self.router})
-            self._start("prefill_worker", {"router": self.target, **self.worker, **self.prefill})
-            self._start("decode_worker", {"router": self.target, **self.worker, **self.decode})
+            self._start("router", "router", {"listen": self.target, **self.router})
+            for index, (module, flags) in enumerate(self.workers):
+                self._start(f"{module}-{index}", module, {"router": self.target, **flags})
             self._wait_until_ready()
             stack.pop_all()
         return self
@@ -46,10 +44,10 @@ class Cluster:
     def log(self, name: str) -> str:
         return (self.logs / f"{name}.log").read_text(errors="replace")
 
-    def _start(self, module: str, flags: Flags) -> None:
+    def _start(self, name: str, module: str, flags: Flags) -> None:
         arguments = [f"--{flag}={value}" for flag, value in flags.items()]
-        with (self.logs / f"{module}.log").open("wb") as log:
-            self.processes[module] = subprocess.Popen(
+        with (self.logs / f"{name}.log").open("wb") as log:
+            self.processes[name] = subprocess.Popen(
                 [sys.executable, "-m", module, *arguments], stdin=subprocess.DEVNULL, stdout=log, stderr=log
             )
 
@@ -65,7 +63,9 @@ class Cluster:
                     raise RuntimeError(f"the cluster was not ready within {self.start_seconds} s\n{tails}")
                 try:
                     client.wait_until_ready(timeout=1)
-                    return
+                    if sum(worker.ready for worker in client.load(timeout=1).workers) == len(self.workers):
+                        return
+                    time.sleep(0.1)
                 except TwostrokeError:
                     continue
 

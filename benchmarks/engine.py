@@ -109,7 +109,7 @@ def _cluster(loaded: LoadedModel, prompts: list[list[int]], count: int, rounds: 
     bare, delivered = [], []
     with (
         tempfile.TemporaryDirectory() as logs,
-        Cluster(router={}, worker=flags, prefill={}, decode={}, logs=Path(logs)) as cluster,
+        Cluster({}, [("prefill_worker", flags), ("decode_worker", flags)], Path(logs)) as cluster,
     ):
         for _ in range(rounds):
             bare.append(_bare_decode_rate(loaded, prompts, count))

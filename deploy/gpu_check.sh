@@ -3,7 +3,7 @@
 #   deploy/gpu_check.sh [FOLDER]    logs and JSON go to FOLDER (build/gpu-check where none is given)
 # Settings, as environment variables:
 #   PYTHON    the Python that has torch, triton and cupy (python3)
-#   STEPS     what to run, of: kernels-tests engine-tests kernels handover engine throughput
+#   STEPS     what to run, of: kernels-tests engine-tests kernels handover engine interference throughput
 #   TWOSTROKE_TEST_MODEL    SmolLM2-135M-Instruct as a directory or GGUF, where its package is not installed
 # Each step has a time limit, and the next one runs whatever became of it. Exit code 1: a step failed.
 set -uo pipefail
@@ -12,7 +12,7 @@ out=$(realpath -m "${1:-build/gpu-check}")
 mkdir -p "$out"
 python=${PYTHON:-python3}
 export PYTHONPATH=".:protos${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
-steps=${STEPS:-kernels-tests engine-tests kernels handover engine throughput}
+steps=${STEPS:-kernels-tests engine-tests kernels handover engine interference throughput}
 summary=()
 status=0
 
@@ -37,6 +37,7 @@ run engine-tests 240 "$python" -m pytest -q --timeout 180 "${parallel[@]}" tests
 run kernels 120 "$python" -m benchmarks.gpu.kernels "$out/kernels.json"
 run handover 60 "$python" -m benchmarks.gpu.handover "$out/handover.json"
 run engine 210 "$python" -m benchmarks.gpu.engine --out "$out/engine.json"
+run interference 200 "$python" -m benchmarks.gpu.interference --out "$out/interference.json" --logs "$out/interference"
 run throughput 240 "$python" -m benchmarks.gpu.throughput --out "$out/throughput.json" --logs "$out/cluster"
 
 for name in $steps; do

@@ -7,10 +7,10 @@ from collections import deque
 class Turnstile:
     """Wakes one waiter in a turn of the event loop, in the order they came.
 
-    A decode step wakes every stream at once. Were they all to write before the loop looks at its sockets again, workers'
-    messages would pile up unread and be passed on token by token, however far behind the router is. This way what
-    workers send is read first, and gathers where it can be packed. One, not a few: `benchmarks.router` saturated
-    delivered three times as many tokens with one as with sixteen, for a third less messages.
+    A decode step wakes every stream at once. Were they all to write before the loop looks at its sockets again, what
+    workers send would pile up unread and be passed on token by token, however far behind the router is. This way it
+    is read first, and gathers where it can be packed. One, not a few: `benchmarks.router` saturated delivered three
+    times as many tokens with one as with sixteen, for a third less messages.
     """
 
     def __init__(self) -> None:

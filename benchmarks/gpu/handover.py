@@ -120,7 +120,7 @@ def measure(layout: KvLayout, device: int, across: bool) -> Iterator[Figure]:
                 on_gpu.append(transfer.milliseconds)
             peer.close()
             # Within one GPU the peak is that of its memory, which so few SMs are not meant to reach.
-            bound = 0.85 if across and ctas == CTAS else None
+            bound = 0.9 if across and ctas == CTAS else None
             host = statistics.median(on_host[2:])
             yield ratio(f"one launch, {ctas} CTAs", statistics.median(on_gpu[2:]), f", {host:.2f} ms CPU", bound)
 

@@ -173,19 +173,20 @@ def _in_cluster(
     logs: Path,
 ) -> Iterator[Figure]:
     started = time.perf_counter()
+    worker = {
+        "model": directory,
+        "load-format": "dummy",
+        "device": device,
+        "dtype": _dtype(device),
+        "max-length": MAX_LENGTH,
+    }
+    prefill = {"num-blocks": sizes.prefill_blocks, "max-batch-tokens": sizes.max_batch_tokens}
+    decode = {"num-blocks": sizes.decode_blocks, "max-batch": sizes.max_batch}
     with (
         Cluster(
-            router={"model": directory, "headroom-tokens": MAX_LENGTH},
-            worker={
-                "model": directory,
-                "load-format": "dummy",
-                "device": device,
-                "dtype": _dtype(device),
-                "max-length": MAX_LENGTH,
-            },
-            prefill={"num-blocks": sizes.prefill_blocks, "max-batch-tokens": sizes.max_batch_tokens},
-            decode={"num-blocks": sizes.decode_blocks, "max-batch": sizes.max_batch},
-            logs=logs,
+            {"model": directory, "headroom-tokens": MAX_LENGTH},
+            [("prefill_worker", worker | prefill), ("decode_worker", worker | decode)],
+            logs,
         ) as cluster,
         ProcessPoolExecutor(clients, multiprocessing.get_context("spawn")) as pool,
     ):

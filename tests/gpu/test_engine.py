@@ -3,24 +3,18 @@
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM
 
 from benchmarks.in_process import InProcess, spec
 from benchmarks.parts import LoadedModel, load_model, worker_parts
 from common.sequence import SequenceSpec
 from tests.gpu import tiny_models
+from tests.gpu.greedy import DEVICE, LENGTHS, assert_greedy, gaps, reference, text
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 OUTPUT_TOKENS = 64
-LENGTHS = (1, 2, 3, 5, 8, 15, 16, 17, 31, 32, 33, 47, 48, 63, 64, 65, 80, 100, 127, 128, 129, 150, 200, 255, 256)
-LENGTHS += (300, 400, 511, 512, 700, 1_000, 1_500)
 SOME_LENGTHS = (1, 7, 16, 33, 64, 100, 129, 200, 257, 400)
 
 # How far below the likeliest token's logit, in float32, a token chosen in bfloat16 may lie. Logits of this model reach
@@ -69,51 +63,8 @@ def noise(lengths: Sequence[int]) -> list[list[int]]:
     return [draw.choices(range(tiny_models.VOCAB_SIZE), k=length) for length in lengths]
 
 
-def text(directory: Path, lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
-    """Prompts of these lengths from the licence. After real text a model is sure enough of itself that a sampled token
-    does not hang on the last bits of a sum over the vocabulary, which differ between batches of different sizes."""
-    tokens = _licence(directory)
-    starts = random.Random(seed).sample(range(len(tokens) - max(lengths)), len(lengths))
-    return [tokens[start : start + length] for start, length in zip(starts, lengths, strict=True)]
-
-
-@cache
-def _licence(directory: Path) -> list[int]:
-    written = (Path(__file__).parents[2] / "LICENSE").read_text(encoding="utf-8")
-    ids: list[int] = Tokenizer.from_file(str(directory / "tokenizer.json")).encode(written).ids
-    return ids
-
-
 def greedy(asked: Sequence[Sequence[int]], count: int, block_size: int = 16) -> list[SequenceSpec]:
     return [spec(tokens, len(tokens) + count, temperature=0, block_size=block_size) for tokens in asked]
-
-
-@cache
-def reference(directory: Path) -> Any:
-    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    return model.to(DEVICE).eval()
-
-
-@torch.inference_mode()
-def gaps(directory: Path, prompt: Sequence[int], output: Sequence[int]) -> torch.Tensor:
-    """How far each output token's logit lies below the likeliest one's, as transformers has them in float32, by token.
-
-    All zero: the output is what greedy generation gives.
-    """
-    tokens = torch.tensor([[*prompt, *output[:-1]]], device=DEVICE)
-    logits = reference(directory)(tokens, logits_to_keep=len(output)).logits[0]
-    chosen = logits.gather(1, torch.tensor(output, device=DEVICE)[:, None]).squeeze(1)
-    gap: torch.Tensor = logits.amax(1) - chosen
-    return gap
-
-
-def assert_greedy(
-    engines: Engines, asked: Sequence[Sequence[int]], outputs: Sequence[Sequence[int]], count: int
-) -> None:
-    for prompt, output in zip(asked, outputs, strict=True):
-        assert len(output) == count
-        gap = gaps(engines.directory, prompt, output)
-        assert not gap.any(), f"prompt of {len(prompt)}: first wrong at {int(gap.nonzero()[0])}, by {gap.max():.2e}"
 
 
 @pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "eager"])
@@ -121,7 +72,7 @@ def test_32_prompts_at_once(smol: Engines, graphs: bool) -> None:
     asked = text(smol.directory, LENGTHS)
     assert len(asked) == 32
     engine = smol.engine(blocks=1024, graphs=graphs)
-    assert_greedy(smol, asked, engine.run(greedy(asked, OUTPUT_TOKENS)), OUTPUT_TOKENS)
+    assert_greedy(smol.directory, asked, engine.run(greedy(asked, OUTPUT_TOKENS)), OUTPUT_TOKENS)
     assert engine.blocks_home()
 
 
@@ -129,13 +80,13 @@ def test_32_prompts_at_once(smol: Engines, graphs: bool) -> None:
 def test_other_block_sizes(smol: Engines, block_size: int) -> None:
     asked = text(smol.directory, SOME_LENGTHS)
     engine = smol.engine(blocks=4096 // block_size, block_size=block_size)
-    assert_greedy(smol, asked, engine.run(greedy(asked, 32, block_size)), 32)
+    assert_greedy(smol.directory, asked, engine.run(greedy(asked, 32, block_size)), 32)
 
 
 def test_chunks_of_32(smol: Engines) -> None:
     asked = text(smol.directory, SOME_LENGTHS)
     engine = smol.engine(blocks=512, max_batch_tokens=32)
-    assert_greedy(smol, asked, engine.run(greedy(asked, 32)), 32)
+    assert_greedy(smol.directory, asked, engine.run(greedy(asked, 32)), 32)
 
 
 def test_prefix_hits_on_both_sides(smol: Engines) -> None:
@@ -143,14 +94,14 @@ def test_prefix_hits_on_both_sides(smol: Engines) -> None:
     asked = [shared + tail for tail in text(smol.directory, (1, 5, 16, 40), seed=1)]
     engine = smol.engine(blocks=512)
     for _ in range(2):
-        assert_greedy(smol, asked, engine.run(greedy(asked, 32)), 32)
+        assert_greedy(smol.directory, asked, engine.run(greedy(asked, 32)), 32)
     assert engine.blocks_home()
 
 
 def test_preemption(smol: Engines) -> None:
     asked = text(smol.directory, SOME_LENGTHS)
     engine = smol.engine(blocks=100, headroom_tokens=1)
-    assert_greedy(smol, asked, engine.run(greedy(asked, 48)), 48)
+    assert_greedy(smol.directory, asked, engine.run(greedy(asked, 48)), 48)
     assert engine.preemptions > 0
     assert engine.blocks_home()
 
@@ -178,11 +129,11 @@ def test_bfloat16_stays_close(smollm2: Path, graphs: bool) -> None:
 def test_every_architecture(tiny: Engines, graphs: bool) -> None:
     asked = noise(SOME_LENGTHS)
     engine = tiny.engine(blocks=512, graphs=graphs)
-    assert_greedy(tiny, asked, engine.run(greedy(asked, 32)), 32)
+    assert_greedy(tiny.directory, asked, engine.run(greedy(asked, 32)), 32)
     assert engine.blocks_home()
 
 
 def test_every_architecture_in_chunks(tiny: Engines) -> None:
     asked = noise(SOME_LENGTHS)
     engine = tiny.engine(blocks=512, max_batch_tokens=48)
-    assert_greedy(tiny, asked, engine.run(greedy(asked, 32)), 32)
+    assert_greedy(tiny.directory, asked, engine.run(greedy(asked, 32)), 32)

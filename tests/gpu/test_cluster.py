@@ -1,0 +1,103 @@
+"""Whole clusters on GPUs: a process each, KV handed over by CUDA IPC, on one shared GPU and on two."""
+
+import asyncio
+import random
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.e2e.cluster import Cluster
+from tests.gpu.greedy import LENGTHS, assert_greedy, text
+from twostroke import AsyncClient, Generation
+
+pytestmark = pytest.mark.timeout(180)
+
+OUTPUT_TOKENS = 64
+REQUESTS, AT_ONCE = 2_000, 128
+
+
+@pytest.fixture(scope="module", params=["one GPU", "two GPUs"])
+def cluster(request: pytest.FixtureRequest, smollm2: Path) -> Iterator[Cluster]:
+    two = request.param == "two GPUs"
+    if two and torch.cuda.device_count() < 2:
+        pytest.skip("one GPU only")
+    flags = {"model": smollm2, "dtype": "float32", "max-length": 2048, "num-blocks": 2048, "transport": "cuda_ipc"}
+    with Cluster(
+        router_flags={"model": smollm2},
+        worker_flags=flags | {"device": "cuda:0"},
+        prefill_flags={"device": "cuda:1"} if two else {},
+        decode_flags={"max-batch": 64},
+    ) as cluster:
+        yield cluster
+
+
+def ask_all(cluster: Cluster, asked: Sequence[Sequence[int]]) -> list[Generation]:
+    def ask(prompt: Sequence[int]) -> Generation:
+        return cluster.client.generate(prompt, max_tokens=OUTPUT_TOKENS, temperature=0, ignore_eos=True)
+
+    with ThreadPoolExecutor(len(asked)) as pool:
+        return list(pool.map(ask, asked))
+
+
+def test_32_prompts_at_once_twice(cluster: Cluster, smollm2: Path) -> None:
+    asked = text(smollm2, LENGTHS)
+    for _ in range(2):  # the second time with prefix hits on both sides
+        answers = ask_all(cluster, asked)
+        assert_greedy(smollm2, asked, [answer.token_ids for answer in answers], OUTPUT_TOKENS)
+        cluster.assert_blocks_home()
+    assert answers[-1].finish is not None
+    assert answers[-1].finish.usage.decode_cached_tokens > 1_000
+
+
+def test_cancels_at_random_moments(cluster: Cluster, smollm2: Path) -> None:
+    """2,000 requests, half of them cancelled somewhere between their call and their last token."""
+    finished = asyncio.run(cancel_at_random(cluster.target))
+    assert 0.3 * REQUESTS < finished < 0.9 * REQUESTS
+    cluster.assert_blocks_home()
+    asked = text(smollm2, (100, 300), seed=3)
+    assert_greedy(smollm2, asked, [answer.token_ids for answer in ask_all(cluster, asked)], OUTPUT_TOKENS)
+
+
+async def cancel_at_random(target: str) -> int:
+    """How many of the requests came to an end of their own."""
+    draw = random.Random(5)
+    turn = asyncio.Semaphore(AT_ONCE)
+
+    async def one(client: AsyncClient, prompt: Sequence[int], count: int, patience: float | None) -> bool:
+        async with turn:
+            try:
+                async with asyncio.timeout(patience):
+                    answer = await client.generate(prompt, max_tokens=count, ignore_eos=True)
+            except TimeoutError:
+                return False
+        assert len(answer.token_ids) == count
+        return True
+
+    async with AsyncClient(target, timeout=120) as client:
+        work = [
+            one(
+                client,
+                draw.choices(range(1_000, 40_000), k=draw.randint(1, 600)),
+                draw.randint(1, 64),
+                draw.uniform(0, 0.8) if draw.random() < 0.5 else None,
+            )
+            for _ in range(REQUESTS)
+        ]
+        return sum(await asyncio.gather(*work))
+
+
+def test_a_killed_prefill_worker(cluster: Cluster, smollm2: Path) -> None:
+    """Its GPU memory is mapped by the decode worker, which goes on, and takes KV from the one that comes after it."""
+    asked = text(smollm2, (700, 900, 1_100, 1_300), seed=7)
+    with ThreadPoolExecutor(1) as pool:
+        answers = pool.submit(ask_all, cluster, asked)
+        cluster.wait_for(lambda: cluster.client.load().running > 0)
+        cluster.kill("prefill-0")
+        cluster.start_worker("prefill", 0)
+        token_ids = [answer.token_ids for answer in answers.result()]
+    assert_greedy(smollm2, asked, token_ids, OUTPUT_TOKENS)
+    cluster.wait_until_ready()
+    cluster.assert_blocks_home()

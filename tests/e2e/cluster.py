@@ -35,6 +35,7 @@ class Cluster:
 
     prefill: int = 1
     decode: int = 1
+    routers: int = 1
     router_flags: Mapping[str, object] = field(default_factory=dict)
     worker_flags: Mapping[str, object] = field(default_factory=dict)
     prefill_flags: Mapping[str, object] = field(default_factory=dict)
@@ -42,13 +43,15 @@ class Cluster:
     log: Path | None = None
 
     def __enter__(self) -> Self:
-        self.target = f"127.0.0.1:{free_port()}"
+        self.targets = [f"127.0.0.1:{free_port()}" for _ in range(self.routers)]
+        self.clients = [Client(target, timeout=60) for target in self.targets]
+        self.target, self.client = self.targets[0], self.clients[0]
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self._addresses: dict[str, str] = {}
         self._log = self.log.open("ab") if self.log else subprocess.DEVNULL
-        self.client = Client(self.target, timeout=60)
         try:
-            self.start_router()
+            for index in range(self.routers):
+                self.start_router(index)
             for index in range(self.prefill):
                 self.start_worker("prefill", index)
             for index in range(self.decode):
@@ -60,7 +63,8 @@ class Cluster:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.client.close()
+        for client in self.clients:
+            client.close()
         for process in self.processes.values():
             process.send_signal(signal.SIGCONT)
             process.kill()
@@ -68,18 +72,22 @@ class Cluster:
             process.wait()
         sweep()
 
-    def start_router(self) -> None:
-        self._start("router", "router", {"listen": self.target, **self.router_flags})
+    def start_router(self, index: int = 0) -> None:
+        self._start(f"router-{index}", "router", {"listen": self.targets[index], **self.router_flags})
 
     def start_worker(self, role: str, index: int, **flags: object) -> None:
         own = self.prefill_flags if role == "prefill" else self.decode_flags
         # A worker that starts again takes the address of the one before.
         listen = self._addresses.setdefault(f"{role}-{index}", f"127.0.0.1:{free_port()}")
-        common = {"listen": listen, "router": self.target, "threads": 1, "num-blocks": 1024, "device": "cpu"}
+        common = {"listen": listen, "router": self.targets, "threads": 1, "num-blocks": 1024, "device": "cpu"}
         self._start(f"{role}-{index}", f"{role}_worker", {**common, **self.worker_flags, **own, **flags})
 
     def _start(self, name: str, module: str, flags: Mapping[str, object]) -> None:
-        arguments = [f"--{flag}={value}" for flag, value in flags.items()]
+        arguments = [
+            f"--{flag}={value}"
+            for flag, values in flags.items()
+            for value in (values if isinstance(values, list) else [values])
+        ]
         self.processes[name] = subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
             env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -90,12 +98,19 @@ class Cluster:
 
     def wait_until_ready(self, prefill: int | None = None, decode: int | None = None) -> None:
         wanted = {"prefill": prefill or self.prefill, "decode": decode or self.decode}
-        self.client.wait_until_ready(timeout=START_SECONDS)
-        self.wait_for(lambda: all(len(self.workers(role)) >= count for role, count in wanted.items()), START_SECONDS)
+        for client in self.clients:
+            client.wait_until_ready(timeout=START_SECONDS)
+        self.wait_for(
+            lambda: all(
+                len(self.workers(role, client)) >= count for role, count in wanted.items() for client in self.clients
+            ),
+            START_SECONDS,
+        )
 
-    def workers(self, role: str) -> list[pb.WorkerLoad]:
-        """The workers of a role that take requests."""
-        return [worker for worker in self.client.load().workers if worker.role == ROLES[role] and worker.ready]
+    def workers(self, role: str, client: Client | None = None) -> list[pb.WorkerLoad]:
+        """The workers of a role that take requests, as a router sees them: the first, or that of `client`."""
+        load = (client or self.client).load()
+        return [worker for worker in load.workers if worker.role == ROLES[role] and worker.ready]
 
     def addresses(self, role: str) -> dict[str, str]:
         """Of the workers of a role, by their names among the processes."""
@@ -115,11 +130,12 @@ class Cluster:
             assert time.monotonic() < deadline, f"it did not come true within {seconds} s: {self.client.load()}"
             time.sleep(0.02)
 
-    def assert_blocks_home(self, seconds: float = 5.0) -> None:
-        """Every block of every worker is free or cached, and nobody holds or waits for anything."""
+    def assert_blocks_home(self, seconds: float = 5.0, client: Client | None = None) -> None:
+        """Every block of every worker is free or cached, and nobody holds or waits for anything: as the first router
+        sees it, or that of `client`."""
 
         def home() -> bool:
-            load = self.client.load()
+            load = (client or self.client).load()
             return (
                 load.queued == load.running == 0
                 and len(load.workers) > 0

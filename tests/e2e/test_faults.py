@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.asking import Asking
 from tests.e2e.cluster import Cluster
 from tests.e2e.prompts import prompts
 from tests.e2e.reference import assert_greedy
-from twostroke import Client, DeadlineExceeded, Piece, TwostrokeError, Unavailable
+from twostroke import Client, DeadlineExceeded, TwostrokeError, Unavailable
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
 
@@ -38,38 +39,12 @@ def pairs() -> Iterator[Cluster]:
         yield cluster
 
 
-class Asking(threading.Thread):
-    """One request under way in a thread: its pieces, and how it ended."""
-
-    def __init__(self, cluster: Cluster, prompt: list[int], max_tokens: int = 400) -> None:
-        super().__init__(daemon=True)
-        self.pieces: list[Piece] = []
-        self.error: TwostrokeError | None = None
-        self._cluster = cluster
-        self._arguments = (prompt, max_tokens)
-        self._salt = f"{prompt[:3]} {time.monotonic_ns()}"  # so that the prompt is computed, whatever came before
-        self.start()
-
-    def run(self) -> None:
-        prompt, max_tokens = self._arguments
-        try:
-            for piece in self._cluster.client.stream(
-                prompt, max_tokens=max_tokens, temperature=0, ignore_eos=True, cache_salt=self._salt
-            ):
-                self.pieces.append(piece)
-        except TwostrokeError as error:
-            self.error = error
-
-    @property
-    def tokens(self) -> list[int]:
-        return [token for piece in list(self.pieces) for token in piece.token_ids]
-
-    def reach(self, state: str) -> None:
-        """Returns when the request is in `state`."""
-        if state == "prefilling":
-            self._cluster.wait_for(lambda: any(worker.running for worker in self._cluster.workers("prefill")))
-        else:
-            self._cluster.wait_for(lambda: len(self.tokens) >= 3, seconds=30)
+def reach(cluster: Cluster, asking: Asking, state: str) -> None:
+    """Returns when the request is in `state`."""
+    if state == "prefilling":
+        cluster.wait_for(lambda: any(worker.running for worker in cluster.workers("prefill")))
+    else:
+        cluster.wait_for(lambda: len(asking.tokens) >= 3, seconds=30)
 
 
 def prompt_of(state: str) -> list[int]:
@@ -121,8 +96,8 @@ def test_the_client_is_killed(pair: Cluster, state: str) -> None:
 @pytest.mark.parametrize("state", STATES)
 def test_a_worker_is_killed_and_another_goes_on(pairs: Cluster, state: str, role: str) -> None:
     prompt = prompt_of(state)
-    asking = Asking(pairs, prompt, max_tokens=60)
-    asking.reach(state)
+    asking = Asking(pairs.client, prompt, max_tokens=60)
+    reach(pairs, asking, state)
     busy = [worker.address for worker in pairs.workers(role) if worker.running or worker.waiting]
     victim = next((name for name, address in pairs.addresses(role).items() if address in busy), f"{role}-0")
     pairs.kill(victim)
@@ -138,8 +113,8 @@ def test_a_worker_is_killed_and_another_goes_on(pairs: Cluster, state: str, role
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 @pytest.mark.parametrize("state", STATES)
 def test_the_only_worker_is_killed(pair: Cluster, state: str, role: str) -> None:
-    asking = Asking(pair, prompt_of(state))
-    asking.reach(state)
+    asking = Asking(pair.client, prompt_of(state))
+    reach(pair, asking, state)
     pair.kill(f"{role}-0")
     killed = time.monotonic()
     if (state, role) == ("decoding", "prefill"):
@@ -171,8 +146,8 @@ def test_a_dead_prefill_workers_pool_is_not_kept_in_memory(pair: Cluster) -> Non
 
 
 def test_a_stopped_decode_worker_is_noticed_and_its_requests_go_on_elsewhere(pairs: Cluster) -> None:
-    asking = Asking(pairs, SHORT, max_tokens=60)
-    asking.reach("decoding")
+    asking = Asking(pairs.client, SHORT, max_tokens=60)
+    reach(pairs, asking, "decoding")
     busy = [worker.address for worker in pairs.workers("decode") if worker.running]
     (victim,) = [name for name, address in pairs.addresses("decode").items() if address in busy]
     pairs.signal(victim, signal.SIGSTOP)
@@ -187,9 +162,9 @@ def test_a_stopped_decode_worker_is_noticed_and_its_requests_go_on_elsewhere(pai
 
 
 def test_a_restarted_router_finds_its_workers_again(pair: Cluster) -> None:
-    asking = Asking(pair, SHORT)
-    asking.reach("decoding")
-    pair.kill("router")
+    asking = Asking(pair.client, SHORT)
+    reach(pair, asking, "decoding")
+    pair.kill("router-0")
     asking.join(timeout=10)
     assert isinstance(asking.error, Unavailable)
     pair.start_router()
@@ -198,8 +173,8 @@ def test_a_restarted_router_finds_its_workers_again(pair: Cluster) -> None:
 
 
 def test_a_worker_drains_on_sigterm(pairs: Cluster) -> None:
-    asking = Asking(pairs, SHORT, max_tokens=60)
-    asking.reach("decoding")
+    asking = Asking(pairs.client, SHORT, max_tokens=60)
+    reach(pairs, asking, "decoding")
     busy = [worker.address for worker in pairs.workers("decode") if worker.running]
     (victim,) = [name for name, address in pairs.addresses("decode").items() if address in busy]
     pairs.signal(victim, signal.SIGTERM)
@@ -217,7 +192,7 @@ def test_nothing_is_left_behind(tmp_path_factory: pytest.TempPathFactory) -> Non
     before = set(Path("/dev/shm").glob("twostroke-*"))
     with Cluster() as cluster:
         cluster.client.generate(SHORT, max_tokens=2)
-        for name in ("router", "prefill-0", "decode-0"):
+        for name in ("router-0", "prefill-0", "decode-0"):
             cluster.signal(name, signal.SIGTERM)
         for process in cluster.processes.values():
             assert process.wait(timeout=20) == 0

@@ -49,14 +49,17 @@ class Engine:
         cache = CacheReport(self._service, self._parts.blocks)
         load = LoadReport(self._service, self._metrics, lambda: self._load(ready=not lifecycle.draining))
         while not lifecycle.over(idle=self._idle):
-            self._receive(lifecycle.draining)
-            self._finish_pulls()
-            self._tell(self._loop.turn())
-            self._prefill()
+            self.turn(lifecycle.draining)
             cache.send()
             load.send_if_due()
             self._service.flush()
         self._puller.close()
+
+    def turn(self, draining: bool) -> None:
+        self._receive(draining)
+        self._finish_pulls()
+        self._tell(self._loop.turn())
+        self._prefill()
 
     @property
     def _idle(self) -> bool:

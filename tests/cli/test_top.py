@@ -69,7 +69,8 @@ def test_rates_come_from_two_looks() -> None:
 
 def test_a_restarted_worker_and_router_count_from_nothing() -> None:
     later = load(0, 10, 5, 1)
-    later.workers[1].instance = "another"
+    for worker in later.workers:
+        worker.instance += " started again"
     summary, *_ = text(Sample(0.0, load(5, 1000, 100, 10)), Sample(1.0, later))
     assert summary.strip() == "3 queued, 1,234 running; 0.0 requests/s, 0 tokens/s in, 0 out"
 

@@ -12,14 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.asking import LONG, SHORT, Asking, assert_well
 from tests.e2e.cluster import Cluster
-from tests.e2e.prompts import prompts
 from tests.e2e.reference import assert_greedy
-from twostroke import Client, DeadlineExceeded, Piece, TwostrokeError, Unavailable
+from twostroke import Client, DeadlineExceeded, TwostrokeError, Unavailable
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
 
-LONG, SHORT = prompts((1_500, 20), seed=8)
 # Chunks so small that the long prompt takes a second or more, and can be caught in the middle.
 PREFILL_FLAGS = {"max-batch-tokens": 32}
 
@@ -38,49 +37,8 @@ def pairs() -> Iterator[Cluster]:
         yield cluster
 
 
-class Asking(threading.Thread):
-    """One request under way in a thread: its pieces, and how it ended."""
-
-    def __init__(self, cluster: Cluster, prompt: list[int], max_tokens: int = 400) -> None:
-        super().__init__(daemon=True)
-        self.pieces: list[Piece] = []
-        self.error: TwostrokeError | None = None
-        self._cluster = cluster
-        self._arguments = (prompt, max_tokens)
-        self._salt = f"{prompt[:3]} {time.monotonic_ns()}"  # so that the prompt is computed, whatever came before
-        self.start()
-
-    def run(self) -> None:
-        prompt, max_tokens = self._arguments
-        try:
-            for piece in self._cluster.client.stream(
-                prompt, max_tokens=max_tokens, temperature=0, ignore_eos=True, cache_salt=self._salt
-            ):
-                self.pieces.append(piece)
-        except TwostrokeError as error:
-            self.error = error
-
-    @property
-    def tokens(self) -> list[int]:
-        return [token for piece in list(self.pieces) for token in piece.token_ids]
-
-    def reach(self, state: str) -> None:
-        """Returns when the request is in `state`."""
-        if state == "prefilling":
-            self._cluster.wait_for(lambda: any(worker.running for worker in self._cluster.workers("prefill")))
-        else:
-            self._cluster.wait_for(lambda: len(self.tokens) >= 3, seconds=30)
-
-
 def prompt_of(state: str) -> list[int]:
     return LONG if state == "prefilling" else SHORT
-
-
-def assert_well(cluster: Cluster) -> None:
-    cluster.assert_blocks_home()
-    answer = cluster.client.generate(SHORT, max_tokens=4, temperature=0, ignore_eos=True, timeout=20)
-    assert_greedy(SHORT, answer.token_ids)
-    cluster.assert_blocks_home()
 
 
 @pytest.mark.parametrize("state", STATES)

@@ -38,7 +38,7 @@ class ServeConfig(SecurityConfig):
     """What `serve` passes on: to each part, the flags that it knows by the same name and that are set."""
 
     prefill_workers: int = 1
-    """Number of prefill workers."""
+    """Number of prefill workers. 0: the decode workers prefill, which --prefill-tokens must allow."""
 
     decode_workers: int = 1
     """Number of decode workers."""
@@ -78,6 +78,12 @@ class ServeConfig(SecurityConfig):
 
     max_batch: int | None = None
     """Most sequences that a decode worker decodes together."""
+
+    prefill_tokens: int | None = None
+    """Prompts that lack at most so many tokens in a decode worker's cache are prefilled there."""
+
+    prefill_chunk_tokens: int | None = None
+    """Most tokens of prompts that a decode worker computes between two decode steps."""
 
     headroom_tokens: int | None = None
     """Room for output that a request's first attempt reserves on a decode worker, in tokens."""
@@ -122,6 +128,10 @@ def serve(
     """
     if command and shutil.which(command[0]) is None:
         raise SystemExit(f"twostroke serve: there is no command {command[0]!r}")
+    if not config.prefill_workers and not config.prefill_tokens:
+        raise SettingsError(
+            "with --prefill-workers 0 nobody prefills: let decode workers do it, with --prefill-tokens 1 or more"
+        )
     if config.tls_cert and not config.tls_ca:
         raise SettingsError("the parts call one another: with --tls-cert, set --tls-ca to who signed it")
     listen = _with_port(config.listen)

@@ -92,8 +92,7 @@ def frame(before: Sample, now: Sample) -> RenderableType:
         taken = _rate(totals.prompt_tokens - since.prompt_tokens, seconds)
         made = _rate(totals.output_tokens - since.output_tokens, seconds)
         tokens_out += made
-        if worker.role == pb.WORKER_ROLE_PREFILL:
-            tokens_in += taken
+        tokens_in += _rate(totals.prefilled_tokens - since.prefilled_tokens, seconds)
         table.add_row(
             ROLES.get(worker.role, "?"),
             worker.address,

@@ -25,6 +25,15 @@ class SequenceSpec:
     stop_token_ids: frozenset[int] = field(default_factory=frozenset)
     cache_root: bytes = b""  # what the chain of block hashes starts from
 
+    def hashes_before_last_token(self, block_size: int) -> tuple[bytes, ...]:
+        """Hashes of the blocks that a prefill need not compute. The last token is always computed: its logits give the
+        next one."""
+        return self.block_hashes[: (len(self.token_ids) - 1) // block_size]
+
+    def ends_with(self, token: int, length: int) -> bool:
+        """Whether `token`, with which the sequence has `length` tokens, is its last one."""
+        return token in self.stop_token_ids or length >= self.max_length
+
 
 def sequence_from_proto(message: pb.Sequence) -> SequenceSpec:
     """Raises ValueError with a sentence where the message contradicts itself."""

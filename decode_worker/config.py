@@ -11,3 +11,10 @@ class DecodeConfig(WorkerConfig):
 
     max_batch: int = 64
     """Most sequences that are decoded together."""
+
+    prefill_tokens: int = 0
+    """Prompts that lack at most so many tokens in this worker's cache are prefilled here and not handed over, and any
+    prompt while there is no prefill worker. 0: none, ever."""
+
+    prefill_chunk_tokens: int = 512
+    """Most tokens of prompts that are computed here between two decode steps."""

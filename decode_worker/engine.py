@@ -1,4 +1,5 @@
-"""The decode worker's loop: receive, take in KV that arrived, one turn of the batch, tell routers what it gave."""
+"""The decode worker's loop: receive, take in KV that arrived, one turn of the batch, one chunk of own prompts; tell
+routers what they gave."""
 
 import time
 from collections import defaultdict
@@ -12,9 +13,11 @@ from common.worker_parts import WorkerParts
 from common.worker_service import WorkerService
 from decode_worker.loop import DecodeLoop, StepTokens, Turn
 from decode_worker.metrics import DecodeMetrics
+from decode_worker.own_prompts import OwnPrompts
 from decode_worker.pulls import Pull, Pulled, Puller
 from decode_worker.runner import Runner
 from decode_worker.scheduler import Sequence, State
+from prefill_worker.runner import FirstToken
 from twostroke.v1 import inference_pb2
 from twostroke.v1 import worker_pb2 as pb
 
@@ -24,7 +27,13 @@ PULL_POLL_SECONDS = 0.0002
 
 class Engine:
     def __init__(
-        self, parts: WorkerParts, service: WorkerService, runner: Runner, metrics: DecodeMetrics, max_batch: int
+        self,
+        parts: WorkerParts,
+        service: WorkerService,
+        runner: Runner,
+        own_prompts: OwnPrompts,
+        metrics: DecodeMetrics,
+        max_batch: int,
     ) -> None:
         self._parts = parts
         self._service = service
@@ -32,6 +41,7 @@ class Engine:
         self._attempts = Attempts(parts, service, metrics)
         self._loop = DecodeLoop(parts, runner, max_batch)
         self._scheduler = self._loop.scheduler
+        self._own_prompts = own_prompts
         self._puller = Puller(parts.pool, parts.device)
         self._totals = inference_pb2.Totals()
 
@@ -39,24 +49,28 @@ class Engine:
         cache = CacheReport(self._service, self._parts.blocks)
         load = LoadReport(self._service, self._metrics, lambda: self._load(ready=not lifecycle.draining))
         while not lifecycle.over(idle=self._idle):
-            self._receive(lifecycle.draining)
-            self._finish_pulls()
-            self._tell(self._loop.turn())
+            self.turn(lifecycle.draining)
             cache.send()
             load.send_if_due()
             self._service.flush()
         self._puller.close()
 
+    def turn(self, draining: bool) -> None:
+        self._receive(draining)
+        self._finish_pulls()
+        self._tell(self._loop.turn())
+        self._prefill()
+
     @property
     def _idle(self) -> bool:
-        return not self._scheduler.count and not self._loop.busy and not self._puller.busy
+        return not (self._scheduler.count or self._loop.busy or self._puller.busy or self._own_prompts.busy)
 
     def _receive(self, draining: bool) -> None:
         pause = PULL_POLL_SECONDS if self._puller.busy else INTERVAL_SECONDS
-        for received in self._service.receive(0.0 if self._loop.busy else pause):
+        for received in self._service.receive(0.0 if self._loop.busy or self._own_prompts.busy else pause):
             if received.message is None:
                 for orphan in self._scheduler.of_connection(received.connection):
-                    self._loop.drop(orphan)
+                    self._drop(orphan)
                 continue
             for reserve in received.message.reserves:
                 self._reserve(received.connection, reserve, draining)
@@ -67,19 +81,26 @@ class Engine:
             )
             for attempt_id in received.message.ended:
                 if (sequence := self._scheduler.get(attempt_id)) is not None:
-                    self._loop.drop(sequence)
+                    self._drop(sequence)
 
     def _reserve(self, connection: int, reserve: pb.Reserve, draining: bool) -> None:
         spec = self._attempts.accept(connection, reserve, _length, draining)
         if spec is None:
             return
-        sequence = Sequence(reserve.attempt_id, connection, spec, list(spec.token_ids))
+        state = State.PREFILLING if reserve.prefill else State.RESERVED
+        sequence = Sequence(reserve.attempt_id, connection, spec, list(spec.token_ids), state)
         admitted = self._scheduler.reserve(sequence, reserve.headroom_tokens)
         self._service.outgoing(connection).reserved.add(
             attempt_id=reserve.attempt_id,
             refused=not admitted,
             cached_tokens=sequence.cached_blocks * self._parts.pool.layout.block_size,
         )
+        if admitted and reserve.prefill:
+            self._own_prompts.add(sequence)
+
+    def _drop(self, sequence: Sequence) -> None:
+        self._own_prompts.drop(sequence)
+        self._loop.drop(sequence)
 
     def _started(self, start: pb.Start) -> Sequence | None:
         sequence = self._scheduler.get(start.attempt_id)
@@ -103,16 +124,41 @@ class Engine:
                 self._service.outgoing(sequence.connection).started.add(
                     attempt_id=sequence.attempt_id, transfer_ms=pulled.milliseconds
                 )
-                if not self._loop.start(sequence):
-                    self._attempts.end(sequence.connection, sequence.attempt_id, pb.Ended.CAUSE_FINISHED)
+                self._start(sequence)
+
+    def _prefill(self) -> None:
+        if not self._own_prompts.busy:
+            return
+        self._service.flush()  # the step's tokens need not wait for the chunk
+        for sequence, first in self._own_prompts.turn():
+            self._announce(sequence, first)
+            self._start(sequence)
+
+    def _announce(self, sequence: Sequence, first: FirstToken) -> None:
+        cached = self._take_in(sequence)
+        self._metrics.computed_tokens.inc(sequence.kv_len - cached)
+        self._metrics.output_tokens.inc()
+        self._totals.prefilled_tokens += sequence.kv_len
+        self._totals.output_tokens += 1
+        self._service.outgoing(sequence.connection).prefilled.add(
+            attempt_id=sequence.attempt_id, first_token=first.token, logprobs=first.logprobs, cached_tokens=cached
+        )
+
+    def _start(self, sequence: Sequence) -> None:
+        if not self._loop.start(sequence):
+            self._attempts.end(sequence.connection, sequence.attempt_id, pb.Ended.CAUSE_FINISHED)
+
+    def _take_in(self, sequence: Sequence) -> int:
+        """Counts a prompt that is here; returns its tokens that were here already."""
+        cached = sequence.cached_blocks * self._parts.pool.layout.block_size
+        self._metrics.cached_tokens.inc(cached)
+        self._totals.prompt_tokens += sequence.kv_len
+        self._totals.cached_tokens += cached
+        return cached
 
     def _measure(self, pulled: Pulled) -> None:
         layout, sequence = self._parts.pool.layout, pulled.sequence
-        cached = sequence.cached_blocks * layout.block_size
-        self._metrics.cached_tokens.inc(cached)
-        self._metrics.pulled_tokens.inc(sequence.kv_len - cached)
-        self._totals.prompt_tokens += sequence.kv_len
-        self._totals.cached_tokens += cached
+        self._metrics.pulled_tokens.inc(sequence.kv_len - self._take_in(sequence))
         self._metrics.handover_bytes.inc((len(sequence.blocks) - sequence.cached_blocks) * layout.block_bytes)
         self._metrics.handover_seconds.observe(pulled.milliseconds / 1000)
 

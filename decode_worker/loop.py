@@ -57,11 +57,11 @@ class DecodeLoop:
         """A reserved sequence's KV and its first token are here. False where that token was its last one; then it is
         over."""
         self.scheduler.start(sequence)
-        if sequence.wants_step:
-            self.runner.add(sequence)
-            return True
-        self.scheduler.end(sequence)
-        return False
+        if sequence.spec.ends_with(sequence.tokens[-1], len(sequence.tokens)):
+            self.scheduler.end(sequence)
+            return False
+        self.runner.add(sequence)
+        return True
 
     def drop(self, sequence: Sequence) -> None:
         """Takes a sequence out, in whatever state."""
@@ -111,7 +111,7 @@ class DecodeLoop:
             read.tokens.append(token)
             if logprobs:
                 read.logprobs.append(logprobs.get(row, pb.Logprobs()))
-            if token in sequence.spec.stop_token_ids or len(sequence.tokens) >= sequence.spec.max_length:
+            if sequence.spec.ends_with(token, len(sequence.tokens)):
                 self.drop(sequence)
                 turn.finished.append(sequence)
         turn.steps.append(read)

@@ -8,7 +8,9 @@ from common.worker_service import WorkerService
 from decode_worker.config import DecodeConfig
 from decode_worker.engine import Engine
 from decode_worker.metrics import DecodeMetrics
+from decode_worker.own_prompts import OwnPrompts
 from decode_worker.runner import Runner
+from prefill_worker.runner import Runner as PromptRunner
 from twostroke.v1 import inference_pb2
 
 log = structlog.get_logger(__name__)
@@ -19,8 +21,13 @@ def main(config: DecodeConfig) -> None:
     logs.configure(config.log_format)
     known = peers.of_worker(config)
     parts = worker_parts.load(config, inference_pb2.WORKER_ROLE_DECODE, config.max_batch)
+    parts.hello.prefill_tokens = config.prefill_tokens
     try:
         runner = Runner(parts, config.max_batch)
+        prompt_runner = PromptRunner(parts)
+        if parts.device.type == "cuda" and config.prefill_tokens:
+            prompt_runner.warm_up(config.prefill_chunk_tokens)
+        own_prompts = OwnPrompts(parts, prompt_runner, config.prefill_chunk_tokens)
         service = WorkerService(parts.hello, config, known)
         lifecycle = Lifecycle(service.wake, config.drain_seconds)
         metrics = DecodeMetrics()
@@ -28,7 +35,7 @@ def main(config: DecodeConfig) -> None:
         service.set_serving(True)
         log.info("decode worker ready", address=service.address, instance=parts.hello.instance)
         try:
-            Engine(parts, service, runner, metrics, config.max_batch).run(lifecycle)
+            Engine(parts, service, runner, own_prompts, metrics, config.max_batch).run(lifecycle)
         finally:
             service.stop()
     finally:

@@ -19,6 +19,7 @@ class DecodeMetrics(WorkerMetrics):
             "twostroke_prompt_tokens", "Prompt tokens, by where their KV came from", ("source",), registry=self.registry
         )
         self.pulled_tokens, self.cached_tokens = prompt_tokens.labels("prefill worker"), prompt_tokens.labels("cache")
+        self.computed_tokens = prompt_tokens.labels("computed")
         self.handover_bytes = Counter(
             "twostroke_handover_bytes", "KV pulled from prefill workers", registry=self.registry
         )

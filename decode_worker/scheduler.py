@@ -16,6 +16,7 @@ from common.sequence import SequenceSpec
 class State(Enum):
     RESERVED = auto()  # has its blocks; waits for the prefill worker
     PULLING = auto()  # its KV is on its way
+    PREFILLING = auto()  # its KV is being computed here; until it is there, its blocks are the prefill scheduler's
     RUNNING = auto()
     OVER = auto()  # holds its blocks only until the launched steps that write to them are through
 
@@ -78,10 +79,12 @@ class Scheduler:
         if len(self._sequences) >= self._max_batch:
             return False
         length = len(sequence.tokens)
-        hits = self._blocks.match(sequence.spec.block_hashes)
+        spec = sequence.spec
+        prefills = sequence.state is State.PREFILLING
+        hits = self._blocks.match(spec.hashes_before_last_token(self._block_size) if prefills else spec.block_hashes)
         for_prompt = self._blocks_for(length)
         # The last token of all is never run, so its KV needs no place.
-        for_all = self._blocks_for(min(length + headroom_tokens, sequence.spec.max_length - 1))
+        for_all = self._blocks_for(min(length + headroom_tokens, spec.max_length - 1))
         promised = max(for_all - for_prompt, 0)
         missing = for_prompt - len(hits)
         if missing + promised > self._blocks.available - self._promised:

@@ -80,6 +80,7 @@ class Engine:
         self._metrics.cached_tokens.inc(prompt.cached_len)
         self._metrics.computed_tokens.inc(prompt.length - prompt.cached_len)
         self._totals.prompt_tokens += prompt.length
+        self._totals.prefilled_tokens += prompt.length
         self._totals.cached_tokens += prompt.cached_len
         self._totals.output_tokens += 1
         self._leases.grant(prompt.attempt_id, prompt.connection, prompt.blocks, time.monotonic())

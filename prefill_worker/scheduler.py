@@ -14,7 +14,7 @@ class Prompt:
     attempt_id: int
     connection: int
     spec: SequenceSpec
-    blocks: list[int] = field(default_factory=list)
+    blocks: list[int] = field(default_factory=list)  # none yet, or all that it needs: a decode worker reserves them
     cached_len: int = 0  # tokens whose KV was found in the pool
     launched_len: int = 0  # tokens whose KV is there or being computed
     computed_len: int = 0  # tokens whose KV is there
@@ -62,7 +62,8 @@ class Scheduler:
 
     def drop(self, attempt_id: int) -> None:
         """Takes a prompt out, in whatever state; one that is not here is left alone."""
-        if self._waiting.pop(attempt_id, None) is not None:
+        if (waiting := self._waiting.pop(attempt_id, None)) is not None:
+            self._blocks.release(waiting.blocks)
             return
         prompt = self._running.get(attempt_id)
         if prompt is None:
@@ -122,27 +123,25 @@ class Scheduler:
         it would cost more than waiting for it."""
         if not self._computing:
             return False
-        hashes = self._usable_hashes(prompt)
+        hashes = prompt.spec.hashes_before_last_token(self._block_size)
         hits = self._blocks.peek(hashes)
         return hits < len(hashes) and hashes[hits] in self._computing
 
     def _admit(self, prompt: Prompt) -> bool:
-        """Gives a waiting prompt its blocks, those that are cached and fresh ones; False where there are too few."""
-        hits = self._blocks.match(self._usable_hashes(prompt))
-        missing = -(-prompt.length // self._block_size) - len(hits)
+        """Gives a waiting prompt its blocks, those that are cached and fresh ones; False where there are too few. One
+        that has blocks already gives those back that the cache has meanwhile got."""
+        hits = self._blocks.match(prompt.spec.hashes_before_last_token(self._block_size))
+        missing = 0 if prompt.blocks else -(-prompt.length // self._block_size) - len(hits)
         if missing > self._blocks.available:
             self._blocks.release(hits)
             return False
-        prompt.blocks = hits + self._blocks.allocate(missing)
+        self._blocks.release(prompt.blocks[: len(hits)])
+        prompt.blocks = hits + prompt.blocks[len(hits) :] + self._blocks.allocate(missing)
         prompt.cached_len = prompt.launched_len = prompt.computed_len = len(hits) * self._block_size
         del self._waiting[prompt.attempt_id]
         self._running[prompt.attempt_id] = prompt
         self._computing.update(prompt.spec.block_hashes[len(hits) :])
         return True
-
-    def _usable_hashes(self, prompt: Prompt) -> tuple[bytes, ...]:
-        """At least one token is always computed: its logits give the first token."""
-        return prompt.spec.block_hashes[: (prompt.length - 1) // self._block_size]
 
     def _leave(self, prompt: Prompt) -> None:
         del self._running[prompt.attempt_id]

@@ -1,4 +1,4 @@
-"""Brings requests to pairs of workers, and through whatever happens there to their end."""
+"""Brings requests to pairs of workers, or to one that does both, and through whatever happens there to their end."""
 
 import asyncio
 import itertools
@@ -38,7 +38,8 @@ class Dispatcher:
         self._config = config
         self._metrics = metrics
         self._queue = WaitingQueue()
-        self._workers: dict[inference_pb2.WorkerRole.ValueType, list[Worker]] = {PREFILL: [], DECODE: []}
+        # Decode first: where the only worker did both, and is gone, it is a decode worker that is missing.
+        self._workers: dict[inference_pb2.WorkerRole.ValueType, list[Worker]] = {DECODE: [], PREFILL: []}
         self._missing_since = dict.fromkeys(self._workers, time.monotonic())
         self._attempt_ids = itertools.count(random.getrandbits(62))
         self._running = 0
@@ -57,8 +58,8 @@ class Dispatcher:
 
     @property
     def ready(self) -> bool:
-        """There is a worker of each role."""
-        return all(self._workers.values())
+        """There is a worker of each role, or one that does both."""
+        return all(self._filled(role) for role in self._workers)
 
     def workers(self) -> list[Worker]:
         return [worker for workers in self._workers.values() for worker in workers]
@@ -117,17 +118,27 @@ class Dispatcher:
                 return
 
     def _place(self, request: Request) -> bool:
-        for worker in self._workers[PREFILL][:1]:  # they are all alike in this
+        for worker in self.workers()[:1]:  # they are all alike in this
             _hash_blocks(request, worker.hello)
-        prefill = choose.prefill_worker(request, self._workers[PREFILL])
-        if prefill is None:
-            return self._wait(request, PREFILL, request.length + 1)
+        prefills, decodes = self._workers[PREFILL], self._workers[DECODE]
+        if not prefills:
+            decodes = [worker for worker in decodes if worker.hello.prefill_tokens]
+        headroom = request.remaining if request.resumes else min(request.remaining, self._config.headroom_tokens)
         decode = None
-        if request.remaining > 1:
-            headroom = request.remaining if request.resumes else min(request.remaining, self._config.headroom_tokens)
-            decode = choose.decode_worker(request, self._workers[DECODE], request.length + headroom)
+        if request.remaining > 1 or not prefills:
+            decode = choose.decode_worker(request, decodes, request.length + headroom)
             if decode is None:
-                return self._wait(request, DECODE, request.prompt.max_length)
+                return self._wait(request, DECODE, decodes, request.prompt.max_length)
+            if not prefills or decode.prefills(request):
+                self._begin(request, None, decode, headroom)
+                return True
+        prefill = choose.prefill_worker(request, prefills)
+        if prefill is None:
+            return self._wait(request, PREFILL, prefills, request.length + 1)
+        self._begin(request, prefill, decode, headroom)
+        return True
+
+    def _begin(self, request: Request, prefill: Worker | None, decode: Worker | None, headroom: int) -> None:
         self._queue.pop()
         now = time.monotonic()
         request.state = State.DISPATCHED
@@ -138,23 +149,29 @@ class Dispatcher:
             request=request,
             prefill=prefill,
             decode=decode,
-            prefill_tokens=prefill.missing_tokens(request),
+            prefill_tokens=prefill.missing_tokens(request) if prefill else 0,
             decode_blocks=decode.new_blocks(request, request.length + headroom) if decode else 0,
+            in_place=prefill is None,
         )
         request.attempt = attempt
-        sequence = _sequence(request, prefill.hello)
-        prefill.begin(attempt)
-        prefill.pending_tokens += attempt.prefill_tokens
-        prefill.send_prefill(worker_pb2.Prefill(attempt_id=attempt.id, sequence=sequence))
+        sequence = _sequence(request, self.workers()[0].hello)
+        if prefill is not None:
+            prefill.begin(attempt)
+            prefill.pending_tokens += attempt.prefill_tokens
+            prefill.send_prefill(worker_pb2.Prefill(attempt_id=attempt.id, sequence=sequence))
         if decode is not None:
             decode.begin(attempt)
             decode.reserve(attempt.decode_blocks)
-            decode.send_reserve(worker_pb2.Reserve(attempt_id=attempt.id, sequence=sequence, headroom_tokens=headroom))
-        return True
+            decode.send_reserve(
+                worker_pb2.Reserve(
+                    attempt_id=attempt.id, sequence=sequence, headroom_tokens=headroom, prefill=attempt.in_place
+                )
+            )
 
-    def _wait(self, request: Request, role: inference_pb2.WorkerRole.ValueType, tokens: int) -> bool:
-        """No worker of this role takes the request now. True where none ever will, so that it ends here."""
-        workers = self._workers[role]
+    def _wait(
+        self, request: Request, role: inference_pb2.WorkerRole.ValueType, workers: list[Worker], tokens: int
+    ) -> bool:
+        """None of the workers takes the request now. True where none ever will, so that it ends here."""
         if workers and not any(worker.can_hold(tokens) for worker in workers):
             self._queue.pop()
             sentence = f"no {ROLE_NAMES[role]} worker that is left can hold {tokens} tokens"
@@ -195,10 +212,10 @@ class Dispatcher:
         worker.report(message)
         if not worker.load.ready:
             self._retire(worker)
-        for prefilled in message.prefilled:
-            self._prefilled(worker, prefilled)
         for reserved in message.reserved:
             self._reserved(worker, reserved)
+        for prefilled in message.prefilled:
+            self._prefilled(worker, prefilled)
         for started in message.started:
             self._started(worker, started)
         if message.HasField("tokens"):
@@ -210,7 +227,9 @@ class Dispatcher:
 
     def _prefilled(self, worker: Worker, prefilled: worker_pb2.Prefilled) -> None:
         attempt = worker.attempts.get(prefilled.attempt_id)
-        if attempt is None or attempt.prefill is not worker or attempt.prefilled is not None:
+        if attempt is None or attempt.prefilled is not None:
+            return
+        if worker is not (attempt.decode if attempt.in_place else attempt.prefill):
             return
         now = time.monotonic()
         request = attempt.request
@@ -219,15 +238,20 @@ class Dispatcher:
         request.timing.prefill_ms += 1000 * (now - attempt.dispatched_at)
         if not request.output:
             request.timing.first_token_ms = 1000 * (now - request.arrived_at)
-            request.prefill_cached_tokens = prefilled.cached_tokens
+            if not attempt.in_place:
+                request.prefill_cached_tokens = prefilled.cached_tokens
             self._metrics.first_token.observe(now - request.arrived_at)
         if request.sampling.HasField("logprobs"):
             request.logprobs.append(prefilled.logprobs)
         request.add(prefilled.first_token)
+        if attempt.in_place:
+            attempt.decode_cached_tokens = prefilled.cached_tokens
+            worker.decoding[attempt.id] = request
+            _decoding(attempt)
         if request.complete:
             self._close(attempt)
             request.end(State.FINISHED)
-        elif attempt.reserved:
+        elif attempt.reserved and not attempt.in_place:
             self._start(attempt)
 
     def _reserved(self, worker: Worker, reserved: worker_pb2.Reserved) -> None:
@@ -260,11 +284,8 @@ class Dispatcher:
         attempt = worker.attempts.get(started.attempt_id)
         if attempt is None or attempt.decode is not worker or attempt.id not in worker.decoding:
             return
-        request = attempt.request
-        attempt.decoding_since = time.monotonic()
-        request.timing.transfer_ms += started.transfer_ms
-        if request.decode_cached_tokens is None:
-            request.decode_cached_tokens = attempt.decode_cached_tokens
+        attempt.request.timing.transfer_ms += started.transfer_ms
+        _decoding(attempt)
         self._leave_prefill(attempt, tell=True)
 
     def _ended(self, worker: Worker, ended: worker_pb2.Ended) -> None:
@@ -361,14 +382,15 @@ class Dispatcher:
     def _retire(self, worker: Worker) -> None:
         """Nothing new goes to it."""
         workers = self._workers[worker.role]
-        if worker in workers:
-            was_ready = self.ready
-            workers.remove(worker)
-            if was_ready and not self.ready:
-                self.ready_changed(False)
-            if not workers:
-                self._missing_since[worker.role] = time.monotonic()
-                asyncio.get_running_loop().call_later(self._config.worker_grace, self._give_up_waiting)
+        if worker not in workers:
+            return
+        was_ready, filled = self.ready, [role for role in self._workers if self._filled(role)]
+        workers.remove(worker)
+        if was_ready and not self.ready:
+            self.ready_changed(False)
+        if missing := [role for role in filled if not self._filled(role)]:
+            self._missing_since.update(dict.fromkeys(missing, time.monotonic()))
+            asyncio.get_running_loop().call_later(self._config.worker_grace, self._give_up_waiting)
 
     def watch_roles(self) -> None:
         """Starts the clock for the roles that have no worker yet."""
@@ -381,14 +403,27 @@ class Dispatcher:
                 for request in self._queue.clear():
                     request.end(State.FAILED, self._no_worker(role))
 
+    def _filled(self, role: inference_pb2.WorkerRole.ValueType) -> bool:
+        """Whether somebody does this role's part."""
+        if role == PREFILL and any(worker.hello.prefill_tokens for worker in self._workers[DECODE]):
+            return True
+        return bool(self._workers[role])
+
     def _gone(self, role: inference_pb2.WorkerRole.ValueType) -> bool:
         # A millisecond's tolerance: the timer that asks may be early by its clock's resolution.
         missing = time.monotonic() - self._missing_since[role] + 0.001
-        return not self._workers[role] and missing >= self._config.worker_grace
+        return not self._filled(role) and missing >= self._config.worker_grace
 
     def _no_worker(self, role: inference_pb2.WorkerRole.ValueType) -> CallError:
         sentence = f"no {ROLE_NAMES[role]} worker is connected; it is safe to try again"
         return CallError(grpc.StatusCode.UNAVAILABLE, sentence)
+
+
+def _decoding(attempt: Attempt) -> None:
+    """The KV is in place: what comes from now on are steps' tokens."""
+    attempt.decoding_since = time.monotonic()
+    if attempt.request.decode_cached_tokens is None:
+        attempt.request.decode_cached_tokens = attempt.decode_cached_tokens
 
 
 def _hash_blocks(request: Request, hello: worker_pb2.WorkerHello) -> None:

@@ -87,14 +87,16 @@ class Request:
 
 @dataclass(slots=True, eq=False)
 class Attempt:
-    """One try at a request on one pair of workers. A worker is None here once it holds nothing for the attempt."""
+    """One try at a request on one pair of workers, or on a decode worker that prefills the prompt, too (`in_place`). A
+    worker is None here once it holds nothing for the attempt."""
 
     id: int
     request: Request
     prefill: "Worker | None"
     decode: "Worker | None"
-    prefill_tokens: int
+    prefill_tokens: int  # that the prefill worker was asked to compute
     decode_blocks: int  # that the decode worker was asked to reserve
+    in_place: bool
     dispatched_at: float = field(default_factory=time.monotonic)
     prefilled: worker_pb2.Prefilled | None = None
     reserved: bool = False

@@ -61,6 +61,10 @@ class Worker:
         """Tokens of the request that it would have to compute: those not in its cache, at least the last one."""
         return max(request.length - self.cache.hits(request.block_hashes) * self.hello.pool.layout.block_size, 1)
 
+    def prefills(self, request: Request) -> bool:
+        """decode: whether a hand-over of this prompt costs more than it saves."""
+        return self.missing_tokens(request) <= self.hello.prefill_tokens
+
     def new_blocks(self, request: Request, tokens: int) -> int:
         """Blocks that the request would take from its room, if it grew to so many tokens."""
         return self.blocks(tokens) - self.cache.shared(request.block_hashes)

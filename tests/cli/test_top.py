@@ -27,7 +27,14 @@ def load(answered: int, prompt: int, cached: int, output: int) -> pb.GetLoadResp
         answered=answered,
         workers=[
             pb.WorkerLoad(
-                address="10.0.0.2:1", instance="d", role=DECODE, ready=False, waiting=2, running=60, blocks=blocks
+                address="10.0.0.2:1",
+                instance="d",
+                role=DECODE,
+                ready=False,
+                waiting=2,
+                running=60,
+                blocks=blocks,
+                totals=pb.Totals(prompt_tokens=prompt + prompt // 4, prefilled_tokens=prompt // 4),
             ),
             pb.WorkerLoad(
                 address="10.0.0.1:1",
@@ -36,7 +43,9 @@ def load(answered: int, prompt: int, cached: int, output: int) -> pb.GetLoadResp
                 ready=True,
                 leases=7,
                 blocks=blocks,
-                totals=pb.Totals(prompt_tokens=prompt, cached_tokens=cached, output_tokens=output),
+                totals=pb.Totals(
+                    prompt_tokens=prompt, prefilled_tokens=prompt, cached_tokens=cached, output_tokens=output
+                ),
             ),
         ],
     )
@@ -52,15 +61,16 @@ def text(before: Sample, now: Sample) -> list[str]:
 def test_rates_come_from_two_looks() -> None:
     before, now = Sample(10.0, load(5, 1000, 100, 10)), Sample(12.0, load(8, 5000, 2500, 20))
     summary, _, heading, prefill, decode, *_ = text(before, now)
-    assert summary.strip() == "3 queued, 1,234 running; 1.5 requests/s, 2,000 tokens/s in, 5 out"
+    assert summary.strip() == "3 queued, 1,234 running; 1.5 requests/s, 2,500 tokens/s in, 5 out"
     assert heading.split()[:4] == ["role", "worker", "state", "waiting"]
     assert prefill.split()[:9] == ["prefill", "10.0.0.1:1", "ready", "0", "0", "7", "2,000", "5", "50%"]
-    assert decode.split()[:7] == ["decode", "10.0.0.2:1", "draining", "2", "60", "0", "0"]
+    assert decode.split()[:7] == ["decode", "10.0.0.2:1", "draining", "2", "60", "2,500", "0"]
 
 
 def test_a_restarted_worker_and_router_count_from_nothing() -> None:
     later = load(0, 10, 5, 1)
-    later.workers[1].instance = "another"
+    for worker in later.workers:
+        worker.instance += " started again"
     summary, *_ = text(Sample(0.0, load(5, 1000, 100, 10)), Sample(1.0, later))
     assert summary.strip() == "3 queued, 1,234 running; 0.0 requests/s, 0 tokens/s in, 0 out"
 

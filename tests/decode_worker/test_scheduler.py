@@ -4,7 +4,7 @@ import random
 
 from common.block_pool import BlockPool
 from common.prefix_hash import block_hashes
-from decode_worker.scheduler import Scheduler, Sequence
+from decode_worker.scheduler import Scheduler, Sequence, State
 from tests.specs import ROOT, spec
 
 BLOCK = 4
@@ -104,6 +104,22 @@ def test_nothing_is_found_before_it_was_pulled() -> None:
     assert pool.peek(seq.spec.block_hashes) == 0
     scheduler.end(seq)
     assert pool.free_count == 20
+
+
+def test_a_prompt_to_be_computed_here_shares_all_blocks_but_the_one_of_its_last_token() -> None:
+    """Its KV is written: in a block that others have found it would be written under their feet."""
+    pool = BlockPool(20)
+    scheduler = Scheduler(pool, BLOCK, max_batch=8)
+    first = sequence(1, 8)
+    assert scheduler.reserve(first, headroom_tokens=0)
+    start(scheduler, first)
+    pulled, computed = sequence(2, 8), sequence(3, 8)
+    computed.state = State.PREFILLING
+    for seq, shared in ((pulled, 2), (computed, 1)):
+        assert scheduler.reserve(seq, headroom_tokens=0)
+        assert seq.blocks[:shared] == first.blocks[:shared]
+        assert seq.cached_blocks == shared
+    assert pool.in_use_count == 3
 
 
 def test_blocks_stay_until_the_last_launched_step_is_through() -> None:

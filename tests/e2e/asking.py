@@ -1,14 +1,36 @@
-"""One request under way in a thread."""
+"""Asking clusters, and looking after them."""
 
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
-from twostroke import Client, Piece, TwostrokeError
+from tests.e2e.cluster import Cluster
+from tests.e2e.prompts import prompts
+from tests.e2e.reference import assert_greedy
+from twostroke import Client, Generation, Piece, TwostrokeError
+
+LONG, SHORT = prompts((1_500, 20), seed=8)
+
+
+def ask_all(cluster: Cluster, asked: Sequence[Sequence[int]], count: int) -> list[Generation]:
+    """All in flight at once."""
+
+    def ask(prompt: Sequence[int]) -> Generation:
+        return cluster.client.generate(prompt, max_tokens=count, temperature=0, ignore_eos=True, timeout=250)
+
+    with ThreadPoolExecutor(len(asked)) as pool:
+        return list(pool.map(ask, asked))
+
+
+def assert_all_greedy(asked: Sequence[Sequence[int]], answers: Sequence[Generation], count: int) -> None:
+    for prompt, answer in zip(asked, answers, strict=True):
+        assert len(answer.token_ids) == count
+        assert_greedy(prompt, answer.token_ids)
 
 
 class Asking(threading.Thread):
-    """Greedy, and past every end-of-sequence token. Holds the pieces that came so far, and how it ended."""
+    """One request under way in a thread: its pieces, and how it ended. Greedy, and past every end-of-sequence token."""
 
     def __init__(self, client: Client, prompt: Sequence[int], max_tokens: int = 400) -> None:
         super().__init__(daemon=True)
@@ -38,3 +60,18 @@ class Asking(threading.Thread):
         finish = self.pieces[-1].finish
         assert finish is not None, self.error
         return finish.usage.resumes
+
+
+def reach(cluster: Cluster, asking: Asking, state: str) -> None:
+    """Returns when the request is in `state`."""
+    if state == "prefilling":
+        cluster.wait_for(lambda: any(worker.running for worker in cluster.workers("prefill")))
+    else:
+        cluster.wait_for(lambda: len(asking.tokens) >= 3, seconds=30)
+
+
+def assert_well(cluster: Cluster) -> None:
+    cluster.assert_blocks_home()
+    answer = cluster.client.generate(SHORT, max_tokens=4, temperature=0, ignore_eos=True, timeout=20)
+    assert_greedy(SHORT, answer.token_ids)
+    cluster.assert_blocks_home()

@@ -12,15 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.asking import Asking
+from tests.e2e.asking import LONG, SHORT, Asking, assert_well, reach
 from tests.e2e.cluster import Cluster
-from tests.e2e.prompts import prompts
 from tests.e2e.reference import assert_greedy
 from twostroke import Client, DeadlineExceeded, TwostrokeError, Unavailable
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
 
-LONG, SHORT = prompts((1_500, 20), seed=8)
 # Chunks so small that the long prompt takes a second or more, and can be caught in the middle.
 PREFILL_FLAGS = {"max-batch-tokens": 32}
 
@@ -39,23 +37,8 @@ def pairs() -> Iterator[Cluster]:
         yield cluster
 
 
-def reach(cluster: Cluster, asking: Asking, state: str) -> None:
-    """Returns when the request is in `state`."""
-    if state == "prefilling":
-        cluster.wait_for(lambda: any(worker.running for worker in cluster.workers("prefill")))
-    else:
-        cluster.wait_for(lambda: len(asking.tokens) >= 3, seconds=30)
-
-
 def prompt_of(state: str) -> list[int]:
     return LONG if state == "prefilling" else SHORT
-
-
-def assert_well(cluster: Cluster) -> None:
-    cluster.assert_blocks_home()
-    answer = cluster.client.generate(SHORT, max_tokens=4, temperature=0, ignore_eos=True, timeout=20)
-    assert_greedy(SHORT, answer.token_ids)
-    cluster.assert_blocks_home()
 
 
 @pytest.mark.parametrize("state", STATES)

@@ -1,36 +1,16 @@
 """Greedy answers of whole clusters equal those of transformers, whatever way they took."""
 
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-
 import pytest
 
+from tests.e2e.asking import ask_all, assert_all_greedy
 from tests.e2e.cluster import Cluster
 from tests.e2e.prompts import prompts
-from tests.e2e.reference import assert_greedy
-from twostroke import Generation
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
 ALL_LENGTHS = (1, 2, 3, 5, 8, 15, 16, 17, 31, 32, 33, 47, 48, 63, 64, 65, 80, 100, 127, 128, 129, 150, 200, 255, 256)
 ALL_LENGTHS += (300, 400, 511, 512, 700, 1_000, 1_500)
 SOME_LENGTHS = (1, 7, 16, 33, 64, 100, 129, 200, 257, 400)
-
-
-def ask_all(cluster: Cluster, asked: Sequence[Sequence[int]], count: int) -> list[Generation]:
-    """All in flight at once."""
-
-    def ask(prompt: Sequence[int]) -> Generation:
-        return cluster.client.generate(prompt, max_tokens=count, temperature=0, ignore_eos=True, timeout=250)
-
-    with ThreadPoolExecutor(len(asked)) as pool:
-        return list(pool.map(ask, asked))
-
-
-def assert_all_greedy(asked: Sequence[Sequence[int]], answers: Sequence[Generation], count: int) -> None:
-    for prompt, answer in zip(asked, answers, strict=True):
-        assert len(answer.token_ids) == count
-        assert_greedy(prompt, answer.token_ids)
 
 
 def test_32_prompts_at_once() -> None:

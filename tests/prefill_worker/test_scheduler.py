@@ -85,6 +85,54 @@ def test_the_head_of_the_queue_waits_for_blocks_and_nobody_overtakes_it() -> Non
     assert spans(scheduler.schedule()) == [(2, 0, 12), (3, 0, 4)]
 
 
+def reserved(pool: BlockPool, attempt_id: int, tokens: list[int]) -> Prompt:
+    """As a decode worker that prefills sends it: with its blocks."""
+    made = prompt(attempt_id, tokens)
+    hits = pool.match(made.spec.hashes_before_last_token(BLOCK))
+    made.blocks = hits + pool.allocate(-(-len(tokens) // BLOCK) - len(hits))
+    return made
+
+
+def test_blocks_that_come_with_a_prompt_are_used() -> None:
+    pool = BlockPool(5)
+    scheduler = Scheduler(pool, BLOCK, max_batch_tokens=64)
+    made = reserved(pool, 1, numbers(18))
+    blocks = list(made.blocks)
+    scheduler.add(made)
+    assert spans(scheduler.schedule()) == [(1, 0, 18)], "no block is free, and none is needed"
+    assert made.blocks == blocks
+
+
+def test_reserved_blocks_whose_content_the_cache_has_got_meanwhile_are_given_back() -> None:
+    pool = BlockPool(20)
+    scheduler = Scheduler(pool, BLOCK, max_batch_tokens=64)
+    first, second = (reserved(pool, attempt_id, [*numbers(12), 90 + attempt_id]) for attempt_id in (1, 2))
+    scheduler.add(first)
+    scheduler.add(second)
+    (chunk,) = scheduler.schedule()
+    assert pool.in_use_count == 8
+    assert scheduler.finish(chunk)
+    assert spans(scheduler.schedule()) == [(2, 12, 13)]
+    assert second.blocks[:3] == first.blocks[:3]
+    assert pool.in_use_count == 5
+    pool.release(first.blocks)
+    scheduler.drop(2)
+    assert pool.in_use_count == 4, "a chunk is under way"
+
+
+def test_a_dropped_prompt_gives_back_its_reserved_blocks() -> None:
+    pool = BlockPool(20)
+    scheduler = Scheduler(pool, BLOCK, max_batch_tokens=8)
+    for attempt_id in (1, 2):
+        scheduler.add(reserved(pool, attempt_id, numbers(10, 100 * attempt_id)))
+    (chunk,) = scheduler.schedule()
+    scheduler.drop(2)  # it waits
+    assert pool.in_use_count == 3
+    scheduler.finish(chunk)
+    scheduler.drop(1)  # between two chunks
+    assert pool.in_use_count == 0
+
+
 def test_random_arrivals_and_drops_leave_nothing_behind() -> None:
     random_ = random.Random(7)
     pool = BlockPool(64)

@@ -42,6 +42,7 @@ class Script:
     stop_after: int | None = None  # decode: goes silent after so many tokens of a sequence
     step_seconds: float = 0.0
     prefill_seconds: float = 0.0
+    silent_at_prefill: bool = False  # decode: reserves, and never prefills
 
 
 @dataclass(slots=True)
@@ -171,6 +172,8 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
             self.reserves.append(reserve)
             if self._takes(reserve.attempt_id, reserve.sequence):
                 self._reserve(reserve)
+                if reserve.prefill and reserve.attempt_id in self.held and not self.script.silent_at_prefill:
+                    self._spawn(self._prefill_here(reserve))
         for start in message.starts:
             self.starts.append(start)
             if start.attempt_id in self.held and not self.script.silent_at_start:
@@ -213,6 +216,31 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
             ]
         )
 
+    async def _prefill_here(self, reserve: worker_pb2.Reserve) -> None:
+        if self.script.prefill_seconds:
+            await asyncio.sleep(self.script.prefill_seconds)
+        if reserve.attempt_id not in self.held:
+            return
+        length = len(reserve.sequence.token_ids)
+        token = self.script.token(length)
+        logprobs = _logprobs(token, reserve.sequence)
+        self.send(
+            prefilled=[
+                worker_pb2.Prefilled(
+                    attempt_id=reserve.attempt_id, first_token=token, cached_tokens=6, logprobs=logprobs
+                )
+            ]
+        )
+        if token in reserve.sequence.stop_token_ids or length + 1 >= reserve.sequence.max_length:
+            self.end(reserve.attempt_id, Ended.CAUSE_FINISHED)
+        else:
+            self._run(reserve.attempt_id, reserve.sequence)
+
+    def _run(self, attempt_id: int, sequence: worker_pb2.Sequence) -> None:
+        self.running[attempt_id] = Running(
+            len(sequence.token_ids) + 1, sequence.max_length, frozenset(sequence.stop_token_ids)
+        )
+
     def _reserve(self, reserve: worker_pb2.Reserve) -> None:
         refused = self.script.refuse > 0
         if refused:
@@ -225,11 +253,8 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
             self.script.lose_lease -= 1
             self.end(start.attempt_id, Ended.CAUSE_LEASE_LOST)
             return
-        sequence = self.held[start.attempt_id]
         self.send(started=[worker_pb2.Started(attempt_id=start.attempt_id, transfer_ms=1.5)])
-        self.running[start.attempt_id] = Running(
-            len(sequence.token_ids) + 1, sequence.max_length, frozenset(sequence.stop_token_ids)
-        )
+        self._run(start.attempt_id, self.held[start.attempt_id])
 
     # ------------------------------------------------------------ decoding
 

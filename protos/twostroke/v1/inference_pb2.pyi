@@ -503,7 +503,7 @@ class Usage(_message.Message):
     prefill_cached_tokens: _builtins.int
     """prompt tokens that the prefill worker did not compute"""
     decode_cached_tokens: _builtins.int
-    """prompt tokens whose KV the decode worker did not have to pull"""
+    """prompt tokens whose KV the decode worker did not have to pull, or to compute"""
     resumes: _builtins.int
     """times the request was preempted or lost its worker, and went on"""
     def __init__(
@@ -1014,22 +1014,26 @@ class Totals(_message.Message):
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    PREFILLED_TOKENS_FIELD_NUMBER: _builtins.int
     prompt_tokens: _builtins.int
     """that it took in; of a resumed request also those it had generated before"""
     cached_tokens: _builtins.int
     """those of them whose KV was in its pool already"""
     output_tokens: _builtins.int
     """that it generated"""
+    prefilled_tokens: _builtins.int
+    """prompt_tokens without those whose KV a prefill worker made for it"""
     def __init__(
         self,
         *,
         prompt_tokens: _builtins.int = ...,
         cached_tokens: _builtins.int = ...,
         output_tokens: _builtins.int = ...,
+        prefilled_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "output_tokens", b"output_tokens", "prompt_tokens", b"prompt_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "output_tokens", b"output_tokens", "prefilled_tokens", b"prefilled_tokens", "prompt_tokens", b"prompt_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -169,9 +169,12 @@ class Reserve(_message.Message):
     ATTEMPT_ID_FIELD_NUMBER: _builtins.int
     SEQUENCE_FIELD_NUMBER: _builtins.int
     HEADROOM_TOKENS_FIELD_NUMBER: _builtins.int
+    PREFILL_FIELD_NUMBER: _builtins.int
     attempt_id: _builtins.int
     headroom_tokens: _builtins.int
     """room to set aside for output beyond the tokens of the sequence"""
+    prefill: _builtins.bool
+    """computed there, too: no Start follows; Reserved is followed by Prefilled, then by tokens"""
     @_builtins.property
     def sequence(self) -> Global___Sequence: ...
     def __init__(
@@ -180,10 +183,11 @@ class Reserve(_message.Message):
         attempt_id: _builtins.int = ...,
         sequence: Global___Sequence | None = ...,
         headroom_tokens: _builtins.int = ...,
+        prefill: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sequence", b"sequence"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt_id", b"attempt_id", "headroom_tokens", b"headroom_tokens", "sequence", b"sequence"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt_id", b"attempt_id", "headroom_tokens", b"headroom_tokens", "prefill", b"prefill", "sequence", b"sequence"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -535,6 +539,7 @@ class WorkerHello(_message.Message):
     MAX_BATCH_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     DTYPE_FIELD_NUMBER: _builtins.int
+    PREFILL_TOKENS_FIELD_NUMBER: _builtins.int
     instance: _builtins.str
     role: _inference_pb2.WorkerRole.ValueType
     model: _builtins.str
@@ -546,6 +551,8 @@ class WorkerHello(_message.Message):
     """sequences (decode) or tokens (prefill) of a batch"""
     version: _builtins.str
     dtype: _builtins.str
+    prefill_tokens: _builtins.int
+    """decode: prefills prompts that lack up to so many tokens in its cache, and any where nobody else can; 0: none"""
     @_builtins.property
     def pool(self) -> Global___PoolHandle: ...
     def __init__(
@@ -560,10 +567,11 @@ class WorkerHello(_message.Message):
         max_batch: _builtins.int = ...,
         version: _builtins.str = ...,
         dtype: _builtins.str = ...,
+        prefill_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["pool", b"pool"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "fingerprint", b"fingerprint", "instance", b"instance", "max_batch", b"max_batch", "max_length", b"max_length", "model", b"model", "pool", b"pool", "role", b"role", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "fingerprint", b"fingerprint", "instance", b"instance", "max_batch", b"max_batch", "max_length", b"max_length", "model", b"model", "pool", b"pool", "prefill_tokens", b"prefill_tokens", "role", b"role", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -582,7 +590,9 @@ class Prefilled(_message.Message):
     first_token: _builtins.int
     cached_tokens: _builtins.int
     @_builtins.property
-    def kv(self) -> Global___KvLocation: ...
+    def kv(self) -> Global___KvLocation:
+        """of a decode worker: not set, the KV is where it is needed"""
+
     @_builtins.property
     def logprobs(self) -> Global___Logprobs: ...
     def __init__(

@@ -13,6 +13,7 @@ from benchmarks.parts import LoadedModel, load_model, worker_parts
 from common.sequence import SequenceSpec
 from tests.gpu import tiny_models
 from tests.gpu.greedy import DEVICE, LENGTHS, assert_greedy, gaps, reference, text
+from tests.one_worker import OneWorker
 
 OUTPUT_TOKENS = 64
 SOME_LENGTHS = (1, 7, 16, 33, 64, 100, 129, 200, 257, 400)
@@ -137,3 +138,12 @@ def test_every_architecture_in_chunks(tiny: Engines) -> None:
     asked = noise(SOME_LENGTHS)
     engine = tiny.engine(blocks=512, max_batch_tokens=48)
     assert_greedy(tiny.directory, asked, engine.run(greedy(asked, 32)), 32)
+
+
+@pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "eager"])
+def test_every_architecture_on_a_worker_that_does_both(tiny: Engines, graphs: bool) -> None:
+    """Steps and chunks of prompts are launched ahead of one another, on one pool that is too small for all."""
+    asked = noise(SOME_LENGTHS)
+    one = OneWorker(worker_parts(tiny.loaded, 80), chunk_tokens=48, graphs=graphs)
+    assert_greedy(tiny.directory, asked, one.run(greedy(asked, 32), headroom_tokens=1), 32)
+    assert one.preemptions > 0

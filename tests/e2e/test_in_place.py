@@ -65,7 +65,7 @@ def test_preemption_while_others_prefill() -> None:
     with Cluster(prefill=0, decode_flags=flags, router_flags={"headroom-tokens": 1}) as cluster:
         answers = ask_all(cluster, asked, 48)
         cluster.assert_blocks_home()
-    assert sum(answer.finish.usage.resumes for answer in answers) >= 5
+    assert sum(answer.finish.usage.resumes for answer in answers) >= 2
     assert_all_greedy(asked, answers, 48)
 
 

@@ -144,6 +144,6 @@ def test_every_architecture_in_chunks(tiny: Engines) -> None:
 def test_every_architecture_on_a_worker_that_does_both(tiny: Engines, graphs: bool) -> None:
     """Steps and chunks of prompts are launched ahead of one another, on one pool that is too small for all."""
     asked = noise(SOME_LENGTHS)
-    one = OneWorker(worker_parts(tiny.loaded, 80), chunk_tokens=48, graphs=graphs)
-    assert_greedy(tiny.directory, asked, one.run(greedy(asked, 32), headroom_tokens=1), 32)
+    one = OneWorker(worker_parts(tiny.loaded, 56), chunk_tokens=48, graphs=graphs)
+    assert_greedy(tiny.directory, asked, one.run(greedy(asked, 64), headroom_tokens=1), 64)
     assert one.preemptions > 0

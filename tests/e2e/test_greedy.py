@@ -27,7 +27,7 @@ def test_32_prompts_at_once() -> None:
     [
         pytest.param(1, 1, {"block-size": 4, "num-blocks": 4096}, id="tiny blocks"),
         pytest.param(1, 1, {"max-batch-tokens": 32}, id="chunks of 32"),
-        pytest.param(2, 2, {}, id="two pairs"),
+        pytest.param(2, 2, {}, id="two pairs", marks=pytest.mark.slow),
     ],
 )
 def test_other_ways(prefill: int, decode: int, flags: dict[str, object]) -> None:

@@ -59,6 +59,7 @@ def test_short_prompts_in_place_and_long_ones_handed_over() -> None:
     assert alone[0].finish.timing.transfer_ms == 0
 
 
+@pytest.mark.slow
 def test_preemption_while_others_prefill() -> None:
     asked = prompts(tuple(range(30, 42)), seed=5)
     flags = {**BOTH, "num-blocks": 40}  # they start with 3 blocks each and need up to 6
@@ -69,6 +70,7 @@ def test_preemption_while_others_prefill() -> None:
     assert_all_greedy(asked, answers, 48)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("state", ["prefilling", "decoding"])
 def test_the_client_leaves(one: Cluster, state: str) -> None:
     prompt = LONG if state == "prefilling" else SHORT
@@ -82,12 +84,14 @@ def test_the_client_leaves(one: Cluster, state: str) -> None:
     assert_well(one)
 
 
+@pytest.mark.slow
 def test_the_deadline_passes_while_prefilling(one: Cluster) -> None:
     with pytest.raises(DeadlineExceeded):
         one.client.generate(LONG, max_tokens=4, temperature=0, timeout=0.5, cache_salt="deadline")
     assert_well(one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("state", ["prefilling", "decoding"])
 def test_a_worker_is_killed_and_another_goes_on(state: str) -> None:
     prompt = LONG[:600] if state == "prefilling" else SHORT
@@ -107,6 +111,7 @@ def test_a_worker_is_killed_and_another_goes_on(state: str) -> None:
         assert_well(cluster)
 
 
+@pytest.mark.slow
 def test_a_worker_drains_on_sigterm_what_it_prefills(one: Cluster) -> None:
     asking = Asking(one.client, LONG[:600], max_tokens=10)
     one.wait_for(lambda: prefilling(one))

@@ -16,7 +16,7 @@ from tests.e2e.cluster import Cluster
 from tests.e2e.tiny import prompt, tiny_cluster
 from twostroke import Client, Generation, Unavailable
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(120)]
 
 # Turns so small that a long prompt takes a second, and that with one on each prefill worker the next has to wait.
 PREFILL_FLAGS = {"max-batch-tokens": 8}

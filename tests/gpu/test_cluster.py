@@ -26,7 +26,7 @@ def cluster(request: pytest.FixtureRequest, smollm2: Path) -> Iterator[Cluster]:
         pytest.skip("one GPU only")
     flags = {"model": smollm2, "dtype": "float32", "max-length": 2048, "num-blocks": 2048, "transport": "cuda_ipc"}
     with Cluster(
-        router_flags={"model": smollm2},
+        router_flags={"model": smollm2, "worker-grace": 60},
         worker_flags=flags | {"device": "cuda:0"},
         prefill_flags={"device": "cuda:1"} if two else {},
         decode_flags={"max-batch": 64},

@@ -28,6 +28,7 @@ def prefilling(cluster: Cluster) -> bool:
     return any(worker.waiting for worker in cluster.workers("decode"))
 
 
+@pytest.mark.slow
 def test_mixed_lengths_at_once(one: Cluster) -> None:
     asked = prompts(LENGTHS, seed=2)
     answers = ask_all(one, asked, 16)

@@ -85,7 +85,7 @@ app.command(
 
 def main(command: str | None = None) -> None:
     """Runs the command line; `command` is what `python -m router` and its like put in front of their flags."""
-    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # else it tells of every connection that ends
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # else gRPC tells of every connection that ends
     try:
         app([command, *sys.argv[1:]] if command else None)
     except StartError as error:

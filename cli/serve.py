@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -274,20 +274,23 @@ def _stop(stages: Iterable[list[Child]], seconds: float, signals: list[int]) -> 
     for children in stages:
         for child in children:
             child.send(signal.SIGTERM)
-        deadline = time.monotonic() + seconds
-        while any(child.running for child in children) and time.monotonic() < deadline and len(signals) <= received:
-            time.sleep(0.02)
+        _wait_for(children, seconds, lambda: len(signals) > received)
         # A second SIGTERM ends a part at once, in order: killed, a worker would leave its shared memory behind.
         for child in children:
             child.send(signal.SIGTERM)
-        deadline = time.monotonic() + HURRY_SECONDS
-        while any(child.running for child in children) and time.monotonic() < deadline:
-            time.sleep(0.02)
+        _wait_for(children, HURRY_SECONDS)
         for child in children:
             child.send(signal.SIGKILL)
         for child in children:
             if child.process:
                 child.process.wait()
+
+
+def _wait_for(children: Iterable[Child], seconds: float, hurried: Callable[[], bool] = lambda: False) -> None:
+    """Returns when all have ended, when the time is up, or when `hurried` says so."""
+    deadline = time.monotonic() + seconds
+    while any(child.running for child in children) and time.monotonic() < deadline and not hurried():
+        time.sleep(0.02)
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 from tests.e2e.cluster import Cluster
 from tests.e2e.prompts import prompts
@@ -11,16 +10,6 @@ from tests.e2e.reference import assert_greedy
 from twostroke import Client, Generation, Piece, TwostrokeError
 
 LONG, SHORT = prompts((1_500, 20), seed=8)
-
-
-def ask_all(cluster: Cluster, asked: Sequence[Sequence[int]], count: int) -> list[Generation]:
-    """All in flight at once."""
-
-    def ask(prompt: Sequence[int]) -> Generation:
-        return cluster.client.generate(prompt, max_tokens=count, temperature=0, ignore_eos=True, timeout=250)
-
-    with ThreadPoolExecutor(len(asked)) as pool:
-        return list(pool.map(ask, asked))
 
 
 def assert_all_greedy(asked: Sequence[Sequence[int]], answers: Sequence[Generation], count: int) -> None:

@@ -6,13 +6,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
 from common.transport import sweep
-from twostroke import Client
+from twostroke import Client, Generation
 from twostroke.v1 import inference_pb2 as pb
 
 START_SECONDS = 60.0
@@ -106,6 +107,15 @@ class Cluster:
             ),
             START_SECONDS,
         )
+
+    def ask_all(self, asked: Sequence[Sequence[int]], count: int) -> list[Generation]:
+        """Greedy answers of `count` tokens each, all in flight at once."""
+
+        def ask(prompt: Sequence[int]) -> Generation:
+            return self.client.generate(prompt, max_tokens=count, temperature=0, ignore_eos=True, timeout=250)
+
+        with ThreadPoolExecutor(len(asked)) as pool:
+            return list(pool.map(ask, asked))
 
     def workers(self, role: str, client: Client | None = None) -> list[pb.WorkerLoad]:
         """The workers of a role that take requests, as a router sees them: the first, or that of `client`."""

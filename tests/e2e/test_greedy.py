@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.e2e.asking import ask_all, assert_all_greedy
+from tests.e2e.asking import assert_all_greedy
 from tests.e2e.cluster import Cluster
 from tests.e2e.prompts import prompts
 
@@ -17,7 +17,7 @@ def test_32_prompts_at_once() -> None:
     asked = prompts(ALL_LENGTHS, seed=1)
     assert len(asked) == 32
     with Cluster() as cluster:
-        answers = ask_all(cluster, asked, 64)
+        answers = cluster.ask_all(asked, 64)
         cluster.assert_blocks_home()
     assert_all_greedy(asked, answers, 64)
 
@@ -35,7 +35,7 @@ def test_other_ways(prefill: int, decode: int, flags: dict[str, object]) -> None
     prefill_only = {name: value for name, value in flags.items() if name == "max-batch-tokens"}
     both = {name: value for name, value in flags.items() if name not in prefill_only}
     with Cluster(prefill=prefill, decode=decode, worker_flags=both, prefill_flags=prefill_only) as cluster:
-        answers = ask_all(cluster, asked, 24)
+        answers = cluster.ask_all(asked, 24)
         cluster.assert_blocks_home()
     assert_all_greedy(asked, answers, 24)
 
@@ -43,18 +43,18 @@ def test_other_ways(prefill: int, decode: int, flags: dict[str, object]) -> None
 def test_prefix_hits_on_either_side_and_on_both() -> None:
     asked = prompts((40, 100, 260), seed=3)
     with Cluster() as cluster:
-        first = ask_all(cluster, asked, 24)
-        both = ask_all(cluster, asked, 24)
+        first = cluster.ask_all(asked, 24)
+        both = cluster.ask_all(asked, 24)
         cluster.kill("decode-0")
         cluster.start_worker("decode", 0)
         cluster.wait_for(lambda: not cluster.workers("decode"))
         cluster.wait_until_ready()
-        prefill_side = ask_all(cluster, asked, 24)
+        prefill_side = cluster.ask_all(asked, 24)
         cluster.kill("prefill-0")
         cluster.wait_for(lambda: not cluster.workers("prefill"))
         cluster.start_worker("prefill", 0)
         cluster.wait_until_ready()
-        decode_side = ask_all(cluster, asked, 24)
+        decode_side = cluster.ask_all(asked, 24)
         cluster.assert_blocks_home()
     cached = [
         [
@@ -71,9 +71,9 @@ def test_prefix_hits_on_either_side_and_on_both() -> None:
 def test_the_next_turn_finds_the_answer_of_the_last_one() -> None:
     (prompt,) = prompts((50,), seed=4)
     with Cluster() as cluster:
-        (answer,) = ask_all(cluster, [prompt], 40)
+        (answer,) = cluster.ask_all([prompt], 40)
         turn = [*prompt, *answer.token_ids, *prompt[:5]]
-        (next_answer,) = ask_all(cluster, [turn], 16)
+        (next_answer,) = cluster.ask_all([turn], 16)
     assert next_answer.finish.usage.decode_cached_tokens == 80, "89 tokens have KV on the decode worker: 5 blocks"
     assert_all_greedy([turn], [next_answer], 16)
 
@@ -82,7 +82,7 @@ def test_preemption_every_few_steps() -> None:
     asked = prompts(tuple(range(30, 42)), seed=5)
     flags = {"num-blocks": 40}  # they start with 3 blocks each and need up to 6
     with Cluster(decode_flags=flags, router_flags={"headroom-tokens": 1}) as cluster:
-        answers = ask_all(cluster, asked, 48)
+        answers = cluster.ask_all(asked, 48)
         cluster.assert_blocks_home()
     assert sum(answer.finish.usage.resumes for answer in answers) >= 5
     assert_all_greedy(asked, answers, 48)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.e2e.asking import LONG, SHORT, Asking, ask_all, assert_all_greedy, assert_well, reach
+from tests.e2e.asking import LONG, SHORT, Asking, assert_all_greedy, assert_well, reach
 from tests.e2e.cluster import Cluster
 from tests.e2e.prompts import prompts
 from tests.e2e.reference import assert_greedy
@@ -31,8 +31,8 @@ def prefilling(cluster: Cluster) -> bool:
 @pytest.mark.slow
 def test_mixed_lengths_at_once(one: Cluster) -> None:
     asked = prompts(LENGTHS, seed=2)
-    answers = ask_all(one, asked, 16)
-    again = ask_all(one, asked, 16)
+    answers = one.ask_all(asked, 16)
+    again = one.ask_all(asked, 16)
     one.assert_blocks_home()
     assert_all_greedy(asked, [*answers], 16)
     assert_all_greedy(asked, [*again], 16)
@@ -46,11 +46,11 @@ def test_mixed_lengths_at_once(one: Cluster) -> None:
 def test_short_prompts_in_place_and_long_ones_handed_over() -> None:
     asked = prompts(LENGTHS, seed=3)
     with Cluster(decode_flags=BOTH) as cluster:
-        answers = ask_all(cluster, asked, 16)
+        answers = cluster.ask_all(asked, 16)
         (prefill,), (decode,) = cluster.workers("prefill"), cluster.workers("decode")
         cluster.kill("prefill-0")
         (asked_alone,) = prompts((300,), seed=9)
-        alone = ask_all(cluster, [asked_alone], 16)
+        alone = cluster.ask_all([asked_alone], 16)
         cluster.assert_blocks_home()
     assert_all_greedy([*asked, asked_alone], [*answers, *alone], 16)
     in_place = [answer.finish.timing.transfer_ms == 0 for answer in answers]
@@ -65,7 +65,7 @@ def test_preemption_while_others_prefill() -> None:
     asked = prompts(tuple(range(30, 42)), seed=5)
     flags = {**BOTH, "num-blocks": 40}  # they start with 3 blocks each and need up to 6
     with Cluster(prefill=0, decode_flags=flags, router_flags={"headroom-tokens": 1}) as cluster:
-        answers = ask_all(cluster, asked, 48)
+        answers = cluster.ask_all(asked, 48)
         cluster.assert_blocks_home()
     assert sum(answer.finish.usage.resumes for answer in answers) >= 2
     assert_all_greedy(asked, answers, 48)

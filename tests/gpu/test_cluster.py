@@ -11,7 +11,7 @@ import torch
 
 from tests.e2e.cluster import Cluster
 from tests.gpu.greedy import LENGTHS, assert_greedy, text
-from twostroke import AsyncClient, Generation
+from twostroke import AsyncClient
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -34,18 +34,10 @@ def cluster(request: pytest.FixtureRequest, smollm2: Path) -> Iterator[Cluster]:
         yield cluster
 
 
-def ask_all(cluster: Cluster, asked: Sequence[Sequence[int]]) -> list[Generation]:
-    def ask(prompt: Sequence[int]) -> Generation:
-        return cluster.client.generate(prompt, max_tokens=OUTPUT_TOKENS, temperature=0, ignore_eos=True)
-
-    with ThreadPoolExecutor(len(asked)) as pool:
-        return list(pool.map(ask, asked))
-
-
 def test_32_prompts_at_once_twice(cluster: Cluster, smollm2: Path) -> None:
     asked = text(smollm2, LENGTHS)
     for _ in range(2):  # the second time with prefix hits on both sides
-        answers = ask_all(cluster, asked)
+        answers = cluster.ask_all(asked, OUTPUT_TOKENS)
         assert_greedy(smollm2, asked, [answer.token_ids for answer in answers], OUTPUT_TOKENS)
         cluster.assert_blocks_home()
     assert answers[-1].finish is not None
@@ -58,7 +50,7 @@ def test_cancels_at_random_moments(cluster: Cluster, smollm2: Path) -> None:
     assert 0.3 * REQUESTS < finished < 0.9 * REQUESTS
     cluster.assert_blocks_home()
     asked = text(smollm2, (100, 300), seed=3)
-    assert_greedy(smollm2, asked, [answer.token_ids for answer in ask_all(cluster, asked)], OUTPUT_TOKENS)
+    assert_greedy(smollm2, asked, [answer.token_ids for answer in cluster.ask_all(asked, OUTPUT_TOKENS)], OUTPUT_TOKENS)
 
 
 async def cancel_at_random(target: str) -> int:
@@ -93,7 +85,7 @@ def test_a_killed_prefill_worker(cluster: Cluster, smollm2: Path) -> None:
     """Its GPU memory is mapped by the decode worker, which goes on, and takes KV from the one that comes after it."""
     asked = text(smollm2, (700, 900, 1_100, 1_300), seed=7)
     with ThreadPoolExecutor(1) as pool:
-        answers = pool.submit(ask_all, cluster, asked)
+        answers = pool.submit(cluster.ask_all, asked, OUTPUT_TOKENS)
         cluster.wait_for(lambda: cluster.client.load().running > 0)
         cluster.kill("prefill-0")
         cluster.start_worker("prefill", 0)

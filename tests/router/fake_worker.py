@@ -196,45 +196,32 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         return True
 
     async def _prefill(self, prefill: worker_pb2.Prefill) -> None:
-        if self.script.prefill_seconds:
-            await asyncio.sleep(self.script.prefill_seconds)
-        if prefill.attempt_id not in self.held:
-            return
-        length = len(prefill.sequence.token_ids)
-        blocks = -(-length // 16)
+        blocks = -(-len(prefill.sequence.token_ids) // 16)
         kv = worker_pb2.KvLocation(pool=self.hello.pool, block_ids=range(blocks), generations=[1] * blocks)
-        token = self.script.token(length)
-        self.send(
-            prefilled=[
-                worker_pb2.Prefilled(
-                    attempt_id=prefill.attempt_id,
-                    first_token=token,
-                    kv=kv,
-                    cached_tokens=3,
-                    logprobs=_logprobs(token, prefill.sequence),
-                )
-            ]
-        )
+        await self._first_token(prefill, cached_tokens=3, kv=kv)
 
     async def _prefill_here(self, reserve: worker_pb2.Reserve) -> None:
-        if self.script.prefill_seconds:
-            await asyncio.sleep(self.script.prefill_seconds)
-        if reserve.attempt_id not in self.held:
+        token = await self._first_token(reserve, cached_tokens=6)
+        if token is None:
             return
-        length = len(reserve.sequence.token_ids)
-        token = self.script.token(length)
-        logprobs = _logprobs(token, reserve.sequence)
-        self.send(
-            prefilled=[
-                worker_pb2.Prefilled(
-                    attempt_id=reserve.attempt_id, first_token=token, cached_tokens=6, logprobs=logprobs
-                )
-            ]
-        )
-        if token in reserve.sequence.stop_token_ids or length + 1 >= reserve.sequence.max_length:
+        sequence = reserve.sequence
+        if token in sequence.stop_token_ids or len(sequence.token_ids) + 1 >= sequence.max_length:
             self.end(reserve.attempt_id, Ended.CAUSE_FINISHED)
         else:
-            self._run(reserve.attempt_id, reserve.sequence)
+            self._run(reserve.attempt_id, sequence)
+
+    async def _first_token(self, asked: worker_pb2.Prefill | worker_pb2.Reserve, **where: Any) -> int | None:
+        """Announces it; None where the attempt ended before."""
+        if self.script.prefill_seconds:
+            await asyncio.sleep(self.script.prefill_seconds)
+        if asked.attempt_id not in self.held:
+            return None
+        token = self.script.token(len(asked.sequence.token_ids))
+        logprobs = _logprobs(token, asked.sequence)
+        self.send(
+            prefilled=[worker_pb2.Prefilled(attempt_id=asked.attempt_id, first_token=token, logprobs=logprobs, **where)]
+        )
+        return token
 
     def _run(self, attempt_id: int, sequence: worker_pb2.Sequence) -> None:
         self.running[attempt_id] = Running(

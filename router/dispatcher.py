@@ -10,6 +10,7 @@ import grpc
 import structlog
 
 from common import prefix_hash
+from common.tracing import Span
 from router import choose
 from router.config import RouterConfig
 from router.errors import CallError
@@ -103,9 +104,10 @@ class Dispatcher:
         if request.state is State.QUEUED:
             request.state = State.DROPPED
             self._queue.dropped()
+            _trace_queued(request)
         elif request.state is State.DISPATCHED:
             assert request.attempt is not None
-            self._close(request.attempt)
+            self._close(request.attempt, "dropped")
             request.state = State.DROPPED
             self.dispatch()
 
@@ -143,6 +145,8 @@ class Dispatcher:
         now = time.monotonic()
         request.state = State.DISPATCHED
         request.timing.queued_ms += 1000 * (now - request.queued_at)
+        request.attempts += 1
+        _trace_queued(request)
         self._running += 1
         attempt = Attempt(
             id=next(self._attempt_ids),
@@ -152,19 +156,25 @@ class Dispatcher:
             prefill_tokens=prefill.missing_tokens(request) if prefill else 0,
             decode_blocks=decode.new_blocks(request, request.length + headroom) if decode else 0,
             in_place=prefill is None,
+            length=request.length,
+            trace=_trace_attempt(request, prefill, decode),
         )
         request.attempt = attempt
-        sequence = _sequence(request, self.workers()[0].hello)
+        sequence, traceparent = _sequence(request, self.workers()[0].hello), attempt.trace.traceparent
         if prefill is not None:
             prefill.begin(attempt)
             prefill.pending_tokens += attempt.prefill_tokens
-            prefill.send_prefill(worker_pb2.Prefill(attempt_id=attempt.id, sequence=sequence))
+            prefill.send_prefill(worker_pb2.Prefill(attempt_id=attempt.id, sequence=sequence, traceparent=traceparent))
         if decode is not None:
             decode.begin(attempt)
             decode.reserve(attempt.decode_blocks)
             decode.send_reserve(
                 worker_pb2.Reserve(
-                    attempt_id=attempt.id, sequence=sequence, headroom_tokens=headroom, prefill=attempt.in_place
+                    attempt_id=attempt.id,
+                    sequence=sequence,
+                    headroom_tokens=headroom,
+                    prefill=attempt.in_place,
+                    traceparent=traceparent,
                 )
             )
 
@@ -174,6 +184,7 @@ class Dispatcher:
         """None of the workers takes the request now. True where none ever will, so that it ends here."""
         if workers and not any(worker.can_hold(tokens) for worker in workers):
             self._queue.pop()
+            _trace_queued(request)
             sentence = f"no {ROLE_NAMES[role]} worker that is left can hold {tokens} tokens"
             request.end(State.FAILED, CallError(grpc.StatusCode.UNAVAILABLE, sentence))
             return True
@@ -236,6 +247,7 @@ class Dispatcher:
         attempt.prefilled = prefilled
         worker.pending_tokens -= attempt.prefill_tokens
         request.timing.prefill_ms += 1000 * (now - attempt.dispatched_at)
+        attempt.trace.record("prefill", attempt.dispatched_at, {"twostroke.cached_tokens": prefilled.cached_tokens})
         if not request.output:
             request.timing.first_token_ms = 1000 * (now - request.arrived_at)
             if not attempt.in_place:
@@ -249,7 +261,7 @@ class Dispatcher:
             worker.decoding[attempt.id] = request
             _decoding(attempt)
         if request.complete:
-            self._close(attempt)
+            self._close(attempt, "finished")
             request.end(State.FINISHED)
         elif attempt.reserved and not attempt.in_place:
             self._start(attempt)
@@ -260,10 +272,11 @@ class Dispatcher:
             return
         worker.reserve_answered(attempt.decode_blocks, reserved.refused)
         attempt.request.timing.reserved_ms += 1000 * (time.monotonic() - attempt.dispatched_at)
+        attempt.trace.record("reserved", attempt.dispatched_at, {"twostroke.cached_tokens": reserved.cached_tokens})
         if reserved.refused:
             attempt.decode = None
             worker.end(attempt)
-            self._close(attempt)
+            self._close(attempt, "refused")
             self._requeue(attempt.request)
             return
         attempt.reserved = True
@@ -285,6 +298,7 @@ class Dispatcher:
         if attempt is None or attempt.decode is not worker or attempt.id not in worker.decoding:
             return
         attempt.request.timing.transfer_ms += started.transfer_ms
+        attempt.trace.record("transfer", time.monotonic() - started.transfer_ms / 1000, {})
         _decoding(attempt)
         self._leave_prefill(attempt, tell=True)
 
@@ -299,8 +313,8 @@ class Dispatcher:
         else:
             self._leave_decode(attempt, tell=False)
         if ended.cause == worker_pb2.Ended.CAUSE_REJECTED:
-            self._close(attempt)
             sentence = f"the {ROLE_NAMES[worker.role]} worker cannot serve this request: {ended.detail}"
+            self._close(attempt, "rejected", sentence)
             attempt.request.end(State.FAILED, CallError(grpc.StatusCode.INVALID_ARGUMENT, sentence))
             return
         # A worker that calls an attempt finished whose last token does not say so is at fault, and treated so.
@@ -309,10 +323,12 @@ class Dispatcher:
 
     # ------------------------------------------------------------ how attempts end
 
-    def _close(self, attempt: Attempt) -> None:
+    def _close(self, attempt: Attempt, outcome: str, problem: str = "") -> None:
         """Ends the attempt on both workers, as far as they still hold something for it."""
         self._leave_prefill(attempt, tell=True)
         self._leave_decode(attempt, tell=True)
+        tokens = attempt.request.length - attempt.length
+        attempt.trace.end({"twostroke.outcome": outcome, "twostroke.output_tokens": tokens}, problem)
         attempt.request.attempt = None
         self._running -= 1
 
@@ -336,16 +352,18 @@ class Dispatcher:
         worker.give_back(attempt.decode_blocks)
         if attempt.decoding_since is not None:
             attempt.request.timing.decode_ms += 1000 * (time.monotonic() - attempt.decoding_since)
+            attempt.trace.record("decode", attempt.decoding_since, {})
         if tell:
             worker.send_ended(attempt.id)
 
     def _resume(self, attempt: Attempt, worker: Worker, cause: str, *, fault: bool, detail: str = "") -> None:
         """Another attempt goes on behind the last token that arrived, unless that was the last one anyway."""
         request = attempt.request
-        self._close(attempt)
         if request.complete:
+            self._close(attempt, "finished")
             request.end(State.FINISHED)
             return
+        self._close(attempt, cause, f"{cause} ({worker.address}) {detail}".rstrip() if fault else "")
         request.resumes += 1
         self._metrics.resumes.labels(cause).inc()
         log.info(
@@ -401,6 +419,7 @@ class Dispatcher:
         for role in self._workers:
             if self._gone(role):
                 for request in self._queue.clear():
+                    _trace_queued(request)
                     request.end(State.FAILED, self._no_worker(role))
 
     def _filled(self, role: inference_pb2.WorkerRole.ValueType) -> bool:
@@ -417,6 +436,25 @@ class Dispatcher:
     def _no_worker(self, role: inference_pb2.WorkerRole.ValueType) -> CallError:
         sentence = f"no {ROLE_NAMES[role]} worker is connected; it is safe to try again"
         return CallError(grpc.StatusCode.UNAVAILABLE, sentence)
+
+
+def _trace_queued(request: Request) -> None:
+    """The request leaves the queue."""
+    request.trace.record("queued", request.queued_at, {"twostroke.choice": request.index})
+
+
+def _trace_attempt(request: Request, prefill: Worker | None, decode: Worker | None) -> Span:
+    attributes: dict[str, str | int] = {
+        "twostroke.request_id": request.id,
+        "twostroke.choice": request.index,
+        "twostroke.attempt": request.attempts,
+        "twostroke.input_tokens": request.length,
+    }
+    if prefill is not None:
+        attributes["twostroke.prefill_worker"] = prefill.address
+    if decode is not None:
+        attributes["twostroke.decode_worker"] = decode.address
+    return request.trace.child("attempt", attributes)
 
 
 def _decoding(attempt: Attempt) -> None:

@@ -236,7 +236,7 @@ async def test_many_at_once_with_everything_going_wrong(model: Path) -> None:
         return both(Script(refuse=10, end_after=ends), prefill_tokens=30)
 
     async with cluster(model, [Script(fail=3)], [bad(), bad()], max_resumes=50) as it:
-        prompts: list[Sequence[int]] = [tuple(range(40, 41 + length % 60)) for length in range(100)]
+        prompts: list[Sequence[int]] = [tuple(range(40 + start, 41 + start + start % 60)) for start in range(100)]
         answers = await asyncio.gather(*(it.generate(prompt=prompt, max_tokens=30) for prompt in prompts))
         for prompt, answer in zip(prompts, answers, strict=True):
             assert list(answer.choices[0].token_ids) == expected(30, prompt)

@@ -4,7 +4,7 @@ import asyncio
 import itertools
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 import grpc
 import structlog
@@ -30,6 +30,8 @@ Cause = worker_pb2.Ended.Cause
 
 # Causes that say nothing against the worker or the request: they are not counted as faults.
 HARMLESS = {worker_pb2.Ended.CAUSE_PREEMPTED, worker_pb2.Ended.CAUSE_DRAINING}
+# Faults that may well be another's than the worker's that tells of them: its circuit does not count them.
+ANYBODYS = {worker_pb2.Ended.CAUSE_LEASE_LOST, worker_pb2.Ended.CAUSE_REJECTED}
 
 
 class Dispatcher:
@@ -67,6 +69,9 @@ class Dispatcher:
 
     def count(self, role: inference_pb2.WorkerRole.ValueType) -> int:
         return len(self._workers[role])
+
+    def count_paused(self, role: inference_pb2.WorkerRole.ValueType) -> int:
+        return sum(worker.circuit.paused for worker in self._workers[role])
 
     def smallest_pool(self) -> int | None:
         """Tokens of the longest sequence that every worker can hold; None while there is no worker."""
@@ -106,8 +111,11 @@ class Dispatcher:
             self._queue.dropped()
             _trace_queued(request)
         elif request.state is State.DISPATCHED:
-            assert request.attempt is not None
-            self._close(request.attempt, "dropped")
+            attempt = request.attempt
+            assert attempt is not None
+            if attempt.decode is not None and attempt.decoding_since is not None:
+                self._did_well(attempt.decode, attempt)  # as far as anybody wanted to know
+            self._close(attempt, "dropped")
             request.state = State.DROPPED
             self.dispatch()
 
@@ -210,6 +218,8 @@ class Dispatcher:
 
     def worker_lost(self, worker: Worker) -> None:
         """Its stream ended, and with it everything that it did."""
+        if worker.attempts and worker.load.ready:  # else nobody was let down, or it had said that it would go
+            self._did_badly(worker, worker.attempts)
         self._retire(worker)
         for attempt in list(worker.attempts.values()):
             if attempt.prefill is worker:
@@ -256,7 +266,9 @@ class Dispatcher:
         if request.sampling.HasField("logprobs"):
             request.logprobs.append(prefilled.logprobs)
         request.add(prefilled.first_token)
-        if attempt.in_place:
+        if not attempt.in_place:
+            self._did_well(worker, attempt)
+        else:
             attempt.decode_cached_tokens = prefilled.cached_tokens
             worker.decoding[attempt.id] = request
             _decoding(attempt)
@@ -308,6 +320,10 @@ class Dispatcher:
             return
         if ended.cause == worker_pb2.Ended.CAUSE_DRAINING:
             self._retire(worker)
+        if attempt.request.complete or ended.cause == worker_pb2.Ended.CAUSE_PREEMPTED:
+            self._did_well(worker, attempt)
+        elif ended.cause not in HARMLESS | ANYBODYS:
+            self._did_badly(worker, (attempt.id,))
         if attempt.prefill is worker:
             self._leave_prefill(attempt, tell=False)
         else:
@@ -320,6 +336,16 @@ class Dispatcher:
         # A worker that calls an attempt finished whose last token does not say so is at fault, and treated so.
         cause = Cause.Name(ended.cause).removeprefix("CAUSE_").lower()
         self._resume(attempt, worker, cause, fault=ended.cause not in HARMLESS, detail=ended.detail)
+
+    # ------------------------------------------------------------ how workers do
+
+    def _did_well(self, worker: Worker, attempt: Attempt) -> None:
+        if worker.circuit.succeeded(attempt.id):
+            log.info("worker does well again", worker=worker.address)
+
+    def _did_badly(self, worker: Worker, attempt_ids: Container[int]) -> None:
+        if pause := worker.circuit.failed(attempt_ids):
+            log.warning("worker keeps failing; others are preferred for a while", worker=worker.address, seconds=pause)
 
     # ------------------------------------------------------------ how attempts end
 

@@ -108,8 +108,8 @@ class Router:
         metrics.queued.set_function(lambda: dispatcher.queued)
         metrics.running.set_function(lambda: dispatcher.running)
         for role in (PREFILL, DECODE):
-            count = metrics.workers.labels(ROLE_NAMES[role])
-            count.set_function(partial(dispatcher.count, role))
+            metrics.workers.labels(ROLE_NAMES[role]).set_function(partial(dispatcher.count, role))
+            metrics.workers_paused.labels(ROLE_NAMES[role]).set_function(partial(dispatcher.count_paused, role))
 
     async def _set_health(self, ready: bool) -> None:
         status = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING

@@ -132,6 +132,9 @@ class Answer:
         timing.total_ms = 1000 * total
         if request.attempt is not None and request.attempt.decoding_since is not None:  # a stop string cuts it short
             timing.decode_ms += 1000 * (time.monotonic() - request.attempt.decoding_since)
+        for phase, histogram in self._metrics.phases.items():
+            if milliseconds := getattr(timing, f"{phase}_ms"):  # without a hand-over there is no transfer
+                histogram.observe(milliseconds / 1000)
         return pb.Finish(reason=reason, stop=stop, stop_token_id=stop_token_id, usage=usage, timing=timing)
 
     def _measure(self, tokens: int) -> None:

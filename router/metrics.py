@@ -3,6 +3,10 @@
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+# As the answer's `Timing` names them.
+PHASES = ("queued", "reserved", "prefill", "transfer", "decode")
+
+PHASE_BUCKETS = (0.0002, 0.0005, 0.001, 0.0025, *LATENCY_BUCKETS)
 TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.25, 0.5, 1, 2.5)
 
 
@@ -29,6 +33,14 @@ class Metrics:
             buckets=LATENCY_BUCKETS,
             registry=self.registry,
         )
+        phases = Histogram(
+            "twostroke_phase_seconds",
+            "A phase of a choice that was answered, over all its attempts",
+            ("phase",),
+            buckets=PHASE_BUCKETS,
+            registry=self.registry,
+        )
+        self.phases = {phase: phases.labels(phase) for phase in PHASES}
         self.calls = Counter(
             "twostroke_calls", "Calls that ended, by gRPC status code", ("method", "code"), registry=self.registry
         )

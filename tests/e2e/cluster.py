@@ -71,6 +71,8 @@ class Cluster:
             process.kill()
         for process in self.processes.values():
             process.wait()
+        if not isinstance(self._log, int):
+            self._log.close()
         sweep()
 
     def start_router(self, index: int = 0) -> None:

@@ -1,5 +1,6 @@
 """The gRPC services of a router: `Inference` for clients, `Registry` for workers."""
 
+import asyncio
 import itertools
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
@@ -33,6 +34,9 @@ from twostroke.v1 import inference_pb2_grpc, worker_pb2, worker_pb2_grpc
 log = structlog.get_logger(__name__)
 
 INFERENCE = pb.DESCRIPTOR.services_by_name["Inference"].full_name
+
+# A caller's clock and the way from it: its end of the call comes a little before the deadline does here.
+DEADLINE_TOLERANCE = 0.05  # seconds
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -220,6 +224,11 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         try:
             yield
             code = grpc.StatusCode.OK
+        except asyncio.CancelledError:
+            left = context.time_remaining()
+            if left is not None and left < DEADLINE_TOLERANCE:
+                code, problem = grpc.StatusCode.DEADLINE_EXCEEDED, "the caller's deadline passed"
+            raise
         except CallError as error:
             code, problem = error.code, error.message
             log.info("call failed", method=method, code=code.name, reason=error.message)
@@ -232,8 +241,9 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             self._metrics.calls.labels(method, code.name).inc()
             failed = problem if code in request_trace.FAILURES else ""
             trace.end({"rpc.response.status_code": code.name}, failed)
-            if code is grpc.StatusCode.CANCELLED:
-                log.info("call cancelled", method=method, after_ms=round(1000 * (time.monotonic() - began)))
+            if code in (grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED):
+                after_ms = round(1000 * (time.monotonic() - began))
+                log.info("call cancelled", method=method, code=code.name, after_ms=after_ms)
 
 
 class RegistryService(worker_pb2_grpc.RegistryServicer):

@@ -83,6 +83,8 @@ async def test_a_deadline_frees_both_workers(model: Path, state: str) -> None:
             await it.stub.Generate(request(max_tokens=100), timeout=0.2)
         assert failed.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
         await eventually(it.nothing_held)
+        labels = {"method": "Generate", "code": "DEADLINE_EXCEEDED"}
+        await eventually(lambda: it.router.metrics.registry.get_sample_value("twostroke_calls_total", labels) == 1)
 
 
 CLIENT = """

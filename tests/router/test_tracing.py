@@ -120,6 +120,16 @@ async def test_a_cancelled_request_is_traced_to_its_end(model: Path, traces: Col
     assert len(traces.named("decode")) == 1
 
 
+async def test_a_deadline_that_passes_is_an_error(model: Path, traces: Collector) -> None:
+    async with cluster(model, decodes=[Script(silent=True)], otlp_endpoint=traces.endpoint) as it:
+        with pytest.raises(grpc.aio.AioRpcError):
+            await it.stub.Generate(request(), timeout=0.3, metadata=METADATA)
+        span = await the_call(traces)
+    assert span.attributes["rpc.response.status_code"] == "DEADLINE_EXCEEDED"
+    assert span.problem == "the caller's deadline passed"
+    assert outcomes(traces) == [(1, "dropped", None)]
+
+
 async def test_choices_share_a_span_and_have_attempts_of_their_own(model: Path, traces: Collector) -> None:
     async with cluster(model, otlp_endpoint=traces.endpoint) as it:
         await ask(it, n=3)

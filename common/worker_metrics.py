@@ -1,7 +1,9 @@
 """Prometheus metrics that both kinds of worker have."""
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge
 
+from common import metrics_server
+from common.config import WorkerConfig
 from twostroke.v1 import inference_pb2
 from twostroke.v1 import worker_pb2 as pb
 
@@ -32,7 +34,9 @@ class WorkerMetrics:
         for state, gauge in self._blocks.items():
             gauge.set(getattr(load.blocks, state))
 
-    def serve(self, port: int | None, listen: str) -> None:
-        """Serves them over HTTP at `port` on the host of `listen`; nothing where there is no port."""
-        if port is not None:
-            start_http_server(port, addr=listen.rpartition(":")[0].strip("[]"), registry=self.registry)
+    def serve(self, config: WorkerConfig) -> None:
+        """
+        Raises:
+            AddressError: the port that was asked for is taken.
+        """
+        metrics_server.serve(self.registry, config.listen, config.metrics_port, config)

@@ -32,7 +32,7 @@ def main(config: DecodeConfig) -> None:
         service = WorkerService(parts.hello, config, known)
         lifecycle = Lifecycle(service.wake, config.drain_seconds)
         metrics = DecodeMetrics()
-        metrics.serve(config.metrics_port, config.listen)
+        metrics.serve(config)
         service.set_serving(True)
         log.info("decode worker ready", address=service.address, instance=parts.hello.instance)
         try:

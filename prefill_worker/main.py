@@ -27,7 +27,7 @@ def main(config: PrefillConfig) -> None:
         service = WorkerService(parts.hello, config, known)
         lifecycle = Lifecycle(service.wake, config.drain_seconds)
         metrics = PrefillMetrics()
-        metrics.serve(config.metrics_port, config.listen)
+        metrics.serve(config)
         service.set_serving(True)
         log.info("prefill worker ready", address=service.address, instance=parts.hello.instance)
         try:

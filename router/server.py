@@ -5,11 +5,10 @@ from collections.abc import Awaitable
 from functools import partial
 
 import grpc
-import prometheus_client
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from common import tracing
+from common import metrics_server, tracing
 from common.cluster_secret import SecretInterceptor
 from common.grpc_options import KEEPALIVE
 from common.model_config import ModelConfig
@@ -69,9 +68,8 @@ class Router:
         )
         port = self._peers.listen(self._server, self._config.listen)
         self._watch()
-        if self._config.metrics_port is not None:
-            host = self._config.listen.rpartition(":")[0].strip("[]")
-            prometheus_client.start_http_server(self._config.metrics_port, host or "0.0.0.0", self.metrics.registry)
+        config = self._config
+        metrics_server.serve(self.metrics.registry, config.listen, config.metrics_port, config)
         await self._health.set(REGISTRY, health_pb2.HealthCheckResponse.SERVING)
         await self._set_health(self.dispatcher.ready)
         await self._server.start()

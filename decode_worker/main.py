@@ -2,7 +2,7 @@
 
 import structlog
 
-from common import logs, peers, worker_parts
+from common import garbage, logs, peers, worker_parts
 from common.lifecycle import Lifecycle
 from common.worker_service import WorkerService
 from decode_worker.config import DecodeConfig
@@ -32,6 +32,7 @@ def main(config: DecodeConfig) -> None:
         lifecycle = Lifecycle(service.wake, config.drain_seconds)
         metrics = DecodeMetrics()
         metrics.serve(config.metrics_port, config.listen)
+        garbage.forget_start()
         service.set_serving(True)
         log.info("decode worker ready", address=service.address, instance=parts.hello.instance)
         try:

@@ -86,12 +86,11 @@ async def _workers(pipe: Connection, count: int, step_seconds: float) -> None:
         await worker.die()
 
 
-def router(pipe: Connection) -> None:
-    asyncio.run(_router(pipe, pipe.recv()))
+def router(pipe: Connection, directory: Path) -> None:
+    asyncio.run(_router(pipe, directory, pipe.recv()))
 
 
-async def _router(pipe: Connection, addresses: Sequence[str]) -> None:
-    directory = resolve(EMBEDDED)
+async def _router(pipe: Connection, directory: Path, addresses: Sequence[str]) -> None:
     model = load_config(directory)
     config = RouterConfig(listen="127.0.0.1:0", prefill=tuple(addresses[:1]), decode=tuple(addresses[1:]))
     service = Router(config, model, Tokenizer(directory, model.vocab_size))
@@ -212,7 +211,9 @@ async def _clients(pipe: Connection, address: str, streams: int, tokens: int) ->
 # ---------------------------------------------------------------- one run
 
 
-def run(name: str, streams: int, decode_workers: int, tokens_per_second: float, seconds: float) -> Figures:
+def run(
+    name: str, directory: Path, streams: int, decode_workers: int, tokens_per_second: float, seconds: float
+) -> Figures:
     """Offers so many tokens a second to `streams` streams, evenly over the decode workers."""
     step_seconds = streams / tokens_per_second
     pipe, its = spawn.Pipe()
@@ -220,7 +221,7 @@ def run(name: str, streams: int, decode_workers: int, tokens_per_second: float, 
     behind.start()
     router_pipe, router_end = spawn.Pipe()
     router_pipe.send(pipe.recv())
-    server = spawn.Process(target=router, args=(router_end,))
+    server = spawn.Process(target=router, args=(router_end, directory))
     figures = _measure(name, streams, tokens_per_second, seconds, server, router_pipe)
     pipe.send("stop")
     behind.join()
@@ -288,9 +289,8 @@ def fan_out_rate(streams: int = 256, steps: int = 400) -> float:
     return streams * steps / (time.process_time() - began)
 
 
-def detokenize_microseconds(tokens: int = 100_000) -> float:
+def detokenize_microseconds(directory: Path, tokens: int = 100_000) -> float:
     """Microseconds a token, one token at a time."""
-    directory = resolve(EMBEDDED)
     tokenizer = Tokenizer(directory, load_config(directory).vocab_size)
     detokenizer: Detokenizer = tokenizer.detokenizer(special_tokens=False)
     began = time.process_time()
@@ -302,6 +302,7 @@ def detokenize_microseconds(tokens: int = 100_000) -> float:
 @app.default
 def main(
     *,
+    model: str = EMBEDDED,
     streams: int = 256,
     seconds: float = 8.0,
     json_file: Annotated[Path | None, cyclopts.Parameter(name="--json")] = None,
@@ -309,18 +310,20 @@ def main(
     """Prints the router's figures.
 
     Args:
+        model: whose tokenizer is used; its weights are not.
         streams: client streams at once.
         seconds: length of a run.
         json_file: also writes the figures there.
     """
+    directory = resolve(model)
     runs = [
-        run("saturated", streams, 1, 60_000, seconds),
-        run("12,500 tokens/s, one decode worker in step", streams, 1, 12_500, seconds),
+        run("saturated", directory, streams, 1, 60_000, seconds),
+        run("12,500 tokens/s, one decode worker in step", directory, streams, 1, 12_500, seconds),
         run_bare("the same, bare gRPC", streams, 1, 12_500, seconds),
-        run("12,500 tokens/s, 16 decode workers", streams, 16, 12_500, seconds),
+        run("12,500 tokens/s, 16 decode workers", directory, streams, 16, 12_500, seconds),
         run_bare("the same, bare gRPC", streams, 16, 12_500, seconds),
     ]
-    rate, microseconds = fan_out_rate(streams), detokenize_microseconds()
+    rate, microseconds = fan_out_rate(streams), detokenize_microseconds(directory)
     table = Table(
         "run", "offered/s", "delivered/s", "messages/s", "router p50, p99 ms", "client p50, p99 ms", "CPU µs a message"
     )

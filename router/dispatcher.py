@@ -30,6 +30,9 @@ Cause = worker_pb2.Ended.Cause
 # Causes that say nothing against the worker or the request: they are not counted as faults.
 HARMLESS = {worker_pb2.Ended.CAUSE_PREEMPTED, worker_pb2.Ended.CAUSE_DRAINING}
 
+# Requests that wait for a prefill worker and are passed over, at most, in search of one that needs none.
+MOST_PASSED = 64
+
 
 class Dispatcher:
     """Owns every request and attempt. All of it runs on the event loop, and nothing in it waits."""
@@ -102,7 +105,7 @@ class Dispatcher:
         """The client went, or has all it wants. The workers hear of it with the next message."""
         if request.state is State.QUEUED:
             request.state = State.DROPPED
-            self._queue.dropped()
+            self._queue.remove(request)
         elif request.state is State.DISPATCHED:
             assert request.attempt is not None
             self._close(request.attempt)
@@ -112,12 +115,19 @@ class Dispatcher:
     # ------------------------------------------------------------ to workers
 
     def dispatch(self) -> None:
-        """Sends out whatever waits and has a place to go to, in order; the first without one holds up the rest."""
-        while (request := self._queue.first()) is not None:
-            if not self._place(request):
+        """Sends out whatever waits and has a place to go to, in order. Behind a request that waits for a prefill worker
+        those go on that need none, as long as decode has room for that one, too: they can't keep it waiting."""
+        passed = 0
+        while passed <= MOST_PASSED and (request := self._queue.at(passed)) is not None:
+            missing = self._place(request)
+            if missing is None:
+                continue
+            if missing == DECODE or not any(worker.hello.prefill_tokens for worker in self._workers[DECODE]):
                 return
+            passed += 1
 
-    def _place(self, request: Request) -> bool:
+    def _place(self, request: Request) -> "inference_pb2.WorkerRole.ValueType | None":
+        """None where the request left the queue, else the role that it waits for."""
         for worker in self.workers()[:1]:  # they are all alike in this
             _hash_blocks(request, worker.hello)
         prefills, decodes = self._workers[PREFILL], self._workers[DECODE]
@@ -131,15 +141,17 @@ class Dispatcher:
                 return self._wait(request, DECODE, decodes, request.prompt.max_length)
             if not prefills or decode.prefills(request):
                 self._begin(request, None, decode, headroom)
-                return True
+                return None
         prefill = choose.prefill_worker(request, prefills)
         if prefill is None:
             return self._wait(request, PREFILL, prefills, request.length + 1)
         self._begin(request, prefill, decode, headroom)
-        return True
+        return None
 
     def _begin(self, request: Request, prefill: Worker | None, decode: Worker | None, headroom: int) -> None:
-        self._queue.pop()
+        self._queue.remove(request)
+        computing = prefill or decode
+        assert computing is not None
         now = time.monotonic()
         request.state = State.DISPATCHED
         request.timing.queued_ms += 1000 * (now - request.queued_at)
@@ -149,7 +161,7 @@ class Dispatcher:
             request=request,
             prefill=prefill,
             decode=decode,
-            prefill_tokens=prefill.missing_tokens(request) if prefill else 0,
+            prefill_tokens=computing.missing_tokens(request),
             decode_blocks=decode.new_blocks(request, request.length + headroom) if decode else 0,
             in_place=prefill is None,
         )
@@ -157,7 +169,6 @@ class Dispatcher:
         sequence = _sequence(request, self.workers()[0].hello)
         if prefill is not None:
             prefill.begin(attempt)
-            prefill.pending_tokens += attempt.prefill_tokens
             prefill.send_prefill(worker_pb2.Prefill(attempt_id=attempt.id, sequence=sequence))
         if decode is not None:
             decode.begin(attempt)
@@ -170,16 +181,16 @@ class Dispatcher:
 
     def _wait(
         self, request: Request, role: inference_pb2.WorkerRole.ValueType, workers: list[Worker], tokens: int
-    ) -> bool:
-        """None of the workers takes the request now. True where none ever will, so that it ends here."""
+    ) -> "inference_pb2.WorkerRole.ValueType | None":
+        """None of the workers takes the request now. It waits for them, or ends here where none ever will."""
         if workers and not any(worker.can_hold(tokens) for worker in workers):
-            self._queue.pop()
+            self._queue.remove(request)
             sentence = f"no {ROLE_NAMES[role]} worker that is left can hold {tokens} tokens"
             request.end(State.FAILED, CallError(grpc.StatusCode.UNAVAILABLE, sentence))
-            return True
+            return None
         if self._retry is None:
             self._retry = asyncio.get_running_loop().call_later(REFUSAL_PAUSE, self._retry_now)
-        return False
+        return role
 
     def _retry_now(self) -> None:
         self._retry = None
@@ -234,7 +245,7 @@ class Dispatcher:
         now = time.monotonic()
         request = attempt.request
         attempt.prefilled = prefilled
-        worker.pending_tokens -= attempt.prefill_tokens
+        worker.prefilled(attempt)
         request.timing.prefill_ms += 1000 * (now - attempt.dispatched_at)
         if not request.output:
             request.timing.first_token_ms = 1000 * (now - request.arrived_at)
@@ -321,8 +332,6 @@ class Dispatcher:
         if worker is None:
             return
         worker.end(attempt)
-        if attempt.prefilled is None:
-            worker.pending_tokens -= attempt.prefill_tokens
         if tell:
             worker.send_ended(attempt.id)
 

@@ -30,7 +30,7 @@ class Worker:
         self.attempts: dict[int, Attempt] = {}
         self.decoding: dict[int, Request] = {}
         self.cache = PrefixIndex()
-        self.pending_tokens = 0  # prefill: to be computed for prompts that were sent, and not yet answered
+        self.pending_tokens = 0  # to be computed here for prompts that were sent, and not yet answered
         self._unanswered_blocks = 0  # decode: asked for, and not yet answered
         self._room = hello.pool.layout.num_blocks  # decode: blocks that can still be asked for, as far as is known
         self._refused_at = 0.0
@@ -40,12 +40,23 @@ class Worker:
     def begin(self, attempt: Attempt) -> None:
         self.attempts[attempt.id] = attempt
         self.cache.begin(attempt.request.block_hashes)
+        if self._computes(attempt):
+            self.pending_tokens += attempt.prefill_tokens
+
+    def prefilled(self, attempt: Attempt) -> None:
+        """It computed the attempt's prompt."""
+        self.pending_tokens -= attempt.prefill_tokens
 
     def end(self, attempt: Attempt) -> None:
         # The request's hashes are still those that the attempt began with: only the next attempt adds to them.
         del self.attempts[attempt.id]
         self.decoding.pop(attempt.id, None)
         self.cache.end(attempt.request.block_hashes)
+        if self._computes(attempt) and attempt.prefilled is None:
+            self.pending_tokens -= attempt.prefill_tokens
+
+    def _computes(self, attempt: Attempt) -> bool:
+        return attempt.in_place or self.role == inference_pb2.WORKER_ROLE_PREFILL
 
     # ------------------------------------------------------------ room
 

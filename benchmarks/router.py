@@ -122,6 +122,7 @@ class _Timed:
 
     def __init__(self, context: Any, ages: list[float]) -> None:
         self.abort = context.abort
+        self.invocation_metadata = context.invocation_metadata
         self._write = context.write
         self._ages = ages
 

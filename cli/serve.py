@@ -112,6 +112,9 @@ class ServeConfig(SecurityConfig):
     metrics_port: int | None = None
     """Port of the router's Prometheus metrics; the workers take those after it. Not set: none are served."""
 
+    otlp_endpoint: str | None = None
+    """OpenTelemetry collector that traces go to, over OTLP's gRPC: http://HOST:4317, or https. Not set: no traces."""
+
     log_format: Literal["people", "json"] | None = None
     """How log lines look."""
 

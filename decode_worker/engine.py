@@ -9,6 +9,7 @@ from common.cache_report import CacheReport
 from common.lifecycle import Lifecycle
 from common.load_report import INTERVAL_SECONDS, LoadReport
 from common.sequence import SequenceSpec
+from common.tracing import Tracing
 from common.worker_parts import WorkerParts
 from common.worker_service import WorkerService
 from decode_worker.loop import DecodeLoop, StepTokens, Turn
@@ -33,11 +34,13 @@ class Engine:
         runner: Runner,
         own_prompts: OwnPrompts,
         metrics: DecodeMetrics,
+        tracing: Tracing,
         max_batch: int,
     ) -> None:
         self._parts = parts
         self._service = service
         self._metrics = metrics
+        self._tracing = tracing
         self._attempts = Attempts(parts, service, metrics)
         self._loop = DecodeLoop(parts, runner, max_batch)
         self._scheduler = self._loop.scheduler
@@ -88,7 +91,8 @@ class Engine:
         if spec is None:
             return
         state = State.PREFILLING if reserve.prefill else State.RESERVED
-        sequence = Sequence(reserve.attempt_id, connection, spec, list(spec.token_ids), state)
+        trace = self._tracing.below(reserve.traceparent)
+        sequence = Sequence(reserve.attempt_id, connection, spec, list(spec.token_ids), state, trace=trace)
         admitted = self._scheduler.reserve(sequence, reserve.headroom_tokens)
         self._service.outgoing(connection).reserved.add(
             attempt_id=reserve.attempt_id,
@@ -99,6 +103,8 @@ class Engine:
             self._own_prompts.add(sequence)
 
     def _drop(self, sequence: Sequence) -> None:
+        if sequence.state is State.RUNNING:
+            self._trace_decode(sequence, "dropped")
         self._own_prompts.drop(sequence)
         self._loop.drop(sequence)
 
@@ -117,10 +123,12 @@ class Engine:
                 self._scheduler.release_if_idle(sequence)
             elif pulled.problem:
                 cause = pb.Ended.CAUSE_LEASE_LOST if pulled.lease_lost else pb.Ended.CAUSE_FAILED
+                self._trace_transfer(pulled)
                 self._loop.drop(sequence)
                 self._attempts.end(sequence.connection, sequence.attempt_id, cause, pulled.problem)
             else:
                 self._measure(pulled)
+                self._trace_transfer(pulled)
                 self._service.outgoing(sequence.connection).started.add(
                     attempt_id=sequence.attempt_id, transfer_ms=pulled.milliseconds
                 )
@@ -136,6 +144,15 @@ class Engine:
 
     def _announce(self, sequence: Sequence, first: FirstToken) -> None:
         cached = self._take_in(sequence)
+        sequence.trace.record(
+            "prefill",
+            sequence.received_at,
+            {
+                "twostroke.worker": self._service.address,
+                "twostroke.input_tokens": sequence.kv_len,
+                "twostroke.cached_tokens": cached,
+            },
+        )
         self._metrics.computed_tokens.inc(sequence.kv_len - cached)
         self._metrics.output_tokens.inc()
         self._totals.prefilled_tokens += sequence.kv_len
@@ -145,6 +162,7 @@ class Engine:
         )
 
     def _start(self, sequence: Sequence) -> None:
+        sequence.running_since = time.monotonic()
         if not self._loop.start(sequence):
             self._attempts.end(sequence.connection, sequence.attempt_id, pb.Ended.CAUSE_FINISHED)
 
@@ -162,12 +180,38 @@ class Engine:
         self._metrics.handover_bytes.inc((len(sequence.blocks) - sequence.cached_blocks) * layout.block_bytes)
         self._metrics.handover_seconds.observe(pulled.milliseconds / 1000)
 
+    def _trace_transfer(self, pulled: Pulled) -> None:
+        sequence = pulled.sequence
+        sequence.trace.record(
+            "transfer",
+            time.monotonic() - pulled.milliseconds / 1000,
+            {
+                "twostroke.worker": self._service.address,
+                "twostroke.blocks": len(sequence.blocks) - sequence.cached_blocks,
+            },
+            pulled.problem,
+        )
+
+    def _trace_decode(self, sequence: Sequence, outcome: str) -> None:
+        """The first token is not among those it counts: it was sampled by who prefilled the prompt."""
+        sequence.trace.record(
+            "decode",
+            sequence.running_since,
+            {
+                "twostroke.worker": self._service.address,
+                "twostroke.outcome": outcome,
+                "twostroke.output_tokens": len(sequence.tokens) - len(sequence.spec.token_ids) - 1,
+            },
+        )
+
     def _tell(self, turn: Turn) -> None:
         for step in turn.steps:
             self._tell_tokens(step)
         for sequence in turn.finished:
+            self._trace_decode(sequence, "finished")
             self._attempts.end(sequence.connection, sequence.attempt_id, pb.Ended.CAUSE_FINISHED)
         for sequence in turn.preempted:
+            self._trace_decode(sequence, "preempted")
             self._attempts.end(sequence.connection, sequence.attempt_id, pb.Ended.CAUSE_PREEMPTED)
 
     def _tell_tokens(self, step: StepTokens) -> None:

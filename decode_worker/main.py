@@ -2,7 +2,7 @@
 
 import structlog
 
-from common import garbage, logs, peers, worker_parts
+from common import garbage, logs, peers, tracing, worker_parts
 from common.lifecycle import Lifecycle
 from common.worker_service import WorkerService
 from decode_worker.config import DecodeConfig
@@ -20,6 +20,7 @@ def main(config: DecodeConfig) -> None:
     """Runs until a signal ends it."""
     logs.configure(config.log_format)
     known = peers.of_worker(config)
+    spans = tracing.start(config.otlp_endpoint, "twostroke-decode-worker")
     parts = worker_parts.load(config, inference_pb2.WORKER_ROLE_DECODE, config.max_batch)
     parts.hello.prefill_tokens = config.prefill_tokens
     try:
@@ -36,8 +37,9 @@ def main(config: DecodeConfig) -> None:
         service.set_serving(True)
         log.info("decode worker ready", address=service.address, instance=parts.hello.instance)
         try:
-            Engine(parts, service, runner, own_prompts, metrics, config.max_batch).run(lifecycle)
+            Engine(parts, service, runner, own_prompts, metrics, spans, config.max_batch).run(lifecycle)
         finally:
             service.stop()
+            spans.stop()
     finally:
         parts.close()

@@ -4,6 +4,7 @@ A sequence is admitted with blocks for its prompt and a promise of blocks for so
 counted, not taken, so that the prefix cache may use them until they are needed.
 """
 
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -11,6 +12,7 @@ from enum import Enum, auto
 from common.block_pool import BlockPool
 from common.prefix_hash import extend
 from common.sequence import SequenceSpec
+from common.tracing import OFF, Span
 
 
 class State(Enum):
@@ -34,6 +36,9 @@ class Sequence:
     last_hash: bytes = b""  # of the last full block
     kv_len: int = 0  # tokens whose KV is there, or is being computed by launched steps
     steps_in_flight: int = 0
+    trace: Span = OFF  # of the attempt
+    received_at: float = field(default_factory=time.monotonic)
+    running_since: float = 0.0
 
     @property
     def wants_step(self) -> bool:

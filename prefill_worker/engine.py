@@ -7,6 +7,7 @@ from common.cache_report import CacheReport
 from common.lifecycle import Lifecycle
 from common.load_report import INTERVAL_SECONDS, LoadReport
 from common.sequence import SequenceSpec
+from common.tracing import Tracing
 from common.worker_parts import WorkerParts
 from common.worker_service import WorkerService
 from prefill_worker.leases import Leases
@@ -25,12 +26,14 @@ class Engine:
         service: WorkerService,
         runner: Runner,
         metrics: PrefillMetrics,
+        tracing: Tracing,
         max_batch_tokens: int,
         lease_seconds: float,
     ) -> None:
         self._parts = parts
         self._service = service
         self._metrics = metrics
+        self._tracing = tracing
         self._attempts = Attempts(parts, service, metrics)
         self._loop = PrefillLoop(parts, runner, max_batch_tokens)
         self._scheduler = self._loop.scheduler
@@ -61,7 +64,8 @@ class Engine:
             for prefill in received.message.prefills:
                 spec = self._attempts.accept(received.connection, prefill, _length, draining)
                 if spec is not None:
-                    self._scheduler.add(Prompt(prefill.attempt_id, received.connection, spec))
+                    trace = self._tracing.below(prefill.traceparent)
+                    self._scheduler.add(Prompt(prefill.attempt_id, received.connection, spec, trace=trace))
             for attempt_id in received.message.ended:
                 self._scheduler.drop(attempt_id)
                 self._leases.end(attempt_id)
@@ -83,6 +87,15 @@ class Engine:
         self._totals.prefilled_tokens += prompt.length
         self._totals.cached_tokens += prompt.cached_len
         self._totals.output_tokens += 1
+        prompt.trace.record(
+            "prefill",
+            prompt.received_at,
+            {
+                "twostroke.worker": self._service.address,
+                "twostroke.input_tokens": prompt.length,
+                "twostroke.cached_tokens": prompt.cached_len,
+            },
+        )
         self._leases.grant(prompt.attempt_id, prompt.connection, prompt.blocks, time.monotonic())
         self._service.outgoing(prompt.connection).prefilled.add(
             attempt_id=prompt.attempt_id,

@@ -2,7 +2,7 @@
 
 import structlog
 
-from common import garbage, logs, peers, worker_parts
+from common import garbage, logs, peers, tracing, worker_parts
 from common.lifecycle import Lifecycle
 from common.worker_service import WorkerService
 from prefill_worker.config import PrefillConfig
@@ -18,6 +18,7 @@ def main(config: PrefillConfig) -> None:
     """Runs until a signal ends it."""
     logs.configure(config.log_format)
     known = peers.of_worker(config)
+    spans = tracing.start(config.otlp_endpoint, "twostroke-prefill-worker")
     parts = worker_parts.load(config, inference_pb2.WORKER_ROLE_PREFILL, config.max_batch_tokens)
     try:
         runner = Runner(parts)
@@ -31,8 +32,10 @@ def main(config: PrefillConfig) -> None:
         service.set_serving(True)
         log.info("prefill worker ready", address=service.address, instance=parts.hello.instance)
         try:
-            Engine(parts, service, runner, metrics, config.max_batch_tokens, config.lease_seconds).run(lifecycle)
+            engine = Engine(parts, service, runner, metrics, spans, config.max_batch_tokens, config.lease_seconds)
+            engine.run(lifecycle)
         finally:
             service.stop()
+            spans.stop()
     finally:
         parts.close()

@@ -1,10 +1,12 @@
 """Which prompts run next: first come, first served, within a token budget, long prompts in chunks."""
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from common.block_pool import BlockPool
 from common.sequence import SequenceSpec
+from common.tracing import OFF, Span
 
 
 @dataclass(slots=True, eq=False)
@@ -19,6 +21,8 @@ class Prompt:
     launched_len: int = 0  # tokens whose KV is there or being computed
     computed_len: int = 0  # tokens whose KV is there
     dropped: bool = False  # its blocks go home with the chunk that is being computed
+    trace: Span = OFF  # of the attempt
+    received_at: float = field(default_factory=time.monotonic)
 
     @property
     def length(self) -> int:

@@ -17,7 +17,8 @@ HIT_WORTH = 4
 
 def prefill_worker(request: Request, workers: Iterable[Worker]) -> Worker | None:
     """The one with the fewest tokens to compute until this prompt is done; None while all have enough to do."""
-    able = [worker for worker in workers if worker.can_hold(request.length + 1) and worker.accepts_prefill]
+    trusted = _trusted(worker for worker in workers if worker.can_hold(request.length + 1))
+    able = [worker for worker in trusted if worker.accepts_prefill]
 
     def cost(worker: Worker) -> tuple[bool, int, int]:
         tokens = worker.pending_tokens + worker.missing_tokens(request)
@@ -29,14 +30,18 @@ def prefill_worker(request: Request, workers: Iterable[Worker]) -> Worker | None
 def decode_worker(request: Request, workers: Iterable[Worker], tokens: int) -> Worker | None:
     """The one with the most room, blocks found there and blocks to be computed there first counted several times; None
     while none has room for so many tokens."""
-    able = [
-        worker
-        for worker in workers
-        if worker.can_hold(request.prompt.max_length) and worker.has_room(worker.new_blocks(request, tokens))
-    ]
+    trusted = _trusted(worker for worker in workers if worker.can_hold(request.prompt.max_length))
+    able = [worker for worker in trusted if worker.has_room(worker.new_blocks(request, tokens))]
 
     def cost(worker: Worker) -> tuple[bool, int, int]:
         saved = worker.cache.hits(request.block_hashes) - worker.blocks(worker.pending_tokens)
         return worker.instance in request.avoid, -worker.room - HIT_WORTH * saved, len(worker.cache)
 
     return min(able, key=cost, default=None)
+
+
+def _trusted(workers: Iterable[Worker]) -> list[Worker]:
+    """Those that have not failed again and again of late; all of them where there is no other: then a try is better
+    than a request that waits out the pause."""
+    able = list(workers)
+    return [worker for worker in able if not worker.circuit.paused] or able

@@ -49,5 +49,9 @@ class RouterConfig(SecurityConfig):
     metrics_port: int | None = None
     """Port of Prometheus metrics, on the host of `listen`. Not set: none are served."""
 
+    otlp_endpoint: str | None = None
+    """OpenTelemetry collector that traces go to, over OTLP's gRPC: http://HOST:4317, or https. Not set: no traces.
+    Needs the extra `tracing`; OpenTelemetry's own variables (OTEL_*) set the rest."""
+
     log_format: Literal["people", "json"] = "people"
     """How log lines look."""

@@ -4,12 +4,13 @@ import asyncio
 import itertools
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 import grpc
 import structlog
 
 from common import prefix_hash
+from common.tracing import Span
 from router import choose
 from router.config import RouterConfig
 from router.errors import CallError
@@ -29,6 +30,8 @@ Cause = worker_pb2.Ended.Cause
 
 # Causes that say nothing against the worker or the request: they are not counted as faults.
 HARMLESS = {worker_pb2.Ended.CAUSE_PREEMPTED, worker_pb2.Ended.CAUSE_DRAINING}
+# Faults that may well be another's than the worker's that tells of them: its circuit does not count them.
+ANYBODYS = {worker_pb2.Ended.CAUSE_LEASE_LOST, worker_pb2.Ended.CAUSE_REJECTED}
 
 # Requests that wait for a prefill worker and are passed over, at most, in search of one that needs none.
 MOST_PASSED = 64
@@ -70,6 +73,9 @@ class Dispatcher:
     def count(self, role: inference_pb2.WorkerRole.ValueType) -> int:
         return len(self._workers[role])
 
+    def count_paused(self, role: inference_pb2.WorkerRole.ValueType) -> int:
+        return sum(worker.circuit.paused for worker in self._workers[role])
+
     def smallest_pool(self) -> int | None:
         """Tokens of the longest sequence that every worker can hold; None while there is no worker."""
         return min((worker.hello.max_length for worker in self.workers()), default=None)
@@ -106,9 +112,13 @@ class Dispatcher:
         if request.state is State.QUEUED:
             request.state = State.DROPPED
             self._queue.remove(request)
+            _trace_queued(request)
         elif request.state is State.DISPATCHED:
-            assert request.attempt is not None
-            self._close(request.attempt)
+            attempt = request.attempt
+            assert attempt is not None
+            if attempt.decode is not None and attempt.decoding_since is not None:
+                self._did_well(attempt.decode, attempt)  # as far as anybody wanted to know
+            self._close(attempt, "dropped")
             request.state = State.DROPPED
             self.dispatch()
 
@@ -155,6 +165,8 @@ class Dispatcher:
         now = time.monotonic()
         request.state = State.DISPATCHED
         request.timing.queued_ms += 1000 * (now - request.queued_at)
+        request.attempts += 1
+        _trace_queued(request)
         self._running += 1
         attempt = Attempt(
             id=next(self._attempt_ids),
@@ -164,18 +176,24 @@ class Dispatcher:
             prefill_tokens=computing.missing_tokens(request),
             decode_blocks=decode.new_blocks(request, request.length + headroom) if decode else 0,
             in_place=prefill is None,
+            length=request.length,
+            trace=_trace_attempt(request, prefill, decode),
         )
         request.attempt = attempt
-        sequence = _sequence(request, self.workers()[0].hello)
+        sequence, traceparent = _sequence(request, self.workers()[0].hello), attempt.trace.traceparent
         if prefill is not None:
             prefill.begin(attempt)
-            prefill.send_prefill(worker_pb2.Prefill(attempt_id=attempt.id, sequence=sequence))
+            prefill.send_prefill(worker_pb2.Prefill(attempt_id=attempt.id, sequence=sequence, traceparent=traceparent))
         if decode is not None:
             decode.begin(attempt)
             decode.reserve(attempt.decode_blocks)
             decode.send_reserve(
                 worker_pb2.Reserve(
-                    attempt_id=attempt.id, sequence=sequence, headroom_tokens=headroom, prefill=attempt.in_place
+                    attempt_id=attempt.id,
+                    sequence=sequence,
+                    headroom_tokens=headroom,
+                    prefill=attempt.in_place,
+                    traceparent=traceparent,
                 )
             )
 
@@ -185,6 +203,7 @@ class Dispatcher:
         """None of the workers takes the request now. It waits for them, or ends here where none ever will."""
         if workers and not any(worker.can_hold(tokens) for worker in workers):
             self._queue.remove(request)
+            _trace_queued(request)
             sentence = f"no {ROLE_NAMES[role]} worker that is left can hold {tokens} tokens"
             request.end(State.FAILED, CallError(grpc.StatusCode.UNAVAILABLE, sentence))
             return None
@@ -210,6 +229,8 @@ class Dispatcher:
 
     def worker_lost(self, worker: Worker) -> None:
         """Its stream ended, and with it everything that it did."""
+        if worker.attempts and worker.load.ready:  # else nobody was let down, or it had said that it would go
+            self._did_badly(worker, worker.attempts)
         self._retire(worker)
         for attempt in list(worker.attempts.values()):
             if attempt.prefill is worker:
@@ -247,6 +268,7 @@ class Dispatcher:
         attempt.prefilled = prefilled
         worker.prefilled(attempt)
         request.timing.prefill_ms += 1000 * (now - attempt.dispatched_at)
+        attempt.trace.record("prefill", attempt.dispatched_at, {"twostroke.cached_tokens": prefilled.cached_tokens})
         if not request.output:
             request.timing.first_token_ms = 1000 * (now - request.arrived_at)
             if not attempt.in_place:
@@ -255,12 +277,14 @@ class Dispatcher:
         if request.sampling.HasField("logprobs"):
             request.logprobs.append(prefilled.logprobs)
         request.add(prefilled.first_token)
-        if attempt.in_place:
+        if not attempt.in_place:
+            self._did_well(worker, attempt)
+        else:
             attempt.decode_cached_tokens = prefilled.cached_tokens
             worker.decoding[attempt.id] = request
             _decoding(attempt)
         if request.complete:
-            self._close(attempt)
+            self._close(attempt, "finished")
             request.end(State.FINISHED)
         elif attempt.reserved and not attempt.in_place:
             self._start(attempt)
@@ -271,10 +295,11 @@ class Dispatcher:
             return
         worker.reserve_answered(attempt.decode_blocks, reserved.refused)
         attempt.request.timing.reserved_ms += 1000 * (time.monotonic() - attempt.dispatched_at)
+        attempt.trace.record("reserved", attempt.dispatched_at, {"twostroke.cached_tokens": reserved.cached_tokens})
         if reserved.refused:
             attempt.decode = None
             worker.end(attempt)
-            self._close(attempt)
+            self._close(attempt, "refused")
             self._requeue(attempt.request)
             return
         attempt.reserved = True
@@ -296,6 +321,7 @@ class Dispatcher:
         if attempt is None or attempt.decode is not worker or attempt.id not in worker.decoding:
             return
         attempt.request.timing.transfer_ms += started.transfer_ms
+        attempt.trace.record("transfer", time.monotonic() - started.transfer_ms / 1000, {})
         _decoding(attempt)
         self._leave_prefill(attempt, tell=True)
 
@@ -305,25 +331,41 @@ class Dispatcher:
             return
         if ended.cause == worker_pb2.Ended.CAUSE_DRAINING:
             self._retire(worker)
+        if attempt.request.complete or ended.cause == worker_pb2.Ended.CAUSE_PREEMPTED:
+            self._did_well(worker, attempt)
+        elif ended.cause not in HARMLESS | ANYBODYS:
+            self._did_badly(worker, (attempt.id,))
         if attempt.prefill is worker:
             self._leave_prefill(attempt, tell=False)
         else:
             self._leave_decode(attempt, tell=False)
         if ended.cause == worker_pb2.Ended.CAUSE_REJECTED:
-            self._close(attempt)
             sentence = f"the {ROLE_NAMES[worker.role]} worker cannot serve this request: {ended.detail}"
+            self._close(attempt, "rejected", sentence)
             attempt.request.end(State.FAILED, CallError(grpc.StatusCode.INVALID_ARGUMENT, sentence))
             return
         # A worker that calls an attempt finished whose last token does not say so is at fault, and treated so.
         cause = Cause.Name(ended.cause).removeprefix("CAUSE_").lower()
         self._resume(attempt, worker, cause, fault=ended.cause not in HARMLESS, detail=ended.detail)
 
+    # ------------------------------------------------------------ how workers do
+
+    def _did_well(self, worker: Worker, attempt: Attempt) -> None:
+        if worker.circuit.succeeded(attempt.id):
+            log.info("worker does well again", worker=worker.address)
+
+    def _did_badly(self, worker: Worker, attempt_ids: Container[int]) -> None:
+        if pause := worker.circuit.failed(attempt_ids):
+            log.warning("worker keeps failing; others are preferred for a while", worker=worker.address, seconds=pause)
+
     # ------------------------------------------------------------ how attempts end
 
-    def _close(self, attempt: Attempt) -> None:
+    def _close(self, attempt: Attempt, outcome: str, problem: str = "") -> None:
         """Ends the attempt on both workers, as far as they still hold something for it."""
         self._leave_prefill(attempt, tell=True)
         self._leave_decode(attempt, tell=True)
+        tokens = attempt.request.length - attempt.length
+        attempt.trace.end({"twostroke.outcome": outcome, "twostroke.output_tokens": tokens}, problem)
         attempt.request.attempt = None
         self._running -= 1
 
@@ -345,16 +387,18 @@ class Dispatcher:
         worker.give_back(attempt.decode_blocks)
         if attempt.decoding_since is not None:
             attempt.request.timing.decode_ms += 1000 * (time.monotonic() - attempt.decoding_since)
+            attempt.trace.record("decode", attempt.decoding_since, {})
         if tell:
             worker.send_ended(attempt.id)
 
     def _resume(self, attempt: Attempt, worker: Worker, cause: str, *, fault: bool, detail: str = "") -> None:
         """Another attempt goes on behind the last token that arrived, unless that was the last one anyway."""
         request = attempt.request
-        self._close(attempt)
         if request.complete:
+            self._close(attempt, "finished")
             request.end(State.FINISHED)
             return
+        self._close(attempt, cause, f"{cause} ({worker.address}) {detail}".rstrip() if fault else "")
         request.resumes += 1
         self._metrics.resumes.labels(cause).inc()
         log.info(
@@ -410,6 +454,7 @@ class Dispatcher:
         for role in self._workers:
             if self._gone(role):
                 for request in self._queue.clear():
+                    _trace_queued(request)
                     request.end(State.FAILED, self._no_worker(role))
 
     def _filled(self, role: inference_pb2.WorkerRole.ValueType) -> bool:
@@ -426,6 +471,25 @@ class Dispatcher:
     def _no_worker(self, role: inference_pb2.WorkerRole.ValueType) -> CallError:
         sentence = f"no {ROLE_NAMES[role]} worker is connected; it is safe to try again"
         return CallError(grpc.StatusCode.UNAVAILABLE, sentence)
+
+
+def _trace_queued(request: Request) -> None:
+    """The request leaves the queue."""
+    request.trace.record("queued", request.queued_at, {"twostroke.choice": request.index})
+
+
+def _trace_attempt(request: Request, prefill: Worker | None, decode: Worker | None) -> Span:
+    attributes: dict[str, str | int] = {
+        "twostroke.request_id": request.id,
+        "twostroke.choice": request.index,
+        "twostroke.attempt": request.attempts,
+        "twostroke.input_tokens": request.length,
+    }
+    if prefill is not None:
+        attributes["twostroke.prefill_worker"] = prefill.address
+    if decode is not None:
+        attributes["twostroke.decode_worker"] = decode.address
+    return request.trace.child("attempt", attributes)
 
 
 def _decoding(attempt: Attempt) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import TYPE_CHECKING
 
+from common.tracing import OFF, Span
 from router.errors import CallError
 from router.mailbox import Mailbox
 from twostroke.v1 import inference_pb2, worker_pb2
@@ -38,6 +39,7 @@ class Request:
     prompt: Prompt
     sampling: worker_pb2.SamplingParams
     mailbox: Mailbox["Request"]
+    trace: Span = OFF  # of the call
     arrived_at: float = field(default_factory=time.monotonic)
     queued_at: float = field(default_factory=time.monotonic)
     state: State = State.QUEUED
@@ -47,6 +49,7 @@ class Request:
     output: list[int] = field(default_factory=list)
     logprobs: list[worker_pb2.Logprobs] = field(default_factory=list)  # parallel to output where asked for
     block_hashes: list[bytes] = field(default_factory=list)
+    attempts: int = 0  # begun
     resumes: int = 0  # after preemptions and faults
     faults: int = 0
     avoid: set[str] = field(default_factory=set)  # instances of workers that failed it
@@ -97,6 +100,8 @@ class Attempt:
     prefill_tokens: int  # that the worker which prefills was asked to compute
     decode_blocks: int  # that the decode worker was asked to reserve
     in_place: bool
+    length: int  # tokens that the request had, prompt and output
+    trace: Span = OFF
     dispatched_at: float = field(default_factory=time.monotonic)
     prefilled: worker_pb2.Prefilled | None = None
     reserved: bool = False

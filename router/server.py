@@ -9,6 +9,7 @@ import prometheus_client
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from common import tracing
 from common.cluster_secret import SecretInterceptor
 from common.grpc_options import KEEPALIVE
 from common.model_config import ModelConfig
@@ -19,12 +20,11 @@ from router.config import RouterConfig
 from router.dispatcher import DECODE, PREFILL, ROLE_NAMES, Dispatcher
 from router.metrics import Metrics
 from router.registry import Registry
-from router.service import InferenceService, RegistryService
+from router.service import INFERENCE, InferenceService, RegistryService
 from router.tokenizer import Tokenizer
 from router.validate import MAX_MESSAGE_BYTES
-from twostroke.v1 import inference_pb2, inference_pb2_grpc, worker_pb2, worker_pb2_grpc
+from twostroke.v1 import inference_pb2_grpc, worker_pb2, worker_pb2_grpc
 
-INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 REGISTRY = worker_pb2.DESCRIPTOR.services_by_name["Registry"].full_name
 
 NO_SECRET = "set --cluster-secret-file on the router and its workers: a router with API keys lets no worker in without"
@@ -37,17 +37,20 @@ class Router:
     """Serves from `start` to `stop`, on the running event loop.
 
     Raises:
-        SettingsError: a file of certificates, keys or the secret is missing or wrong.
+        StartError: a file of certificates, keys or the secret is missing or wrong, or a package for tracing.
     """
 
     def __init__(self, config: RouterConfig, model: ModelConfig, tokenizer: Tokenizer) -> None:
         self._config = config
         self._peers = Peers.of(config)
         self._keys = None if config.api_keys is None else ApiKeys(config.api_keys)
+        self._tracing = tracing.start(config.otlp_endpoint, "twostroke-router")
         self.metrics = Metrics()
         self.dispatcher = Dispatcher(config, self.metrics)
         self.registry = Registry(config, self.dispatcher, self._peers)
-        self.service = InferenceService(config, model, tokenizer, self.dispatcher, self.registry, self.metrics)
+        self.service = InferenceService(
+            config, model, tokenizer, self.dispatcher, self.registry, self.metrics, self._tracing
+        )
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> int:
@@ -78,13 +81,15 @@ class Router:
         return port
 
     async def stop(self, grace: float) -> None:
-        """Takes no new calls, gives running ones `grace` seconds, and closes the links to the workers."""
+        """Takes no new calls, gives running ones `grace` seconds, closes the links to the workers, sends the last
+        spans."""
         self.dispatcher.ready_changed = lambda _ready: None
         await self._health.enter_graceful_shutdown()
         await self._server.stop(grace)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.to_thread(self._tracing.stop)
 
     def _interceptors(self) -> list[grpc.aio.ServerInterceptor]:
         secret, keys = self._peers.secret, self._keys
@@ -103,8 +108,8 @@ class Router:
         metrics.queued.set_function(lambda: dispatcher.queued)
         metrics.running.set_function(lambda: dispatcher.running)
         for role in (PREFILL, DECODE):
-            count = metrics.workers.labels(ROLE_NAMES[role])
-            count.set_function(partial(dispatcher.count, role))
+            metrics.workers.labels(ROLE_NAMES[role]).set_function(partial(dispatcher.count, role))
+            metrics.workers_paused.labels(ROLE_NAMES[role]).set_function(partial(dispatcher.count_paused, role))
 
     async def _set_health(self, ready: bool) -> None:
         status = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING

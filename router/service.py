@@ -10,8 +10,10 @@ import grpc
 import structlog
 
 import twostroke
+from common.cluster_secret import metadata_value
 from common.model_config import ModelConfig
-from router import validate
+from common.tracing import OFF, Span, Tracing
+from router import request_trace, validate
 from router.answer import Answer
 from router.config import RouterConfig
 from router.dispatcher import Dispatcher
@@ -30,6 +32,8 @@ from twostroke.v1 import inference_pb2_grpc, worker_pb2, worker_pb2_grpc
 
 log = structlog.get_logger(__name__)
 
+INFERENCE = pb.DESCRIPTOR.services_by_name["Inference"].full_name
+
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -42,6 +46,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         dispatcher: Dispatcher,
         registry: Registry,
         metrics: Metrics,
+        tracing: Tracing,
     ) -> None:
         self._config = config
         self._model = model
@@ -49,6 +54,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self._dispatcher = dispatcher
         self._registry = registry
         self._metrics = metrics
+        self._tracing = tracing
         self._turnstile = Turnstile()
         self._serials = itertools.count()
         self._answered = 0
@@ -56,8 +62,8 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     # ------------------------------------------------------------ generating
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
-        response = pb.GenerateResponse()
-        async with self._call("Generate", context), aclosing(self._chunks(request)) as chunks:
+        response, trace = pb.GenerateResponse(), self._trace("Generate", context)
+        async with self._call("Generate", context, trace), aclosing(self._chunks(request, trace)) as chunks:
             async for chunk in chunks:
                 _gather(response, chunk)
         return response
@@ -65,11 +71,12 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     # A coroutine that writes, where the stubs know only generators: a generator that is cancelled while its message is
     # being sent is not closed until it is collected.
     async def GenerateStream(self, request: pb.GenerateRequest, context: Context) -> None:  # type: ignore[override]
-        async with self._call("GenerateStream", context), aclosing(self._chunks(request)) as chunks:
+        trace = self._trace("GenerateStream", context)
+        async with self._call("GenerateStream", context, trace), aclosing(self._chunks(request, trace)) as chunks:
             async for chunk in chunks:
                 await context.write(chunk)
 
-    async def _chunks(self, request: pb.GenerateRequest) -> AsyncGenerator[pb.GenerateChunk, None]:
+    async def _chunks(self, request: pb.GenerateRequest, trace: Span) -> AsyncGenerator[pb.GenerateChunk, None]:
         """The answer, at the reader's pace. Closing it, at whatever point, ends the request on the workers."""
         job = validate.check(request, self._model)
         structlog.contextvars.bind_contextvars(request_id=job.request_id)
@@ -78,7 +85,9 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             self._dispatcher.check_admission(job.n)
             token_ids = await self._prompt(request)
             mailbox: Mailbox[Request] = Mailbox(self._turnstile)
-            requests = self._requests(job, token_ids, mailbox)
+            requests = self._requests(job, token_ids, mailbox, trace)
+            trace.note(request_trace.of_request(request, job, self._config.model, len(token_ids)))
+            finishes: list[pb.Finish] = []
             answers = [
                 Answer(choice, job, self._tokenizer, self._model.eos_token_ids, self._metrics) for choice in requests
             ]
@@ -101,6 +110,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                         if finish is not None:
                             self._dispatcher.drop(choice)
                             unfinished -= 1
+                            finishes.append(finish)
                             self._answered += 1
                             _log_finish(choice.index, finish)
                         yield pb.GenerateChunk(index=choice.index, delta=delta, finish=finish)
@@ -110,6 +120,8 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                 output_tokens = sum(answer.tokens for answer in answers)
                 self._metrics.output_tokens.inc(output_tokens)
                 caller.spend(output_tokens)
+                resumes = sum(choice.resumes for choice in requests)
+                trace.note(request_trace.of_answer(output_tokens, resumes, finishes))
 
     async def _prompt(self, request: pb.GenerateRequest) -> list[int]:
         match request.WhichOneof("input"):
@@ -122,7 +134,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                 validate.check_tokens("token_ids.ids", token_ids, self._model)
                 return token_ids
 
-    def _requests(self, job: Job, token_ids: list[int], mailbox: Mailbox[Request]) -> list[Request]:
+    def _requests(self, job: Job, token_ids: list[int], mailbox: Mailbox[Request], trace: Span) -> list[Request]:
         prompt = Prompt(
             token_ids=tuple(token_ids),
             max_length=validate.check_length(len(token_ids), job, self._model, self._dispatcher.smallest_pool()),
@@ -135,7 +147,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             sampling = worker_pb2.SamplingParams()
             sampling.CopyFrom(job.sampling)
             sampling.seed = (job.seed + index) % (validate.MAX_SEED + 1)
-            requests.append(Request(job.request_id, index, next(self._serials), prompt, sampling, mailbox))
+            requests.append(Request(job.request_id, index, next(self._serials), prompt, sampling, mailbox, trace))
         return requests
 
     # ------------------------------------------------------------ tokens
@@ -195,24 +207,31 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
     # ------------------------------------------------------------ how calls end
 
+    def _trace(self, method: str, context: Context) -> Span:
+        name = f"{INFERENCE}/{method}"
+        traceparent = metadata_value(context.invocation_metadata(), "traceparent")
+        return self._tracing.begin(name, str(traceparent), request_trace.of_call(name))
+
     @asynccontextmanager
-    async def _call(self, method: str, context: Context) -> AsyncIterator[None]:
+    async def _call(self, method: str, context: Context, trace: Span = OFF) -> AsyncIterator[None]:
         """Turns errors into status codes, and counts and logs how the call ended."""
-        began = time.monotonic()
+        began, problem = time.monotonic(), ""
         code = grpc.StatusCode.CANCELLED  # unless the body comes to an end of its own
         try:
             yield
             code = grpc.StatusCode.OK
         except CallError as error:
-            code = error.code
+            code, problem = error.code, error.message
             log.info("call failed", method=method, code=code.name, reason=error.message)
             await context.abort(code, error.message)
         except Exception:
-            code = grpc.StatusCode.INTERNAL
+            code, problem = grpc.StatusCode.INTERNAL, "a fault of the router"
             log.exception("call failed", method=method)
             await context.abort(code, "a fault of the router; its log says more")
         finally:
             self._metrics.calls.labels(method, code.name).inc()
+            failed = problem if code in request_trace.FAILURES else ""
+            trace.end({"rpc.response.status_code": code.name}, failed)
             if code is grpc.StatusCode.CANCELLED:
                 log.info("call cancelled", method=method, after_ms=round(1000 * (time.monotonic() - began)))
 
@@ -254,7 +273,7 @@ def _log_finish(index: int, finish: pb.Finish) -> None:
     log.info(
         "answered",
         choice=index,
-        reason=pb.FinishReason.Name(finish.reason).removeprefix("FINISH_REASON_").lower(),
+        reason=request_trace.finish_reason(finish),
         prompt_tokens=finish.usage.prompt_tokens,
         completion_tokens=finish.usage.completion_tokens,
         resumes=finish.usage.resumes,

@@ -3,6 +3,7 @@
 import asyncio
 import time
 
+from router.circuit import Circuit
 from router.prefix_index import PrefixIndex
 from router.request import Attempt, Request
 from twostroke.v1 import inference_pb2, worker_pb2
@@ -21,9 +22,10 @@ class Worker:
     A restarted worker is a new `Worker`, whatever its address, so nothing meant for the old one can reach it.
     """
 
-    def __init__(self, address: str, hello: worker_pb2.WorkerHello) -> None:
+    def __init__(self, address: str, hello: worker_pb2.WorkerHello, circuit: Circuit) -> None:
         self.address = address
         self.hello = hello
+        self.circuit = circuit
         self.instance = hello.instance
         self.role = hello.role
         self.load = inference_pb2.WorkerLoad(role=hello.role)
@@ -39,6 +41,7 @@ class Worker:
 
     def begin(self, attempt: Attempt) -> None:
         self.attempts[attempt.id] = attempt
+        self.circuit.begin(attempt.id)
         self.cache.begin(attempt.request.block_hashes)
         if self._computes(attempt):
             self.pending_tokens += attempt.prefill_tokens
@@ -50,6 +53,7 @@ class Worker:
     def end(self, attempt: Attempt) -> None:
         # The request's hashes are still those that the attempt began with: only the next attempt adds to them.
         del self.attempts[attempt.id]
+        self.circuit.left(attempt.id)
         self.decoding.pop(attempt.id, None)
         self.cache.end(attempt.request.block_hashes)
         if self._computes(attempt) and attempt.prefilled is None:

@@ -9,6 +9,7 @@ import structlog
 
 from common.grpc_options import KEEPALIVE
 from common.peers import Peers
+from router.circuit import Circuit
 from router.worker import Worker
 from twostroke.v1 import inference_pb2, worker_pb2, worker_pb2_grpc
 
@@ -51,6 +52,7 @@ class WorkerLink:
         self._peers = peers
         self._silence_seconds = silence_seconds
         self._events = events
+        self._circuit = Circuit()
         self._hurry = asyncio.Event()
         self._stream: Connect | None = None
 
@@ -109,7 +111,7 @@ class WorkerLink:
                     return "it did not say hello"
                 try:
                     async with asyncio.timeout(self._silence_seconds) as silence:
-                        return await self._follow(stream, Worker(self.address, answer.hello), silence)
+                        return await self._follow(stream, Worker(self.address, answer.hello, self._circuit), silence)
                 except TimeoutError:
                     return f"nothing came from it for {self._silence_seconds:g} s"
             finally:

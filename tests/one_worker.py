@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from common.prefix_hash import block_hashes
 from common.sequence import SequenceSpec, sequence_to_proto
+from common.tracing import Tracing
 from common.worker_parts import WorkerParts
 from common.worker_service import Received, WorkerService
 from decode_worker.engine import Engine
@@ -22,6 +23,8 @@ ROUTER = 0
 
 class Wire:
     """What the engine knows of a `WorkerService`."""
+
+    address = "here"
 
     def __init__(self) -> None:
         self.to_worker: list[Received] = []
@@ -64,7 +67,7 @@ class OneWorker:
         self._wire = Wire()
         self._own = OwnPrompts(parts, PromptRunner(parts), chunk_tokens)
         self._engine = Engine(
-            parts, cast(WorkerService, cast(Any, self._wire)), runner, self._own, DecodeMetrics(), max_batch
+            parts, cast(WorkerService, cast(Any, self._wire)), runner, self._own, DecodeMetrics(), Tracing(), max_batch
         )
         self._attempts = 0
 

@@ -8,6 +8,6 @@ lock() {
     "$UV" pip compile --quiet --upgrade --generate-hashes --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
         --no-emit-package twostroke-client --no-header --output-file "deploy/requirements/$target.lock" "$@" > /dev/null
 }
-lock cpu pyproject.toml deploy/requirements/cpu.in
-lock cuda pyproject.toml --extra cuda deploy/requirements/cuda.in
+lock cpu pyproject.toml --extra tracing deploy/requirements/cpu.in
+lock cuda pyproject.toml --extra cuda --extra tracing deploy/requirements/cuda.in
 lock model --no-deps deploy/requirements/model.in

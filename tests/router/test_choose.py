@@ -1,6 +1,7 @@
 from typing import Any
 
 from router import choose
+from router.circuit import Circuit
 from router.mailbox import Mailbox
 from router.request import Prompt, Request
 from router.turnstile import Turnstile
@@ -20,7 +21,7 @@ def request(tokens: int = 8 * BLOCK + 5, max_length: int = 9 * BLOCK) -> Request
 
 
 def worker(role: Any, cached: int = 0, pending: int = 0, free: int = 100, **hello: Any) -> Worker:
-    made = Worker("", FakeWorker(role, **hello).hello)
+    made = Worker("", FakeWorker(role, **hello).hello, Circuit())
     made.pending_tokens = pending
     made.report(
         worker_pb2.WorkerMessage(

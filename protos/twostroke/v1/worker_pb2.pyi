@@ -145,7 +145,10 @@ class Prefill(_message.Message):
 
     ATTEMPT_ID_FIELD_NUMBER: _builtins.int
     SEQUENCE_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
     attempt_id: _builtins.int
+    traceparent: _builtins.str
+    """W3C's, of the router's span of this attempt; empty where it makes none"""
     @_builtins.property
     def sequence(self) -> Global___Sequence: ...
     def __init__(
@@ -153,10 +156,11 @@ class Prefill(_message.Message):
         *,
         attempt_id: _builtins.int = ...,
         sequence: Global___Sequence | None = ...,
+        traceparent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sequence", b"sequence"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt_id", b"attempt_id", "sequence", b"sequence"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt_id", b"attempt_id", "sequence", b"sequence", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -170,11 +174,14 @@ class Reserve(_message.Message):
     SEQUENCE_FIELD_NUMBER: _builtins.int
     HEADROOM_TOKENS_FIELD_NUMBER: _builtins.int
     PREFILL_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
     attempt_id: _builtins.int
     headroom_tokens: _builtins.int
     """room to set aside for output beyond the tokens of the sequence"""
     prefill: _builtins.bool
     """computed there, too: no Start follows; Reserved is followed by Prefilled, then by tokens"""
+    traceparent: _builtins.str
+    """as in Prefill"""
     @_builtins.property
     def sequence(self) -> Global___Sequence: ...
     def __init__(
@@ -184,10 +191,11 @@ class Reserve(_message.Message):
         sequence: Global___Sequence | None = ...,
         headroom_tokens: _builtins.int = ...,
         prefill: _builtins.bool = ...,
+        traceparent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sequence", b"sequence"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt_id", b"attempt_id", "headroom_tokens", b"headroom_tokens", "prefill", b"prefill", "sequence", b"sequence"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt_id", b"attempt_id", "headroom_tokens", b"headroom_tokens", "prefill", b"prefill", "sequence", b"sequence", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

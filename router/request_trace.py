@@ -1,0 +1,48 @@
+"""What a call's span says, in the words of OpenTelemetry's conventions for RPCs and for generative AI where they have
+some. No text and no token is among them."""
+
+from collections.abc import Sequence
+
+import grpc
+
+from common.tracing import Attributes
+from router.validate import Job
+from twostroke.v1 import inference_pb2 as pb
+
+# Codes that say that the service failed, and not its caller.
+FAILURES = {
+    grpc.StatusCode.UNKNOWN,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.INTERNAL,
+    grpc.StatusCode.UNAVAILABLE,
+}
+
+
+def of_call(method: str) -> Attributes:
+    return {"rpc.system.name": "grpc", "rpc.method": method}
+
+
+def of_request(request: pb.GenerateRequest, job: Job, model: str, prompt_tokens: int) -> Attributes:
+    attributes: dict[str, str | int] = {
+        "twostroke.request_id": job.request_id,
+        "gen_ai.provider.name": "twostroke",
+        "gen_ai.operation.name": "chat" if request.WhichOneof("input") == "chat" else "text_completion",
+        "gen_ai.request.model": model,
+        "gen_ai.request.choice.count": job.n,
+        "gen_ai.usage.input_tokens": prompt_tokens,
+    }
+    if job.max_tokens is not None:
+        attributes["gen_ai.request.max_tokens"] = job.max_tokens
+    return attributes
+
+
+def of_answer(output_tokens: int, resumes: int, finishes: Sequence[pb.Finish]) -> Attributes:
+    return {
+        "gen_ai.usage.output_tokens": output_tokens,
+        "gen_ai.response.finish_reasons": [finish_reason(finish) for finish in finishes],
+        "twostroke.resumes": resumes,
+    }
+
+
+def finish_reason(finish: pb.Finish) -> str:
+    return pb.FinishReason.Name(finish.reason).removeprefix("FINISH_REASON_").lower()

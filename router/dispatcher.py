@@ -132,7 +132,7 @@ class Dispatcher:
             missing = self._place(request)
             if missing is None:
                 continue
-            if missing == DECODE or not any(worker.hello.prefill_tokens for worker in self._workers[DECODE]):
+            if missing == DECODE or not any(worker.can_prefill for worker in self._workers[DECODE]):
                 return
             passed += 1
 
@@ -142,7 +142,7 @@ class Dispatcher:
             _hash_blocks(request, worker.hello)
         prefills, decodes = self._workers[PREFILL], self._workers[DECODE]
         if not prefills:
-            decodes = [worker for worker in decodes if worker.hello.prefill_tokens]
+            decodes = [worker for worker in decodes if worker.can_prefill]
         headroom = request.remaining if request.resumes else min(request.remaining, self._config.headroom_tokens)
         decode = None
         if request.remaining > 1 or not prefills:
@@ -153,7 +153,7 @@ class Dispatcher:
                 self._begin(request, None, decode, headroom)
                 return None
         prefill = choose.prefill_worker(request, prefills)
-        if prefill is None:
+        if prefill is None and (decode is None or not decode.helps_out(request)):
             return self._wait(request, PREFILL, prefills, request.length + 1)
         self._begin(request, prefill, decode, headroom)
         return None
@@ -459,7 +459,7 @@ class Dispatcher:
 
     def _filled(self, role: inference_pb2.WorkerRole.ValueType) -> bool:
         """Whether somebody does this role's part."""
-        if role == PREFILL and any(worker.hello.prefill_tokens for worker in self._workers[DECODE]):
+        if role == PREFILL and any(worker.can_prefill for worker in self._workers[DECODE]):
             return True
         return bool(self._workers[role])
 

@@ -76,9 +76,19 @@ class Worker:
         """Tokens of the request that it would have to compute: those not in its cache, at least the last one."""
         return max(request.length - self.cache.hits(request.block_hashes) * self.hello.pool.layout.block_size, 1)
 
+    @property
+    def can_prefill(self) -> bool:
+        """decode: whether it prefills where nobody else can."""
+        return max(self.hello.prefill_tokens, self.hello.prefill_overflow_tokens) > 0
+
     def prefills(self, request: Request) -> bool:
         """decode: whether a hand-over of this prompt costs more than it saves."""
         return self.missing_tokens(request) <= self.hello.prefill_tokens
+
+    def helps_out(self, request: Request) -> bool:
+        """decode: whether it would prefill this prompt before a prefill worker has time. One at a time, so that the
+        sequences that it decodes get a few steps between two prompts."""
+        return self.pending_tokens == 0 and self.missing_tokens(request) <= self.hello.prefill_overflow_tokens
 
     def new_blocks(self, request: Request, tokens: int) -> int:
         """Blocks that the request would take from its room, if it grew to so many tokens."""

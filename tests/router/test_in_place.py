@@ -128,6 +128,40 @@ async def test_short_prompts_pass_those_that_wait_for_a_prefill_worker(model: Pa
         assert [reserve.prefill for reserve in it.decodes[0].reserves] == [False, False, True, False]
 
 
+async def test_a_decode_worker_helps_out_with_one_prompt_at_a_time(model: Path) -> None:
+    prompts = long_prompts(5)
+    slow = FakeWorker(PREFILL, Script(silent=True), max_batch=50)
+    helping = FakeWorker(DECODE, Script(prefill_seconds=0.1), prefill_overflow_tokens=len(prompts[0]))
+    async with cluster(model, prefills=[slow], decodes=[helping]) as it:
+        calls = [it.stub.Generate(request(prompt=prompt), timeout=10) for prompt in prompts[:2]]
+        await eventually(lambda: len(slow.prefills) == 2)
+        answers = [asyncio.ensure_future(it.generate(prompt=prompt)) for prompt in prompts[2:]]
+        await eventually(lambda: it.router.dispatcher.queued == 2)
+        for prompt, answer in zip(prompts[2:], answers, strict=True):
+            assert list((await answer).choices[0].token_ids) == expected(8, prompt)
+        assert [reserve.prefill for reserve in helping.reserves] == [False, False, True, True, True]
+        assert len(slow.prefills) == 2
+        for call in calls:
+            call.cancel()
+        await eventually(it.nothing_held)
+
+
+async def test_what_is_too_long_for_it_waits_for_a_prefill_worker(model: Path) -> None:
+    prompts = long_prompts(3)
+    slow = FakeWorker(PREFILL, Script(prefill_seconds=0.1), max_batch=50)
+    helping = FakeWorker(DECODE, prefill_overflow_tokens=len(prompts[0]) - 1)
+    async with cluster(model, prefills=[slow], decodes=[helping]) as it:
+        answers = await asyncio.gather(*(it.generate(prompt=prompt) for prompt in prompts))
+        assert [list(answer.choices[0].token_ids) for answer in answers] == [expected(8, prompt) for prompt in prompts]
+        assert len(slow.prefills) == 3
+
+
+async def test_who_only_helps_out_prefills_all_while_there_is_no_prefill_worker(model: Path) -> None:
+    async with cluster(model, prefills=[], decodes=[FakeWorker(DECODE, prefill_overflow_tokens=1)]) as it:
+        assert await health(it) == SERVING
+        assert list((await it.generate()).choices[0].token_ids) == expected(8)
+
+
 async def test_no_prompt_passes_one_that_waits_for_room(model: Path) -> None:
     """The first holds six of eight blocks; the long one wants five, the short one two."""
     worker = both(Script(step_seconds=0.01), prefill_tokens=20, num_blocks=8, max_length=128)

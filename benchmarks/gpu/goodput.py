@@ -1,4 +1,5 @@
-"""Goodput on two GPUs: one prefill and one decode worker against two workers that do both.
+"""Goodput on two GPUs: one prefill and one decode worker, and the same where the decode worker helps out, against two
+workers that do both.
 
     python -m benchmarks.gpu.goodput --out goodput.json
     python -m benchmarks.gpu.goodput --prompt-tokens 200 --output-tokens 1000 --settle-seconds 10 --trials 4 \
@@ -32,7 +33,7 @@ ATTAINMENT = 0.9
 RATIO = 1.5
 WARMUP_REQUESTS = 64
 
-LayoutName = Literal["apart", "both"]
+LayoutName = Literal["apart", "helping", "both"]
 
 app = App(name="goodput", help_format="plaintext")
 
@@ -46,7 +47,14 @@ class Layout:
 
     @property
     def settings(self) -> list[str]:
-        shown = ("device", "num-blocks", "max-batch", "max-batch-tokens", "prefill-chunk-tokens")
+        shown = (
+            "device",
+            "num-blocks",
+            "max-batch",
+            "max-batch-tokens",
+            "prefill-chunk-tokens",
+            "prefill-overflow-tokens",
+        )
         return [
             f"{module} " + ", ".join(f"{flag} {flags[flag]}" for flag in shown if flag in flags)
             for module, flags in self.workers
@@ -105,7 +113,7 @@ def main(
     out: Path | None = None,
     device: str = "cuda",
     name: str = "llama-3.1-8b",
-    layouts: tuple[LayoutName, ...] = ("apart", "both"),
+    layouts: tuple[LayoutName, ...] = ("apart", "helping", "both"),
     prompt_tokens: int = 1750,
     output_tokens: int = 250,
     ttft_limit: float = 400.0,
@@ -129,7 +137,8 @@ def main(
     ----------
     out: JSON file for the figures.
     name: model, by its name in benchmarks/gpu/models.py.
-    layouts: apart is one prefill and one decode worker, both is two workers that do both.
+    layouts: apart is one prefill and one decode worker, helping the same with a decode worker that prefills what the
+        other has no time for, both is two workers that do both.
     prompt_tokens: of every request.
     output_tokens: of every request.
     ttft_limit: milliseconds to the first token.
@@ -162,12 +171,24 @@ def main(
         }
         prefill = {**worker, "num-blocks": prefill_blocks, "max-batch-tokens": max_batch_tokens}
         decode = {**worker, "num-blocks": decode_blocks, "max-batch": max_batch}
+        helping = {
+            **decode,
+            "prefill-overflow-tokens": prompt_tokens,
+            "prefill-chunk-tokens": prefill_chunk_tokens,
+        }
         both = {**decode, "prefill-tokens": 1, "prefill-chunk-tokens": prefill_chunk_tokens}
         known = {
             "apart": Layout(
                 "1 prefill + 1 decode",
                 (
                     ("decode_worker", {**decode, "device": first}),
+                    ("prefill_worker", {**prefill, "device": second}),
+                ),
+            ),
+            "helping": Layout(
+                "1 prefill + 1 decode that helps out",
+                (
+                    ("decode_worker", {**helping, "device": first}),
                     ("prefill_worker", {**prefill, "device": second}),
                 ),
             ),
@@ -189,7 +210,7 @@ def main(
                 return _goodput(layout, cluster, search, goodput, key)
 
             report.section(f"{name}, {layout.name}, {prompt_tokens} in, {output_tokens} out", measure)
-    if len(goodput) == len(known):
+    if "both" in goodput and len(goodput) > 1:
         report.section("ratio", lambda: _ratio(goodput, search))
     return report.finish()
 
@@ -244,13 +265,15 @@ def _percentiles(distribution: Distribution | None) -> str:
 
 
 def _ratio(goodput: dict[str, float], search: Search) -> Iterator[Figure]:
-    yield Figure(
-        f"goodput per GPU, apart / both, {search.prompt_tokens} in, {search.output_tokens} out",
-        f"{goodput['apart']:.2f} req/s",
-        f"{goodput['both']:.2f} req/s",
-        goodput["apart"] / goodput["both"],
-        RATIO if search.prompt_tokens > search.output_tokens else None,
-    )
+    both = goodput["both"]
+    for key in goodput.keys() - {"both"}:
+        yield Figure(
+            f"goodput per GPU, {key} / both, {search.prompt_tokens} in, {search.output_tokens} out",
+            f"{goodput[key]:.2f} req/s",
+            f"{both:.2f} req/s",
+            goodput[key] / both,
+            RATIO if key == "apart" and search.prompt_tokens > search.output_tokens else None,
+        )
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ Flags = Mapping[str, object]
 
 @dataclass
 class Cluster:
-    """Flags are named as on the command line, without dashes in front: {"num-blocks": 64}. Logs go to `logs`."""
+    """Flags are named as on the command line, without dashes in front: {"num-blocks": 64}. Logs go to `logs`. Without
+    workers it is a router in front of another cluster's, whose addresses are among its flags."""
 
     router: Flags
     workers: Sequence[tuple[str, Flags]]  # what `python -m` runs, and its flags
@@ -63,7 +64,7 @@ class Cluster:
                     raise RuntimeError(f"the cluster was not ready within {self.start_seconds} s\n{tails}")
                 try:
                     client.wait_until_ready(timeout=1)
-                    if sum(worker.ready for worker in client.load(timeout=1).workers) == len(self.workers):
+                    if sum(worker.ready for worker in client.load(timeout=1).workers) >= len(self.workers):
                         return
                     time.sleep(0.1)
                 except TwostrokeError:

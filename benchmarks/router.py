@@ -2,7 +2,8 @@
 
 Fake workers write the time into the tokens (tenths of a millisecond, modulo), so whoever holds a token knows its age.
 "Router" ages are taken in the router, when gRPC has accepted the message that the token is in; "client" ages where the
-client has it in its hands, Python on both sides included.
+client has it in its hands, Python on both sides included. The "bare" runs have no router and no workers: a gRPC server
+that writes finished chunks to the same clients at the same pace. What they take is gRPC's, not the router's.
 
     python -m benchmarks.router --json router.json
 """
@@ -85,12 +86,11 @@ async def _workers(pipe: Connection, count: int, step_seconds: float) -> None:
         await worker.die()
 
 
-def router(pipe: Connection) -> None:
-    asyncio.run(_router(pipe, pipe.recv()))
+def router(pipe: Connection, directory: Path) -> None:
+    asyncio.run(_router(pipe, directory, pipe.recv()))
 
 
-async def _router(pipe: Connection, addresses: Sequence[str]) -> None:
-    directory = resolve(EMBEDDED)
+async def _router(pipe: Connection, directory: Path, addresses: Sequence[str]) -> None:
     model = load_config(directory)
     config = RouterConfig(listen="127.0.0.1:0", prefill=tuple(addresses[:1]), decode=tuple(addresses[1:]))
     service = Router(config, model, Tokenizer(directory, model.vocab_size))
@@ -132,6 +132,63 @@ class _Timed:
         self._ages.extend(age_ms(token) for token in chunk.delta.token_ids)
 
 
+def bare(pipe: Connection, groups: int, step_seconds: float) -> None:
+    asyncio.run(_bare(pipe, groups, step_seconds))
+
+
+async def _bare(pipe: Connection, groups: int, step_seconds: float) -> None:
+    service = _Bare(groups)
+    answer = grpc.unary_stream_rpc_method_handler(
+        service.answer,
+        request_deserializer=inference_pb2.GenerateRequest.FromString,
+        response_serializer=inference_pb2.GenerateChunk.SerializeToString,
+    )
+    handler = grpc.method_handlers_generic_handler("twostroke.v1.Inference", {"GenerateStream": answer})
+    server = grpc.aio.server()
+    server.add_generic_rpc_handlers((handler,))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    steps = [asyncio.create_task(service.step(group, step_seconds)) for group in range(groups)]
+    pipe.send(f"127.0.0.1:{port}")
+    began = time.process_time()
+    await asyncio.to_thread(pipe.recv)
+    for step in steps:
+        step.cancel()
+    pipe.send((service.ages, time.process_time() - began))
+    await server.stop(0)
+
+
+class _Bare:
+    """Streams in so many groups; those of a group write at the same time, as those of one decode worker do."""
+
+    def __init__(self, groups: int) -> None:
+        self.ages: list[float] = []
+        self._waiting: list[list[asyncio.Future[int]]] = [[] for _ in range(groups)]
+        self._calls = 0
+
+    async def step(self, group: int, seconds: float) -> None:
+        await asyncio.sleep(seconds * group / len(self._waiting))
+        next_step = time.monotonic()
+        while True:
+            next_step = max(next_step + seconds, time.monotonic())
+            await asyncio.sleep(next_step - time.monotonic())
+            token, waiting = tick(), self._waiting[group]
+            self._waiting[group] = []
+            for waiter in waiting:
+                waiter.set_result(token)
+
+    async def answer(self, request: inference_pb2.GenerateRequest, context: Any) -> None:
+        group = self._calls % len(self._waiting)
+        self._calls += 1
+        for _ in range(request.stopping.max_tokens):
+            waiter: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+            self._waiting[group].append(waiter)
+            token = await waiter
+            delta = inference_pb2.Delta(text=" word", token_ids=[token])
+            await context.write(inference_pb2.GenerateChunk(delta=delta))
+            self.ages.append(age_ms(token))
+
+
 def clients(pipe: Connection, streams: int, tokens: int) -> None:
     asyncio.run(_clients(pipe, pipe.recv(), streams, tokens))
 
@@ -156,39 +213,57 @@ async def _clients(pipe: Connection, address: str, streams: int, tokens: int) ->
 # ---------------------------------------------------------------- one run
 
 
-def run(name: str, streams: int, decode_workers: int, tokens_per_second: float, seconds: float) -> Figures:
+def run(
+    name: str, directory: Path, streams: int, decode_workers: int, tokens_per_second: float, seconds: float
+) -> Figures:
     """Offers so many tokens a second to `streams` streams, evenly over the decode workers."""
     step_seconds = streams / tokens_per_second
-    (worker_pipe, its), (router_pipe, router_end), (client_pipe, client_end) = (spawn.Pipe() for _ in range(3))
-    tokens = int(seconds / step_seconds)
-    processes = [
-        spawn.Process(target=workers, args=(its, decode_workers, step_seconds)),
-        spawn.Process(target=router, args=(router_end,)),
-        spawn.Process(target=clients, args=(client_end, streams, tokens)),
-    ]
-    for process in processes:
-        process.start()
-    router_pipe.send(worker_pipe.recv())
-    client_pipe.send(router_pipe.recv())
+    pipe, its = spawn.Pipe()
+    behind = spawn.Process(target=workers, args=(its, decode_workers, step_seconds))
+    behind.start()
+    router_pipe, router_end = spawn.Pipe()
+    router_pipe.send(pipe.recv())
+    server = spawn.Process(target=router, args=(router_end, directory))
+    figures = _measure(name, streams, tokens_per_second, seconds, server, router_pipe)
+    pipe.send("stop")
+    behind.join()
+    return figures
+
+
+def run_bare(name: str, streams: int, groups: int, tokens_per_second: float, seconds: float) -> Figures:
+    """The same tokens from a gRPC server that has them ready."""
+    pipe, its = spawn.Pipe()
+    server = spawn.Process(target=bare, args=(its, groups, streams / tokens_per_second))
+    return _measure(name, streams, tokens_per_second, seconds, server, pipe)
+
+
+def _measure(
+    name: str, streams: int, tokens_per_second: float, seconds: float, server: Any, server_pipe: Connection
+) -> Figures:
+    client_pipe, client_end = spawn.Pipe()
+    tokens = int(seconds * tokens_per_second / streams)
+    client = spawn.Process(target=clients, args=(client_end, streams, tokens))
+    server.start()
+    client.start()
+    client_pipe.send(server_pipe.recv())
     arrivals, client_cpu = client_pipe.recv()
-    router_pipe.send("stop")
-    router_ages, router_cpu = router_pipe.recv()
-    worker_pipe.send("stop")
-    for process in processes:
-        process.join()
+    server_pipe.send("stop")
+    server_ages, server_cpu = server_pipe.recv()
+    server.join()
+    client.join()
     # The first and last tenth, when streams come and go, do not count.
     steady = arrivals[len(arrivals) // 10 : -len(arrivals) // 10]
     elapsed = steady[-1][0] - steady[0][0]
     ages = [age for _, message in steady for age in message]
-    in_router = router_ages[len(router_ages) // 10 : -len(router_ages) // 10]
+    in_server = server_ages[len(server_ages) // 10 : -len(server_ages) // 10]
     return Figures(
         name,
         tokens_per_second,
         len(ages) / elapsed,
         len(steady) / elapsed,
-        *_p50_p99(in_router),
+        *_p50_p99(in_server),
         *_p50_p99(ages),
-        1e6 * router_cpu / len(arrivals),
+        1e6 * server_cpu / len(arrivals),
         1e6 * client_cpu / len(arrivals),
     )
 
@@ -216,9 +291,8 @@ def fan_out_rate(streams: int = 256, steps: int = 400) -> float:
     return streams * steps / (time.process_time() - began)
 
 
-def detokenize_microseconds(tokens: int = 100_000) -> float:
+def detokenize_microseconds(directory: Path, tokens: int = 100_000) -> float:
     """Microseconds a token, one token at a time."""
-    directory = resolve(EMBEDDED)
     tokenizer = Tokenizer(directory, load_config(directory).vocab_size)
     detokenizer: Detokenizer = tokenizer.detokenizer(special_tokens=False)
     began = time.process_time()
@@ -230,6 +304,7 @@ def detokenize_microseconds(tokens: int = 100_000) -> float:
 @app.default
 def main(
     *,
+    model: str = EMBEDDED,
     streams: int = 256,
     seconds: float = 8.0,
     json_file: Annotated[Path | None, cyclopts.Parameter(name="--json")] = None,
@@ -237,16 +312,20 @@ def main(
     """Prints the router's figures.
 
     Args:
+        model: whose tokenizer is used; its weights are not.
         streams: client streams at once.
         seconds: length of a run.
         json_file: also writes the figures there.
     """
+    directory = resolve(model)
     runs = [
-        run("saturated", streams, 1, 60_000, seconds),
-        run("12,500 tokens/s, one decode worker in step", streams, 1, 12_500, seconds),
-        run("12,500 tokens/s, 16 decode workers", streams, 16, 12_500, seconds),
+        run("saturated", directory, streams, 1, 60_000, seconds),
+        run("12,500 tokens/s, one decode worker in step", directory, streams, 1, 12_500, seconds),
+        run_bare("the same, bare gRPC", streams, 1, 12_500, seconds),
+        run("12,500 tokens/s, 16 decode workers", directory, streams, 16, 12_500, seconds),
+        run_bare("the same, bare gRPC", streams, 16, 12_500, seconds),
     ]
-    rate, microseconds = fan_out_rate(streams), detokenize_microseconds()
+    rate, microseconds = fan_out_rate(streams), detokenize_microseconds(directory)
     table = Table(
         "run", "offered/s", "delivered/s", "messages/s", "router p50, p99 ms", "client p50, p99 ms", "CPU µs a message"
     )

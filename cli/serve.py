@@ -82,6 +82,9 @@ class ServeConfig(SecurityConfig):
     prefill_tokens: int | None = None
     """Prompts that lack at most so many tokens in a decode worker's cache are prefilled there."""
 
+    prefill_overflow_tokens: int | None = None
+    """Prompts that lack at most so many are prefilled there while all prefill workers have enough to do."""
+
     prefill_chunk_tokens: int | None = None
     """Most tokens of prompts that a decode worker computes between two decode steps."""
 
@@ -131,7 +134,7 @@ def serve(
     """
     if command and shutil.which(command[0]) is None:
         raise SystemExit(f"twostroke serve: there is no command {command[0]!r}")
-    if not config.prefill_workers and not config.prefill_tokens:
+    if not (config.prefill_workers or config.prefill_tokens or config.prefill_overflow_tokens):
         raise SettingsError(
             "with --prefill-workers 0 nobody prefills: let decode workers do it, with --prefill-tokens 1 or more"
         )

@@ -14,7 +14,11 @@ class DecodeConfig(WorkerConfig):
 
     prefill_tokens: int = 0
     """Prompts that lack at most so many tokens in this worker's cache are prefilled here and not handed over, and any
-    prompt while there is no prefill worker. 0: none, ever."""
+    prompt while there is no prefill worker."""
+
+    prefill_overflow_tokens: int = 0
+    """Prompts that lack at most so many are prefilled here while all prefill workers have enough to do, one at a time.
+    0, here and for --prefill-tokens: none, ever."""
 
     prefill_chunk_tokens: int = 512
     """Most tokens of prompts that are computed here between two decode steps."""

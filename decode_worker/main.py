@@ -2,7 +2,7 @@
 
 import structlog
 
-from common import logs, peers, tracing, worker_parts
+from common import garbage, logs, peers, tracing, worker_parts
 from common.lifecycle import Lifecycle
 from common.worker_service import WorkerService
 from decode_worker.config import DecodeConfig
@@ -23,16 +23,18 @@ def main(config: DecodeConfig) -> None:
     spans = tracing.start(config.otlp_endpoint, "twostroke-decode-worker")
     parts = worker_parts.load(config, inference_pb2.WORKER_ROLE_DECODE, config.max_batch)
     parts.hello.prefill_tokens = config.prefill_tokens
+    parts.hello.prefill_overflow_tokens = config.prefill_overflow_tokens
     try:
         runner = Runner(parts, config.max_batch)
         prompt_runner = PromptRunner(parts)
-        if parts.device.type == "cuda" and config.prefill_tokens:
+        if parts.device.type == "cuda" and (config.prefill_tokens or config.prefill_overflow_tokens):
             prompt_runner.warm_up(config.prefill_chunk_tokens)
         own_prompts = OwnPrompts(parts, prompt_runner, config.prefill_chunk_tokens)
         service = WorkerService(parts.hello, config, known)
         lifecycle = Lifecycle(service.wake, config.drain_seconds)
         metrics = DecodeMetrics()
         metrics.serve(config)
+        garbage.forget_start()
         service.set_serving(True)
         log.info("decode worker ready", address=service.address, instance=parts.hello.instance)
         try:

@@ -3,7 +3,9 @@
 #   deploy/gpu_check.sh [FOLDER]    logs and JSON go to FOLDER (build/gpu-check where none is given)
 # Settings, as environment variables:
 #   PYTHON    the Python that has torch, triton and cupy (python3)
-#   STEPS     what to run, of: kernels-tests engine-tests kernels handover engine interference throughput
+#   STEPS     what to run, of: kernels-tests engine-tests kernels handover engine interference throughput;
+#             and of those that need two GPUs, and are run only where they are asked for: crossover (2 minutes),
+#             goodput and goodput-long (8 to 10 minutes each)
 #   TWOSTROKE_TEST_MODEL    SmolLM2-135M-Instruct as a directory or GGUF, where its package is not installed
 # Each step has a time limit, and the next one runs whatever became of it. Exit code 1: a step failed.
 set -uo pipefail
@@ -38,6 +40,12 @@ run kernels 120 "$python" -m benchmarks.gpu.kernels "$out/kernels.json"
 run handover 60 "$python" -m benchmarks.gpu.handover "$out/handover.json"
 run engine 210 "$python" -m benchmarks.gpu.engine --out "$out/engine.json"
 run interference 200 "$python" -m benchmarks.gpu.interference --out "$out/interference.json" --logs "$out/interference"
+if (($(nvidia-smi --list-gpus | wc -l) > 1)); then
+  run crossover 240 "$python" -m benchmarks.gpu.crossover --out "$out/crossover.json" --logs "$out/crossover"
+  run goodput 580 "$python" -m benchmarks.gpu.goodput --out "$out/goodput.json" --logs "$out/goodput"
+  run goodput-long 700 "$python" -m benchmarks.gpu.goodput --prompt-tokens 200 --output-tokens 1000 --settle-seconds 10 \
+    --trials 4 --low 8 --high 32 --out "$out/goodput-long.json" --logs "$out/goodput-long"
+fi
 run throughput 240 "$python" -m benchmarks.gpu.throughput --out "$out/throughput.json" --logs "$out/cluster"
 
 for name in $steps; do

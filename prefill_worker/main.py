@@ -2,7 +2,7 @@
 
 import structlog
 
-from common import logs, peers, tracing, worker_parts
+from common import garbage, logs, peers, tracing, worker_parts
 from common.lifecycle import Lifecycle
 from common.worker_service import WorkerService
 from prefill_worker.config import PrefillConfig
@@ -28,6 +28,7 @@ def main(config: PrefillConfig) -> None:
         lifecycle = Lifecycle(service.wake, config.drain_seconds)
         metrics = PrefillMetrics()
         metrics.serve(config)
+        garbage.forget_start()
         service.set_serving(True)
         log.info("prefill worker ready", address=service.address, instance=parts.hello.instance)
         try:

@@ -16,6 +16,8 @@ from prefill_worker.batch import pack
 from prefill_worker.scheduler import Chunk, Prompt
 from twostroke.v1 import worker_pb2 as pb
 
+WARM_UP_PROMPTS = 65  # in one batch; more of them run the same kernels
+
 
 @dataclass(frozen=True, slots=True)
 class FirstToken:
@@ -43,13 +45,23 @@ class Runner:
         self._counts = TokenCounts(parts.model.config.vocab_size, parts.device)
 
     def warm_up(self, tokens: int) -> None:
-        """Runs a batch as large as they get, so that no request pays for kernels being compiled, and memory that is too
-        small for it shows at start."""
-        length = min(tokens, self._parts.max_length - 1)
-        spec = SequenceSpec((0,) * length, length, (), SamplingParams(), max_length=length + 1)
-        blocks = self._parts.blocks.allocate(-(-length // self._parts.pool.layout.block_size))
-        self.launch([Chunk(Prompt(0, 0, spec, blocks), 0, length)]).first_tokens()
+        """Runs batches of all sizes up to `tokens`, so that no request pays for kernels being compiled or loaded, and
+        memory that is too small for the largest shows at start. What kernel runs depends on the tokens of a batch, on
+        the prompts that it ends, and on whether those counts are multiples of 16."""
+        blocks = self._parts.blocks.allocate(-(-self._longest(tokens) // self._parts.pool.layout.block_size))
+        for size in _warm_up_sizes(self._longest(tokens)):
+            self._run_dummies(1, size, blocks)
+            if size <= WARM_UP_PROMPTS:
+                self._run_dummies(size, 1, blocks)
         self._parts.blocks.release(blocks)
+
+    def _longest(self, tokens: int) -> int:
+        return min(tokens, self._parts.max_length - 1)
+
+    def _run_dummies(self, prompts: int, length: int, blocks: list[int]) -> None:
+        """All of them write to the same blocks, which nobody reads."""
+        spec = SequenceSpec((0,) * length, length, (), SamplingParams(), max_length=length + 1)
+        self.launch([Chunk(Prompt(0, 0, spec, blocks), 0, length)] * prompts).first_tokens()
 
     @torch.inference_mode()
     def launch(self, chunks: list[Chunk]) -> LaunchedBatch:
@@ -86,3 +98,11 @@ class Runner:
         for _, slot, _ in special:
             self._counts.remove(slot)
         return self._parts.ops.sample(logits, temperature, top_k, top_p, min_p, to_device(seeds, device), positions)
+
+
+def _warm_up_sizes(most: int) -> list[int]:
+    """`most`, and the powers of two below it with their successors; the largest first, so that it is what memory is
+    taken for."""
+    powers = [1 << exponent for exponent in range(most.bit_length())]
+    sizes = {size for power in powers for size in (power, power + 1) if size < most}
+    return [most, *sorted(sizes, reverse=True)]

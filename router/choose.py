@@ -9,7 +9,9 @@ from router.request import Request
 from router.worker import Worker
 
 # A block that decode need not pull is worth so many blocks of room. Pulls are quick, so the emptier worker would nearly
-# always win if it were one, and every prefix would end up in every pool, where it drives out others.
+# always win if it were one, and every prefix would end up in every pool, where it drives out others. A block that is
+# still to be computed there, for prompts that came before, weighs as much: a prompt that waits delays what comes after
+# it by about as much as four running sequences of its length do.
 HIT_WORTH = 4
 
 
@@ -26,13 +28,14 @@ def prefill_worker(request: Request, workers: Iterable[Worker]) -> Worker | None
 
 
 def decode_worker(request: Request, workers: Iterable[Worker], tokens: int) -> Worker | None:
-    """The one with the most room, found blocks counted several times; None while none has room for so many tokens."""
+    """The one with the most room, blocks found there and blocks to be computed there first counted several times; None
+    while none has room for so many tokens."""
     trusted = _trusted(worker for worker in workers if worker.can_hold(request.prompt.max_length))
     able = [worker for worker in trusted if worker.has_room(worker.new_blocks(request, tokens))]
 
     def cost(worker: Worker) -> tuple[bool, int, int]:
-        room = worker.room + HIT_WORTH * worker.cache.hits(request.block_hashes)
-        return worker.instance in request.avoid, -room, len(worker.cache)
+        saved = worker.cache.hits(request.block_hashes) - worker.blocks(worker.pending_tokens)
+        return worker.instance in request.avoid, -worker.room - HIT_WORTH * saved, len(worker.cache)
 
     return min(able, key=cost, default=None)
 

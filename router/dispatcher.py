@@ -33,6 +33,9 @@ HARMLESS = {worker_pb2.Ended.CAUSE_PREEMPTED, worker_pb2.Ended.CAUSE_DRAINING}
 # Faults that may well be another's than the worker's that tells of them: its circuit does not count them.
 ANYBODYS = {worker_pb2.Ended.CAUSE_LEASE_LOST, worker_pb2.Ended.CAUSE_REJECTED}
 
+# Requests that wait for a prefill worker and are passed over, at most, in search of one that needs none.
+MOST_PASSED = 64
+
 
 class Dispatcher:
     """Owns every request and attempt. All of it runs on the event loop, and nothing in it waits."""
@@ -108,7 +111,7 @@ class Dispatcher:
         """The client went, or has all it wants. The workers hear of it with the next message."""
         if request.state is State.QUEUED:
             request.state = State.DROPPED
-            self._queue.dropped()
+            self._queue.remove(request)
             _trace_queued(request)
         elif request.state is State.DISPATCHED:
             attempt = request.attempt
@@ -122,17 +125,24 @@ class Dispatcher:
     # ------------------------------------------------------------ to workers
 
     def dispatch(self) -> None:
-        """Sends out whatever waits and has a place to go to, in order; the first without one holds up the rest."""
-        while (request := self._queue.first()) is not None:
-            if not self._place(request):
+        """Sends out whatever waits and has a place to go to, in order. Behind a request that waits for a prefill worker
+        those go on that need none, as long as decode has room for that one, too: they can't keep it waiting."""
+        passed = 0
+        while passed <= MOST_PASSED and (request := self._queue.at(passed)) is not None:
+            missing = self._place(request)
+            if missing is None:
+                continue
+            if missing == DECODE or not any(worker.can_prefill for worker in self._workers[DECODE]):
                 return
+            passed += 1
 
-    def _place(self, request: Request) -> bool:
+    def _place(self, request: Request) -> "inference_pb2.WorkerRole.ValueType | None":
+        """None where the request left the queue, else the role that it waits for."""
         for worker in self.workers()[:1]:  # they are all alike in this
             _hash_blocks(request, worker.hello)
         prefills, decodes = self._workers[PREFILL], self._workers[DECODE]
         if not prefills:
-            decodes = [worker for worker in decodes if worker.hello.prefill_tokens]
+            decodes = [worker for worker in decodes if worker.can_prefill]
         headroom = request.remaining if request.resumes else min(request.remaining, self._config.headroom_tokens)
         decode = None
         if request.remaining > 1 or not prefills:
@@ -141,15 +151,17 @@ class Dispatcher:
                 return self._wait(request, DECODE, decodes, request.prompt.max_length)
             if not prefills or decode.prefills(request):
                 self._begin(request, None, decode, headroom)
-                return True
+                return None
         prefill = choose.prefill_worker(request, prefills)
-        if prefill is None:
+        if prefill is None and (decode is None or not decode.helps_out(request)):
             return self._wait(request, PREFILL, prefills, request.length + 1)
         self._begin(request, prefill, decode, headroom)
-        return True
+        return None
 
     def _begin(self, request: Request, prefill: Worker | None, decode: Worker | None, headroom: int) -> None:
-        self._queue.pop()
+        self._queue.remove(request)
+        computing = prefill or decode
+        assert computing is not None
         now = time.monotonic()
         request.state = State.DISPATCHED
         request.timing.queued_ms += 1000 * (now - request.queued_at)
@@ -161,7 +173,7 @@ class Dispatcher:
             request=request,
             prefill=prefill,
             decode=decode,
-            prefill_tokens=prefill.missing_tokens(request) if prefill else 0,
+            prefill_tokens=computing.missing_tokens(request),
             decode_blocks=decode.new_blocks(request, request.length + headroom) if decode else 0,
             in_place=prefill is None,
             length=request.length,
@@ -171,7 +183,6 @@ class Dispatcher:
         sequence, traceparent = _sequence(request, self.workers()[0].hello), attempt.trace.traceparent
         if prefill is not None:
             prefill.begin(attempt)
-            prefill.pending_tokens += attempt.prefill_tokens
             prefill.send_prefill(worker_pb2.Prefill(attempt_id=attempt.id, sequence=sequence, traceparent=traceparent))
         if decode is not None:
             decode.begin(attempt)
@@ -188,17 +199,17 @@ class Dispatcher:
 
     def _wait(
         self, request: Request, role: inference_pb2.WorkerRole.ValueType, workers: list[Worker], tokens: int
-    ) -> bool:
-        """None of the workers takes the request now. True where none ever will, so that it ends here."""
+    ) -> "inference_pb2.WorkerRole.ValueType | None":
+        """None of the workers takes the request now. It waits for them, or ends here where none ever will."""
         if workers and not any(worker.can_hold(tokens) for worker in workers):
-            self._queue.pop()
+            self._queue.remove(request)
             _trace_queued(request)
             sentence = f"no {ROLE_NAMES[role]} worker that is left can hold {tokens} tokens"
             request.end(State.FAILED, CallError(grpc.StatusCode.UNAVAILABLE, sentence))
-            return True
+            return None
         if self._retry is None:
             self._retry = asyncio.get_running_loop().call_later(REFUSAL_PAUSE, self._retry_now)
-        return False
+        return role
 
     def _retry_now(self) -> None:
         self._retry = None
@@ -255,7 +266,7 @@ class Dispatcher:
         now = time.monotonic()
         request = attempt.request
         attempt.prefilled = prefilled
-        worker.pending_tokens -= attempt.prefill_tokens
+        worker.prefilled(attempt)
         request.timing.prefill_ms += 1000 * (now - attempt.dispatched_at)
         attempt.trace.record("prefill", attempt.dispatched_at, {"twostroke.cached_tokens": prefilled.cached_tokens})
         if not request.output:
@@ -363,8 +374,6 @@ class Dispatcher:
         if worker is None:
             return
         worker.end(attempt)
-        if attempt.prefilled is None:
-            worker.pending_tokens -= attempt.prefill_tokens
         if tell:
             worker.send_ended(attempt.id)
 
@@ -450,7 +459,7 @@ class Dispatcher:
 
     def _filled(self, role: inference_pb2.WorkerRole.ValueType) -> bool:
         """Whether somebody does this role's part."""
-        if role == PREFILL and any(worker.hello.prefill_tokens for worker in self._workers[DECODE]):
+        if role == PREFILL and any(worker.can_prefill for worker in self._workers[DECODE]):
             return True
         return bool(self._workers[role])
 

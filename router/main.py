@@ -1,12 +1,11 @@
 """Starts a router, and stops it on a signal."""
 
 import asyncio
-import gc
 import signal
 
 import structlog
 
-from common import logs
+from common import garbage, logs
 from common.model_config import load_config
 from common.model_files import resolve
 from common.peers import only_local
@@ -28,8 +27,7 @@ async def _serve(config: RouterConfig) -> None:
     model = load_config(directory)
     router = Router(config, model, Tokenizer(directory, model.vocab_size))
     port = await router.start()
-    gc.collect()
-    gc.freeze()  # what is there now stays; going through it again and again would only make pauses
+    garbage.forget_start()
     host = config.listen.rpartition(":")[0]
     log.info("router listening", address=f"{host}:{port}", model=config.model)
     if not (config.api_keys or config.tls_client_ca or only_local(config.listen)):

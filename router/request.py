@@ -97,7 +97,7 @@ class Attempt:
     request: Request
     prefill: "Worker | None"
     decode: "Worker | None"
-    prefill_tokens: int  # that the prefill worker was asked to compute
+    prefill_tokens: int  # that the worker which prefills was asked to compute
     decode_blocks: int  # that the decode worker was asked to reserve
     in_place: bool
     length: int  # tokens that the request had, prompt and output

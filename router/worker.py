@@ -32,7 +32,7 @@ class Worker:
         self.attempts: dict[int, Attempt] = {}
         self.decoding: dict[int, Request] = {}
         self.cache = PrefixIndex()
-        self.pending_tokens = 0  # prefill: to be computed for prompts that were sent, and not yet answered
+        self.pending_tokens = 0  # to be computed here for prompts that were sent, and not yet answered
         self._unanswered_blocks = 0  # decode: asked for, and not yet answered
         self._room = hello.pool.layout.num_blocks  # decode: blocks that can still be asked for, as far as is known
         self._refused_at = 0.0
@@ -43,6 +43,12 @@ class Worker:
         self.attempts[attempt.id] = attempt
         self.circuit.begin(attempt.id)
         self.cache.begin(attempt.request.block_hashes)
+        if self._computes(attempt):
+            self.pending_tokens += attempt.prefill_tokens
+
+    def prefilled(self, attempt: Attempt) -> None:
+        """It computed the attempt's prompt."""
+        self.pending_tokens -= attempt.prefill_tokens
 
     def end(self, attempt: Attempt) -> None:
         # The request's hashes are still those that the attempt began with: only the next attempt adds to them.
@@ -50,6 +56,11 @@ class Worker:
         self.circuit.left(attempt.id)
         self.decoding.pop(attempt.id, None)
         self.cache.end(attempt.request.block_hashes)
+        if self._computes(attempt) and attempt.prefilled is None:
+            self.pending_tokens -= attempt.prefill_tokens
+
+    def _computes(self, attempt: Attempt) -> bool:
+        return attempt.in_place or self.role == inference_pb2.WORKER_ROLE_PREFILL
 
     # ------------------------------------------------------------ room
 
@@ -65,9 +76,19 @@ class Worker:
         """Tokens of the request that it would have to compute: those not in its cache, at least the last one."""
         return max(request.length - self.cache.hits(request.block_hashes) * self.hello.pool.layout.block_size, 1)
 
+    @property
+    def can_prefill(self) -> bool:
+        """decode: whether it prefills where nobody else can."""
+        return max(self.hello.prefill_tokens, self.hello.prefill_overflow_tokens) > 0
+
     def prefills(self, request: Request) -> bool:
         """decode: whether a hand-over of this prompt costs more than it saves."""
         return self.missing_tokens(request) <= self.hello.prefill_tokens
+
+    def helps_out(self, request: Request) -> bool:
+        """decode: whether it would prefill this prompt before a prefill worker has time. One at a time, so that the
+        sequences that it decodes get a few steps between two prompts."""
+        return self.pending_tokens == 0 and self.missing_tokens(request) <= self.hello.prefill_overflow_tokens
 
     def new_blocks(self, request: Request, tokens: int) -> int:
         """Blocks that the request would take from its room, if it grew to so many tokens."""

@@ -97,3 +97,11 @@ def test_blocks_in_use_take_no_room_again() -> None:
 def test_decode_does_not_go_where_the_sequence_could_never_end() -> None:
     small = worker(DECODE, cached=8, max_length=9 * BLOCK - 1)
     assert choose.decode_worker(request(), [small], 9 * BLOCK) is None
+
+
+def test_decode_goes_where_fewer_prompts_are_to_be_computed_first_unless_the_other_is_much_fuller() -> None:
+    """Of workers that prefill themselves; one that does not has nothing to compute."""
+    waiting, other = worker(DECODE, pending=3 * BLOCK, free=90), worker(DECODE, free=90 - 3 * choose.HIT_WORTH + 1)
+    assert choose.decode_worker(request(), [waiting, other], 9 * BLOCK) is other
+    fuller = worker(DECODE, free=90 - 3 * choose.HIT_WORTH - 1)
+    assert choose.decode_worker(request(), [fuller, waiting], 9 * BLOCK) is waiting

@@ -90,6 +90,106 @@ async def test_workers_that_only_decode_are_no_cluster(model: Path) -> None:
         assert error.details() == "no prefill worker is connected; it is safe to try again"
 
 
+def long_prompts(count: int) -> list[tuple[int, ...]]:
+    return [tuple(40 + (start + place) % 50 for place in range(60)) for start in range(count)]
+
+
+async def test_prompts_that_wait_to_be_computed_send_others_elsewhere(model: Path) -> None:
+    slow = Script(prefill_seconds=0.2)
+    async with cluster(model, prefills=[], decodes=[both(slow), both(slow, num_blocks=4090)]) as it:
+        emptier, other = it.decodes
+        first = asyncio.ensure_future(it.generate(prompt=long_prompts(1)[0]))
+        await eventually(lambda: len(emptier.held) == 1)
+        assert list((await it.generate()).choices[0].token_ids) == expected(8)
+        assert list((await first).choices[0].token_ids) == expected(8, long_prompts(1)[0])
+        assert (len(emptier.reserves), len(other.reserves)) == (1, 1)
+        assert [worker.pending_tokens for worker in it.router.dispatcher.workers()] == [0, 0]
+        await it.generate()
+        assert len(emptier.reserves) == 2, "nothing waits there any more"
+
+
+@pytest.mark.parametrize("script", [Script(refuse=1), Script(fail=1), Script(end_after={3: [Ended.CAUSE_PREEMPTED]})])
+async def test_what_is_to_be_computed_is_counted_out_however_it_ends(model: Path, script: Script) -> None:
+    async with cluster(model, prefills=[], decodes=[both(script)]) as it:
+        assert list((await it.generate(max_tokens=20)).choices[0].token_ids) == expected(20)
+        assert it.router.dispatcher.workers()[0].pending_tokens == 0
+
+
+async def test_short_prompts_pass_those_that_wait_for_a_prefill_worker(model: Path) -> None:
+    long = long_prompts(3)
+    slow = FakeWorker(PREFILL, Script(prefill_seconds=0.5), max_batch=50)
+    async with cluster(model, prefills=[slow], decodes=[both(prefill_tokens=20)]) as it:
+        answers = [asyncio.ensure_future(it.generate(prompt=prompt)) for prompt in long]
+        await eventually(lambda: it.router.dispatcher.queued == 1)
+        assert list((await it.generate()).choices[0].token_ids) == expected(8)
+        assert it.router.dispatcher.queued == 1, "the long one waits on"
+        for prompt, answer in zip(long, answers, strict=True):
+            assert list((await answer).choices[0].token_ids) == expected(8, prompt)
+        assert [reserve.prefill for reserve in it.decodes[0].reserves] == [False, False, True, False]
+
+
+async def test_a_decode_worker_helps_out_with_one_prompt_at_a_time(model: Path) -> None:
+    prompts = long_prompts(5)
+    slow = FakeWorker(PREFILL, Script(silent=True), max_batch=50)
+    helping = FakeWorker(DECODE, Script(prefill_seconds=0.1), prefill_overflow_tokens=len(prompts[0]))
+    async with cluster(model, prefills=[slow], decodes=[helping]) as it:
+        calls = [it.stub.Generate(request(prompt=prompt), timeout=10) for prompt in prompts[:2]]
+        await eventually(lambda: len(slow.prefills) == 2)
+        answers = [asyncio.ensure_future(it.generate(prompt=prompt)) for prompt in prompts[2:]]
+        await eventually(lambda: it.router.dispatcher.queued == 2)
+        for prompt, answer in zip(prompts[2:], answers, strict=True):
+            assert list((await answer).choices[0].token_ids) == expected(8, prompt)
+        assert [reserve.prefill for reserve in helping.reserves] == [False, False, True, True, True]
+        assert len(slow.prefills) == 2
+        for call in calls:
+            call.cancel()
+        await eventually(it.nothing_held)
+
+
+async def test_what_is_too_long_for_it_waits_for_a_prefill_worker(model: Path) -> None:
+    prompts = long_prompts(3)
+    slow = FakeWorker(PREFILL, Script(prefill_seconds=0.1), max_batch=50)
+    helping = FakeWorker(DECODE, prefill_overflow_tokens=len(prompts[0]) - 1)
+    async with cluster(model, prefills=[slow], decodes=[helping]) as it:
+        answers = await asyncio.gather(*(it.generate(prompt=prompt) for prompt in prompts))
+        assert [list(answer.choices[0].token_ids) for answer in answers] == [expected(8, prompt) for prompt in prompts]
+        assert len(slow.prefills) == 3
+
+
+async def test_who_only_helps_out_prefills_all_while_there_is_no_prefill_worker(model: Path) -> None:
+    async with cluster(model, prefills=[], decodes=[FakeWorker(DECODE, prefill_overflow_tokens=1)]) as it:
+        assert await health(it) == SERVING
+        assert list((await it.generate()).choices[0].token_ids) == expected(8)
+
+
+async def test_no_prompt_passes_one_that_waits_for_room(model: Path) -> None:
+    """The first holds six of eight blocks; the long one wants five, the short one two."""
+    worker = both(Script(step_seconds=0.01), prefill_tokens=20, num_blocks=8, max_length=128)
+    async with cluster(model, decodes=[worker]) as it:
+        running = asyncio.ensure_future(it.generate(prompt=long_prompts(1)[0][:50], max_tokens=40))
+        await eventually(lambda: len(worker.running) == 1)
+        long = asyncio.ensure_future(it.generate(prompt=long_prompts(2)[1]))
+        await eventually(lambda: it.router.dispatcher.queued == 1)
+        short = asyncio.ensure_future(it.generate())
+        for answer in (running, long, short):
+            await answer
+        assert [len(reserve.sequence.token_ids) for reserve in worker.reserves] == [50, 60, len(PROMPT)]
+
+
+async def test_prompts_that_no_prefill_worker_has_taken_may_leave_from_anywhere(model: Path) -> None:
+    slow = FakeWorker(PREFILL, Script(silent=True), max_batch=50)
+    async with cluster(model, prefills=[slow], decodes=[both(prefill_tokens=20)]) as it:
+        calls = [it.stub.Generate(request(prompt=prompt), timeout=10) for prompt in long_prompts(6)]
+        await eventually(lambda: it.router.dispatcher.queued == 4)
+        for left, place in enumerate((4, 2, 5, 3)):
+            calls[place].cancel()
+            await eventually(lambda left=left: it.router.dispatcher.queued == 3 - left)  # type: ignore[misc]
+            assert list((await it.generate()).choices[0].token_ids) == expected(8)
+        for call in calls:
+            call.cancel()
+        await eventually(it.nothing_held)
+
+
 # ---------------------------------------------------------------- the answer
 
 
@@ -236,7 +336,8 @@ async def test_many_at_once_with_everything_going_wrong(model: Path) -> None:
         return both(Script(refuse=10, end_after=ends), prefill_tokens=30)
 
     async with cluster(model, [Script(fail=3)], [bad(), bad()], max_resumes=50) as it:
-        prompts: list[Sequence[int]] = [tuple(range(40 + start, 41 + start + start % 60)) for start in range(100)]
+        prompts: list[Sequence[int]] = [tuple(range(40, 41 + length % 60)) for length in range(100)]
+        prompts.append(tuple(range(99, 39, -1)))  # no other begins like it, so that it lacks more than 30 tokens
         answers = await asyncio.gather(*(it.generate(prompt=prompt, max_tokens=30) for prompt in prompts))
         for prompt, answer in zip(prompts, answers, strict=True):
             assert list(answer.choices[0].token_ids) == expected(30, prompt)

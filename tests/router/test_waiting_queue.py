@@ -2,7 +2,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from router.mailbox import Mailbox
-from router.request import Prompt, Request, State
+from router.request import Prompt, Request
 from router.turnstile import Turnstile
 from router.waiting_queue import WaitingQueue
 from twostroke.v1 import worker_pb2
@@ -20,26 +20,22 @@ def test_resumed_requests_come_first_and_each_kind_in_order_of_arrival() -> None
     queue = WaitingQueue()
     for serial, resumes in ((3, 0), (1, 0), (5, 2), (4, 1), (2, 0)):
         queue.push(new(serial, resumes))
-    assert queue.first() is not None
-    assert [queue.pop().serial for _ in range(5)] == [4, 5, 1, 2, 3]
-    assert queue.first() is None
+    waiting = [queue.at(place) for place in range(6)]
+    assert [request and request.serial for request in waiting] == [4, 5, 1, 2, 3, None]
 
 
-@given(st.lists(st.sampled_from(["push", "pop", "drop"]), max_size=300))
-def test_it_counts_what_waits_and_keeps_little_else(steps: list[str]) -> None:
+@given(st.lists(st.integers(0, 20), max_size=100))
+def test_whoever_leaves_from_whatever_place_is_gone_and_the_rest_stays_in_order(steps: list[int]) -> None:
+    """0 pushes, N takes the request out that is N-th from the front."""
     queue = WaitingQueue()
     waiting: list[Request] = []
     for serial, step in enumerate(steps):
-        if step == "push":
+        if step == 0:
             waiting.append(new(serial))
             queue.push(waiting[-1])
-        elif waiting and step == "pop":
-            assert queue.first() is waiting[0]
-            assert queue.pop() is waiting.pop(0)
-        elif waiting:
-            waiting.pop().state = State.DROPPED
-            queue.dropped()
+        elif step <= len(waiting):
+            queue.remove(waiting.pop(step - 1))
         assert len(queue) == len(waiting)
-        assert queue.first() is (waiting[0] if waiting else None)
-        assert len(queue._heap) <= 2 * len(queue) + 65
+        assert [queue.at(place) for place in range(len(waiting) + 1)] == [*waiting, None]
     assert queue.clear() == waiting
+    assert queue.at(0) is None

@@ -548,6 +548,7 @@ class WorkerHello(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     DTYPE_FIELD_NUMBER: _builtins.int
     PREFILL_TOKENS_FIELD_NUMBER: _builtins.int
+    PREFILL_OVERFLOW_TOKENS_FIELD_NUMBER: _builtins.int
     instance: _builtins.str
     role: _inference_pb2.WorkerRole.ValueType
     model: _builtins.str
@@ -560,7 +561,10 @@ class WorkerHello(_message.Message):
     version: _builtins.str
     dtype: _builtins.str
     prefill_tokens: _builtins.int
-    """decode: prefills prompts that lack up to so many tokens in its cache, and any where nobody else can; 0: none"""
+    """decode: prefills prompts that lack up to so many tokens in its cache; and while all prefill workers have enough to do,
+    up to so many. With either not 0 it prefills any where nobody else can.
+    """
+    prefill_overflow_tokens: _builtins.int
     @_builtins.property
     def pool(self) -> Global___PoolHandle: ...
     def __init__(
@@ -576,10 +580,11 @@ class WorkerHello(_message.Message):
         version: _builtins.str = ...,
         dtype: _builtins.str = ...,
         prefill_tokens: _builtins.int = ...,
+        prefill_overflow_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["pool", b"pool"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "fingerprint", b"fingerprint", "instance", b"instance", "max_batch", b"max_batch", "max_length", b"max_length", "model", b"model", "pool", b"pool", "prefill_tokens", b"prefill_tokens", "role", b"role", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "fingerprint", b"fingerprint", "instance", b"instance", "max_batch", b"max_batch", "max_length", b"max_length", "model", b"model", "pool", b"pool", "prefill_overflow_tokens", b"prefill_overflow_tokens", "prefill_tokens", b"prefill_tokens", "role", b"role", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

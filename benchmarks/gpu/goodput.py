@@ -1,0 +1,280 @@
+"""Goodput on two GPUs: one prefill and one decode worker, and the same where the decode worker helps out, against two
+workers that do both.
+
+    python -m benchmarks.gpu.goodput --out goodput.json
+    python -m benchmarks.gpu.goodput --prompt-tokens 200 --output-tokens 1000 --settle-seconds 10 --trials 4 \
+        --low 8 --high 32 --out goodput-long.json
+
+Goodput is the highest Poisson rate at which 90 % of the requests keep both limits, found by bisection.
+"""
+
+import multiprocessing
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from cyclopts import App
+
+from benchmarks.cluster import Cluster, Flags
+from benchmarks.gpu import models
+from benchmarks.load.bisection import Bisection
+from benchmarks.load.config import Limits, LoadConfig
+from benchmarks.load.processes import split, start
+from benchmarks.load.summary import Distribution, Summary, summarize
+from benchmarks.report import Figure, Report
+
+GPUS = 2
+ATTAINMENT = 0.9
+RATIO = 1.5
+WARMUP_REQUESTS = 64
+
+LayoutName = Literal["apart", "helping", "both"]
+
+app = App(name="goodput", help_format="plaintext")
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How the two GPUs are used: what Cluster starts on them."""
+
+    name: str
+    workers: tuple[tuple[str, Flags], ...]
+
+    @property
+    def settings(self) -> list[str]:
+        shown = (
+            "device",
+            "num-blocks",
+            "max-batch",
+            "max-batch-tokens",
+            "prefill-chunk-tokens",
+            "prefill-overflow-tokens",
+        )
+        return [
+            f"{module} " + ", ".join(f"{flag} {flags[flag]}" for flag in shown if flag in flags)
+            for module, flags in self.workers
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """The load, the limits, and where to look for the highest rate (requests a second, for all GPUs together)."""
+
+    prompt_tokens: int
+    output_tokens: int
+    limits: Limits
+    low: float
+    high: float
+    trials: int
+    settle_seconds: float
+    seconds: float
+    clients: int
+
+    def load(self, rate: float, trial: int) -> LoadConfig:
+        """Requests of every trial come at the same times, but for the rate. That their common beginning, of less than a
+        block, is of another length each time draws other prompts, so that none is in a cache."""
+        return LoadConfig(
+            rate=rate,
+            duration=self.settle_seconds + self.seconds,
+            warmup=0,
+            prefix_tokens=1 + trial,
+            prompt_tokens=str(self.prompt_tokens - 1 - trial),
+            output_tokens=str(self.output_tokens),
+        )
+
+    @property
+    def warmup(self) -> LoadConfig:
+        return LoadConfig(
+            concurrency=8,
+            requests=-(-WARMUP_REQUESTS // self.clients),
+            warmup=0,
+            prompt_tokens=f"uniform:1,{self.prompt_tokens}",
+            output_tokens="32",
+            seed=1,
+        )
+
+    @property
+    def timeout(self) -> float:
+        """Seconds: twice as long as a request that keeps its limits may take, so that a trial far beyond what the
+        cluster can do ends."""
+        assert self.limits.ttft_limit is not None
+        assert self.limits.tpot_limit is not None
+        return 2 * (self.limits.ttft_limit + self.output_tokens * self.limits.tpot_limit) / 1000
+
+
+@app.default
+def main(
+    *,
+    out: Path | None = None,
+    device: str = "cuda",
+    name: str = "llama-3.1-8b",
+    layouts: tuple[LayoutName, ...] = ("apart", "helping", "both"),
+    prompt_tokens: int = 1750,
+    output_tokens: int = 250,
+    ttft_limit: float = 400.0,
+    tpot_limit: float = 25.0,
+    low: float = 8.0,
+    high: float = 24.0,
+    trials: int = 5,
+    settle_seconds: float = 5.0,
+    seconds: float = 20.0,
+    clients: int = 4,
+    prefill_blocks: int = 8192,
+    decode_blocks: int = 20480,
+    max_batch: int = 256,
+    max_batch_tokens: int = 2048,
+    prefill_chunk_tokens: int = 512,
+    logs: Path | None = None,
+) -> int:
+    """Finds each layout's goodput, and the ratio of both.
+
+    Parameters
+    ----------
+    out: JSON file for the figures.
+    name: model, by its name in benchmarks/gpu/models.py.
+    layouts: apart is one prefill and one decode worker, helping the same with a decode worker that prefills what the
+        other has no time for, both is two workers that do both.
+    prompt_tokens: of every request.
+    output_tokens: of every request.
+    ttft_limit: milliseconds to the first token.
+    tpot_limit: milliseconds a token after the first, a request's mean.
+    low: requests a second, on both GPUs together, that are surely kept up with.
+    high: requests a second that surely are not.
+    trials: steps of the bisection.
+    settle_seconds: before a trial counts requests.
+    seconds: for which it counts them.
+    clients: processes that the requests come from.
+    prefill_blocks: KV blocks of the prefill worker.
+    decode_blocks: of a decode worker, and of one that does both.
+    max_batch: sequences decoded together, on either.
+    max_batch_tokens: of the prefill worker's batch.
+    prefill_chunk_tokens: of prompts that a worker which does both computes between two decode steps.
+    logs: folder for the clusters' logs; not set: one that is removed.
+    """
+    report = Report(out)
+    limits = Limits(ttft_limit, tpot_limit)
+    search = Search(prompt_tokens, output_tokens, limits, low, high, trials, settle_seconds, seconds, clients)
+    first, second = ("cuda:0", "cuda:1") if device == "cuda" else (device, device)
+    goodput: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        model = models.write(name, Path(folder))
+        worker: Flags = {
+            "model": model,
+            "load-format": "dummy",
+            "dtype": "float32" if device == "cpu" else "bfloat16",
+            "max-length": max(4096, prompt_tokens + output_tokens),
+        }
+        prefill = {**worker, "num-blocks": prefill_blocks, "max-batch-tokens": max_batch_tokens}
+        decode = {**worker, "num-blocks": decode_blocks, "max-batch": max_batch}
+        helping = {
+            **decode,
+            "prefill-overflow-tokens": prompt_tokens,
+            "prefill-chunk-tokens": prefill_chunk_tokens,
+        }
+        both = {**decode, "prefill-tokens": 1, "prefill-chunk-tokens": prefill_chunk_tokens}
+        known = {
+            "apart": Layout(
+                "1 prefill + 1 decode",
+                (
+                    ("decode_worker", {**decode, "device": first}),
+                    ("prefill_worker", {**prefill, "device": second}),
+                ),
+            ),
+            "helping": Layout(
+                "1 prefill + 1 decode that helps out",
+                (
+                    ("decode_worker", {**helping, "device": first}),
+                    ("prefill_worker", {**prefill, "device": second}),
+                ),
+            ),
+            "both": Layout(
+                "2 that do both",
+                (
+                    ("decode_worker", {**both, "device": first}),
+                    ("decode_worker", {**both, "device": second}),
+                ),
+            ),
+        }
+        # Room for whole answers, so that no sequence is ever preempted.
+        router: Flags = {"model": model, "headroom-tokens": output_tokens}
+        for key in layouts:
+            layout = known[key]
+            cluster = Cluster(router, layout.workers, (logs or Path(folder) / "logs") / key)
+
+            def measure(layout: Layout = layout, cluster: Cluster = cluster, key: str = key) -> Iterator[Figure]:
+                return _goodput(layout, cluster, search, goodput, key)
+
+            report.section(f"{name}, {layout.name}, {prompt_tokens} in, {output_tokens} out", measure)
+    if "both" in goodput and len(goodput) > 1:
+        report.section("ratio", lambda: _ratio(goodput, search))
+    return report.finish()
+
+
+def _goodput(layout: Layout, cluster: Cluster, search: Search, goodput: dict[str, float], key: str) -> Iterator[Figure]:
+    """Figures of every trial; puts the goodput for each GPU into `goodput[key]`."""
+    for settings in layout.settings:
+        yield Figure(layout.name, settings)
+    began = time.perf_counter()
+    with cluster, ProcessPoolExecutor(search.clients, multiprocessing.get_context("spawn")) as pool:
+        yield Figure(f"{layout.name}: ready after", f"{time.perf_counter() - began:.0f} s")
+        for warmed in start(pool, cluster.target, [search.warmup] * search.clients, timeout=120):
+            warmed.result()
+        bisection = Bisection(search.low, search.high)
+        for trial in range(search.trials):
+            rate = bisection.rate
+            load = split(search.load(rate, trial), search.clients)
+            records = [
+                record
+                for client in start(pool, cluster.target, load, search.timeout)
+                for record in client.result()
+                if record.due >= search.settle_seconds
+            ]
+            summary = summarize(records, search.limits)
+            yield from _trial(layout, rate, summary, search)
+            bisection.tell(summary.goodput_share >= ATTAINMENT)
+    if bisection.best is None:
+        yield Figure(f"{layout.name}: goodput", "none", f"below {bisection.high:g} req/s; lower --low")
+        return
+    goodput[key] = bisection.best / GPUS
+    edge = "; or more: raise --high" if bisection.high == search.high else ""
+    yield Figure(f"{layout.name}: goodput per GPU", f"{goodput[key]:.2f} req/s", f"{GPUS} GPUs{edge}")
+
+
+def _trial(layout: Layout, rate: float, summary: Summary, search: Search) -> Iterator[Figure]:
+    what = f"{layout.name}, {rate:.2f} req/s"
+    if summary.prefill_cached_share + summary.decode_cached_share > 0.001:
+        raise RuntimeError(f"{what}: prompts were found in caches")
+    offered = summary.requests / search.seconds
+    failed = ", ".join(f"{number} {code}" for code, number in summary.errors.items())
+    yield Figure(
+        f"{what}: in limits", f"{summary.goodput_share:.1%}", f"{offered:.2f} req/s came{failed and '; ' + failed}"
+    )
+    yield Figure(f"{what}: TTFT p50, p90, p99", _percentiles(summary.ttft), f"limit {search.limits.ttft_limit:g} ms")
+    yield Figure(f"{what}: TPOT p50, p90, p99", _percentiles(summary.tpot), f"limit {search.limits.tpot_limit:g} ms")
+
+
+def _percentiles(distribution: Distribution | None) -> str:
+    if distribution is None:
+        return "none"
+    return f"{distribution.p50:.1f}, {distribution.p90:.1f}, {distribution.p99:.1f} ms"
+
+
+def _ratio(goodput: dict[str, float], search: Search) -> Iterator[Figure]:
+    both = goodput["both"]
+    for key in goodput.keys() - {"both"}:
+        yield Figure(
+            f"goodput per GPU, {key} / both, {search.prompt_tokens} in, {search.output_tokens} out",
+            f"{goodput[key]:.2f} req/s",
+            f"{both:.2f} req/s",
+            goodput[key] / both,
+            RATIO if key == "apart" and search.prompt_tokens > search.output_tokens else None,
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(app())

@@ -1,0 +1,36 @@
+"""A load from several client processes, so that no client is what limits it."""
+
+import asyncio
+from collections.abc import Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import replace
+
+from benchmarks.load.config import LoadConfig
+from benchmarks.load.record import Record
+from benchmarks.load.run import run
+from twostroke import AsyncClient
+
+
+def split(config: LoadConfig, clients: int) -> list[LoadConfig]:
+    """The open-loop load of `config` as one for each client: Poisson processes add up to one of the sum of their rates.
+    Each has a seed of its own, so that no two make the same requests."""
+    assert config.rate is not None
+    return [
+        replace(config, rate=config.rate / clients, seed=config.seed * clients + client) for client in range(clients)
+    ]
+
+
+def start(
+    pool: ProcessPoolExecutor, target: str, configs: Sequence[LoadConfig], timeout: float
+) -> list[Future[list[Record]]]:
+    """Each config's load in a process of `pool`, against the router at `target`. A request that takes longer than
+    `timeout` seconds fails."""
+    return [pool.submit(_load, target, config, timeout) for config in configs]
+
+
+def _load(target: str, config: LoadConfig, timeout: float) -> list[Record]:
+    async def load() -> list[Record]:
+        async with AsyncClient(target, timeout=timeout) as client:
+            return await run(client, config, lambda _: None)
+
+    return asyncio.run(load())

@@ -18,6 +18,9 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
 
 CALL = "twostroke.v1.Inference/Generate"
 PHASES = {"reserved", "prefill", "transfer", "decode"}
+# Prompts that lack no more in a cache are not handed over.
+IN_PLACE_TOKENS = 3
+
 SECRET_TEXT = "the quick brown fox"
 
 
@@ -33,7 +36,13 @@ def cluster(traces: Collector, tmp_path_factory: pytest.TempPathFactory) -> Iter
         for name, value in QUICKLY.items():
             environment.setenv(name, value)
         endpoint = {"otlp-endpoint": traces.endpoint}
-        with tiny_cluster(tmp_path_factory.mktemp("model"), endpoint, router_flags=endpoint, decode=2) as it:
+        with tiny_cluster(
+            tmp_path_factory.mktemp("model"),
+            endpoint,
+            router_flags=endpoint,
+            decode=2,
+            decode_flags={"prefill-tokens": IN_PLACE_TOKENS},
+        ) as it:
             yield it
 
 
@@ -117,6 +126,25 @@ def test_a_request_is_one_trace(cluster: Cluster, traces: Collector) -> None:
     sent = b"".join(traces.raw)
     assert SECRET_TEXT.encode() not in sent
     assert answer.choices[0].text.encode() not in sent
+    cluster.assert_blocks_home()
+
+
+def test_a_request_without_a_hand_over_has_no_prefill_worker_in_its_trace(cluster: Cluster, traces: Collector) -> None:
+    trace_id = "5" * 32
+    request = pb.GenerateRequest(token_ids=pb.TokenIds(ids=prompt(IN_PLACE_TOKENS)))
+    request.stopping.MergeFrom(pb.Stopping(max_tokens=4, ignore_eos=True))
+    ask(cluster, request, f"00-{trace_id}-{CALLER_SPAN_ID}-01")
+    traces.wait_for(lambda: bool(traces.named("decode", "twostroke-decode-worker", trace_id)))
+    traces.wait_for(lambda: bool(traces.named(CALL, trace_id=trace_id)))
+    spans = {(span.service.removeprefix("twostroke-"), span.name) for span in traces.of_trace(trace_id)}
+    router = {("router", name) for name in (CALL, "queued", "attempt", "reserved", "prefill", "decode")}
+    assert spans == router | {("decode-worker", "prefill"), ("decode-worker", "decode")}
+    (attempt,) = traces.named("attempt", trace_id=trace_id)
+    (prefill,) = traces.named("prefill", "twostroke-decode-worker", trace_id)
+    assert prefill.parent_id == attempt.span_id
+    assert prefill.attributes["twostroke.input_tokens"] == IN_PLACE_TOKENS
+    assert prefill.attributes["twostroke.worker"] == attempt.attributes["twostroke.decode_worker"]
+    assert "twostroke.prefill_worker" not in attempt.attributes
     cluster.assert_blocks_home()
 
 

@@ -46,22 +46,23 @@ class Runner:
 
     def warm_up(self, tokens: int) -> None:
         """Runs batches of all sizes up to `tokens`, so that no request pays for kernels being compiled or loaded, and
-        memory that is too small for the largest shows at start. What kernel runs depends on the tokens of a batch, on
-        the prompts that it ends, and on whether those counts are multiples of 16."""
-        blocks = self._parts.blocks.allocate(-(-self._longest(tokens) // self._parts.pool.layout.block_size))
-        for size in _warm_up_sizes(self._longest(tokens)):
-            self._run_dummies(1, size, blocks)
+        memory that is too small for the largest shows at start. What runs depends on the tokens of a batch, on the
+        prompts that it ends, on whether those counts are multiples of 16, and on whether a chunk has context."""
+        longest = min(tokens, self._parts.max_length - 1)
+        blocks = self._parts.blocks.allocate(-(-longest // self._parts.pool.layout.block_size))
+        for size in _warm_up_sizes(tokens):
+            prompts = -(-size // longest)
+            self._run_dummies(prompts, 0, size // prompts, blocks)
+            if size // prompts > 1:
+                self._run_dummies(1, size // prompts // 2, size // prompts, blocks)
             if size <= WARM_UP_PROMPTS:
-                self._run_dummies(size, 1, blocks)
+                self._run_dummies(size, 0, 1, blocks)
         self._parts.blocks.release(blocks)
 
-    def _longest(self, tokens: int) -> int:
-        return min(tokens, self._parts.max_length - 1)
-
-    def _run_dummies(self, prompts: int, length: int, blocks: list[int]) -> None:
-        """All of them write to the same blocks, which nobody reads."""
-        spec = SequenceSpec((0,) * length, length, (), SamplingParams(), max_length=length + 1)
-        self.launch([Chunk(Prompt(0, 0, spec, blocks), 0, length)] * prompts).first_tokens()
+    def _run_dummies(self, prompts: int, start: int, end: int, blocks: list[int]) -> None:
+        """The last chunk of some prompts, from `start`. All write to the same blocks, which nobody reads for long."""
+        spec = SequenceSpec((0,) * end, end, (), SamplingParams(), max_length=end + 1)
+        self.launch([Chunk(Prompt(0, 0, spec, blocks), start, end)] * prompts).first_tokens()
 
     @torch.inference_mode()
     def launch(self, chunks: list[Chunk]) -> LaunchedBatch:

@@ -31,6 +31,9 @@ from benchmarks.report import Figure, Report
 GPUS = 2
 ATTAINMENT = 0.9
 RATIO = 1.5
+MOST_CACHED = (
+    0.02  # every prompt is new; but a full decode worker refuses some, whose second attempt finds the first's KV
+)
 WARMUP_REQUESTS = 64
 
 LayoutName = Literal["apart", "helping", "both"]
@@ -125,7 +128,7 @@ def main(
     seconds: float = 20.0,
     clients: int = 4,
     prefill_blocks: int = 8192,
-    decode_blocks: int = 20480,
+    decode_blocks: int = 26624,
     max_batch: int = 256,
     max_batch_tokens: int = 2048,
     prefill_chunk_tokens: int = 512,
@@ -247,8 +250,9 @@ def _goodput(layout: Layout, cluster: Cluster, search: Search, goodput: dict[str
 
 def _trial(layout: Layout, rate: float, summary: Summary, search: Search) -> Iterator[Figure]:
     what = f"{layout.name}, {rate:.2f} req/s"
-    if summary.prefill_cached_share + summary.decode_cached_share > 0.001:
-        raise RuntimeError(f"{what}: prompts were found in caches")
+    cached = summary.prefill_cached_share + summary.decode_cached_share
+    if cached > MOST_CACHED:
+        raise RuntimeError(f"{what}: {cached:.1%} of the prompts' tokens were found in caches")
     offered = summary.requests / search.seconds
     failed = ", ".join(f"{number} {code}" for code, number in summary.errors.items())
     yield Figure(

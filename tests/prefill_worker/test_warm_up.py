@@ -22,18 +22,27 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     return LoadedModel(hf_models.load_ours(directory), REFERENCE, torch.device("cpu"))
 
 
-@pytest.mark.parametrize(("tokens", "blocks"), [(100, 26), (65, 17), (1, 1)])
+@pytest.mark.parametrize(("tokens", "blocks"), [(100, 26), (65, 17), (1, 1), (300, 26)])
 def test_all_sizes_run_and_the_blocks_come_home(loaded: LoadedModel, tokens: int, blocks: int) -> None:
     parts = worker_parts(loaded, blocks, BLOCK)
     runner, launch = Runner(parts), Runner.launch
-    ran: set[tuple[int, int]] = set()
+    whole, ends, with_context = set[int](), set[int](), set[int]()
 
     def watch(self: Runner, chunks: list[Chunk]) -> object:
-        ran.add((len(chunks), sum(chunk.end - chunk.start for chunk in chunks)))
+        size = sum(chunk.end - chunk.start for chunk in chunks)
+        if chunks[0].start:
+            with_context.add(size)
+        else:
+            whole.add(size)
+            ends.add(len(chunks))
         return launch(self, chunks)
 
     with patch.object(Runner, "launch", watch):
         runner.warm_up(tokens)
-    sizes = {size for power in range(8) for size in (1 << power, (1 << power) + 1) if size <= tokens} | {tokens}
-    assert ran == {(1, size) for size in sizes} | {(size, size) for size in sizes if size <= WARM_UP_PROMPTS}
+    longest = blocks * BLOCK - 1
+    sizes = {size for power in range(10) for size in (1 << power, (1 << power) + 1) if size <= tokens}
+    assert whole >= {size for size in sizes if size <= longest}
+    assert max(whole) >= tokens - tokens // longest
+    assert ends >= {size for size in sizes if size <= WARM_UP_PROMPTS}
+    assert with_context >= {size - size // 2 for size in sizes if 1 < size <= longest}
     assert parts.blocks.free_count == blocks

@@ -93,7 +93,7 @@ async def _router(pipe: Connection, addresses: Sequence[str]) -> None:
     directory = resolve(EMBEDDED)
     model = load_config(directory)
     config = RouterConfig(listen="127.0.0.1:0", prefill=tuple(addresses[:1]), decode=tuple(addresses[1:]))
-    service = Router(config, model, Tokenizer(directory, model.vocab_size))
+    service = Router(config, model, Tokenizer(directory, model))
     ages: list[float] = []
     answer = service.service.GenerateStream
 
@@ -217,7 +217,7 @@ def fan_out_rate(streams: int = 256, steps: int = 400) -> float:
 def detokenize_microseconds(tokens: int = 100_000) -> float:
     """Microseconds a token, one token at a time."""
     directory = resolve(EMBEDDED)
-    tokenizer = Tokenizer(directory, load_config(directory).vocab_size)
+    tokenizer = Tokenizer(directory, load_config(directory))
     detokenizer: Detokenizer = tokenizer.detokenizer(special_tokens=False)
     began = time.process_time()
     for token in range(tokens):

@@ -45,7 +45,7 @@ class ChatTemplate:
         opening = chat.add_generation_prompt if chat.HasField("add_generation_prompt") else True
         try:
             return self._template.render(messages=messages, add_generation_prompt=opening, **self._special_tokens)
-        except jinja2.TemplateError as error:
+        except Exception as error:  # the template is somebody's program: what it raises may be anything
             raise InvalidArgument("chat.messages", f"the model's chat template refuses them: {error}") from error
 
     def _knows(self, role: str) -> bool:

@@ -26,7 +26,7 @@ def main(config: RouterConfig) -> None:
 async def _serve(config: RouterConfig) -> None:
     directory = resolve(config.model)
     model = load_config(directory)
-    router = Router(config, model, Tokenizer(directory, model.vocab_size))
+    router = Router(config, model, Tokenizer(directory, model))
     port = await router.start()
     gc.collect()
     gc.freeze()  # what is there now stays; going through it again and again would only make pauses

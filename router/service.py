@@ -114,13 +114,14 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     async def _prompt(self, request: pb.GenerateRequest) -> list[int]:
         match request.WhichOneof("input"):
             case "text":
-                return await self._tokenizer.encode(request.text, add_special_tokens=True)
+                token_ids = await self._tokenizer.encode(request.text, add_special_tokens=True)
             case "chat":
-                return await self._tokenizer.encode_chat(request.chat)
+                token_ids = await self._tokenizer.encode_chat(request.chat)
             case _:
-                token_ids = list(request.token_ids.ids)
-                validate.check_tokens("token_ids.ids", token_ids, self._model)
-                return token_ids
+                validate.check_prompt(request.token_ids.ids, self._model)
+                return list(request.token_ids.ids)
+        validate.check_tokens("input", token_ids, self._model)  # tokenizers may know tokens that the model does not
+        return token_ids
 
     def _requests(self, job: Job, token_ids: list[int], mailbox: Mailbox[Request]) -> list[Request]:
         prompt = Prompt(
@@ -150,7 +151,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
     async def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:
         async with self._call("Detokenize", context):
-            validate.check_tokens("token_ids", request.token_ids, self._model)
+            validate.check_detokenize(request.token_ids, self._model)
             text = self._tokenizer.decode(request.token_ids, special_tokens=request.special_tokens)
             return pb.DetokenizeResponse(text=text)
 

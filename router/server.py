@@ -47,7 +47,7 @@ class Router:
         self._keys = None if config.api_keys is None else ApiKeys(config.api_keys)
         self.metrics = Metrics()
         self.dispatcher = Dispatcher(config, self.metrics)
-        self.registry = Registry(config, self.dispatcher, self._peers)
+        self.registry = Registry(config, model, self.dispatcher, self._peers)
         self.service = InferenceService(config, model, tokenizer, self.dispatcher, self.registry, self.metrics)
         self._tasks: list[asyncio.Task[None]] = []
 

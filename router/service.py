@@ -1,5 +1,6 @@
 """The gRPC services of a router: `Inference` for clients, `Registry` for workers."""
 
+import asyncio
 import itertools
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
@@ -20,7 +21,7 @@ from router.limits import CALLER
 from router.mailbox import Mailbox
 from router.metrics import Metrics
 from router.registry import Registry
-from router.request import Prompt, Request
+from router.request import MAX_UNREAD_TOKENS, Prompt, Request
 from router.tokenizer import Tokenizer
 from router.turnstile import Turnstile
 from router.validate import Job
@@ -29,6 +30,8 @@ from twostroke.v1 import inference_pb2 as pb
 from twostroke.v1 import inference_pb2_grpc, worker_pb2, worker_pb2_grpc
 
 log = structlog.get_logger(__name__)
+
+UNREAD = f"the stream was not read: more than {MAX_UNREAD_TOKENS} tokens of an answer waited for it"
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -57,7 +60,8 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
         response = pb.GenerateResponse()
-        async with self._call("Generate", context), aclosing(self._chunks(request)) as chunks:
+        mailbox = self._mailbox()
+        async with self._call("Generate", context, mailbox), aclosing(self._chunks(request, mailbox)) as chunks:
             async for chunk in chunks:
                 _gather(response, chunk)
         return response
@@ -65,11 +69,17 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     # A coroutine that writes, where the stubs know only generators: a generator that is cancelled while its message is
     # being sent is not closed until it is collected.
     async def GenerateStream(self, request: pb.GenerateRequest, context: Context) -> None:  # type: ignore[override]
-        async with self._call("GenerateStream", context), aclosing(self._chunks(request)) as chunks:
+        mailbox = self._mailbox()
+        async with self._call("GenerateStream", context, mailbox), aclosing(self._chunks(request, mailbox)) as chunks:
             async for chunk in chunks:
                 await context.write(chunk)
 
-    async def _chunks(self, request: pb.GenerateRequest) -> AsyncGenerator[pb.GenerateChunk, None]:
+    def _mailbox(self) -> Mailbox[Request]:
+        return Mailbox(self._turnstile, asyncio.current_task())
+
+    async def _chunks(
+        self, request: pb.GenerateRequest, mailbox: Mailbox[Request]
+    ) -> AsyncGenerator[pb.GenerateChunk, None]:
         """The answer, at the reader's pace. Closing it, at whatever point, ends the request on the workers."""
         job = validate.check(request, self._model)
         structlog.contextvars.bind_contextvars(request_id=job.request_id)
@@ -77,7 +87,6 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         with caller.generating(job.n):
             self._dispatcher.check_admission(job.n)
             token_ids = await self._prompt(request)
-            mailbox: Mailbox[Request] = Mailbox(self._turnstile)
             requests = self._requests(job, token_ids, mailbox)
             answers = [
                 Answer(choice, job, self._tokenizer, self._model.eos_token_ids, self._metrics) for choice in requests
@@ -197,7 +206,9 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     # ------------------------------------------------------------ how calls end
 
     @asynccontextmanager
-    async def _call(self, method: str, context: Context) -> AsyncIterator[None]:
+    async def _call(
+        self, method: str, context: Context, mailbox: Mailbox[Request] | None = None
+    ) -> AsyncIterator[None]:
         """Turns errors into status codes, and counts and logs how the call ended."""
         began = time.monotonic()
         code = grpc.StatusCode.CANCELLED  # unless the body comes to an end of its own
@@ -208,6 +219,12 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             code = error.code
             log.info("call failed", method=method, code=code.name, reason=error.message)
             await context.abort(code, error.message)
+        except asyncio.CancelledError:
+            if mailbox is None or not mailbox.overflown:
+                raise
+            code = grpc.StatusCode.RESOURCE_EXHAUSTED
+            log.info("call failed", method=method, code=code.name, reason=UNREAD)
+            await context.abort(code, UNREAD)
         except Exception:
             code = grpc.StatusCode.INTERNAL
             log.exception("call failed", method=method)

@@ -7,7 +7,7 @@ from typing import Any
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 
 Strategy = st.SearchStrategy[Any]
@@ -37,6 +37,7 @@ def fuzz(examples: int) -> settings:
         deadline=None,
         derandomize=True,
         database=None,
+        phases=[Phase.generate],  # each example takes its time, and so would looking for a smaller one
         suppress_health_check=list(HealthCheck),
     )
 

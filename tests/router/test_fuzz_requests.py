@@ -75,7 +75,7 @@ def call(router: Background, method: str, message: bytes) -> tuple[grpc.StatusCo
 
 @pytest.mark.parametrize(("method", "path"), FIELDS, ids=[f"{method}-{path}" for method, path in FIELDS])
 def test_any_value_of_a_field(router: Background, method: str, path: messages.Path) -> None:
-    @messages.fuzz(8)
+    @messages.fuzz(6)
     @given(messages.values(path.field))
     def one_field(value: Any) -> None:
         message = valid(method)
@@ -97,9 +97,10 @@ def plausible(field: FieldDescriptor) -> st.SearchStrategy[Any] | None:
     return None
 
 
+@pytest.mark.parametrize("examples", [20, pytest.param(1_000, marks=[pytest.mark.slow, pytest.mark.timeout(600)])])
 @pytest.mark.parametrize("method", METHODS)
-def test_any_message(router: Background, method: str) -> None:
-    @messages.fuzz(25)
+def test_any_message(router: Background, method: str, examples: int) -> None:
+    @messages.fuzz(examples)
     @given(messages.messages(METHODS[method].input_type, plausible))
     def any_message(message: Message) -> None:
         assert_answered(router, method, message.SerializeToString())

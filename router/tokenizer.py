@@ -8,7 +8,7 @@ from pathlib import Path
 import grpc
 import tokenizers
 
-from common.model_config import ModelConfig
+from common.model_config import ModelConfig, ModelError
 from router import chat_template, token_bytes
 from router.detokenizer import Detokenizer
 from router.errors import CallError, InvalidArgument
@@ -25,15 +25,14 @@ class Tokenizer:
     """A model's `tokenizer.json` and chat template.
 
     Raises:
-        UnsupportedTokenizer: its tokens cannot be turned into text one by one.
-        FileNotFoundError: the directory has no tokenizer.json.
+        ModelError: a file is missing or damaged, or its tokens cannot be turned into text one by one.
     """
 
     def __init__(self, directory: Path, model: ModelConfig) -> None:
         file = directory / "tokenizer.json"
         if not file.exists():
-            raise FileNotFoundError(f"{directory} has no tokenizer.json; the router needs the model's fast tokenizer")
-        self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
+            raise ModelError(f"{directory} has no tokenizer.json; the router needs the model's fast tokenizer")
+        self._tokenizer = _read(file)
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._template = chat_template.load(directory)
@@ -115,3 +114,10 @@ class Tokenizer:
             return await asyncio.get_running_loop().run_in_executor(self._threads, encode)
         finally:
             self._waiting_bytes -= size
+
+
+def _read(file: Path) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises nothing more particular
+        raise ModelError(f"{file} is no tokenizer: {error}") from error

@@ -93,7 +93,7 @@ def router(pipe: Connection, directory: Path) -> None:
 async def _router(pipe: Connection, directory: Path, addresses: Sequence[str]) -> None:
     model = load_config(directory)
     config = RouterConfig(listen="127.0.0.1:0", prefill=tuple(addresses[:1]), decode=tuple(addresses[1:]))
-    service = Router(config, model, Tokenizer(directory, model.vocab_size))
+    service = Router(config, model, Tokenizer(directory, model))
     ages: list[float] = []
     answer = service.service.GenerateStream
 
@@ -293,7 +293,7 @@ def fan_out_rate(streams: int = 256, steps: int = 400) -> float:
 
 def detokenize_microseconds(directory: Path, tokens: int = 100_000) -> float:
     """Microseconds a token, one token at a time."""
-    tokenizer = Tokenizer(directory, load_config(directory).vocab_size)
+    tokenizer = Tokenizer(directory, load_config(directory))
     detokenizer: Detokenizer = tokenizer.detokenizer(special_tokens=False)
     began = time.process_time()
     for token in range(tokens):

@@ -109,7 +109,7 @@ def stop(worker: subprocess.Popen[bytes]) -> None:
 async def measure(name: str, load: LoadConfig, num_blocks: int) -> Figures:
     directory = resolve(EMBEDDED)
     model = load_config(directory)
-    router = Router(RouterConfig(listen="127.0.0.1:0"), model, Tokenizer(directory, model.vocab_size))
+    router = Router(RouterConfig(listen="127.0.0.1:0"), model, Tokenizer(directory, model))
     target = f"127.0.0.1:{await router.start()}"
     with ExitStack() as workers:
         workers.callback(sweep)

@@ -18,16 +18,24 @@ class Attempts:
         self._metrics = metrics
 
     def accept(
-        self, connection: int, asked: pb.Prefill | pb.Reserve, length: Callable[[SequenceSpec], int], draining: bool
+        self,
+        connection: int,
+        asked: pb.Prefill | pb.Reserve,
+        length: Callable[[SequenceSpec], int],
+        draining: bool,
+        under_way: bool,
     ) -> SequenceSpec | None:
         """The sequence that a router asks for; None where it cannot be served, which the router is told.
 
-        `length` says how many tokens of it this worker will have to hold.
+        `length` says how many tokens of it this worker will have to hold; `under_way`, that there is an attempt of this
+        id already, which goes on.
         """
         if draining:
             self.end(connection, asked.attempt_id, pb.Ended.CAUSE_DRAINING)
             return None
         try:
+            if under_way:
+                raise ValueError("an attempt of this id is under way")
             spec = sequence_from_proto(asked.sequence)
             self._parts.check(spec, length(spec))
         except ValueError as error:

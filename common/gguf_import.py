@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from gguf import GGUFReader, ReaderTensor, TokenType
 from gguf.quants import dequantize
 from numpy.typing import NDArray
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 
-from common.model_config import ModelError
+from common.model_config import ModelError, parse_config
 
 _CACHE_LINE = 64
 _LAYER_TENSORS = {
@@ -36,18 +37,40 @@ def convert(source: Path, target: Path) -> None:
     smaller type, so whoever reads the directory computes with the very numbers of the file; and a float32 start,
     the default on a CPU, copies them without a conversion.
 
-    Raises ModelError for a file of another architecture or kind of tokenizer.
+    Raises:
+        ModelError: the file is damaged, or of another architecture or kind of tokenizer.
+        OSError: the target cannot be written to.
     """
-    reader = GGUFReader(source)
+    try:
+        _convert(source, target)
+    except (ModelError, OSError):
+        raise
+    except Exception as error:  # whatever the libraries say of a damaged file, and they say it in many ways
+        raise ModelError(f"{source} is damaged, or no GGUF file of this kind: {error!r}") from error
+
+
+def _convert(source: Path, target: Path) -> None:
+    reader = _Reader(source)
     metadata = {key: field.contents() for key, field in reader.fields.items()}
     if metadata["general.architecture"] != "llama":
         raise ModelError(f"{source} holds the architecture {metadata['general.architecture']}; supported is llama")
     names = {tensor.name for tensor in reader.tensors}
     config = _config(metadata, tied="output.weight" not in names)
+    parse_config(config)
     _write_json(target / "config.json", config)
     _tokenizer(metadata).save(str(target / "tokenizer.json"))
     _write_json(target / "tokenizer_config.json", _tokenizer_config(metadata))
     _write_safetensors(target / "model.safetensors", _tensors(reader), config)
+
+
+class _Reader(GGUFReader):
+    """The library's, but that it reads nothing beyond the file's end: there it finds counts that it would follow for
+    years."""
+
+    def _get(self, offset: int, dtype: npt.DTypeLike, count: int = 1, override_order: Any = None) -> NDArray[Any]:
+        if not 0 <= int(offset) + np.dtype(dtype).itemsize * int(count) <= len(self.data):
+            raise ModelError(f"{self.data.filename} is cut short: something in it lies beyond its end")
+        return super()._get(offset, dtype, count, override_order)
 
 
 def _config(metadata: dict[str, Any], tied: bool) -> dict[str, Any]:

@@ -17,6 +17,11 @@ _ARCHITECTURES = {
 }
 
 
+# Of any size in a config.json: far above every model, and far below what would exhaust a machine by itself.
+_MOST = 1 << 26
+_LARGEST = 1e30  # of any number
+
+
 class ModelError(StartError, ValueError):
     """A model that cannot be served; the message says why in a sentence."""
 
@@ -61,9 +66,9 @@ def load_config(directory: Path, max_length: int | None = None) -> ModelConfig:
     `max_length` lowers the context length. Raises ModelError for a file that cannot be read and for a model that is
     not supported.
     """
-    raw = _read_json(directory / "config.json")
+    raw = read_json(directory / "config.json")
     generation_file = directory / "generation_config.json"
-    generation = _read_json(generation_file) if generation_file.exists() else {}
+    generation = read_json(generation_file) if generation_file.exists() else {}
     return parse_config(raw, generation, max_length)
 
 
@@ -75,6 +80,7 @@ def parse_config(
     family = _ARCHITECTURES[architecture]
     _refuse_unsupported(raw)
 
+    vocab_size = _positive(raw, "vocab_size")
     hidden_size = _positive(raw, "hidden_size")
     num_heads = _positive(raw, "num_attention_heads")
     num_kv_heads = _positive(raw, "num_key_value_heads", num_heads)
@@ -98,7 +104,7 @@ def parse_config(
     return ModelConfig(
         architecture=architecture,
         dtype=_dtype(raw),
-        vocab_size=_positive(raw, "vocab_size"),
+        vocab_size=vocab_size,
         hidden_size=hidden_size,
         intermediate_size=_positive(raw, "intermediate_size"),
         num_layers=_positive(raw, "num_hidden_layers"),
@@ -106,23 +112,24 @@ def parse_config(
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         context_length=context_length,
-        rms_norm_eps=float(raw.get("rms_norm_eps") or 1e-6),
+        rms_norm_eps=_number(raw, "rms_norm_eps", 1e-6),
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
         qkv_bias=family == "qwen2" or attention_bias,
         output_bias=attention_bias,
         qk_norm=family == "qwen3",
-        eos_token_ids=_eos_token_ids(raw, generation or {}),
+        eos_token_ids=_eos_token_ids(raw, generation or {}, vocab_size),
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises ModelError for a file that cannot be read, or holds no JSON object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise ModelError(f"{path} does not hold a JSON object")
@@ -131,9 +138,11 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _architecture(raw: dict[str, Any]) -> str:
     named = raw.get("architectures") or []
+    if not isinstance(named, list):
+        raise ModelError(f"config.json must give architectures as a list; it gives {named!r}")
     for architecture in named:
-        if architecture in _ARCHITECTURES:
-            return str(architecture)
+        if isinstance(architecture, str) and architecture in _ARCHITECTURES:
+            return architecture
     what = f"the architecture {', '.join(map(str, named))}" if named else "a config.json that names no architecture"
     raise ModelError(f"{what} is not supported; supported are {', '.join(_ARCHITECTURES)}")
 
@@ -145,7 +154,7 @@ def _refuse_unsupported(raw: dict[str, Any]) -> None:
     if raw.get("mlp_bias"):
         raise ModelError("mlp_bias is not supported: the MLP's projections must have no biases")
     if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method", "unknown")
+        method = _object(raw, "quantization_config").get("quant_method", "unknown")
         raise ModelError(f"quantized weights ({method}) are not supported; use a float32, bfloat16 or float16 model")
 
 
@@ -157,8 +166,8 @@ def _dtype(raw: dict[str, Any]) -> str:
 
 
 def _rope(raw: dict[str, Any]) -> tuple[float, Llama3Scaling | None]:
-    parameters = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    theta = float(parameters.get("rope_theta") or raw.get("rope_theta") or 10000.0)
+    parameters = _object(raw, "rope_parameters") or _object(raw, "rope_scaling")
+    theta = _number(parameters if parameters.get("rope_theta") else raw, "rope_theta", 10000.0)
     partial = parameters.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
     if partial not in (None, 1):
         raise ModelError(f"partial_rotary_factor {partial} is not supported: whole heads must be rotated")
@@ -167,21 +176,23 @@ def _rope(raw: dict[str, Any]) -> tuple[float, Llama3Scaling | None]:
         return theta, None
     if kind != "llama3":
         raise ModelError(f"the rope type {kind!r} is not supported; supported are 'default' and 'llama3'")
-    try:
-        scaling = Llama3Scaling(
-            factor=float(parameters["factor"]),
-            low_freq_factor=float(parameters["low_freq_factor"]),
-            high_freq_factor=float(parameters["high_freq_factor"]),
-            original_context=int(parameters["original_max_position_embeddings"]),
-        )
-    except KeyError as error:
-        raise ModelError(f"the rope type 'llama3' needs {error.args[0]} in config.json") from error
+    needed = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    if missing := [key for key in needed if key not in parameters]:
+        raise ModelError(f"the rope type 'llama3' needs {missing[0]} in config.json")
+    scaling = Llama3Scaling(
+        factor=_number(parameters, "factor"),
+        low_freq_factor=_number(parameters, "low_freq_factor"),
+        high_freq_factor=_number(parameters, "high_freq_factor"),
+        original_context=_positive(parameters, "original_max_position_embeddings"),
+    )
+    if scaling.high_freq_factor <= scaling.low_freq_factor:
+        raise ModelError("config.json must give a high_freq_factor above its low_freq_factor")
     return theta, scaling
 
 
 def _refuse_sliding_window(raw: dict[str, Any], family: str, context_length: int) -> None:
     """A window at least as long as the context changes nothing."""
-    window = raw.get("sliding_window")
+    window = None if raw.get("sliding_window") is None else _positive(raw, "sliding_window")
     in_use = family == "mistral" or bool(raw.get("use_sliding_window", False))
     if family != "llama" and in_use and window is not None and window < context_length:
         raise ModelError(
@@ -190,12 +201,14 @@ def _refuse_sliding_window(raw: dict[str, Any], family: str, context_length: int
         )
 
 
-def _eos_token_ids(raw: dict[str, Any], generation: dict[str, Any]) -> tuple[int, ...]:
+def _eos_token_ids(raw: dict[str, Any], generation: dict[str, Any], vocab_size: int) -> tuple[int, ...]:
     ids: set[int] = set()
     for source in (raw, generation):
         named = source.get("eos_token_id")
-        if named is not None:
-            ids.update(named if isinstance(named, list) else [named])
+        for token in named if isinstance(named, list) else [] if named is None else [named]:
+            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
+                raise ModelError(f"eos_token_id {token!r} is not in the vocabulary of {vocab_size} tokens")
+            ids.add(token)
     return tuple(sorted(ids))
 
 
@@ -205,4 +218,20 @@ def _positive(raw: dict[str, Any], key: str, default: int | None = None) -> int:
         value = default
     if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
         raise ModelError(f"config.json must give {key} as a positive whole number; it gives {value!r}")
+    if value > _MOST:
+        raise ModelError(f"config.json gives {key} as {value}, which no model has; at most {_MOST} is supported")
+    return value
+
+
+def _number(raw: dict[str, Any], key: str, default: float | None = None) -> float:
+    value = raw.get(key) or default
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < _LARGEST:
+        raise ModelError(f"config.json must give {key} as a positive number; it gives {value!r}")
+    return float(value)
+
+
+def _object(raw: dict[str, Any], key: str) -> dict[str, Any]:
+    value = raw.get(key) or {}
+    if not isinstance(value, dict):
+        raise ModelError(f"config.json must give {key} as an object; it gives {value!r}")
     return value

@@ -22,9 +22,11 @@ def checkpoint_files(directory: Path) -> list[Path]:
     if index.exists():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            files = [directory / name for name in names]
+        except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise ModelError(f"{index} is not a valid index of safetensors files") from error
-        files = [directory / name for name in names]
+        if any(file.parent != directory for file in files):
+            raise ModelError(f"{index} names files outside its directory")
     else:
         files = [directory / "model.safetensors"]
     for file in files:

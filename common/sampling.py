@@ -4,11 +4,14 @@ from dataclasses import dataclass
 
 from twostroke.v1 import worker_pb2 as pb
 
+# Of penalties, biases and the temperature: more than a router lets through, and too little to make logits infinite.
+MOST = 1_000
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """Applied in this order: repetition penalty, presence and frequency penalty, logit bias, temperature, top-k, top-p,
-    min-p. The router has checked the ranges."""
+    min-p."""
 
     temperature: float = 1.0  # 0: greedy
     top_k: int = 0  # 0: off
@@ -20,6 +23,22 @@ class SamplingParams:
     seed: int = 0  # unsigned, 64 bits
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added to its logit)
     logprobs: int | None = None  # number of likeliest alternatives; None: no log-probabilities at all
+
+    def check(self, vocab_size: int) -> None:
+        """Raises ValueError where a step could not be computed with this. (Narrower ranges are the router's affair.)"""
+        numbers = (
+            self.repetition_penalty,
+            self.presence_penalty,
+            self.frequency_penalty,
+            *dict(self.logit_bias).values(),
+        )
+        if not all(abs(number) <= MOST for number in numbers) or self.repetition_penalty < 0.5 / MOST:
+            raise ValueError("a penalty or bias is out of range")
+        greedy = self.temperature == 0
+        if not ((greedy or 1e-6 <= self.temperature <= MOST) and 0 < self.top_p <= 1 and 0 <= self.min_p <= 1):
+            raise ValueError("temperature, top_p or min_p is out of range")
+        if max(self.top_k, self.logprobs or 0, *(token + 1 for token, _ in self.logit_bias)) > vocab_size:
+            raise ValueError(f"top_k, logprobs or a biased token exceeds the vocabulary of {vocab_size}")
 
     @property
     def has_penalties(self) -> bool:

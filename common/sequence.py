@@ -42,6 +42,12 @@ def sequence_from_proto(message: pb.Sequence) -> SequenceSpec:
         raise ValueError(f"block_hashes has {len(hashes)} bytes, which is no multiple of {HASH_BYTES}")
     if not 0 < message.prompt_length <= len(message.token_ids):
         raise ValueError(f"prompt_length is {message.prompt_length}, but there are {len(message.token_ids)} token_ids")
+    if message.max_length <= len(message.token_ids):
+        raise ValueError(
+            f"max_length is {message.max_length}, but there are {len(message.token_ids)} token_ids already"
+        )
+    if message.min_length > message.max_length:
+        raise ValueError(f"min_length is {message.min_length}, and max_length {message.max_length}")
     return SequenceSpec(
         token_ids=tuple(message.token_ids),
         prompt_length=message.prompt_length,

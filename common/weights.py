@@ -86,7 +86,10 @@ def dummy(config: ModelConfig, dtype: str, device: torch.device, seed: int = 0) 
     generator = torch.Generator(device).manual_seed(seed)
 
     def make(name: str, shape: tuple[int, ...]) -> Tensor:
-        tensor = torch.empty(shape, dtype=torch_dtype(dtype), device=device)
+        try:
+            tensor = torch.empty(shape, dtype=torch_dtype(dtype), device=device)
+        except RuntimeError as error:
+            raise ModelError(f"there is no room for {name} of shape {list(shape)}") from error
         if name.endswith("norm.weight"):
             return tensor.fill_(1.0)
         if name.endswith(".bias"):

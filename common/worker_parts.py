@@ -54,6 +54,10 @@ class WorkerParts:
             raise ValueError(f"{length} tokens do not fit; the longest sequence here has {self.max_length}")
         if len(spec.block_hashes) != len(spec.token_ids) // self.pool.layout.block_size:
             raise ValueError(f"{len(spec.block_hashes)} block hashes came with {len(spec.token_ids)} tokens")
+        vocab_size = self.model.config.vocab_size
+        if max((*spec.token_ids, *spec.stop_token_ids)) >= vocab_size:
+            raise ValueError(f"a token is not in the vocabulary of {vocab_size}")
+        spec.sampling.check(vocab_size)
 
     def blocks_load(self, reserved: int) -> inference_pb2.Blocks:
         return inference_pb2.Blocks(

@@ -80,14 +80,15 @@ class Engine:
             self._puller.start(
                 Pull(sequence, start.kv, time.monotonic())
                 for start in received.message.starts
-                if (sequence := self._started(start)) is not None
+                if (sequence := self._started(received.connection, start)) is not None
             )
             for attempt_id in received.message.ended:
                 if (sequence := self._scheduler.get(attempt_id)) is not None:
                     self._drop(sequence)
 
     def _reserve(self, connection: int, reserve: pb.Reserve, draining: bool) -> None:
-        spec = self._attempts.accept(connection, reserve, _length, draining)
+        under_way = self._scheduler.get(reserve.attempt_id) is not None
+        spec = self._attempts.accept(connection, reserve, _length, draining, under_way)
         if spec is None:
             return
         state = State.PREFILLING if reserve.prefill else State.RESERVED
@@ -108,13 +109,28 @@ class Engine:
         self._own_prompts.drop(sequence)
         self._loop.drop(sequence)
 
-    def _started(self, start: pb.Start) -> Sequence | None:
+    def _started(self, connection: int, start: pb.Start) -> Sequence | None:
         sequence = self._scheduler.get(start.attempt_id)
         if sequence is None or sequence.state is not State.RESERVED:
+            return None
+        problem = self._problem(sequence, start)
+        if problem is not None:
+            self._drop(sequence)
+            self._attempts.end(connection, start.attempt_id, pb.Ended.CAUSE_REJECTED, problem)
             return None
         sequence.state = State.PULLING
         sequence.tokens.append(start.first_token)
         return sequence
+
+    def _problem(self, sequence: Sequence, start: pb.Start) -> str | None:
+        """Why nothing can be done with this Start; None where it can."""
+        if start.first_token >= self._parts.model.config.vocab_size:
+            return f"first_token {start.first_token} is not in the vocabulary"
+        blocks = -(-sequence.kv_len // self._parts.pool.layout.block_size)
+        named, generations = len(start.kv.block_ids), len(start.kv.generations)
+        if named != blocks or generations != blocks:
+            return f"{named} blocks with {generations} generations were named for a prompt of {blocks}"
+        return None
 
     def _finish_pulls(self) -> None:
         for pulled in self._puller.poll():

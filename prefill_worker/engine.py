@@ -62,7 +62,8 @@ class Engine:
                 self._leases.end_connection(received.connection)
                 continue
             for prefill in received.message.prefills:
-                spec = self._attempts.accept(received.connection, prefill, _length, draining)
+                under_way = self._scheduler.has(prefill.attempt_id) or prefill.attempt_id in self._leases
+                spec = self._attempts.accept(received.connection, prefill, _length, draining, under_way)
                 if spec is not None:
                     trace = self._tracing.below(prefill.traceparent)
                     self._scheduler.add(Prompt(prefill.attempt_id, received.connection, spec, trace=trace))

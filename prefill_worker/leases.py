@@ -23,6 +23,9 @@ class Leases:
     def __len__(self) -> int:
         return len(self._leases)
 
+    def __contains__(self, attempt_id: int) -> bool:
+        return attempt_id in self._leases
+
     def grant(self, attempt_id: int, connection: int, blocks: list[int], now: float) -> None:
         self._leases[attempt_id] = Lease(connection, blocks, now + self._seconds)
 

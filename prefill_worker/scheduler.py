@@ -61,6 +61,9 @@ class Scheduler:
     def running_count(self) -> int:
         return len(self._running)
 
+    def has(self, attempt_id: int) -> bool:
+        return attempt_id in self._waiting or attempt_id in self._running
+
     def add(self, prompt: Prompt) -> None:
         self._waiting[prompt.attempt_id] = prompt
 

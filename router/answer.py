@@ -35,6 +35,7 @@ class Answer:
         request = self._request
         begin = self.tokens
         tokens = request.output[begin:]
+        request.taken = len(request.output)
         stop, finish = None, None
         if self._stops is None:
             self.tokens += len(tokens)

@@ -9,6 +9,7 @@ import jinja2
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from common.model_config import ModelError, read_json
 from router.errors import InvalidArgument
 from twostroke.v1 import inference_pb2 as pb
 
@@ -45,7 +46,7 @@ class ChatTemplate:
         opening = chat.add_generation_prompt if chat.HasField("add_generation_prompt") else True
         try:
             return self._template.render(messages=messages, add_generation_prompt=opening, **self._special_tokens)
-        except jinja2.TemplateError as error:
+        except Exception as error:  # the template is somebody's program: what it raises may be anything
             raise InvalidArgument("chat.messages", f"the model's chat template refuses them: {error}") from error
 
     def _knows(self, role: str) -> bool:
@@ -53,20 +54,50 @@ class ChatTemplate:
 
 
 def load(directory: Path) -> ChatTemplate | None:
-    """The template of `chat_template.jinja` or `tokenizer_config.json`; None where the model has none."""
+    """The template of `chat_template.jinja` or `tokenizer_config.json`; None where the model has none.
+
+    Raises:
+        ModelError: one of these files is damaged.
+    """
     settings_file = directory / "tokenizer_config.json"
-    settings = json.loads(settings_file.read_text()) if settings_file.exists() else {}
+    settings = read_json(settings_file) if settings_file.exists() else {}
     template_file = directory / "chat_template.jinja"
-    source = template_file.read_text() if template_file.exists() else settings.get("chat_template")
-    if isinstance(source, list):  # several, by name
-        source = next((entry["template"] for entry in source if entry["name"] == "default"), None)
-    return ChatTemplate(source, special_tokens(settings)) if source else None
+    source: str | None
+    if template_file.exists():
+        source, named = _read(template_file), template_file
+    else:
+        source, named = _default(settings.get("chat_template")), settings_file
+    if source is None:
+        return None
+    try:
+        return ChatTemplate(source, special_tokens(settings))
+    except (jinja2.TemplateError, RecursionError) as error:
+        raise ModelError(f"the chat template of {named} is not valid: {error}") from error
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file} is no text: {error}") from error
+
+
+def _default(template: object) -> str | None:
+    """The template, or that which is called "default" of several."""
+    if isinstance(template, list):
+        named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
+        template = named[0].get("template") if named else None
+    if template is None or template == "":
+        return None
+    if not isinstance(template, str):
+        raise ModelError(f"chat_template is no text, but {type(template).__name__}")
+    return template
 
 
 def special_tokens(settings: dict[str, Any]) -> dict[str, str]:
     """The tokens that `tokenizer_config.json` gives a name to, such as `eos_token`."""
     named = {name: value for name, value in settings.items() if name.endswith("_token")}
-    texts = {name: value["content"] if isinstance(value, dict) else value for name, value in named.items()}
+    texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in named.items()}
     return {name: text for name, text in texts.items() if isinstance(text, str)}
 
 

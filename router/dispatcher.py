@@ -241,9 +241,15 @@ class Dispatcher:
         self.dispatch()
 
     def received(self, worker: Worker, message: worker_pb2.WorkerMessage) -> None:
+        """
+        Raises:
+            WorkerFault: the worker said what it may not; nothing that it says counts any more.
+        """
         worker.report(message)
         if not worker.load.ready:
             self._retire(worker)
+        elif message.HasField("load") and not worker.draining and worker not in self._workers[worker.role]:
+            self.worker_up(worker)  # it said that it was not ready, and is
         for reserved in message.reserved:
             self._reserved(worker, reserved)
         for prefilled in message.prefilled:
@@ -274,7 +280,7 @@ class Dispatcher:
             if not attempt.in_place:
                 request.prefill_cached_tokens = prefilled.cached_tokens
             self._metrics.first_token.observe(now - request.arrived_at)
-        if request.sampling.HasField("logprobs"):
+        if request.wants_logprobs:
             request.logprobs.append(prefilled.logprobs)
         request.add(prefilled.first_token)
         if not attempt.in_place:
@@ -300,7 +306,10 @@ class Dispatcher:
             attempt.decode = None
             worker.end(attempt)
             self._close(attempt, "refused")
-            self._requeue(attempt.request)
+            if attempt.request.complete:  # it refuses what it has done already
+                attempt.request.end(State.FINISHED)
+            else:
+                self._requeue(attempt.request)
             return
         attempt.reserved = True
         attempt.decode_cached_tokens = reserved.cached_tokens
@@ -320,6 +329,8 @@ class Dispatcher:
         attempt = worker.attempts.get(started.attempt_id)
         if attempt is None or attempt.decode is not worker or attempt.id not in worker.decoding:
             return
+        if attempt.decoding_since is not None:
+            return
         attempt.request.timing.transfer_ms += started.transfer_ms
         attempt.trace.record("transfer", time.monotonic() - started.transfer_ms / 1000, {})
         _decoding(attempt)
@@ -330,6 +341,7 @@ class Dispatcher:
         if attempt is None:
             return
         if ended.cause == worker_pb2.Ended.CAUSE_DRAINING:
+            worker.draining = True
             self._retire(worker)
         if attempt.request.complete or ended.cause == worker_pb2.Ended.CAUSE_PREEMPTED:
             self._did_well(worker, attempt)

@@ -2,11 +2,16 @@
 
 import grpc
 
+# A sentence travels in the call's trailers, which are limited (to 8 KiB) and spell out each byte that is not ASCII.
+MAX_SENTENCE = 400
+
 
 class CallError(Exception):
-    """A status code and a sentence that a person can act on."""
+    """A status code and a sentence that a person can act on. A longer one, which quotes what somebody sent, is cut."""
 
     def __init__(self, code: grpc.StatusCode, message: str) -> None:
+        if len(message) > MAX_SENTENCE:
+            message = f"{message[: MAX_SENTENCE - 1]}…"
         super().__init__(message)
         self.code = code
         self.message = message

@@ -25,7 +25,7 @@ def main(config: RouterConfig) -> None:
 async def _serve(config: RouterConfig) -> None:
     directory = resolve(config.model)
     model = load_config(directory)
-    router = Router(config, model, Tokenizer(directory, model.vocab_size))
+    router = Router(config, model, Tokenizer(directory, model))
     port = await router.start()
     garbage.forget_start()
     host = config.listen.rpartition(":")[0]

@@ -9,11 +9,13 @@ from typing import TypeAlias
 
 import structlog
 
+from common.model_config import ModelConfig
 from common.peers import Peers
 from router.config import RouterConfig
 from router.dispatcher import DECODE, PREFILL, ROLE_NAMES, Dispatcher
 from router.errors import InvalidArgument
 from router.worker import Worker
+from router.worker_faults import check
 from router.worker_link import WorkerLink
 from twostroke.v1 import inference_pb2, worker_pb2
 
@@ -24,6 +26,7 @@ REGISTER_INTERVAL = 2.0
 REGISTRATION_LASTS = 15.0
 DNS_INTERVAL = 5.0
 MAX_WORKERS = 1024
+MAX_ADDRESS = 300  # characters
 
 Role: TypeAlias = inference_pb2.WorkerRole.ValueType
 
@@ -31,7 +34,8 @@ Role: TypeAlias = inference_pb2.WorkerRole.ValueType
 class Registry:
     """Keeps a link to every address, and lets in only workers that fit together."""
 
-    def __init__(self, config: RouterConfig, dispatcher: Dispatcher, peers: Peers) -> None:
+    def __init__(self, config: RouterConfig, model: ModelConfig, dispatcher: Dispatcher, peers: Peers) -> None:
+        self._vocab_size = model.vocab_size
         self.instance = secrets.token_hex(8)
         self._named: list[tuple[str, Role]] = [(address, PREFILL) for address in config.prefill]
         self._named += [(address, DECODE) for address in config.decode]
@@ -64,7 +68,7 @@ class Registry:
             InvalidArgument: the address or role is none, or there are too many workers.
         """
         host, _, port = request.address.rpartition(":")
-        if not host or not port.isdigit():
+        if not host or not (port.isascii() and port.isdigit()) or len(request.address) > MAX_ADDRESS:
             raise InvalidArgument("address", f"{request.address!r} is not host:port")
         if request.role not in ROLE_NAMES:
             raise InvalidArgument("role", "must be prefill or decode")
@@ -84,8 +88,11 @@ class Registry:
             return f"it is a {ROLE_NAMES.get(hello.role)} worker, and was named as a {ROLE_NAMES[expected]} worker"
         if any(other.instance == worker.instance for other in self.connected):
             return "it is connected already, under another address"
-        if not hello.pool.layout.block_size or not hello.max_length:
+        layout = hello.pool.layout
+        if not layout.block_size or not hello.max_length:
             return "its hello names no KV layout or length"
+        if hello.max_length > layout.num_blocks * layout.block_size:
+            return f"by its hello {hello.max_length} tokens fit {layout.num_blocks} blocks of {layout.block_size}"
         others = self.connected
         return next((_difference(hello, other) for other in others if _difference(hello, other)), None)
 
@@ -96,6 +103,7 @@ class Registry:
         self._dispatcher.worker_lost(worker)
 
     def received(self, worker: Worker, message: worker_pb2.WorkerMessage) -> None:
+        check(message, self._vocab_size)
         self._dispatcher.received(worker, message)
 
     # ------------------------------------------------------------ addresses

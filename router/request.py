@@ -14,6 +14,11 @@ if TYPE_CHECKING:
     from router.worker import Worker
 
 
+# A client that leaves more tokens unread, beyond what gRPC holds for it, gets none: its stream ends, and its place goes
+# to others.
+MAX_UNREAD_TOKENS = 4096
+
+
 class State(Enum):
     QUEUED = auto()  # in the router's queue
     DISPATCHED = auto()  # an attempt is under way
@@ -47,6 +52,8 @@ class Request:
     attempt: "Attempt | None" = None
     posted: bool = False  # in the mailbox, not yet taken out
     output: list[int] = field(default_factory=list)
+    taken: int = 0  # tokens of the output that are in messages to the client
+    complete: bool = False  # the last token is one that ends it
     logprobs: list[worker_pb2.Logprobs] = field(default_factory=list)  # parallel to output where asked for
     block_hashes: list[bytes] = field(default_factory=list)
     attempts: int = 0  # begun
@@ -57,6 +64,13 @@ class Request:
     decode_cached_tokens: int | None = None
     timing: inference_pb2.Timing = field(default_factory=inference_pb2.Timing)
 
+    most_tokens: int = field(init=False)  # of the output
+    wants_logprobs: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.most_tokens = self.prompt.max_length - len(self.prompt.token_ids)
+        self.wants_logprobs = self.sampling.HasField("logprobs")
+
     @property
     def length(self) -> int:
         return len(self.prompt.token_ids) + len(self.output)
@@ -66,19 +80,20 @@ class Request:
         return self.prompt.max_length - self.length
 
     @property
-    def complete(self) -> bool:
-        """Its last token is one that ends it."""
-        return bool(self.output) and (self.output[-1] in self.prompt.stop_token_ids or self.remaining <= 0)
-
-    @property
     def over(self) -> bool:
         return self.state is not State.QUEUED and self.state is not State.DISPATCHED
 
     def add(self, token: int) -> None:
-        self.output.append(token)
+        """Takes the next token. None may follow one that makes it complete."""
+        output = self.output
+        output.append(token)
+        if token in self.prompt.stop_token_ids or len(output) >= self.most_tokens:
+            self.complete = True
         if not self.posted:
             self.posted = True
             self.mailbox.post(self)
+        elif len(output) - self.taken > MAX_UNREAD_TOKENS:
+            self.mailbox.overflow()
 
     def end(self, state: State, failure: CallError | None = None) -> None:
         self.state = state

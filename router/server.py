@@ -18,6 +18,7 @@ from router.auth import KeyInterceptor
 from router.config import RouterConfig
 from router.dispatcher import DECODE, PREFILL, ROLE_NAMES, Dispatcher
 from router.metrics import Metrics
+from router.parsing import ParseInterceptor
 from router.registry import Registry
 from router.service import INFERENCE, InferenceService, RegistryService
 from router.tokenizer import Tokenizer
@@ -46,7 +47,7 @@ class Router:
         self._tracing = tracing.start(config.otlp_endpoint, "twostroke-router")
         self.metrics = Metrics()
         self.dispatcher = Dispatcher(config, self.metrics)
-        self.registry = Registry(config, self.dispatcher, self._peers)
+        self.registry = Registry(config, model, self.dispatcher, self._peers)
         self.service = InferenceService(
             config, model, tokenizer, self.dispatcher, self.registry, self.metrics, self._tracing
         )
@@ -97,7 +98,7 @@ class Router:
             interceptors.append(SecretInterceptor(REGISTRY, secret, NO_SECRET if secret is None else WRONG_SECRET))
         if keys is not None:
             interceptors.append(KeyInterceptor(INFERENCE, keys, secret, self.metrics))
-        return interceptors
+        return [*interceptors, ParseInterceptor()]
 
     def _watch(self) -> None:
         dispatcher, metrics = self.dispatcher, self.metrics

@@ -23,7 +23,7 @@ from router.limits import CALLER
 from router.mailbox import Mailbox
 from router.metrics import Metrics
 from router.registry import Registry
-from router.request import Prompt, Request
+from router.request import MAX_UNREAD_TOKENS, Prompt, Request
 from router.tokenizer import Tokenizer
 from router.turnstile import Turnstile
 from router.validate import Job
@@ -37,6 +37,8 @@ INFERENCE = pb.DESCRIPTOR.services_by_name["Inference"].full_name
 
 # A caller's clock and the way from it: its end of the call comes a little before the deadline does here.
 DEADLINE_TOLERANCE = 0.05  # seconds
+
+UNREAD = f"the stream was not read: more than {MAX_UNREAD_TOKENS} tokens of an answer waited for it"
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -66,8 +68,11 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     # ------------------------------------------------------------ generating
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
-        response, trace = pb.GenerateResponse(), self._trace("Generate", context)
-        async with self._call("Generate", context, trace), aclosing(self._chunks(request, trace)) as chunks:
+        response, mailbox, trace = pb.GenerateResponse(), self._mailbox(), self._trace("Generate", context)
+        async with (
+            self._call("Generate", context, mailbox, trace),
+            aclosing(self._chunks(request, mailbox, trace)) as chunks,
+        ):
             async for chunk in chunks:
                 _gather(response, chunk)
         return response
@@ -75,12 +80,20 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     # A coroutine that writes, where the stubs know only generators: a generator that is cancelled while its message is
     # being sent is not closed until it is collected.
     async def GenerateStream(self, request: pb.GenerateRequest, context: Context) -> None:  # type: ignore[override]
-        trace = self._trace("GenerateStream", context)
-        async with self._call("GenerateStream", context, trace), aclosing(self._chunks(request, trace)) as chunks:
+        mailbox, trace = self._mailbox(), self._trace("GenerateStream", context)
+        async with (
+            self._call("GenerateStream", context, mailbox, trace),
+            aclosing(self._chunks(request, mailbox, trace)) as chunks,
+        ):
             async for chunk in chunks:
                 await context.write(chunk)
 
-    async def _chunks(self, request: pb.GenerateRequest, trace: Span) -> AsyncGenerator[pb.GenerateChunk, None]:
+    def _mailbox(self) -> Mailbox[Request]:
+        return Mailbox(self._turnstile, asyncio.current_task())
+
+    async def _chunks(
+        self, request: pb.GenerateRequest, mailbox: Mailbox[Request], trace: Span
+    ) -> AsyncGenerator[pb.GenerateChunk, None]:
         """The answer, at the reader's pace. Closing it, at whatever point, ends the request on the workers."""
         job = validate.check(request, self._model)
         structlog.contextvars.bind_contextvars(request_id=job.request_id)
@@ -88,7 +101,6 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         with caller.generating(job.n):
             self._dispatcher.check_admission(job.n)
             token_ids = await self._prompt(request)
-            mailbox: Mailbox[Request] = Mailbox(self._turnstile)
             requests = self._requests(job, token_ids, mailbox, trace)
             trace.note(request_trace.of_request(request, job, self._config.model, len(token_ids)))
             finishes: list[pb.Finish] = []
@@ -130,13 +142,14 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     async def _prompt(self, request: pb.GenerateRequest) -> list[int]:
         match request.WhichOneof("input"):
             case "text":
-                return await self._tokenizer.encode(request.text, add_special_tokens=True)
+                token_ids = await self._tokenizer.encode(request.text, add_special_tokens=True)
             case "chat":
-                return await self._tokenizer.encode_chat(request.chat)
+                token_ids = await self._tokenizer.encode_chat(request.chat)
             case _:
-                token_ids = list(request.token_ids.ids)
-                validate.check_tokens("token_ids.ids", token_ids, self._model)
-                return token_ids
+                validate.check_prompt(request.token_ids.ids, self._model)
+                return list(request.token_ids.ids)
+        validate.check_tokens("input", token_ids, self._model)  # tokenizers may know tokens that the model does not
+        return token_ids
 
     def _requests(self, job: Job, token_ids: list[int], mailbox: Mailbox[Request], trace: Span) -> list[Request]:
         prompt = Prompt(
@@ -166,7 +179,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
     async def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:
         async with self._call("Detokenize", context):
-            validate.check_tokens("token_ids", request.token_ids, self._model)
+            validate.check_detokenize(request.token_ids, self._model)
             text = self._tokenizer.decode(request.token_ids, special_tokens=request.special_tokens)
             return pb.DetokenizeResponse(text=text)
 
@@ -217,7 +230,9 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         return self._tracing.begin(name, str(traceparent), request_trace.of_call(name))
 
     @asynccontextmanager
-    async def _call(self, method: str, context: Context, trace: Span = OFF) -> AsyncIterator[None]:
+    async def _call(
+        self, method: str, context: Context, mailbox: Mailbox[Request] | None = None, trace: Span = OFF
+    ) -> AsyncIterator[None]:
         """Turns errors into status codes, and counts and logs how the call ended."""
         began, problem = time.monotonic(), ""
         code = grpc.StatusCode.CANCELLED  # unless the body comes to an end of its own
@@ -225,6 +240,10 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             yield
             code = grpc.StatusCode.OK
         except asyncio.CancelledError:
+            if mailbox is not None and mailbox.overflown:
+                code, problem = grpc.StatusCode.RESOURCE_EXHAUSTED, UNREAD
+                log.info("call failed", method=method, code=code.name, reason=UNREAD)
+                await context.abort(code, UNREAD)
             left = context.time_remaining()
             if left is not None and left < DEADLINE_TOLERANCE:
                 code, problem = grpc.StatusCode.DEADLINE_EXCEEDED, "the caller's deadline passed"

@@ -7,8 +7,10 @@ from typing import Any, cast
 from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 
+from common.model_config import ModelError
 
-class UnsupportedTokenizer(ValueError):
+
+class UnsupportedTokenizer(ModelError):
     """A tokenizer whose way of turning tokens into text is not known here."""
 
 

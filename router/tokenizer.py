@@ -1,39 +1,47 @@
 """Text and chats to token ids, and the way back."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import grpc
 import tokenizers
 
+from common.model_config import ModelConfig, ModelError
 from router import chat_template, token_bytes
 from router.detokenizer import Detokenizer
-from router.errors import InvalidArgument
+from router.errors import CallError, InvalidArgument
 from twostroke.v1 import inference_pb2 as pb
 
-# Below this many characters tokenizing takes less than a millisecond, and a thread would only add to it.
-INLINE_CHARACTERS = 2_000
+# Below this many bytes of text tokenizing takes less than a millisecond, and a thread would only add to it.
+INLINE_BYTES = 2_000
+
+# Of texts that wait for a thread, all together. Tokenizing takes some ten times a text's size.
+MAX_WAITING_BYTES = 16 * 1024 * 1024
 
 
 class Tokenizer:
     """A model's `tokenizer.json` and chat template.
 
     Raises:
-        UnsupportedTokenizer: its tokens cannot be turned into text one by one.
-        FileNotFoundError: the directory has no tokenizer.json.
+        ModelError: a file is missing or damaged, or its tokens cannot be turned into text one by one.
     """
 
-    def __init__(self, directory: Path, vocab_size: int) -> None:
+    def __init__(self, directory: Path, model: ModelConfig) -> None:
         file = directory / "tokenizer.json"
         if not file.exists():
-            raise FileNotFoundError(f"{directory} has no tokenizer.json; the router needs the model's fast tokenizer")
-        self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
+            raise ModelError(f"{directory} has no tokenizer.json; the router needs the model's fast tokenizer")
+        self._tokenizer = _read(file)
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._template = chat_template.load(directory)
-        self._bytes = token_bytes.read(self._tokenizer, vocab_size)
+        self._bytes = token_bytes.read(self._tokenizer, model.vocab_size)
         self._visible = self._bytes.without_special()
+        self._context_length = model.context_length
+        # No text that is longer has few enough tokens, and some that are take seconds for each megabyte.
+        self._most_bytes = model.context_length * max(map(len, self._bytes.table))
+        self._waiting_bytes = 0
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenizer")
 
     @property
@@ -49,22 +57,67 @@ class Tokenizer:
         return detokenizer.feed(token_ids) + detokenizer.finish()
 
     async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        if len(text) <= INLINE_CHARACTERS:
-            return self._encode(text, add_special_tokens)
-        return await asyncio.get_running_loop().run_in_executor(self._threads, self._encode, text, add_special_tokens)
+        """
+        Raises:
+            InvalidArgument: the text cannot fit the model's context.
+            CallError: RESOURCE_EXHAUSTED where too much text waits already.
+        """
+        size = len(text.encode())
+        self._check_size(size)
+        return await self._on_a_thread(size, lambda: self._encode(text, add_special_tokens))
 
     async def encode_chat(self, chat: pb.Chat) -> list[int]:
         """
         Raises:
-            InvalidArgument: the model has no chat template, or it refuses the messages.
+            InvalidArgument: the model has no chat template, or it refuses the messages, or they cannot fit the context.
+            CallError: RESOURCE_EXHAUSTED where too much text waits already.
         """
-        if self._template is None:
+        template = self._template
+        if template is None:
             raise InvalidArgument("chat", "this model has no chat template; send text or token_ids")
-        return await self.encode(self._template.render(chat), add_special_tokens=False)
+
+        def render_and_encode() -> list[int]:
+            text = template.render(chat)
+            self._check_size(len(text.encode()))
+            return self._encode(text, add_special_tokens=False)
+
+        size = chat.ByteSize()
+        self._check_size(size)
+        return await self._on_a_thread(size, render_and_encode)
 
     def detokenizer(self, *, special_tokens: bool) -> Detokenizer:
         table = self._bytes.table if special_tokens else self._visible
         return Detokenizer(table, self._bytes.strip_leading_space)
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        # As a batch, which lets other threads run meanwhile; `encode` does not.
+        (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return encoding.ids
+
+    def _check_size(self, size: int) -> None:
+        if size > self._most_bytes:
+            raise InvalidArgument(
+                "input",
+                f"the text has {size} bytes; the model's context of {self._context_length} tokens has room for no more "
+                f"than {self._most_bytes}",
+            )
+
+    async def _on_a_thread(self, size: int, encode: Callable[[], list[int]]) -> list[int]:
+        if size <= INLINE_BYTES:
+            return encode()
+        if self._waiting_bytes + size > MAX_WAITING_BYTES:
+            raise CallError(
+                grpc.StatusCode.RESOURCE_EXHAUSTED, "too much text waits to be made into tokens; try again later"
+            )
+        self._waiting_bytes += size
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, encode)
+        finally:
+            self._waiting_bytes -= size
+
+
+def _read(file: Path) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises nothing more particular
+        raise ModelError(f"{file} is no tokenizer: {error}") from error

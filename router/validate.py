@@ -21,6 +21,7 @@ MAX_STOP_TOKENS = 64
 MAX_LOGIT_BIAS = 1024
 MAX_MESSAGE_BYTES = 4 * 1024 * 1024
 MAX_SEED = 2**64 - 1
+MIN_TEMPERATURE = 9.999999e-6  # 1e-5, as a float of 32 bits has it
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,10 +123,37 @@ def check_length(prompt_tokens: int, job: Job, model: ModelConfig, smallest_pool
     return prompt_tokens + job.max_tokens
 
 
+def check_detokenize(token_ids: Sequence[int], model: ModelConfig) -> None:
+    """
+    Raises:
+        InvalidArgument: there are more tokens than any answer has, or some that do not exist.
+    """
+    if len(token_ids) > model.context_length:
+        raise InvalidArgument(
+            "token_ids",
+            f"has {len(token_ids)} tokens; at most {model.context_length}, the model's context, are allowed",
+        )
+    check_tokens("token_ids", token_ids, model)
+
+
+def check_prompt(token_ids: Sequence[int], model: ModelConfig) -> None:
+    """
+    Raises:
+        InvalidArgument: a prompt that is given as token ids has too many of them, or some that do not exist.
+    """
+    if len(token_ids) >= model.context_length:
+        raise InvalidArgument(
+            "input",
+            f"the prompt has {len(token_ids)} tokens; the model's context has room for {model.context_length}, "
+            "output included",
+        )
+    check_tokens("token_ids.ids", token_ids, model)
+
+
 def _sampling(sampling: pb.Sampling, logprobs: int | None, model: ModelConfig) -> worker_pb2.SamplingParams:
     temperature = sampling.temperature if sampling.HasField("temperature") else 1.0
     if temperature != 0:
-        _within("sampling.temperature", temperature, 1e-5, 100, or_else="0 (greedy) or ")
+        _within("sampling.temperature", temperature, MIN_TEMPERATURE, 100, or_else="0 (greedy) or ")
     top_p = sampling.top_p if sampling.HasField("top_p") else 1.0
     _within("sampling.top_p", top_p, 0, 1)
     if top_p == 0:

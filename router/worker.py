@@ -6,6 +6,7 @@ import time
 from router.circuit import Circuit
 from router.prefix_index import PrefixIndex
 from router.request import Attempt, Request
+from router.worker_faults import WorkerFault
 from twostroke.v1 import inference_pb2, worker_pb2
 
 # A decode worker that refused is asked again after so many seconds, or when a sequence ends there: each time that it
@@ -32,6 +33,7 @@ class Worker:
         self.attempts: dict[int, Attempt] = {}
         self.decoding: dict[int, Request] = {}
         self.cache = PrefixIndex()
+        self.draining = False  # it said so of an attempt: it takes none any more, whatever else it says
         self.pending_tokens = 0  # to be computed here for prompts that were sent, and not yet answered
         self._unanswered_blocks = 0  # decode: asked for, and not yet answered
         self._room = hello.pool.layout.num_blocks  # decode: blocks that can still be asked for, as far as is known
@@ -124,9 +126,15 @@ class Worker:
         self._refused_at = 0.0
 
     def report(self, message: worker_pb2.WorkerMessage) -> None:
-        """Takes what the worker says of itself; what it had not yet heard of when it wrote that still counts."""
+        """Takes what the worker says of itself; what it had not yet heard of when it wrote that still counts.
+
+        Raises:
+            WorkerFault: it can find more blocks than it has.
+        """
         if message.HasField("cache"):
             self.cache.apply(message.cache)
+            if len(self.cache) > self.hello.pool.layout.num_blocks:
+                raise WorkerFault(f"it can find {len(self.cache)} of {self.hello.pool.layout.num_blocks} blocks")
         if message.HasField("load"):
             self.load = message.load
             blocks = message.load.blocks

@@ -11,6 +11,7 @@ from common.grpc_options import KEEPALIVE
 from common.peers import Peers
 from router.circuit import Circuit
 from router.worker import Worker
+from router.worker_faults import WorkerFault
 from twostroke.v1 import inference_pb2, worker_pb2, worker_pb2_grpc
 
 log = structlog.get_logger(__name__)
@@ -32,7 +33,11 @@ class Events(Protocol):
 
     def worker_lost(self, worker: Worker) -> None: ...
 
-    def received(self, worker: Worker, message: worker_pb2.WorkerMessage) -> None: ...
+    def received(self, worker: Worker, message: worker_pb2.WorkerMessage) -> None:
+        """
+        Raises:
+            WorkerFault: the worker said what it may not, and is lost.
+        """
 
 
 class WorkerLink:
@@ -69,13 +74,15 @@ class WorkerLink:
         pause = FIRST_PAUSE
         while True:
             self._hurry.clear()
-            problem = ""
+            problem, broke_off = "", False
             try:
                 problem = await self._connect()
             except grpc.aio.AioRpcError as error:
                 problem = error.details() or str(error.code())
             except (TimeoutError, asyncio.InvalidStateError) as error:
                 problem = str(error) or type(error).__name__
+            except WorkerFault as fault:
+                problem, broke_off = f"it broke the protocol: {fault}", True
             except asyncio.CancelledError:
                 if _this_task_is_cancelled():
                     raise
@@ -87,7 +94,7 @@ class WorkerLink:
                 worker, self.worker = self.worker, None
                 self._events.worker_lost(worker)
                 log.warning("worker lost", worker=self.address, instance=worker.instance, reason=problem)
-                pause = FIRST_PAUSE
+                pause = LONGEST_PAUSE if broke_off else FIRST_PAUSE
             elif pause == FIRST_PAUSE:
                 log.info("no worker yet; trying on", worker=self.address, reason=problem)
             try:

@@ -1,12 +1,13 @@
 """A router with fake workers around it, over real gRPC on loopback."""
 
 import asyncio
+import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 
@@ -19,6 +20,8 @@ from twostroke.v1 import inference_pb2 as pb
 from twostroke.v1 import inference_pb2_grpc
 
 PROMPT = tuple(range(40, 60))
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -94,7 +97,7 @@ async def cluster(
         **{"worker_grace": 0.3, **settings},
     )
     loaded = load_config(model)
-    router = Router(config, loaded, Tokenizer(model, loaded.vocab_size))
+    router = Router(config, loaded, Tokenizer(model, loaded))
     address = f"127.0.0.1:{await router.start()}"
     async with grpc.aio.insecure_channel(address) as channel:
         made = Cluster(router, channel, address, *sides)
@@ -107,3 +110,43 @@ async def cluster(
             await router.stop(0)
             for worker in made.workers:
                 await worker.die()
+
+
+class Background:
+    """A cluster on an event loop of its own, for tests that are no coroutines: those that hypothesis calls."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, cluster: Cluster) -> None:
+        self._loop = loop
+        self.cluster = cluster
+        self.channel = grpc.insecure_channel(cluster.address, options=[("grpc.max_send_message_length", -1)])
+        self.stub: Any = inference_pb2_grpc.InferenceStub(self.channel)
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(30)
+
+    def assert_well(self) -> None:
+        """Nobody holds anything, and the next request is answered."""
+        self.run(eventually(self.cluster.nothing_held))
+        answer = self.run(self.cluster.generate(max_tokens=3))
+        assert list(answer.choices[0].token_ids) == expected(3)
+
+
+@contextmanager
+def background(model: Path, **settings: Any) -> Iterator[Background]:
+    """As `cluster`."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, name="cluster")
+    thread.start()
+    context = cluster(model, **settings)
+    try:
+        made = asyncio.run_coroutine_threadsafe(context.__aenter__(), loop).result(30)
+        running = Background(loop, made)
+        try:
+            yield running
+        finally:
+            running.channel.close()
+            asyncio.run_coroutine_threadsafe(context.__aexit__(None, None, None), loop).result(30)
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()

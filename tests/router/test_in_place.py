@@ -75,7 +75,7 @@ async def test_without_a_prefill_worker_every_length_is_prefilled_in_place(model
 
 
 async def test_without_a_prefill_worker_those_that_only_decode_are_left_out(model: Path) -> None:
-    async with cluster(model, prefills=[], decodes=[Script(), both(Script(refuse=1), num_blocks=100)]) as it:
+    async with cluster(model, prefills=[], decodes=[Script(), both(Script(refuse=1), num_blocks=130)]) as it:
         for _ in range(3):
             assert list((await it.generate()).choices[0].token_ids) == expected(8)
         assert [len(worker.reserves) for worker in it.decodes] == [0, 4]
@@ -337,8 +337,10 @@ async def test_many_at_once_with_everything_going_wrong(model: Path) -> None:
 
     async with cluster(model, [Script(fail=3)], [bad(), bad()], max_resumes=50) as it:
         prompts: list[Sequence[int]] = [tuple(range(40, 41 + length % 60)) for length in range(100)]
-        prompts.append(tuple(range(99, 39, -1)))  # no other begins like it, so that it lacks more than 30 tokens
-        answers = await asyncio.gather(*(it.generate(prompt=prompt, max_tokens=30) for prompt in prompts))
+        asked = [
+            it.generate(prompt=prompt, max_tokens=30, cache_salt=str(place)) for place, prompt in enumerate(prompts)
+        ]
+        answers = await asyncio.gather(*asked)
         for prompt, answer in zip(prompts, answers, strict=True):
             assert list(answer.choices[0].token_ids) == expected(30, prompt)
         assert {reserve.prefill for worker in it.decodes for reserve in worker.reserves} == {False, True}

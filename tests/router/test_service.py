@@ -1,5 +1,6 @@
 """Answers as clients see them, with workers that do nothing wrong."""
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +191,38 @@ async def test_bad_input_reaches_no_worker(model: Path, fields: dict[str, Any], 
             await it.generate(**fields)
         assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
         assert not it.prefills[0].prefills
+
+
+async def test_what_a_chat_template_raises_is_the_chats_fault(tmp_path: Path) -> None:
+    directory = models.write(tmp_path, models.byte_level())
+    (directory / "chat_template.jinja").write_text("{{ messages[0]['content'] + 1 }}")
+    async with cluster(directory) as it:
+        with pytest.raises(grpc.aio.AioRpcError, match="the model's chat template refuses them") as refused:
+            await it.generate(chat=pb.Chat(messages=[pb.ChatMessage(role="user", content="hi")]))
+        assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_tokens_that_the_model_does_not_have_reach_no_worker(tmp_path: Path) -> None:
+    """A tokenizer may have been given tokens that the weights know nothing of."""
+    tokenizer = models.byte_level()
+    tokenizer.add_special_tokens([f"<extra-{number}>" for number in range(models.VOCAB_SIZE)])
+    async with cluster(models.write(tmp_path, tokenizer)) as it:
+        with pytest.raises(grpc.aio.AioRpcError, match="is not in the vocabulary of 600 tokens") as refused:
+            await it.generate(text=f"a<extra-{models.VOCAB_SIZE - 1}>")
+        assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+        assert not it.prefills[0].prefills
+
+
+async def test_text_that_waits_for_its_tokens_is_limited(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "the lazy dog " * 1_000
+    monkeypatch.setattr("router.tokenizer.MAX_WAITING_BYTES", 2 * len(text))
+    async with cluster(model) as it:
+        calls = [it.stub.Tokenize(pb.TokenizeRequest(text=text)) for _ in range(20)]
+        ends = await asyncio.gather(*calls, return_exceptions=True)
+        refused = [end for end in ends if isinstance(end, grpc.aio.AioRpcError)]
+        assert 0 < len(refused) < 20
+        assert {end.code() for end in refused} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+        assert (await it.stub.Tokenize(pb.TokenizeRequest(text=text))).token_ids
 
 
 async def test_health_is_that_of_the_pair(model: Path) -> None:

@@ -73,6 +73,7 @@ def test_what_is_not_set_gets_the_documented_default() -> None:
 
 def test_a_zero_that_is_set_is_no_default() -> None:
     assert checked(sampling=pb.Sampling(temperature=0)).sampling.temperature == 0
+    assert checked(sampling=pb.Sampling(temperature=1e-5)).sampling.temperature == pytest.approx(1e-5)
     assert checked(sampling=pb.Sampling(seed=0)).seed == 0
     assert checked(response=pb.ResponseOptions(logprobs=0)).logprobs == 0
     assert not checked(response=pb.ResponseOptions(token_ids=False)).want_token_ids

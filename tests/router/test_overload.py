@@ -1,0 +1,171 @@
+"""More than the router can do, or than a client takes: memory stays bounded, every call ends in an answer or the right
+code, and afterwards nothing is held and the next request is answered."""
+
+import asyncio
+import json
+import resource
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from router.request import MAX_UNREAD_TOKENS, Request
+from router.validate import MAX_MESSAGE_BYTES
+from tests.router import models
+from tests.router.cluster import Cluster, cluster, eventually, expected, request
+from tests.router.fake_worker import DECODE, PREFILL, FakeWorker, Script
+from twostroke.v1 import inference_pb2 as pb
+from twostroke.v1 import inference_pb2_grpc
+
+# Clients each on a connection of its own, whose windows stay as small as they begin: they would grow to megabytes.
+OPTIONS = [("grpc.use_local_subchannel_pool", 1), ("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 16_384)]
+
+Code = grpc.StatusCode
+LONG = 32_000  # tokens of an answer: more than gRPC's windows and the router together hold for who does not read
+
+
+@pytest.fixture(scope="module")
+def long_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = models.write(tmp_path_factory.mktemp("long"), models.byte_level())
+    (directory / "config.json").write_text(json.dumps(models.CONFIG | {"max_position_embeddings": 2 * LONG}))
+    return directory
+
+
+def workers(**script: Any) -> dict[str, list[FakeWorker]]:
+    """That hold long sequences, each a step of its own."""
+    hello = {"max_length": 2 * LONG, "num_blocks": 1 << 16}
+    return {
+        "prefills": [FakeWorker(PREFILL, Script(), **hello)],
+        "decodes": [FakeWorker(DECODE, Script(**script), **hello)],
+    }
+
+
+async def assert_well(it: Cluster) -> None:
+    await eventually(it.nothing_held)
+    assert list((await it.generate()).choices[0].token_ids) == expected(8)
+
+
+async def read_all(call: Any) -> None:
+    while await call.read():
+        pass
+
+
+def resident_mib() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() >> 20
+
+
+async def code_of(call: Any) -> grpc.StatusCode:
+    try:
+        await call
+    except grpc.aio.AioRpcError as error:
+        return error.code()
+    return Code.OK
+
+
+# ---------------------------------------------------------------- who does not read
+
+
+async def new_channels(it: Cluster, count: int) -> AsyncIterator[grpc.aio.Channel]:
+    for _ in range(count):
+        yield grpc.aio.insecure_channel(it.address, options=OPTIONS)
+
+
+async def test_streams_that_nobody_reads_end_and_give_back_what_they_hold(long_model: Path) -> None:
+    async with cluster(long_model, **workers()) as it:
+        channels = [channel async for channel in new_channels(it, 2)]
+        before = resident_mib()
+        stubs: list[Any] = [inference_pb2_grpc.InferenceStub(channel) for channel in channels]
+        verbose = request(max_tokens=LONG, response=pb.ResponseOptions(logprobs=20))  # soon fills gRPC's windows
+        calls = [stub.GenerateStream(verbose) for stub in stubs]
+        for call in calls:
+            await call.read()
+        longest = 0
+
+        def ended() -> bool:
+            nonlocal longest
+            for attempt in it.router.dispatcher.workers()[0].attempts.values():
+                longest = max(longest, len(attempt.request.output) - attempt.request.taken)
+            return it.nothing_held()
+
+        await eventually(ended, seconds=20)
+        assert 0 < longest <= MAX_UNREAD_TOKENS + 256  # a step may come before the stream's end does
+        assert resident_mib() - before < 40  # twice 4,096 tokens with 20 log-probabilities each
+        await assert_well(it)
+        for call in calls:  # who reads after all gets what was sent, and why it is no more
+            with pytest.raises(grpc.aio.AioRpcError) as ended_with:
+                await read_all(call)
+            assert ended_with.value.code() is Code.RESOURCE_EXHAUSTED
+            assert (
+                ended_with.value.details()
+                == "the stream was not read: more than 4096 tokens of an answer waited for it"
+            )
+        for channel in channels:
+            await channel.close()
+
+
+async def test_a_slow_reader_gets_all_of_an_answer(long_model: Path) -> None:
+    """As long as it is not too far behind: what gathers meanwhile comes in fewer, larger messages."""
+    async with cluster(long_model, **workers()) as it:
+        tokens: list[int] = []
+        messages = 0
+        async for chunk in it.stub.GenerateStream(request(max_tokens=MAX_UNREAD_TOKENS // 2)):
+            tokens += chunk.delta.token_ids
+            messages += 1
+            await asyncio.sleep(0.002 if messages < 50 else 0)
+        assert tokens == expected(MAX_UNREAD_TOKENS // 2)
+        await assert_well(it)
+
+
+# ---------------------------------------------------------------- deadlines, queues, sizes
+
+
+async def test_deadlines_of_a_millisecond(model: Path) -> None:
+    async with cluster(model, prefills=[Script(prefill_seconds=0.005)]) as it:
+        calls = [it.stub.Generate(request(max_tokens=50), timeout=0.001) for _ in range(300)]
+        codes = set(await asyncio.gather(*(code_of(call) for call in calls)))
+        assert codes == {Code.DEADLINE_EXCEEDED}
+        await assert_well(it)
+
+
+async def test_every_queue_full(model: Path) -> None:
+    """A pool for two requests, a queue for ten, and a hundred that come at once, from ten clients."""
+    small = FakeWorker(DECODE, Script(step_seconds=0.002), num_blocks=8, max_length=64)
+    async with cluster(model, decodes=[small], max_queue=10) as it:
+        channels = [channel async for channel in new_channels(it, 10)]
+        stubs: list[Any] = [inference_pb2_grpc.InferenceStub(channel) for channel in channels]
+        calls = [stub.Generate(request(max_tokens=20), timeout=20) for _ in range(10) for stub in stubs]
+        codes = await asyncio.gather(*(code_of(call) for call in calls))
+        assert set(codes) == {Code.OK, Code.RESOURCE_EXHAUSTED}
+        assert codes.count(Code.OK) >= 12
+        await assert_well(it)
+        for channel in channels:
+            await channel.close()
+
+
+async def test_far_more_demand_than_room_is_served_in_order(model: Path) -> None:
+    small = FakeWorker(DECODE, Script(step_seconds=0.001), num_blocks=8, max_length=64)
+    async with cluster(model, decodes=[small]) as it:
+        came: list[int] = []
+        submit = it.router.dispatcher.submit
+
+        def noting(requests: list[Request]) -> None:
+            came.extend(asked.prompt.token_ids[0] for asked in requests)
+            submit(requests)
+
+        it.router.dispatcher.submit = noting  # type: ignore[method-assign]
+        prompts = [(40 + place,) * 20 for place in range(60)]
+        answers = await asyncio.gather(*(it.generate(prompt=prompt, max_tokens=20) for prompt in prompts))
+        assert all(list(answer.choices[0].token_ids) == expected(20) for answer in answers)
+        assert [reserve.sequence.token_ids[0] for reserve in small.reserves] == came
+        await assert_well(it)
+
+
+async def test_many_of_the_largest_messages_hold_nobody_up(model: Path) -> None:
+    largest = request(text="x" * (MAX_MESSAGE_BYTES - 100))
+    async with cluster(model) as it:
+        calls = [asyncio.ensure_future(code_of(it.stub.Generate(largest, timeout=20))) for _ in range(20)]
+        assert list((await it.generate()).choices[0].token_ids) == expected(8)
+        assert set(await asyncio.gather(*calls)) == {Code.INVALID_ARGUMENT}
+        await assert_well(it)

@@ -25,11 +25,12 @@ LONGEST_PHASE_SECONDS = 60.0
 # Of the run: what parts hold after it is what they may hold at the end.
 WARM_UP_SHARE = 20  # percent
 
-# Pools with less room than all callers want, a queue that is full at times, and prompts computed on both sides.
+# Pools with less room than all callers want, so that sequences are preempted; a queue that is full at times; prompts
+# computed on both sides.
 WORKER_FLAGS = {"num-blocks": 160}
 PREFILL_FLAGS = {"max-batch-tokens": 128}
-DECODE_FLAGS = {"prefill-tokens": 24}
-ROUTER_FLAGS = {"headroom-tokens": 16, "max-queue": 6}
+DECODE_FLAGS = {"prefill-tokens": 24, "num-blocks": 96}
+ROUTER_FLAGS = {"headroom-tokens": 1, "max-queue": 6}
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def soak(directory: Path, seconds: float, seed: int, say: Callable[[str], None] 
     """Runs for about so long. Everything but the clock is drawn from `seed`. Logs go to `directory`.
 
     Raises:
-        AssertionError: at a quiet point, something is still held, or not all parts are there.
+        AssertionError: before the first fault or after the last, not all parts are there, or something is held.
     """
     report = Report()
     rng = random.Random(seed)
@@ -76,7 +77,10 @@ def soak(directory: Path, seconds: float, seed: int, say: Callable[[str], None] 
         phases = max(2, round(seconds / LONGEST_PHASE_SECONDS))
         for phase in range(1, phases + 1):
             _work([*callers, *hands], seconds / phases)
-            quiet.settle(cluster)
+            try:
+                quiet.settle(cluster)
+            except AssertionError as error:
+                report.problems.append(f"at quiet point {phase}: {error}")
             left = quiet.segments_left(cluster, {name for hand in hands for name in hand.segments})
             report.problems += [f"at quiet point {phase}: {name} is still there" for name in left]
             point = QuietPoint(time.monotonic() - began, report.tally.counts.total(), quiet.holdings(cluster))

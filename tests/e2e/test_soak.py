@@ -19,7 +19,7 @@ def sound(directory: Path, seconds: float, seed: int) -> Report:
 
 @pytest.mark.timeout(120)
 def test_a_short_soak(tmp_path: Path) -> None:
-    report = sound(tmp_path, seconds=10, seed=228)
+    report = sound(tmp_path, seconds=8, seed=228)
     # This seed begins with the one while the other decode worker is stopped.
     assert report.faults["decode-0", "kill"]
     assert report.faults["decode-1", "stop"]

@@ -18,6 +18,7 @@ REASON = why_not()
 
 pytestmark = [
     pytest.mark.e2e,
+    pytest.mark.slow,
     pytest.mark.timeout(120),
     pytest.mark.skipif(bool(REASON), reason=REASON),
 ]
@@ -109,8 +110,8 @@ def under_way(cluster: Cluster, state: str) -> tuple[Asking, tuple[int, ...], in
     return asking, tokens, max_tokens, busy_host(cluster, role)
 
 
-@pytest.mark.parametrize("ways", ["both ways", pytest.param("outward", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("state", ["prefilling", pytest.param("decoding", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ways", ["both ways", "outward"])
+@pytest.mark.parametrize("state", ["prefilling", "decoding"])
 def test_what_a_cut_off_host_had_goes_on_at_another(
     cluster: Cluster, hosts: tuple[Host, Host], state: str, ways: str
 ) -> None:
@@ -130,7 +131,6 @@ def test_what_a_cut_off_host_had_goes_on_at_another(
     assert_well(cluster, hosts)
 
 
-@pytest.mark.slow
 def test_with_every_host_cut_off_the_answer_is_unavailable_within_seconds(
     cluster: Cluster, hosts: tuple[Host, Host]
 ) -> None:
@@ -146,7 +146,6 @@ def test_with_every_host_cut_off_the_answer_is_unavailable_within_seconds(
     assert_well(cluster, hosts)
 
 
-@pytest.mark.slow
 def test_a_short_cut_loses_nothing(cluster: Cluster, hosts: tuple[Host, Host]) -> None:
     instances = {worker.instance for worker in cluster.client.load().workers}
     asking, tokens, max_tokens, index = under_way(cluster, "decoding")
@@ -159,7 +158,6 @@ def test_a_short_cut_loses_nothing(cluster: Cluster, hosts: tuple[Host, Host]) -
     assert_well(cluster, hosts)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("delay_seconds", "loss"), [(0.1, 0.0), (0.0, 0.02), (0.02, 0.02)])
 def test_a_slow_or_lossy_way_loses_no_request(
     cluster: Cluster, hosts: tuple[Host, Host], delay_seconds: float, loss: float
@@ -178,7 +176,6 @@ def test_a_slow_or_lossy_way_loses_no_request(
     assert_well(cluster, hosts)
 
 
-@pytest.mark.slow
 def test_a_cut_off_client_holds_its_places_for_seconds_only(cluster: Cluster, hosts: tuple[Host, Host]) -> None:
     code = (
         "import sys; from twostroke import Client, TwostrokeError\n"

@@ -16,7 +16,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check -qq
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format protos docs lock gpu-check compose-test clean
+.PHONY: help demo test test-slow soak lint format protos docs lock gpu-check compose-test clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  ##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -41,8 +41,11 @@ demo: $(VENV)/.installed  ## set up, start a cluster, ask the model two things, 
 test: $(VENV)/.installed-dev  ## the test suite without what is marked slow
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
-test-slow: $(VENV)/.installed-dev  ## soak and long fault tests
+test-slow: $(VENV)/.installed-dev  ## long fault tests, and a soak of minutes
 	$(BIN)/python -m pytest -m slow --timeout 3600 $(ARGS)
+
+soak: $(VENV)/.installed-dev  ## half an hour of mixed load and random faults; ARGS="--minutes 5 --seed 2"
+	$(BIN)/python -m tests.e2e.soak $(ARGS)
 
 lint: $(VENV)/.installed-dev  ## ruff, mypy, stub drift
 	$(BIN)/ruff check .

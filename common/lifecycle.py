@@ -14,11 +14,13 @@ class Lifecycle:
     """Turns signals into two questions that the engine's loop asks every turn.
 
     Args:
+        refuse: tells whoever asks that nothing new is taken; called from the signal handler, before anything else.
         wake: ends the loop's wait for messages; called from the signal handler.
         drain_seconds: how long running work may take after SIGTERM.
     """
 
-    def __init__(self, wake: Callable[[], None], drain_seconds: float) -> None:
+    def __init__(self, refuse: Callable[[], None], wake: Callable[[], None], drain_seconds: float) -> None:
+        self._refuse = refuse
         self._wake = wake
         self._drain_seconds = drain_seconds
         self._deadline: float | None = None
@@ -37,6 +39,7 @@ class Lifecycle:
         if self.draining:
             self._stop(number, frame)
             return
+        self._refuse()
         self._deadline = time.monotonic() + self._drain_seconds
         log.info("draining", seconds=self._drain_seconds)
         self._wake()

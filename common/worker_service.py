@@ -104,6 +104,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             self._loop.call_soon_threadsafe(self._hand_over, outgoing)
 
     def set_serving(self, serving: bool) -> None:
+        """What health says from now on; safe from any thread and from signal handlers."""
         status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
         for name in ("", SERVICE):
             asyncio.run_coroutine_threadsafe(self._health.set(name, status), self._loop)

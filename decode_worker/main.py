@@ -31,7 +31,7 @@ def main(config: DecodeConfig) -> None:
             prompt_runner.warm_up(config.prefill_chunk_tokens)
         own_prompts = OwnPrompts(parts, prompt_runner, config.prefill_chunk_tokens)
         service = WorkerService(parts.hello, config, known)
-        lifecycle = Lifecycle(service.wake, config.drain_seconds)
+        lifecycle = Lifecycle(lambda: service.set_serving(False), service.wake, config.drain_seconds)
         metrics = DecodeMetrics()
         metrics.serve(config)
         garbage.forget_start()

@@ -25,7 +25,7 @@ def main(config: PrefillConfig) -> None:
         if parts.device.type == "cuda":
             runner.warm_up(config.max_batch_tokens)
         service = WorkerService(parts.hello, config, known)
-        lifecycle = Lifecycle(service.wake, config.drain_seconds)
+        lifecycle = Lifecycle(lambda: service.set_serving(False), service.wake, config.drain_seconds)
         metrics = PrefillMetrics()
         metrics.serve(config)
         garbage.forget_start()

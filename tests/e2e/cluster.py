@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Self
 
 from common.transport import sweep
+from tests.e2e.hosts import Host
 from twostroke import Client, Generation
 from twostroke.v1 import inference_pb2 as pb
 
@@ -41,6 +42,8 @@ class Cluster:
     worker_flags: Mapping[str, object] = field(default_factory=dict)
     prefill_flags: Mapping[str, object] = field(default_factory=dict)
     decode_flags: Mapping[str, object] = field(default_factory=dict)
+    hosts: Mapping[str, Host] = field(default_factory=dict)  # of workers that are not on this one, by their names
+    metrics: bool = False  # whether each part serves its metrics, at `metrics_ports`
     log: Path | None = None
 
     def __enter__(self) -> Self:
@@ -48,8 +51,9 @@ class Cluster:
         self.clients = [Client(target, timeout=60) for target in self.targets]
         self.target, self.client = self.targets[0], self.clients[0]
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.metrics_ports: dict[str, int] = {}
         self._addresses: dict[str, str] = {}
-        self._log = self.log.open("ab") if self.log else subprocess.DEVNULL
+        self._log = (self.log or Path(os.devnull)).open("ab")
         try:
             for index in range(self.routers):
                 self.start_router(index)
@@ -71,28 +75,37 @@ class Cluster:
             process.kill()
         for process in self.processes.values():
             process.wait()
-        if not isinstance(self._log, int):
-            self._log.close()
+        self._log.close()
         sweep()
 
     def start_router(self, index: int = 0) -> None:
-        self._start(f"router-{index}", "router", {"listen": self.targets[index], **self.router_flags})
+        port = self.targets[index].rpartition(":")[2]
+        listen = f"0.0.0.0:{port}" if self.hosts else self.targets[index]
+        self._start(f"router-{index}", "router", {"listen": listen, **self.router_flags})
 
     def start_worker(self, role: str, index: int, **flags: object) -> None:
         own = self.prefill_flags if role == "prefill" else self.decode_flags
+        name, routers = f"{role}-{index}", self.targets
+        host = self.hosts.get(name)
         # A worker that starts again takes the address of the one before.
-        listen = self._addresses.setdefault(f"{role}-{index}", f"127.0.0.1:{free_port()}")
-        common = {"listen": listen, "router": self.targets, "threads": 1, "num-blocks": 1024, "device": "cpu"}
-        self._start(f"{role}-{index}", f"{role}_worker", {**common, **self.worker_flags, **own, **flags})
+        listen = self._addresses.setdefault(name, f"{host.address if host else '127.0.0.1'}:{free_port()}")
+        common: dict[str, object] = {"listen": listen, "threads": 1, "num-blocks": 1024, "device": "cpu"}
+        if host:
+            routers = [target.replace("127.0.0.1", host.here) for target in self.targets]
+            common["insecure"] = True
+        self._start(name, f"{role}_worker", {**common, "router": routers, **self.worker_flags, **own, **flags}, host)
 
-    def _start(self, name: str, module: str, flags: Mapping[str, object]) -> None:
+    def _start(self, name: str, module: str, flags: Mapping[str, object], host: Host | None = None) -> None:
+        if self.metrics:
+            flags = {"metrics-port": self.metrics_ports.setdefault(name, free_port()), **flags}
         arguments = [
             f"--{flag}={value}"
             for flag, values in flags.items()
             for value in (values if isinstance(values, list) else [values])
         ]
+        command = [sys.executable, "-m", module, *arguments]
         self.processes[name] = subprocess.Popen(
-            [sys.executable, "-m", module, *arguments],
+            host.command(command) if host else command,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
             stdin=subprocess.DEVNULL,
             stdout=self._log,

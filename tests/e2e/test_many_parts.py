@@ -11,6 +11,7 @@ from functools import cache
 
 import pytest
 
+from common.probe import probe
 from tests.e2e.asking import Asking
 from tests.e2e.cluster import Cluster
 from tests.e2e.tiny import prompt, tiny_cluster
@@ -22,11 +23,22 @@ pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(120)]
 PREFILL_FLAGS = {"max-batch-tokens": 8}
 LONG, SHORT = prompt(1_200), prompt(30, seed=1)
 
+# So that draining ends what is under way on a busy machine, too.
+PATIENCE = {"drain-seconds": 60}
+
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     directory = tmp_path_factory.mktemp("tiny")
-    with tiny_cluster(directory, prefill=2, decode=2, routers=2, prefill_flags=PREFILL_FLAGS) as cluster:
+    with tiny_cluster(
+        directory,
+        prefill=2,
+        decode=2,
+        routers=2,
+        worker_flags=PATIENCE,
+        prefill_flags=PREFILL_FLAGS,
+        router_flags=PATIENCE,
+    ) as cluster:
         yield cluster
 
 
@@ -86,6 +98,86 @@ def test_a_stopped_worker_is_noticed_and_what_it_had_goes_on_elsewhere(parts: Cl
         assert len(parts.workers(role)) == 1
     finally:
         parts.signal(f"{role}-0", signal.SIGCONT)
+    parts.wait_until_ready()
+    assert_well(parts)
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_what_a_killed_worker_had_goes_on_elsewhere_and_its_successor_is_another(parts: Cluster, role: str) -> None:
+    address = parts.addresses(role)[f"{role}-0"]
+    (killed,) = [worker.instance for worker in parts.workers(role) if worker.address == address]
+    requests = InAllStates(parts)
+    parts.kill(f"{role}-0")
+    parts.start_worker(role, 0)
+    requests.assert_answered()
+    assert any(asking.resumes for asking in requests.all)
+    parts.wait_until_ready()
+    for client in parts.clients:
+        assert killed not in {worker.instance for worker in parts.workers(role, client)}
+    assert_well(parts)
+
+
+def in_transfer(cluster: Cluster) -> tuple[Asking, str, str]:
+    """A request whose KV waits to be taken, and the names of its workers: the decode worker was stopped after it had
+    reserved and before it could begin to pull."""
+    asking = Asking(cluster.clients[0], LONG, max_tokens=20)
+
+    def busy(role: str, count: str) -> list[str]:
+        addresses = {worker.address for worker in cluster.workers(role) if getattr(worker, count)}
+        return [name for name, address in cluster.addresses(role).items() if address in addresses]
+
+    cluster.wait_for(lambda: bool(busy("prefill", "running") and busy("decode", "waiting")))
+    (prefill,), (decode,) = busy("prefill", "running"), busy("decode", "waiting")
+    cluster.signal(decode, signal.SIGSTOP)
+    cluster.wait_for(lambda: busy("prefill", "leases") == [prefill])
+    return asking, prefill, decode
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_a_worker_is_killed_while_kv_is_handed_over(parts: Cluster, role: str) -> None:
+    asking, prefill, decode = in_transfer(parts)
+    victim = prefill if role == "prefill" else decode
+    parts.kill(victim)
+    if role == "prefill":
+        parts.signal(decode, signal.SIGCONT)
+    assert_answered(parts, asking, LONG, 20)
+    parts.start_worker(role, int(victim[-1]))
+    parts.wait_until_ready()
+    assert_well(parts)
+
+
+def test_a_decode_worker_is_stopped_while_kv_is_handed_over(parts: Cluster) -> None:
+    asking, _, decode = in_transfer(parts)
+    try:
+        assert_answered(parts, asking, LONG, 20)
+        assert asking.resumes == 1
+    finally:
+        parts.signal(decode, signal.SIGCONT)
+    parts.wait_until_ready()
+    assert_well(parts)
+
+
+def test_kv_of_a_stopped_prefill_worker_is_taken_all_the_same(parts: Cluster) -> None:
+    asking, prefill, decode = in_transfer(parts)
+    parts.signal(prefill, signal.SIGSTOP)
+    try:
+        parts.signal(decode, signal.SIGCONT)
+        assert_answered(parts, asking, LONG, 20)
+        assert asking.resumes == 0
+    finally:
+        parts.signal(prefill, signal.SIGCONT)
+    parts.wait_until_ready()
+    assert_well(parts)
+
+
+def test_a_router_is_killed_while_kv_is_handed_over(parts: Cluster) -> None:
+    asking, _, decode = in_transfer(parts)
+    parts.kill("router-0")
+    parts.signal(decode, signal.SIGCONT)
+    asking.join(timeout=10)
+    assert isinstance(asking.error, Unavailable)
+    parts.assert_blocks_home(client=parts.clients[1])
+    parts.start_router(0)
     parts.wait_until_ready()
     assert_well(parts)
 
@@ -154,6 +246,27 @@ def test_a_killed_router_takes_only_its_own_requests_with_it(parts: Cluster) -> 
     assert all(answer.finish.usage.resumes == 0 for answer in answers)
     parts.assert_blocks_home(client=parts.clients[1])
     parts.start_router(0)
+    parts.wait_until_ready()
+    assert_well(parts)
+
+
+@pytest.mark.parametrize("part", ["prefill-0", "decode-0", "router-0"])
+def test_a_draining_part_says_so_first_and_ends_what_it_has(parts: Cluster, part: str) -> None:
+    requests = InAllStates(parts)
+    role = part.partition("-")[0]
+    address = parts.targets[0] if role == "router" else parts.addresses(role)[part]
+    service = "twostroke.v1.Inference" if role == "router" else "twostroke.v1.Worker"
+    assert probe(address, service) is None
+    parts.signal(part, signal.SIGTERM)
+    parts.wait_for(lambda: probe(address, service) is not None, seconds=1)
+    assert parts.processes[part].poll() is None, "nothing was under way that it could have waited for"
+    requests.assert_answered()
+    assert all(asking.resumes == 0 for asking in requests.all)
+    assert parts.processes[part].wait(timeout=60) == 0
+    if role == "router":
+        parts.start_router(0)
+    else:
+        parts.start_worker(role, 0)
     parts.wait_until_ready()
     assert_well(parts)
 

@@ -30,7 +30,15 @@ REGISTRY = worker_pb2.DESCRIPTOR.services_by_name["Registry"].full_name
 NO_SECRET = "set --cluster-secret-file on the router and its workers: a router with API keys lets no worker in without"
 WRONG_SECRET = "the router has a cluster secret, and this call not the same: set --cluster-secret-file on the worker"
 
-OPTIONS = [*KEEPALIVE, ("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)]
+# Calls at once over one connection; a client's next one waits there for its turn.
+MAX_STREAMS = 1024
+
+OPTIONS = [
+    *KEEPALIVE,
+    ("grpc.so_reuseport", 0),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_concurrent_streams", MAX_STREAMS),
+]
 
 
 class Router:

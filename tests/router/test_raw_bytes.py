@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from router.server import MAX_STREAMS
 from tests.damage import damaged
 from tests.messages import fuzz
 from tests.router.cluster import Background, background, request
@@ -77,6 +78,12 @@ def send(router: Background, sent: bytes, answer: bool = False) -> bytes:
 def test_a_call_made_of_bytes_is_answered(router: Background) -> None:
     """What the other tests damage is a call in the first place."""
     assert b"grpc-status" in send(router, call(BODY), answer=True)
+    router.assert_well()
+
+
+def test_a_connection_is_told_how_many_calls_it_may_have_at_once(router: Background) -> None:
+    max_concurrent_streams = struct.pack(">HI", 3, MAX_STREAMS)  # RFC 9113, section 6.5.2
+    assert max_concurrent_streams in send(router, call(BODY), answer=True)
     router.assert_well()
 
 

@@ -102,6 +102,7 @@ def under_way(cluster: Cluster, state: str) -> tuple[Asking, tuple[int, ...], in
     """A request in `state`, its prompt and tokens, and the host that has it."""
     tokens, max_tokens = (LONG, 20) if state == "prefilling" else (SHORT, 2_500)
     undisturbed(cluster.client, tokens, max_tokens)
+    cluster.assert_blocks_home()  # so that who is busy from now on has this request
     asking = Asking(cluster.client, tokens, max_tokens=max_tokens)
     if state == "decoding":
         cluster.wait_for(lambda: len(asking.tokens) > 3)

@@ -5,7 +5,7 @@ import signal
 
 import structlog
 
-from common import garbage, logs
+from common import garbage, logs, open_files
 from common.model_config import load_config
 from common.model_files import resolve
 from common.peers import only_local
@@ -19,6 +19,7 @@ log = structlog.get_logger(__name__)
 def main(config: RouterConfig) -> None:
     """Serves until SIGTERM or Ctrl-C; a second one does not wait for running requests."""
     logs.configure(config.log_format)
+    open_files.allow_all()
     asyncio.run(_serve(config))
 
 

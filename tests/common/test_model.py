@@ -59,7 +59,7 @@ def test_embedded_model_greedy_equals_transformers(embedded: Path) -> None:
 def test_bfloat16_logits_are_near_transformers(embedded: Path) -> None:
     """Both round to 8 bits, at different places. Tolerance: the difference's standard deviation is at most 6 % of the
     logits' own, and ours is about as far from float32 as transformers' is (each differs by 2 to 5 %)."""
-    prompts = _prompts(49152, (1, 9, 33, 5, 20, 50, 12, 64, 40, 28, 3, 16))
+    prompts = _prompts(49152, (1, 9, 33, 5, 20, 50))
     ours = PagedSequences(hf_models.load_ours(embedded, "bfloat16"), REFERENCE, prompts, room=0).prefill().float()
     with torch.inference_mode():
         theirs, exact = (

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from benchmarks.in_process import spec
 from benchmarks.parts import LoadedModel, load_model, worker_parts
 from common.sequence import sequence_to_proto
+from common.tracing import Tracing
 from common.worker_service import Received, WorkerService
 from prefill_worker.engine import Engine
 from prefill_worker.metrics import PrefillMetrics
@@ -64,7 +65,7 @@ def send_to_prefill(loaded: LoadedModel) -> Callable[[list[pb.RouterMessage]], N
     parts = worker_parts(loaded, 40, BLOCK)
     wire = Wire()
     service = cast(WorkerService, cast(Any, wire))
-    engine = Engine(parts, service, Runner(parts), PrefillMetrics(), max_batch_tokens=16, lease_seconds=60)
+    engine = Engine(parts, service, Runner(parts), PrefillMetrics(), Tracing(), max_batch_tokens=16, lease_seconds=60)
 
     def turn() -> pb.WorkerMessage:
         engine._receive(draining=False)

@@ -9,7 +9,7 @@ from tests.e2e.prompts import prompts
 from tests.e2e.reference import assert_greedy
 from twostroke import Client, Generation, Piece, TwostrokeError
 
-LONG, SHORT = prompts((1_500, 20), seed=8)
+LONG, SHORT = prompts((800, 20), seed=8)
 
 
 def assert_all_greedy(asked: Sequence[Sequence[int]], answers: Sequence[Generation], count: int) -> None:

@@ -96,7 +96,7 @@ def test_a_worker_is_killed_and_another_goes_on(pairs: Cluster, state: str, role
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 @pytest.mark.parametrize("state", STATES)
 def test_the_only_worker_is_killed(pair: Cluster, state: str, role: str) -> None:
-    asking = Asking(pair.client, prompt_of(state))
+    asking = Asking(pair.client, prompt_of(state), max_tokens=100)
     reach(pair, asking, state)
     pair.kill(f"{role}-0")
     killed = time.monotonic()

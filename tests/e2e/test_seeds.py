@@ -32,19 +32,23 @@ def ask(cluster: Cluster, prompt: list[int], options: Options) -> Generation:
     return cluster.client.generate(prompt, timeout=120, **options)
 
 
-@pytest.mark.parametrize("options", [SAMPLED, PENALISED], ids=["plain", "penalties"])
-def test_the_same_tokens_alone_in_a_batch_after_preemption_and_elsewhere(options: Options) -> None:
+def test_the_same_tokens_alone_in_a_batch_after_preemption_and_elsewhere() -> None:
     prompt, *others = prompts((37, *range(20, 35)), seed=6)
+    kinds = (SAMPLED, PENALISED)
     with Cluster() as cluster:
-        alone = ask(cluster, prompt, options)
+        alone = [ask(cluster, prompt, options).token_ids for options in kinds]
         with ThreadPoolExecutor(16) as pool:
-            beside = [pool.submit(ask, cluster, other, {**options, "seed": seed}) for seed, other in enumerate(others)]
-            batched = pool.submit(ask, cluster, prompt, options).result()
-            assert {tuple(answer.result().token_ids) for answer in beside}.isdisjoint({alone.token_ids})
+            beside = [
+                pool.submit(ask, cluster, other, {**kinds[seed % 2], "seed": seed})
+                for seed, other in enumerate(others[:14])
+            ]
+            batched = [answer.token_ids for answer in pool.map(lambda kind: ask(cluster, prompt, kind), kinds)]
+            assert {tuple(answer.result().token_ids) for answer in beside}.isdisjoint(map(tuple, alone))
     scarce = Cluster(decode_flags={"num-blocks": 16}, router_flags={"headroom-tokens": 1})
     with scarce as cluster, ThreadPoolExecutor(16) as pool:
-        beside = [pool.submit(ask, cluster, other, options) for other in others[:7]]
-        preempted = pool.submit(ask, cluster, prompt, options).result()
-        resumes = preempted.finish.usage.resumes + sum(one.result().finish.usage.resumes for one in beside)
-    assert resumes > 0
-    assert alone.token_ids == batched.token_ids == preempted.token_ids
+        crowd = [pool.submit(ask, cluster, other, kinds[place % 2]) for place, other in enumerate(others[:6])]
+        answers = list(pool.map(lambda kind: ask(cluster, prompt, kind), kinds))
+        preempted = [answer.token_ids for answer in answers]
+        answers += [one.result() for one in crowd]
+    assert sum(answer.finish.usage.resumes for answer in answers) > 0
+    assert alone == batched == preempted

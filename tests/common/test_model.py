@@ -50,10 +50,10 @@ def test_greedy_tokens_equal_transformers(name: str, chunk: int | None, tmp_path
 def test_embedded_model_greedy_equals_transformers(embedded: Path) -> None:
     theirs = AutoModelForCausalLM.from_pretrained(embedded, dtype=torch.float32)
     prompts = _prompts(theirs.config.vocab_size, (1, 9, 33, 130))
-    expected = hf_models.greedy(theirs, prompts, 24)
+    expected = hf_models.greedy(theirs, prompts, 12)
     model = hf_models.load_ours(embedded)
-    assert PagedSequences(model, REFERENCE, prompts, room=24).generate(24) == expected
-    assert PagedSequences(model, REFERENCE, prompts, room=24, block_size=2).generate(24, chunk=32) == expected
+    assert PagedSequences(model, REFERENCE, prompts, room=12).generate(12) == expected
+    assert PagedSequences(model, REFERENCE, prompts, room=12, block_size=2).generate(12, chunk=32) == expected
 
 
 def test_bfloat16_logits_are_near_transformers(embedded: Path) -> None:

@@ -79,7 +79,7 @@ def test_the_client_is_killed(pair: Cluster, state: str) -> None:
 @pytest.mark.parametrize("state", STATES)
 def test_a_worker_is_killed_and_another_goes_on(pairs: Cluster, state: str, role: str) -> None:
     prompt = prompt_of(state)
-    asking = Asking(pairs.client, prompt, max_tokens=60)
+    asking = Asking(pairs.client, prompt, max_tokens=30)
     reach(pairs, asking, state)
     busy = [worker.address for worker in pairs.workers(role) if worker.running or worker.waiting]
     victim = next((name for name, address in pairs.addresses(role).items() if address in busy), f"{role}-0")
@@ -87,7 +87,7 @@ def test_a_worker_is_killed_and_another_goes_on(pairs: Cluster, state: str, role
     asking.join(timeout=60)
     assert asking.error is None
     assert_greedy(prompt, asking.tokens)
-    assert len(asking.tokens) == 60
+    assert len(asking.tokens) == 30
     assert_well(pairs)
     pairs.start_worker(role, int(victim.rpartition("-")[2]))
     pairs.wait_until_ready()
@@ -96,7 +96,7 @@ def test_a_worker_is_killed_and_another_goes_on(pairs: Cluster, state: str, role
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 @pytest.mark.parametrize("state", STATES)
 def test_the_only_worker_is_killed(pair: Cluster, state: str, role: str) -> None:
-    asking = Asking(pair.client, prompt_of(state), max_tokens=100)
+    asking = Asking(pair.client, prompt_of(state), max_tokens=60)
     reach(pair, asking, state)
     pair.kill(f"{role}-0")
     killed = time.monotonic()

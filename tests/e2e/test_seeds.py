@@ -16,7 +16,7 @@ SAMPLED: Options = {
     "top_p": 0.95,
     "top_k": 50,
     "seed": 2**63 + 11,
-    "max_tokens": 40,
+    "max_tokens": 28,
     "ignore_eos": True,
 }
 PENALISED: Options = {

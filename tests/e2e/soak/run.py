@@ -82,8 +82,9 @@ def soak(directory: Path, seconds: float, seed: int, say: Callable[[str], None] 
             report.problems += [f"at quiet point {phase}: {name} is still there" for name in left]
             point = QuietPoint(time.monotonic() - began, report.tally.counts.total(), quiet.holdings(cluster))
             report.quiet_points.append(point)
-            problems = len(report.tally.problems) + len(report.problems)
-            say(f"quiet point {phase}/{phases}: {point.seconds:.0f} s, {point.requests} requests, {problems} problems")
+            problems = [*report.tally.problems, *report.problems]
+            count = f"{point.seconds:.0f} s, {point.requests} requests, {len(problems)} problems"
+            say(f"quiet point {phase}/{phases}: {count}{'' if not problems else '; the last: ' + problems[-1]}")
         if _ask_in_peace(cluster, questions) != references:
             report.problems.append("what is answered in peace is not what it was at the beginning")
         _settle(cluster, "at the end", report)

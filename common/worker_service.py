@@ -19,7 +19,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from common.cluster_secret import SecretInterceptor
 from common.config import WorkerConfig
-from common.grpc_options import KEEPALIVE
+from common.grpc_options import PEERS
 from common.peers import Peers
 from twostroke.v1 import worker_pb2 as pb
 from twostroke.v1 import worker_pb2_grpc
@@ -30,7 +30,7 @@ SERVICE = "twostroke.v1.Worker"
 
 WRONG_SECRET = "the worker has a cluster secret, and this call not the same: set --cluster-secret-file on the router"
 
-REGISTRATION = (*KEEPALIVE, ("grpc.use_local_subchannel_pool", 1))
+REGISTRATION = (*PEERS, ("grpc.use_local_subchannel_pool", 1))
 
 # A router that reads nothing for this many messages is cut off: its sequences end, and memory stays bounded.
 MAX_UNSENT_MESSAGES = 10_000
@@ -124,7 +124,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
     async def _serve(self, listen: str, started: "Future[int]") -> None:
         secret = self._peers.secret
         server = grpc.aio.server(
-            options=[*KEEPALIVE, ("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", -1)],
+            options=[*PEERS, ("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", -1)],
             interceptors=[] if secret is None else [SecretInterceptor(SERVICE, secret, WRONG_SECRET)],
         )
         worker_pb2_grpc.add_WorkerServicer_to_server(self, server)

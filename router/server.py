@@ -10,7 +10,7 @@ from grpc_reflection.v1alpha import reflection
 
 from common import metrics_server, tracing
 from common.cluster_secret import SecretInterceptor
-from common.grpc_options import KEEPALIVE
+from common.grpc_options import CALLERS
 from common.model_config import ModelConfig
 from common.peers import Peers
 from router.api_keys import ApiKeys
@@ -34,7 +34,7 @@ WRONG_SECRET = "the router has a cluster secret, and this call not the same: set
 MAX_STREAMS = 1024
 
 OPTIONS = [
-    *KEEPALIVE,
+    *CALLERS,
     ("grpc.so_reuseport", 0),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_concurrent_streams", MAX_STREAMS),

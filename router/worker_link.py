@@ -7,7 +7,7 @@ from typing import Protocol
 import grpc
 import structlog
 
-from common.grpc_options import KEEPALIVE
+from common.grpc_options import PEERS
 from common.peers import Peers
 from router.circuit import Circuit
 from router.worker import Worker
@@ -105,7 +105,7 @@ class WorkerLink:
 
     async def _connect(self) -> str:
         """One stream, from hello to its end; returns why it ended."""
-        options = [*KEEPALIVE, ("grpc.max_receive_message_length", -1), ("grpc.use_local_subchannel_pool", 1)]
+        options = [*PEERS, ("grpc.max_receive_message_length", -1), ("grpc.use_local_subchannel_pool", 1)]
         async with self._peers.channel(self.address, options) as channel:
             stream: Connect = worker_pb2_grpc.WorkerStub(channel).Connect(metadata=self._peers.metadata)
             self._stream = stream

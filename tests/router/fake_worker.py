@@ -9,7 +9,7 @@ from typing import Any
 
 import grpc
 
-from common.grpc_options import KEEPALIVE
+from common.grpc_options import PEERS
 from twostroke.v1 import inference_pb2, worker_pb2, worker_pb2_grpc
 
 PREFILL = inference_pb2.WORKER_ROLE_PREFILL
@@ -96,7 +96,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
     # ------------------------------------------------------------ life
 
     async def start(self, address: str = "127.0.0.1:0") -> str:
-        options = [*KEEPALIVE, ("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", -1)]
+        options = [*PEERS, ("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", -1)]
         self._server = grpc.aio.server(options=options)
         worker_pb2_grpc.add_WorkerServicer_to_server(self, self._server)
         port = self._server.add_insecure_port(address)

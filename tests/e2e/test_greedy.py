@@ -82,7 +82,7 @@ def test_preemption_every_few_steps() -> None:
     asked = prompts(tuple(range(30, 42)), seed=5)
     flags = {"num-blocks": 40}  # they start with 3 blocks each and need up to 6
     with Cluster(decode_flags=flags, router_flags={"headroom-tokens": 1}) as cluster:
-        answers = cluster.ask_all(asked, 40)
+        answers = cluster.ask_all(asked, 48)
         cluster.assert_blocks_home()
     assert sum(answer.finish.usage.resumes for answer in answers) >= 5
-    assert_all_greedy(asked, answers, 40)
+    assert_all_greedy(asked, answers, 48)

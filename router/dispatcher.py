@@ -111,8 +111,7 @@ class Dispatcher:
         """The client went, or has all it wants. The workers hear of it with the next message."""
         if request.state is State.QUEUED:
             request.state = State.DROPPED
-            self._queue.remove(request)
-            _trace_queued(request)
+            self._take_out(request)
         elif request.state is State.DISPATCHED:
             attempt = request.attempt
             assert attempt is not None
@@ -159,14 +158,13 @@ class Dispatcher:
         return None
 
     def _begin(self, request: Request, prefill: Worker | None, decode: Worker | None, headroom: int) -> None:
-        self._queue.remove(request)
+        self._take_out(request)
         computing = prefill or decode
         assert computing is not None
         now = time.monotonic()
         request.state = State.DISPATCHED
         request.timing.queued_ms += 1000 * (now - request.queued_at)
         request.attempts += 1
-        _trace_queued(request)
         self._running += 1
         attempt = Attempt(
             id=next(self._attempt_ids),
@@ -202,14 +200,17 @@ class Dispatcher:
     ) -> "inference_pb2.WorkerRole.ValueType | None":
         """None of the workers takes the request now. It waits for them, or ends here where none ever will."""
         if workers and not any(worker.can_hold(tokens) for worker in workers):
-            self._queue.remove(request)
-            _trace_queued(request)
+            self._take_out(request)
             sentence = f"no {ROLE_NAMES[role]} worker that is left can hold {tokens} tokens"
             request.end(State.FAILED, CallError(grpc.StatusCode.UNAVAILABLE, sentence))
             return None
         if self._retry is None:
             self._retry = asyncio.get_running_loop().call_later(REFUSAL_PAUSE, self._retry_now)
         return role
+
+    def _take_out(self, request: Request) -> None:
+        self._queue.remove(request)
+        _trace_queued(request)
 
     def _retry_now(self) -> None:
         self._retry = None

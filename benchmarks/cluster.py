@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from socket import create_server
 from typing import Self
 
+from benchmarks.ports import free_port
 from twostroke import Client, TwostrokeError
 
 Flags = Mapping[str, object]
@@ -27,8 +27,7 @@ class Cluster:
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     def __enter__(self) -> Self:
-        with create_server(("127.0.0.1", 0)) as server:
-            self.target = f"127.0.0.1:{server.getsockname()[1]}"
+        self.target = f"127.0.0.1:{free_port()}"
         self.logs.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
             stack.callback(self._stop)

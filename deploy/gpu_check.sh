@@ -42,7 +42,7 @@ run engine 210 "$python" -m benchmarks.gpu.engine --out "$out/engine.json"
 run interference 200 "$python" -m benchmarks.gpu.interference --out "$out/interference.json" --logs "$out/interference"
 if (($(nvidia-smi --list-gpus | wc -l) > 1)); then
   run crossover 240 "$python" -m benchmarks.gpu.crossover --out "$out/crossover.json" --logs "$out/crossover"
-  run goodput 580 "$python" -m benchmarks.gpu.goodput --out "$out/goodput.json" --logs "$out/goodput"
+  run goodput 800 "$python" -m benchmarks.gpu.goodput --out "$out/goodput.json" --logs "$out/goodput"
   run goodput-long 700 "$python" -m benchmarks.gpu.goodput --prompt-tokens 200 --output-tokens 1000 --settle-seconds 10 \
     --trials 4 --low 8 --high 32 --out "$out/goodput-long.json" --logs "$out/goodput-long"
 fi

@@ -21,7 +21,6 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from socket import create_server
 
 from cyclopts import App
 
@@ -29,6 +28,7 @@ from benchmarks.cluster import Cluster, Flags
 from benchmarks.gpu import models
 from benchmarks.load.config import LoadConfig
 from benchmarks.load.processes import split, start
+from benchmarks.ports import free_port
 from benchmarks.report import Figure, Report
 from twostroke import AsyncClient
 
@@ -108,16 +108,10 @@ def main(
         prompt_tokens=prompt_tokens,
         output_tokens=output_tokens,
     )
-    with create_server(("127.0.0.1", 0)) as server:
-        address = f"127.0.0.1:{server.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     with tempfile.TemporaryDirectory() as folder:
         model = models.write(name, Path(folder))
-        worker: Flags = {
-            "model": model,
-            "load-format": "dummy",
-            "dtype": "float32" if device == "cpu" else "bfloat16",
-            "max-length": max(lengths) + 1024,
-        }
+        worker = models.worker(model, device, max(lengths) + 1024)
         decode: Flags = {
             **worker,
             "device": first,

@@ -166,12 +166,7 @@ def main(
     goodput: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         model = models.write(name, Path(folder))
-        worker: Flags = {
-            "model": model,
-            "load-format": "dummy",
-            "dtype": "float32" if device == "cpu" else "bfloat16",
-            "max-length": max(4096, prompt_tokens + output_tokens),
-        }
+        worker = models.worker(model, device, max(4096, prompt_tokens + output_tokens))
         prefill = {**worker, "num-blocks": prefill_blocks, "max-batch-tokens": max_batch_tokens}
         decode = {**worker, "num-blocks": decode_blocks, "max-batch": max_batch}
         helping = {

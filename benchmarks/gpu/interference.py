@@ -4,13 +4,12 @@ of its own, or both on the only one.
     python -m benchmarks.gpu.interference --out interference.json
 """
 
-import asyncio
 import multiprocessing
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,13 +19,13 @@ from cyclopts import App
 from benchmarks.cluster import Cluster
 from benchmarks.gpu import models
 from benchmarks.load.config import Limits, LoadConfig
+from benchmarks.load.processes import start
 from benchmarks.load.record import Record
-from benchmarks.load.run import run
 from benchmarks.load.summary import Summary, summarize
 from benchmarks.report import Figure, Report
-from twostroke import AsyncClient
 
 LIMIT = 1.1
+TIMEOUT = 300.0
 LEAD_SECONDS = 4.0  # for the long prompts to fill the prefill worker's queue, before anything counts
 
 app = App(name="interference", help_format="plaintext")
@@ -78,14 +77,9 @@ def main(
     )
     with tempfile.TemporaryDirectory() as folder:
         model = models.write(name, Path(folder))
-        worker = {
-            "model": model,
-            "load-format": "dummy",
-            "dtype": "float32" if device == "cpu" else "bfloat16",
-            "max-length": long_prompt_tokens + 2048,
-        }
-        prefill = worker | {"device": prefill_device, "num-blocks": prefill_blocks}
-        decode = worker | {"device": decode_device, "num-blocks": decode_blocks, "max-batch": 2 * streams}
+        worker = models.worker(model, device, long_prompt_tokens + 2048)
+        prefill = {**worker, "device": prefill_device, "num-blocks": prefill_blocks}
+        decode = {**worker, "device": decode_device, "num-blocks": decode_blocks, "max-batch": 2 * streams}
         cluster = Cluster(
             {"model": model, "headroom-tokens": 1024},
             [("prefill_worker", prefill), ("decode_worker", decode)],
@@ -98,13 +92,13 @@ def main(
 
 def _measure(cluster: Cluster, steady: LoadConfig, beside: LoadConfig, where: str, apart: bool) -> Iterator[Figure]:
     with cluster, ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-        alone = _summary(pool.submit(_load, cluster.target, steady).result())
+        alone = _summary(_start(pool, cluster, steady))
         yield _itl("alone", alone)
-        long = pool.submit(_load, cluster.target, beside)
+        long = _start(pool, cluster, beside)
         time.sleep(LEAD_SECONDS)
-        both = _summary(pool.submit(_load, cluster.target, replace(steady, seed=2)).result())
+        both = _summary(_start(pool, cluster, replace(steady, seed=2)))
         yield _itl("beside", both)
-        prompts = _summary(long.result())
+        prompts = _summary(long)
     yield Figure("long prompts", f"{prompts.prompt_tokens_per_second:.0f} tok/s", f"{prompts.requests} of them")
     for percentile in ("p50", "p99"):
         itl, floor = getattr(both.itl, percentile), getattr(alone.itl, percentile)
@@ -112,18 +106,13 @@ def _measure(cluster: Cluster, steady: LoadConfig, beside: LoadConfig, where: st
         yield Figure(f"ITL {percentile}, beside / alone", f"{itl:.2f} ms", where, itl / floor, bound, at_most=True)
 
 
-def _load(target: str, config: LoadConfig) -> list[Record]:
-    """A client's process."""
-
-    async def load() -> list[Record]:
-        async with AsyncClient(target, timeout=300) as client:
-            return await run(client, config, lambda _: None)
-
-    return asyncio.run(load())
+def _start(pool: ProcessPoolExecutor, cluster: Cluster, config: LoadConfig) -> Future[list[Record]]:
+    (client,) = start(pool, cluster.target, [config], TIMEOUT)
+    return client
 
 
-def _summary(records: list[Record]) -> Summary:
-    summary = summarize(records, Limits())
+def _summary(client: Future[list[Record]]) -> Summary:
+    summary = summarize(client.result(), Limits())
     if summary.errors:
         raise RuntimeError(f"requests failed: {summary.errors}")
     return summary

@@ -7,6 +7,8 @@ from typing import Any
 from cyclopts import App
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from benchmarks.cluster import Flags
+
 _COMMON = {"hidden_act": "silu", "attention_bias": False, "torch_dtype": "bfloat16"}
 
 # Shapes as published with the models of these names; "tiny" is for trying the scripts on a CPU.
@@ -78,6 +80,16 @@ def write(name: str, directory: Path) -> Path:
     _tokenizer(shape["vocab_size"]).save(str(target / "tokenizer.json"))
     (target / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
     return target
+
+
+def dtype(device: str) -> str:
+    """Of the figures: what a CPU computes with is for trying the scripts."""
+    return "float32" if device == "cpu" else "bfloat16"
+
+
+def worker(model: Path, device: str, max_length: int) -> Flags:
+    """Flags of a worker that serves a directory of `write` on a device of this kind."""
+    return {"model": model, "load-format": "dummy", "dtype": dtype(device), "max-length": max_length}
 
 
 def _tokenizer(vocab_size: int) -> Tokenizer:

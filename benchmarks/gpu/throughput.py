@@ -102,10 +102,6 @@ def main(
     return report.finish()
 
 
-def _dtype(device: str) -> str:
-    return "float32" if device == "cpu" else "bfloat16"
-
-
 # ------------------------------------------------------------ in one process
 
 
@@ -130,7 +126,7 @@ def _run_in_process(directory: Path, device: str, asks: list[Ask], sizes: Sizes)
     gemm = gemm_operations_per_second(where, 256 if small else 8192)
     config = load_config(directory, MAX_LENGTH)
     floor = floors.workload_seconds(config, [(len(ask.prompt), ask.output_tokens) for ask in asks], copy, gemm)
-    loaded = load_model(directory, _dtype(device), where, dummy=True, max_length=MAX_LENGTH)
+    loaded = load_model(directory, models.dtype(device), where, dummy=True, max_length=MAX_LENGTH)
     engine = InProcess(
         worker_parts(loaded, sizes.prefill_blocks),
         worker_parts(loaded, sizes.decode_blocks),
@@ -173,13 +169,7 @@ def _in_cluster(
     logs: Path,
 ) -> Iterator[Figure]:
     started = time.perf_counter()
-    worker = {
-        "model": directory,
-        "load-format": "dummy",
-        "device": device,
-        "dtype": _dtype(device),
-        "max-length": MAX_LENGTH,
-    }
+    worker = {**models.worker(directory, device, MAX_LENGTH), "device": device}
     prefill = {"num-blocks": sizes.prefill_blocks, "max-batch-tokens": sizes.max_batch_tokens}
     decode = {"num-blocks": sizes.decode_blocks, "max-batch": sizes.max_batch}
     with (

@@ -1,19 +1,17 @@
 """Real clusters for tests: a router and workers, each a process of its own."""
 
 import os
-import random
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
+from benchmarks.ports import free_port
 from common.transport import sweep
 from tests.e2e.hosts import Host
 from twostroke import Client, Generation
@@ -22,15 +20,6 @@ from twostroke.v1 import inference_pb2 as pb
 START_SECONDS = 60.0
 
 ROLES = {"prefill": pb.WORKER_ROLE_PREFILL, "decode": pb.WORKER_ROLE_DECODE}
-
-
-def free_port() -> int:
-    """One below those that outgoing connections take: one of them may take any other before it is listened on."""
-    first_of_connections = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    while True:
-        port = random.SystemRandom().randrange(first_of_connections // 2, first_of_connections)
-        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            return port
 
 
 @dataclass

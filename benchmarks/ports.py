@@ -1,0 +1,16 @@
+"""Ports for processes that are about to start."""
+
+import random
+from contextlib import suppress
+from pathlib import Path
+from socket import create_server
+
+
+def free_port() -> int:
+    """One of 127.0.0.1 below those that outgoing connections take: one of them may take any other before it is listened
+    on."""
+    first_of_connections = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    while True:
+        port = random.SystemRandom().randrange(first_of_connections // 2, first_of_connections)
+        with suppress(OSError), create_server(("127.0.0.1", port)):
+            return port

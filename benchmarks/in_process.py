@@ -43,7 +43,9 @@ class InProcess:
         self._prefill, self._decode = prefill, decode
         self._block_size = prefill.pool.layout.block_size
         self._headroom_tokens = headroom_tokens
-        self._prompts = PrefillLoop(prefill, PrefillRunner(prefill), max_batch_tokens)
+        self.prefill_runner = PrefillRunner(prefill)
+        self.prefill_runner.capture(max_batch_tokens)
+        self._prompts = PrefillLoop(prefill, self.prefill_runner, max_batch_tokens)
         self.decode_runner = DecodeRunner(decode, max_batch)
         self._loop = DecodeLoop(decode, self.decode_runner, max_batch)
         self.preemptions = 0

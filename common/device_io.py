@@ -16,6 +16,14 @@ def to_device(array: NDArray[Any], device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
+def copy_to_device(array: NDArray[Any], target: Tensor) -> None:
+    """Brings a one-dimensional array to the beginning of `target`, on CUDA as `to_device` does."""
+    tensor = torch.from_numpy(array)
+    if target.device.type != "cpu":
+        tensor = tensor.pin_memory()
+    target[: len(tensor)].copy_(tensor, non_blocking=True)
+
+
 class HostCopy:
     """A device tensor on its way to the host; `get` waits for this copy alone."""
 

@@ -27,8 +27,8 @@ def main(config: DecodeConfig) -> None:
     try:
         runner = Runner(parts, config.max_batch)
         prompt_runner = PromptRunner(parts)
-        if parts.device.type == "cuda" and (config.prefill_tokens or config.prefill_overflow_tokens):
-            prompt_runner.warm_up(config.prefill_chunk_tokens)
+        if config.prefill_tokens or config.prefill_overflow_tokens:
+            prompt_runner.capture(config.prefill_chunk_tokens)
         own_prompts = OwnPrompts(parts, prompt_runner, config.prefill_chunk_tokens)
         service = WorkerService(parts.hello, config, known)
         lifecycle = Lifecycle(lambda: service.set_serving(False), service.wake, config.drain_seconds)

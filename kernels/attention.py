@@ -16,10 +16,12 @@ _GATHERED_TOKENS = 4096
 
 @dataclass(frozen=True, slots=True)
 class PrefillAttention:
-    """What a packed prefill batch of B sequences attends to; T = sum(query_lens)."""
+    """What a packed prefill batch of B sequences attends to; T >= sum(query_lens), the rest is padding."""
 
-    query_lens: tuple[int, ...]  # tokens of this batch, the last ones of their sequence
-    kv_lens: tuple[int, ...]  # tokens of the sequence up to and including them
+    # Tokens of this batch, the last ones of their sequence; tokens of the sequence up to and including them. Both empty
+    # where only the device knows: a CUDA graph is launched without them.
+    query_lens: tuple[int, ...]
+    kv_lens: tuple[int, ...]
     cu_query_lens: Tensor  # [B+1] int32, running sums of query_lens from 0
     cu_kv_lens: Tensor  # [B+1] int32, running sums of kv_lens from 0
     block_tables: Tensor  # [B, M] int32, M >= ceil(max(kv_lens) / block_size); entries past a sequence's end: any block

@@ -221,7 +221,7 @@ def _attend(
     table,
     first_key,
     last_key,
-    kv_len,
+    end,
     stride_block,
     stride_token,
     scale,
@@ -233,11 +233,11 @@ def _attend(
     MASKED: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One more run of keys for a tile of queries, of which each sees the keys below its `reach`."""
+    """One more run of keys, of `end` in all, for a tile of queries, of which each sees those below its `reach`."""
     lane = tl.arange(0, LANES)
     for first in tl.range(first_key, last_key, TILE, num_stages=STAGES):
         token = first + tl.arange(0, TILE)
-        inside = token < kv_len
+        inside = token < end
         if PAGED:
             if MASKED:
                 block = tl.load(table + token // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
@@ -268,20 +268,39 @@ def _attend(
 
 
 @triton.jit
+def _sequence_of_tile(cu_query_lens, tile, sequences, QUERIES: tl.constexpr):
+    """The sequence that a tile of queries belongs to. Sequence s has the tiles from cu_query_lens[s] // QUERIES + s on:
+    as many as it needs, or one more."""
+    low = 0
+    high = sequences - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        begins_later = tl.load(cu_query_lens + middle) // QUERIES + middle > tile
+        low = tl.where(begins_later, low, middle)
+        high = tl.where(begins_later, middle - 1, high)
+    return low
+
+
+@triton.jit(do_not_specialize=["sequences"])
 def _prefill_kernel(
     q,
-    keys,
-    values,
+    k,
+    v,
+    key_cache,
+    value_cache,
     block_tables,
     cu_query_lens,
     cu_kv_lens,
     out,
     scale,
+    sequences,
     q_stride_token,
     q_stride_head,
-    kv_stride_block,
     kv_stride_token,
     kv_stride_head,
+    cache_stride_block,
+    cache_stride_token,
+    cache_stride_head,
     table_stride,
     BLOCK_SIZE: tl.constexpr,
     HEADS: tl.constexpr,
@@ -290,50 +309,59 @@ def _prefill_kernel(
     LANES: tl.constexpr,
     QUERIES: tl.constexpr,
     TILE: tl.constexpr,
-    PAGED: tl.constexpr,
     STAGES: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """QUERIES tokens of one head of one sequence."""
-    head = tl.program_id(1)
-    sequence = tl.program_id(2)
+    """QUERIES tokens of one head of one sequence: first their cached context, block by block, then their own chunk."""
+    head = tl.program_id(0)
+    tile = tl.program_id(1)
+    sequence = _sequence_of_tile(cu_query_lens, tile, sequences, QUERIES)
     query_start = tl.load(cu_query_lens + sequence)
-    query_len = tl.load(cu_query_lens + sequence + 1) - query_start
-    kv_start = tl.load(cu_kv_lens + sequence)
-    kv_len = tl.load(cu_kv_lens + sequence + 1) - kv_start
+    query_end = tl.load(cu_query_lens + sequence + 1)
+    query_len = query_end - query_start
+    context_len = tl.load(cu_kv_lens + sequence + 1) - tl.load(cu_kv_lens + sequence) - query_len
     # the tiles that see the most keys start first
-    first_query = (tl.num_programs(0) - 1 - tl.program_id(0)) * QUERIES
+    first_query = (query_end // QUERIES + sequence - tile) * QUERIES
     wait_for_previous(DEPENDENT)
-    if first_query >= query_len:
-        return
+    if (first_query < 0) | (first_query >= query_len):
+        return  # of the tiles' count, which shapes decide, not all are needed
 
     row = first_query + tl.arange(0, QUERIES)
     lane = tl.arange(0, LANES)
     exists = (row < query_len)[:, None] & (lane < HEAD_DIM)[None, :]
     at = (query_start + row).to(tl.int64)[:, None]
     query = tl.load(q + at * q_stride_token + head * q_stride_head + lane[None, :], mask=exists, other=0.0)
-    reach = kv_len - query_len + row + 1
-    seen_by_all = (kv_len - query_len + first_query + 1) // TILE * TILE
-    seen_by_any = tl.minimum(kv_len - query_len + first_query + QUERIES, kv_len)
     table = block_tables + sequence.to(tl.int64) * table_stride
-    keys += head // GROUP * kv_stride_head
-    values += head // GROUP * kv_stride_head
-    if not PAGED:
-        keys += kv_start.to(tl.int64) * kv_stride_token
-        values += kv_start.to(tl.int64) * kv_stride_token
+    cached_keys = key_cache + head // GROUP * cache_stride_head
+    cached_values = value_cache + head // GROUP * cache_stride_head
+    own = query_start.to(tl.int64) * kv_stride_token + head // GROUP * kv_stride_head
+    whole_context = context_len // TILE * TILE
+    whole_context_reach = tl.full((QUERIES,), 0, tl.int32) + context_len
+    seen_by_all = (first_query + 1) // TILE * TILE
+    seen_by_any = tl.minimum(first_query + QUERIES, query_len)
 
     total = tl.zeros((QUERIES, LANES), tl.float32)
     largest = tl.full((QUERIES,), float("-inf"), tl.float32)
     weight_sum = tl.zeros((QUERIES,), tl.float32)
     total, largest, weight_sum = _attend(
-        total, largest, weight_sum, query, reach, keys, values, table, 0, seen_by_all, kv_len,
-        kv_stride_block, kv_stride_token, scale,
-        BLOCK_SIZE, HEAD_DIM, LANES, TILE, PAGED, False, STAGES,
+        total, largest, weight_sum, query, whole_context_reach, cached_keys, cached_values, table,
+        0, whole_context, context_len, cache_stride_block, cache_stride_token, scale,
+        BLOCK_SIZE, HEAD_DIM, LANES, TILE, True, False, STAGES,
     )  # fmt: skip
     total, largest, weight_sum = _attend(
-        total, largest, weight_sum, query, reach, keys, values, table, seen_by_all, seen_by_any, kv_len,
-        kv_stride_block, kv_stride_token, scale,
-        BLOCK_SIZE, HEAD_DIM, LANES, TILE, PAGED, True, STAGES,
+        total, largest, weight_sum, query, whole_context_reach, cached_keys, cached_values, table,
+        whole_context, context_len, context_len, cache_stride_block, cache_stride_token, scale,
+        BLOCK_SIZE, HEAD_DIM, LANES, TILE, True, True, 1,
+    )  # fmt: skip
+    total, largest, weight_sum = _attend(
+        total, largest, weight_sum, query, row + 1, k + own, v + own, table,
+        0, seen_by_all, query_len, 0, kv_stride_token, scale,
+        BLOCK_SIZE, HEAD_DIM, LANES, TILE, False, False, STAGES,
+    )  # fmt: skip
+    total, largest, weight_sum = _attend(
+        total, largest, weight_sum, query, row + 1, k + own, v + own, table,
+        seen_by_all, seen_by_any, query_len, 0, kv_stride_token, scale,
+        BLOCK_SIZE, HEAD_DIM, LANES, TILE, False, True, STAGES,
     )  # fmt: skip
     out_at = out + (at * HEADS + head) * HEAD_DIM + lane[None, :]
     tl.store(out_at, (total / weight_sum[:, None]).to(out.dtype.element_ty), mask=exists)
@@ -351,28 +379,32 @@ def _prefill_tile(head_dim: int, dtype: torch.dtype) -> tuple[int, int, int, int
 def prefill_attention(
     q: Tensor, k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, batch: PrefillAttention, scale: float
 ) -> Tensor:
-    """`kernels.attention.prefill_attention` for CUDA tensors, any block size. Without cached context k and v are read
-    packed, otherwise all keys come from the cache. k and v have equal strides, and so have the two caches."""
+    """`kernels.attention.prefill_attention` for CUDA tensors, any block size; one launch, whose grid depends on shapes
+    alone, so that a graph captured once serves all lengths that fit. Only context is read from the cache, a chunk's own
+    keys where they lie packed. k and v have equal strides, and so have the two caches."""
     tokens, num_heads, head_dim = q.shape
-    paged = batch.query_lens != batch.kv_lens
-    keys, values = (key_cache, value_cache) if paged else (k, v)
-    kv_strides = key_cache.stride()[:3] if paged else (0, *k.stride()[:2])
+    sequences = batch.cu_query_lens.shape[0] - 1
     queries, tile, warps, stages = _prefill_tile(head_dim, q.dtype)
     out = torch.empty((tokens, num_heads, head_dim), dtype=q.dtype, device=q.device)
     if not tokens:
         return out
-    _prefill_kernel[(triton.cdiv(max(batch.query_lens), queries), num_heads, len(batch.query_lens))](
+    _prefill_kernel[(num_heads, tokens // queries + sequences)](
         q,
-        keys,
-        values,
+        k,
+        v,
+        key_cache,
+        value_cache,
         batch.block_tables,
         batch.cu_query_lens,
         batch.cu_kv_lens,
         out,
         scale * _LOG2_E,
+        sequences,
         q.stride(0),
         q.stride(1),
-        *kv_strides,
+        k.stride(0),
+        k.stride(1),
+        *key_cache.stride()[:3],
         batch.block_tables.stride(0),
         BLOCK_SIZE=key_cache.shape[1],
         HEADS=num_heads,
@@ -381,7 +413,6 @@ def prefill_attention(
         LANES=triton.next_power_of_2(head_dim),
         QUERIES=queries,
         TILE=tile,
-        PAGED=paged,
         STAGES=stages,
         num_warps=warps,
         **dependent(q.device),

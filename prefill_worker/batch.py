@@ -1,58 +1,97 @@
-"""Chunks of many prompts as one packed batch of tensors."""
+"""Chunks of many prompts as one packed batch: written on the host as one array, brought to the device in one copy."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import numpy as np
-import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from common.device_io import to_device
 from kernels.attention import PrefillAttention
 from prefill_worker.scheduler import Chunk
+
+_ALIGNMENT = 4  # int32 values: tensors begin at multiples of 16 bytes, as kernels like it
+
+
+@dataclass(frozen=True, slots=True)
+class BatchShape:
+    """Room for a batch; what a batch leaves of it is padding."""
+
+    tokens: int  # T
+    chunks: int  # B
+    table_blocks: int  # M, of the longest sequence
+
+    @property
+    def size(self) -> int:
+        """int32 values of an array with all of it."""
+        return int(self._sections()[-1].stop)
+
+    def split(self, array: NDArray[np.int32]) -> list[NDArray[np.int32]]:
+        """Views of the parts of an array: tokens, positions, slots, rows that end a prompt, the running sums of query
+        and of KV lengths, block tables."""
+        return [array[section] for section in self._sections()]
+
+    def views(self, array: Tensor, query_lens: tuple[int, ...] = (), kv_lens: tuple[int, ...] = ()) -> "PackedBatch":
+        """The batch in an array [size] int32 that `pack` has written. Lengths: as PrefillAttention wants them."""
+        tokens, positions, slots, last_tokens, cu_query_lens, cu_kv_lens, tables = map(
+            array.__getitem__, self._sections()
+        )
+        return PackedBatch(
+            tokens,
+            positions,
+            slots,
+            PrefillAttention(
+                query_lens, kv_lens, cu_query_lens, cu_kv_lens, tables.view(self.chunks, self.table_blocks)
+            ),
+            last_tokens,
+        )
+
+    def _sections(self) -> list[slice]:
+        lengths = (*[self.tokens] * 3, self.chunks, *[self.chunks + 1] * 2, self.chunks * self.table_blocks)
+        starts = accumulate((-(-length // _ALIGNMENT) * _ALIGNMENT for length in lengths), initial=0)
+        return [slice(start, start + length) for start, length in zip(starts, lengths, strict=False)]
 
 
 @dataclass(frozen=True, slots=True)
 class PackedBatch:
-    """T tokens of B chunks, one after another."""
+    """T tokens of B chunks, one after another, then padding."""
 
     tokens: Tensor  # [T] int32
     positions: Tensor  # [T] int32
-    slots: Tensor  # [T] int64, where each token's K and V go: block * block_size + offset
+    slots: Tensor  # [T] int32, where each token's K and V go: block * block_size + offset; padding: -1
     attention: PrefillAttention
-    last_tokens: Tensor  # [L] int64, the rows that end a prompt
+    last_tokens: Tensor  # [B] int32, the rows that end a prompt, in order, then zeros
 
 
-def pack(chunks: list[Chunk], block_size: int, device: torch.device) -> PackedBatch:
-    query_lens = tuple(chunk.end - chunk.start for chunk in chunks)
-    kv_lens = tuple(chunk.end for chunk in chunks)
-    positions = np.concatenate([np.arange(chunk.start, chunk.end, dtype=np.int32) for chunk in chunks])
-    tokens = np.concatenate(
-        [np.asarray(chunk.prompt.spec.token_ids[chunk.start : chunk.end], dtype=np.int32) for chunk in chunks]
-    )
-    block_tables = np.zeros((len(chunks), -(-max(kv_lens) // block_size)), dtype=np.int32)
-    slots = np.empty(len(tokens), dtype=np.int64)
-    ends = list(accumulate(query_lens))
-    for row, (chunk, end) in enumerate(zip(chunks, ends, strict=True)):
+def exact_shape(chunks: Sequence[Chunk], block_size: int) -> BatchShape:
+    """Without padding."""
+    longest = max(chunk.end for chunk in chunks)
+    return BatchShape(sum(chunk.end - chunk.start for chunk in chunks), len(chunks), -(-longest // block_size))
+
+
+def pack(chunks: Sequence[Chunk], block_size: int, shape: BatchShape) -> NDArray[np.int32]:
+    """Writes a batch that `shape` has room for. Returns the array up to the last block table that is used."""
+    array = np.empty(shape.size, dtype=np.int32)
+    tokens, positions, slots, last_tokens, cu_query_lens, cu_kv_lens, tables = shape.split(array)
+    starts = list(accumulate((chunk.end - chunk.start for chunk in chunks), initial=0))
+    for row, (chunk, (start, end)) in enumerate(zip(chunks, pairwise(starts), strict=True)):
+        tokens[start:end] = chunk.prompt.spec.token_ids[chunk.start : chunk.end]
+        positions[start:end] = position = np.arange(chunk.start, chunk.end)
         table = np.asarray(chunk.prompt.blocks[: -(-chunk.end // block_size)], dtype=np.int32)
-        block_tables[row, : len(table)] = table
-        position = positions[end - query_lens[row] : end]
-        slots[end - query_lens[row] : end] = table[position // block_size].astype(np.int64) * block_size + (
-            position % block_size
-        )
-    last_tokens = np.asarray(
-        [end - 1 for chunk, end in zip(chunks, ends, strict=True) if chunk.is_last], dtype=np.int64
-    )
-    return PackedBatch(
-        tokens=to_device(tokens, device),
-        positions=to_device(positions, device),
-        slots=to_device(slots, device),
-        attention=PrefillAttention(
-            query_lens=query_lens,
-            kv_lens=kv_lens,
-            cu_query_lens=to_device(np.asarray([0, *ends], dtype=np.int32), device),
-            cu_kv_lens=to_device(np.asarray([0, *accumulate(kv_lens)], dtype=np.int32), device),
-            block_tables=to_device(block_tables, device),
-        ),
-        last_tokens=to_device(last_tokens, device),
-    )
+        slots[start:end] = table[position // block_size] * block_size + position % block_size
+        blocks = tables[row * shape.table_blocks : (row + 1) * shape.table_blocks]
+        blocks[: len(table)], blocks[len(table) :] = table, 0
+    tokens[starts[-1] :] = positions[starts[-1] :] = 0
+    slots[starts[-1] :] = -1
+    _write_padded(cu_query_lens, starts)
+    _write_padded(cu_kv_lens, list(accumulate((chunk.end for chunk in chunks), initial=0)))
+    ends = [end - 1 for chunk, end in zip(chunks, starts[1:], strict=True) if chunk.is_last]
+    last_tokens[: len(ends)], last_tokens[len(ends) :] = ends, 0
+    unused_tables = (shape.chunks - len(chunks)) * shape.table_blocks
+    return array[: len(array) - unused_tables]
+
+
+def _write_padded(sums: NDArray[np.int32], values: list[int]) -> None:
+    """Sequences that are not there have no length."""
+    sums[: len(values)], sums[len(values) :] = values, values[-1]

@@ -22,8 +22,7 @@ def main(config: PrefillConfig) -> None:
     parts = worker_parts.load(config, inference_pb2.WORKER_ROLE_PREFILL, config.max_batch_tokens)
     try:
         runner = Runner(parts)
-        if parts.device.type == "cuda":
-            runner.warm_up(config.max_batch_tokens)
+        runner.capture(config.max_batch_tokens)
         service = WorkerService(parts.hello, config, known)
         lifecycle = Lifecycle(lambda: service.set_serving(False), service.wake, config.drain_seconds)
         metrics = PrefillMetrics()

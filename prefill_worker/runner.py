@@ -2,21 +2,20 @@
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from common.device_io import HostCopy, to_device
 from common.host_logprobs import HostLogprobs
-from common.sampling import SamplingParams
 from common.sequence import SequenceSpec
-from common.special_sampling import TokenCounts, wants_adjusting
+from common.special_sampling import TokenCounts, wants_adjusting, wants_logprobs
 from common.worker_parts import WorkerParts
-from prefill_worker.batch import pack
-from prefill_worker.scheduler import Chunk, Prompt
+from prefill_worker import draws
+from prefill_worker.batch import exact_shape, pack
+from prefill_worker.forward import Forward
+from prefill_worker.graphs import PrefillGraphs
+from prefill_worker.scheduler import Chunk
 from twostroke.v1 import worker_pb2 as pb
-
-WARM_UP_PROMPTS = 65  # in one batch; more of them run the same kernels
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,70 +39,59 @@ class LaunchedBatch:
 
 
 class Runner:
+    """Owns what batches need besides their prompts. `launch` returns at once on a GPU."""
+
     def __init__(self, parts: WorkerParts) -> None:
         self._parts = parts
+        self._forward = Forward(parts.model, parts.pool, parts.ops)
         self._counts = TokenCounts(parts.model.config.vocab_size, parts.device)
+        self.graphs: PrefillGraphs | None = None
 
-    def warm_up(self, tokens: int) -> None:
-        """Runs batches of all sizes up to `tokens`, so that no request pays for kernels being compiled or loaded, and
-        memory that is too small for the largest shows at start. What runs depends on the tokens of a batch, on the
-        prompts that it ends, on whether those counts are multiples of 16, and on whether a chunk has context."""
-        longest = min(tokens, self._parts.max_length - 1)
-        blocks = self._parts.blocks.allocate(-(-longest // self._parts.pool.layout.block_size))
-        for size in _warm_up_sizes(tokens):
-            prompts = -(-size // longest)
-            self._run_dummies(prompts, 0, size // prompts, blocks)
-            if size // prompts > 1:
-                self._run_dummies(1, size // prompts // 2, size // prompts, blocks)
-            if size <= WARM_UP_PROMPTS:
-                self._run_dummies(size, 0, 1, blocks)
-        self._parts.blocks.release(blocks)
-
-    def _run_dummies(self, prompts: int, start: int, end: int, blocks: list[int]) -> None:
-        """The last chunk of some prompts, from `start`. All write to the same blocks, which nobody reads for long."""
-        spec = SequenceSpec((0,) * end, end, (), SamplingParams(), max_length=end + 1)
-        self.launch([Chunk(Prompt(0, 0, spec, blocks), start, end)] * prompts).first_tokens()
+    def capture(self, max_tokens: int) -> None:
+        """Captures CUDA graphs for batches of up to `max_tokens`; before that, and on a CPU, operations run one after
+        another. No request then pays for kernels being compiled or loaded, and memory that is too small for the
+        largest batch shows at start."""
+        parts = self._parts
+        if parts.device.type != "cuda":
+            return
+        table_blocks = -(-parts.max_length // parts.pool.layout.block_size)
+        self.graphs = PrefillGraphs(self._forward, max_tokens, table_blocks, parts.device)
 
     @torch.inference_mode()
     def launch(self, chunks: list[Chunk]) -> LaunchedBatch:
-        parts = self._parts
-        batch = pack(chunks, parts.pool.layout.block_size, parts.device)
-        scale = parts.model.config.head_dim**-0.5
-
-        def attend(q: Tensor, k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor) -> Tensor:
-            return parts.ops.prefill_attention(q, k, v, key_cache, value_cache, batch.attention, scale)
-
-        hidden = parts.model.forward(batch.tokens, batch.positions, batch.slots, parts.pool, attend)
-        logits = parts.model.logits(hidden[batch.last_tokens])
         specs = [chunk.prompt.spec for chunk in chunks if chunk.is_last]
-        tokens = self._sample(specs, logits)
+        hidden = self._last_hidden(chunks, len(specs))
+        if not specs:
+            tokens = hidden.new_empty(0, dtype=torch.int32)
+            return LaunchedBatch(chunks, HostCopy(tokens), HostLogprobs([], hidden, tokens))
+        special = [(row, spec) for row, spec in enumerate(specs) if wants_adjusting(spec, len(spec.token_ids))]
+        if self.graphs is not None and not special and not any(map(wants_logprobs, specs)):
+            tokens = self.graphs.first_tokens(specs)
+            return LaunchedBatch(chunks, HostCopy(tokens), HostLogprobs(specs, hidden, tokens))
+        logits = self._parts.model.logits(hidden)
+        wanted = draws.views(to_device(draws.pack(specs, len(specs)), self._parts.device))
+        tokens = self._forward.draw(self._adjusted(special, logits, wanted.positions), wanted)
         return LaunchedBatch(chunks, HostCopy(tokens), HostLogprobs(specs, logits, tokens))
 
-    def _sample(self, specs: list[SequenceSpec], logits: Tensor) -> Tensor:
-        if not specs:
-            return logits.new_empty(0, dtype=torch.int32)
-        device = self._parts.device
-        params = [spec.sampling for spec in specs]
-        floats = np.asarray([(p.temperature, p.top_p, p.min_p) for p in params], dtype=np.float32).T.copy()
-        integers = np.asarray([(p.top_k, len(spec.token_ids)) for p, spec in zip(params, specs, strict=True)])
-        seeds = np.asarray([p.seed for p in params], dtype=np.uint64).view(np.int64)
-        temperature, top_p, min_p = to_device(floats, device)
-        top_k, positions = to_device(integers.astype(np.int32).T.copy(), device)
-        special = [
-            (row, self._counts.add(spec, spec.token_ids), spec)
-            for row, spec in enumerate(specs)
-            if wants_adjusting(spec, len(spec.token_ids))
-        ]
-        if special:
-            logits = self._counts.adjust(logits, positions, self._counts.select(special))
-        for _, slot, _ in special:
+    def _last_hidden(self, chunks: list[Chunk], count: int) -> Tensor:
+        """Hidden states of the `count` tokens that end a prompt."""
+        if self.graphs is not None:
+            return self.graphs.last_hidden(chunks)
+        parts = self._parts
+        block_size = parts.pool.layout.block_size
+        shape = exact_shape(chunks, block_size)
+        batch = shape.views(
+            to_device(pack(chunks, block_size, shape), parts.device),
+            query_lens=tuple(chunk.end - chunk.start for chunk in chunks),
+            kv_lens=tuple(chunk.end for chunk in chunks),
+        )
+        return self._forward.last_hidden(batch)[:count]
+
+    def _adjusted(self, special: list[tuple[int, SequenceSpec]], logits: Tensor, positions: Tensor) -> Tensor:
+        if not special:
+            return logits
+        entries = [(row, self._counts.add(spec, spec.token_ids), spec) for row, spec in special]
+        logits = self._counts.adjust(logits, positions, self._counts.select(entries))
+        for _, slot, _ in entries:
             self._counts.remove(slot)
-        return self._parts.ops.sample(logits, temperature, top_k, top_p, min_p, to_device(seeds, device), positions)
-
-
-def _warm_up_sizes(most: int) -> list[int]:
-    """`most`, and the powers of two below it with their successors; the largest first, so that it is what memory is
-    taken for."""
-    powers = [1 << exponent for exponent in range(most.bit_length())]
-    sizes = {size for power in powers for size in (power, power + 1) if size < most}
-    return [most, *sorted(sizes, reverse=True)]
+        return logits

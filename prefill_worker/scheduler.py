@@ -42,6 +42,11 @@ class Chunk:
         return self.end == self.prompt.length
 
 
+def max_chunks(tokens: int) -> int:
+    """Chunks of a batch of up to so many tokens: a batch of a fixed size has room for a fixed number of them."""
+    return min(max(tokens // 16, 8), 128)
+
+
 class Scheduler:
     """The waiting queue and the prompts being computed. Every operation is O(1) per prompt or block."""
 
@@ -49,6 +54,7 @@ class Scheduler:
         self._blocks = blocks
         self._block_size = block_size
         self._max_batch_tokens = max_batch_tokens
+        self._max_batch_chunks = max_chunks(max_batch_tokens)
         self._waiting: dict[int, Prompt] = {}  # in order of arrival
         self._running: dict[int, Prompt] = {}  # have blocks; chunks left to launch or to finish
         self._computing: set[bytes] = set()  # hashes of blocks that a running prompt will publish
@@ -94,7 +100,7 @@ class Scheduler:
             prompt.launched_len = min(prompt.length, start + budget)
             chunks.append(Chunk(prompt, start, prompt.launched_len))
             budget -= prompt.launched_len - start
-            if budget == 0:
+            if budget == 0 or len(chunks) == self._max_batch_chunks:
                 break
         return chunks
 

@@ -62,10 +62,13 @@ class OneWorker:
         self.ended: dict[int, pb.Ended.Cause.ValueType] = {}
         self.tokens_of_step: list[list[int]] = []  # the attempts of each step
         runner = Runner(parts, max_batch)
-        if not graphs:
+        prompt_runner = PromptRunner(parts)
+        if graphs:
+            prompt_runner.capture(chunk_tokens)
+        else:
             runner.graphs = None
         self._wire = Wire()
-        self._own = OwnPrompts(parts, PromptRunner(parts), chunk_tokens)
+        self._own = OwnPrompts(parts, prompt_runner, chunk_tokens)
         self._engine = Engine(
             parts, cast(WorkerService, cast(Any, self._wire)), runner, self._own, DecodeMetrics(), Tracing(), max_batch
         )

@@ -126,6 +126,7 @@ def _prefill(hardware: Hardware, name: str, loaded: LoadedModel, tokens: int) ->
     """Batches launched one after another, as the worker's loop does."""
     parts = worker_parts(loaded, num_blocks=2 * -(-tokens // 16))
     runner = PrefillRunner(parts)
+    runner.capture(tokens)
     for count in (8, 1):
         chunks = [_whole_prompt(parts, index, tokens // count) for index in range(count)]
         batches = 4

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -40,7 +40,7 @@ class Engines:
             headroom_tokens=settings.get("headroom_tokens", 1024),
         )
         if not graphs:
-            engine.decode_runner.graphs = None
+            engine.decode_runner.graphs = engine.prefill_runner.graphs = None
         return engine
 
 
@@ -75,6 +75,19 @@ def test_32_prompts_at_once(smol: Engines, graphs: bool) -> None:
     engine = smol.engine(blocks=1024, graphs=graphs)
     assert_greedy(smol.directory, asked, engine.run(greedy(asked, OUTPUT_TOKENS)), OUTPUT_TOKENS)
     assert engine.blocks_home()
+
+
+def test_more_prompts_than_a_batch_holds(smol: Engines) -> None:
+    """And some of them ask for what is sampled outside of graphs."""
+    asked = text(smol.directory, [1 + index % 11 for index in range(150)])
+    outputs = smol.engine(blocks=1024, max_batch_tokens=256).run(greedy(asked, 4))
+    assert_greedy(smol.directory, asked, outputs, 4)
+    special = ({}, {"logprobs": 2}, {"logit_bias": ((5, 0.0),)})
+    mixed = [
+        replace(wanted, sampling=replace(wanted.sampling, **special[index % 3]))
+        for index, wanted in enumerate(greedy(asked[:20], 4))
+    ]
+    assert smol.engine(blocks=1024, max_batch_tokens=256).run(mixed) == outputs[:20]
 
 
 @pytest.mark.parametrize("block_size", [4, 64])

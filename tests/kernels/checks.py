@@ -162,22 +162,25 @@ def check_prefill_attention(
     block_size: int,
     dtype: torch.dtype,
     function: Callable[..., Tensor] = triton_attention.prefill_attention,
+    padding: tuple[int, int] = (0, 0),
 ) -> None:
+    """`padding`: tokens and sequences that a batch of a fixed size has too many."""
     caches = paged(kv_lens, kv_heads, head_dim, block_size, dtype)
-    tokens = sum(query_lens)
+    tokens = sum(query_lens) + padding[0]
     qkv = randn(tokens, heads + 2 * kv_heads, head_dim, dtype=dtype, seed=99)
     q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=1)
-    k.copy_(torch.cat([key[len(key) - n :] for key, n in zip(caches.keys, query_lens, strict=True)]))
-    v.copy_(torch.cat([value[len(value) - n :] for value, n in zip(caches.values, query_lens, strict=True)]))
+    own = sum(query_lens)
+    k[:own] = torch.cat([key[len(key) - n :] for key, n in zip(caches.keys, query_lens, strict=True)])
+    v[:own] = torch.cat([value[len(value) - n :] for value, n in zip(caches.values, query_lens, strict=True)])
     scale = head_dim**-0.5
-    batch = prefill_batch(query_lens, kv_lens, caches.block_tables)
+    batch = prefill_batch(query_lens, kv_lens, caches.block_tables, padding[1])
     poison(q.numel(), dtype)
     actual = function(q, k, v, caches.key_cache, caches.value_cache, batch, scale)
     expected = [
         causal_attention(queries, key, value, scale)
-        for queries, key, value in zip(q.split(list(query_lens)), caches.keys, caches.values, strict=True)
+        for queries, key, value in zip(q[:own].split(list(query_lens)), caches.keys, caches.values, strict=True)
     ]
-    assert_close(actual, torch.cat(expected))
+    assert_close(actual[:own], torch.cat(expected))
 
 
 def check_gather_kv(kv_lens: tuple[int, ...], kv_heads: int, head_dim: int, block_size: int) -> None:

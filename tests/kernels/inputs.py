@@ -73,8 +73,12 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v)
 
 
-def prefill_batch(query_lens: tuple[int, ...], kv_lens: tuple[int, ...], block_tables: Tensor) -> PrefillAttention:
+def prefill_batch(
+    query_lens: tuple[int, ...], kv_lens: tuple[int, ...], block_tables: Tensor, padding: int = 0
+) -> PrefillAttention:
+    """`padding`: sequences of no length after the others, without block tables."""
+
     def running(lengths: tuple[int, ...]) -> Tensor:
-        return torch.tensor([0, *lengths]).cumsum(0).int().to(DEVICE)
+        return torch.tensor([0, *lengths, *[0] * padding]).cumsum(0).int().to(DEVICE)
 
     return PrefillAttention(query_lens, kv_lens, running(query_lens), running(kv_lens), block_tables)

@@ -61,6 +61,14 @@ def test_prefill_attention_lengths(query_lens: tuple[int, ...], kv_lens: tuple[i
     checks.check_prefill_attention(query_lens, kv_lens, 2, 1, 64, block_size, torch.float32)
 
 
+@pytest.mark.parametrize("padding", [(0, 5), (7, 1), (300, 40)])
+@pytest.mark.parametrize(("query_lens", "kv_lens"), [((0,), (0,)), ((33,), (33,)), ((64, 1, 40), (64, 50, 75))])
+def test_prefill_attention_in_a_batch_of_fixed_size(
+    query_lens: tuple[int, ...], kv_lens: tuple[int, ...], padding: tuple[int, int]
+) -> None:
+    checks.check_prefill_attention(query_lens, kv_lens, 2, 1, 64, 16, torch.float32, padding=padding)
+
+
 @pytest.mark.parametrize("block_size", [1, 5, 16, 256])
 def test_gather_kv(block_size: int) -> None:
     checks.check_gather_kv((40, 1, 7), 3, 80, block_size)

@@ -47,6 +47,8 @@ class Hand:
         process = self.cluster.processes[part]
         if process.poll() is not None:
             self.problems.append(f"{part} had ended by itself, with {process.returncode}")
+            self._start(part)
+            process = self.cluster.processes[part]
         with self.outages.of(part):
             if fault == "stop":
                 process.send_signal(signal.SIGSTOP)

@@ -1,0 +1,46 @@
+"""How the first tokens of a batch's prompts are drawn: one array for a batch, brought to the device in one copy."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from common.sequence import SequenceSpec
+
+COLUMNS = 7  # int32 values for each row; a seed takes two
+
+
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """The arguments of `kernels.sampling.sample` for R rows; views of one array."""
+
+    seeds: Tensor  # [R] int64
+    temperature: Tensor  # [R] float32
+    top_p: Tensor  # [R] float32
+    min_p: Tensor  # [R] float32
+    top_k: Tensor  # [R] int32
+    positions: Tensor  # [R] int32
+
+
+def pack(specs: Sequence[SequenceSpec], rows: int) -> NDArray[np.int32]:
+    """One row for each prompt, and rows that are greedy for the rest; [rows * COLUMNS]."""
+    array = np.zeros((COLUMNS, rows), dtype=np.int32)
+    params = [spec.sampling for spec in specs]
+    count = len(specs)
+    seeds = np.asarray([p.seed for p in params], dtype=np.uint64)
+    array[:2].reshape(-1)[: 2 * count] = seeds.view(np.int32)
+    floats = np.asarray([(p.temperature, p.top_p, p.min_p) for p in params], dtype=np.float32).reshape(-1, 3)
+    array[2:5, :count] = floats.view(np.int32).T
+    array[5, :count] = [p.top_k for p in params]
+    array[6, :count] = [len(spec.token_ids) for spec in specs]
+    return array.reshape(-1)
+
+
+def views(array: Tensor) -> Draws:
+    """The draws in an array of `pack`, on whichever device."""
+    columns = array.view(COLUMNS, -1)
+    temperature, top_p, min_p = columns[2:5].view(torch.float32)
+    return Draws(columns[:2].reshape(-1).view(torch.int64), temperature, top_p, min_p, columns[5], columns[6])

@@ -1,0 +1,36 @@
+"""A packed batch through the model, and first tokens drawn from what comes out."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from common.kv_pool import KvPool
+from common.model import Model
+from kernels.ops import Ops
+from prefill_worker.batch import PackedBatch
+from prefill_worker.draws import Draws
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """The work as torch operations, for eager use and for capture in CUDA graphs."""
+
+    model: Model
+    pool: KvPool
+    ops: Ops
+
+    def last_hidden(self, batch: PackedBatch) -> Tensor:
+        """Writes the KV of all tokens. Returns the hidden states of `batch.last_tokens`, [B, H]."""
+        scale = self.model.config.head_dim**-0.5
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor) -> Tensor:
+            return self.ops.prefill_attention(q, k, v, key_cache, value_cache, batch.attention, scale)
+
+        hidden = self.model.forward(batch.tokens, batch.positions, batch.slots, self.pool, attend)
+        return hidden.index_select(0, batch.last_tokens)
+
+    def draw(self, logits: Tensor, draws: Draws) -> Tensor:
+        """The first token of every row of logits [R, V], [R] int32."""
+        return self.ops.sample(
+            logits, draws.temperature, draws.top_k, draws.top_p, draws.min_p, draws.seeds, draws.positions
+        )

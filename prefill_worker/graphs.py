@@ -1,0 +1,109 @@
+"""CUDA graphs of prefill, captured at start: a batch is one copy and one replay, where launching its kernels one by one
+takes Python longer than the GPU takes to run them."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from common.device_io import copy_to_device
+from common.sequence import SequenceSpec
+from prefill_worker import draws
+from prefill_worker.batch import BatchShape, pack
+from prefill_worker.forward import Forward
+from prefill_worker.scheduler import Chunk, max_chunks
+
+
+def token_ladder(most: int) -> tuple[int, ...]:
+    """Tokens of the batches to capture: a batch runs in the smallest that holds it, at most an eighth of it padding
+    from 512 tokens on, and one that uses up its budget without any."""
+    sizes = []
+    size = 16
+    while size < most:
+        sizes.append(size)
+        size += size if size < 64 else max(64, (1 << size.bit_length() - 1) // 8)
+    return (*sizes, most)
+
+
+def row_ladder(most: int) -> tuple[int, ...]:
+    """Powers of two."""
+    return (*(1 << exponent for exponent in range((most - 1).bit_length())), most)
+
+
+class PrefillGraphs:
+    """Replays of `Forward`: of the model, by tokens of a batch, and of drawing first tokens, by prompts that it ends.
+
+    Args:
+        forward: what is captured.
+        max_tokens: of a batch; a batch has at most `max_chunks` of that.
+        table_blocks: blocks of the longest sequence.
+    """
+
+    def __init__(self, forward: Forward, max_tokens: int, table_blocks: int, device: torch.device) -> None:
+        self._block_size = forward.pool.layout.block_size
+        self._shapes = [BatchShape(tokens, max_chunks(tokens), table_blocks) for tokens in token_ladder(max_tokens)]
+        self._rows = row_ladder(max_chunks(max_tokens))
+        self._array = torch.zeros(max(shape.size for shape in self._shapes), dtype=torch.int32, device=device)
+        self._hidden = torch.zeros(
+            (self._rows[-1], forward.model.config.hidden_size), dtype=forward.pool.tensor.dtype, device=device
+        )
+        self._draws = torch.zeros(self._rows[-1] * draws.COLUMNS, dtype=torch.int32, device=device)
+        self._forwards: dict[BatchShape, torch.cuda.CUDAGraph] = {}
+        self._first_tokens: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+        self._capture_all(forward)
+
+    def last_hidden(self, chunks: Sequence[Chunk]) -> Tensor:
+        """Runs a batch. Returns the hidden states of the tokens that end a prompt, [L, H], until the next call."""
+        shape = self._shape(chunks)
+        self._write(chunks, shape)
+        self._forwards[shape].replay()
+        return self._hidden[: sum(chunk.is_last for chunk in chunks)]
+
+    def first_tokens(self, specs: Sequence[SequenceSpec]) -> Tensor:
+        """Draws the first tokens of the prompts that the last batch ended, [L] int32."""
+        rows = next(size for size in self._rows if size >= len(specs))
+        copy_to_device(draws.pack(specs, rows), self._draws)
+        graph, tokens = self._first_tokens[rows]
+        graph.replay()
+        return tokens[: len(specs)]
+
+    def _shape(self, chunks: Sequence[Chunk]) -> BatchShape:
+        tokens = sum(chunk.end - chunk.start for chunk in chunks)
+        return next(shape for shape in self._shapes if shape.tokens >= tokens and shape.chunks >= len(chunks))
+
+    def _write(self, chunks: Sequence[Chunk], shape: BatchShape) -> None:
+        copy_to_device(pack(chunks, self._block_size, shape), self._array)
+
+    def _capture_all(self, forward: Forward) -> None:
+        count = len(self._shapes) + len(self._rows)
+        progress = tqdm(total=count, desc="capturing CUDA graphs of prefill", unit="graph")
+        # The largest first: the smaller ones then fit into the memory that it took.
+        for shape in self._shapes[::-1]:
+            self._write([], shape)
+            self._forwards[shape] = self._capture(partial(self._keep_hidden, forward, shape))[0]
+            progress.update()
+        for rows in self._rows[::-1]:
+            self._first_tokens[rows] = self._capture(partial(self._draw, forward, rows))
+            progress.update()
+        progress.close()
+        torch.cuda.empty_cache()  # what the runs before each capture have left
+
+    def _keep_hidden(self, forward: Forward, shape: BatchShape) -> Tensor:
+        hidden = forward.last_hidden(shape.views(self._array[: shape.size]))
+        return self._hidden[: len(hidden)].copy_(hidden)
+
+    def _draw(self, forward: Forward, rows: int) -> Tensor:
+        logits = forward.model.logits(self._hidden[:rows])
+        return forward.draw(logits, draws.views(self._draws[: rows * draws.COLUMNS]))
+
+    @torch.inference_mode()
+    def _capture(self, work: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        work()  # compiles and loads kernels
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            output = work()
+        return graph, output

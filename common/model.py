@@ -11,9 +11,10 @@ from common.kv_pool import KvPool
 from common.model_config import ModelConfig
 from common.weights import Weights
 from kernels.ops import Ops
+from kernels.rope import Rotation
 
-# (q [T, Hq, D], k [T, Hkv, D], v [T, Hkv, D], key_cache, value_cache) -> [T, Hq, D]
-Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+# (qkv [T, (Hq + 2 Hkv) * D], rotation, key_cache, value_cache) -> [T, Hq, D]; rotates, writes K and V, attends
+Attend = Callable[[Tensor, Rotation, Tensor, Tensor], Tensor]
 
 
 class Model:
@@ -39,10 +40,8 @@ class Model:
         for index, layer in enumerate(weights.layers):
             key_cache, value_cache = pool.layer(index)
             qkv = ops.norm_linear(hidden, layer.attention_norm, eps, layer.qkv, layer.qkv_bias)
-            q, k, v = ops.rope_write_kv(
-                qkv, positions, self._cos_sin, slots, key_cache, value_cache, layer.q_norm, layer.k_norm, eps
-            )
-            attended = attend(q, k, v, key_cache, value_cache).flatten(1)
+            rotation = Rotation(positions, self._cos_sin, slots, layer.q_norm, layer.k_norm, eps)
+            attended = attend(qkv, rotation, key_cache, value_cache).flatten(1)
             hidden = ops.add_linear(hidden, attended, layer.output, layer.output_bias)
             activated = ops.norm_gated_linear(hidden, layer.mlp_norm, eps, layer.gate_up)
             hidden = ops.add_linear(hidden, activated, layer.down, None)

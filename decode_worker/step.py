@@ -8,6 +8,7 @@ from common.kv_pool import KvPool
 from common.model import Model
 from decode_worker.batch import BatchState
 from kernels.ops import Ops
+from kernels.rope import Rotation
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +43,8 @@ class Stepper:
         positions, slots, seq_lens = self.ops.locate(state.lengths, state.block_tables, self.pool.layout.block_size)
         scale = self.model.config.head_dim**-0.5
 
-        def attend(q: Tensor, _k: Tensor, _v: Tensor, key_cache: Tensor, value_cache: Tensor) -> Tensor:
-            return self.ops.decode_attention(q, key_cache, value_cache, state.block_tables, seq_lens, scale)
+        def attend(qkv: Tensor, rotation: Rotation, key_cache: Tensor, value_cache: Tensor) -> Tensor:
+            return self.ops.decode_attention(qkv, rotation, key_cache, value_cache, state.block_tables, seq_lens, scale)
 
         hidden = self.model.forward(state.tokens, positions, slots, self.pool, attend)
         return self.model.logits(hidden), seq_lens

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.rope import Rotation, rope_write_kv
+
 _GATHERED_TOKENS = 4096
 
 
@@ -63,18 +65,26 @@ def prefill_attention(
 
 
 def decode_attention(
-    q: Tensor, key_cache: Tensor, value_cache: Tensor, block_tables: Tensor, seq_lens: Tensor, scale: float
+    qkv: Tensor,
+    rotation: Rotation,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    scale: float,
 ) -> Tensor:
-    """Attention of one token of each sequence to all its tokens.
+    """`rope_write_kv` of one token of each sequence, and its attention to all tokens of that sequence, itself included.
 
-    q [B, Hq, D]; key_cache, value_cache [N, block_size, Hkv, D] strided views; block_tables [B, M] int32; seq_lens [B]
-    int32, tokens in the cache with the current one; 0 marks a padded row, whose output is finite and means nothing.
-    Returns [B, Hq, D].
+    qkv [B, (Hq + 2 Hkv) * D], contiguous; key_cache, value_cache [N, block_size, Hkv, D] strided views; block_tables
+    [B, M] int32; seq_lens [B] int32, tokens of the sequence with the current one: the rotation's positions + 1, or 0 in
+    a padded row, whose slot is -1 and whose output is finite and means nothing. Returns [B, Hq, D]; what is in qkv
+    afterwards means nothing.
 
     The query heads that share a KV head are laid out as queries of that head, so that no K or V is repeated (GQA:
     Ainslie et al., 2023). Sequences of similar length are attended to together, so few that what is gathered
     stays in the CPU's cache: for 32 lengths from 1 to 1,500 that is 2.7 times as fast as one padded batch.
     """
+    q, _, _ = rope_write_kv(qkv, rotation, key_cache, value_cache)
     block_size = key_cache.shape[1]
     seq_lens = seq_lens.clamp(min=1)
     groups = list(_groups([-(-length // block_size) for length in seq_lens.tolist()], block_size))

@@ -1,6 +1,5 @@
 """The table of operations a model runs on, chosen once for a device."""
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -11,21 +10,7 @@ from torch import Tensor
 
 from kernels import attention, linear, rope, sampling, step
 from kernels.attention import PrefillAttention
-
-
-class RopeWriteKv(Protocol):
-    def __call__(
-        self,
-        qkv: Tensor,
-        positions: Tensor,
-        cos_sin: Tensor,
-        slots: Tensor,
-        key_cache: Tensor,
-        value_cache: Tensor,
-        q_norm: Tensor | None,
-        k_norm: Tensor | None,
-        eps: float,
-    ) -> tuple[Tensor, Tensor, Tensor]: ...
+from kernels.rope import Rotation
 
 
 class Sample(Protocol):
@@ -48,9 +33,9 @@ class Ops:
     norm_linear: Callable[[Tensor, Tensor, float, Tensor, Tensor | None], Tensor]
     norm_gated_linear: Callable[[Tensor, Tensor, float, Tensor], Tensor]
     add_linear: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
-    rope_write_kv: RopeWriteKv
+    rope_write_kv: Callable[[Tensor, Rotation, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
     prefill_attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, PrefillAttention, float], Tensor]
-    decode_attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
+    decode_attention: Callable[[Tensor, Rotation, Tensor, Tensor, Tensor, Tensor, float], Tensor]
     sample: Sample
     locate: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
     advance: Callable[[Tensor, Tensor, Tensor], None]
@@ -70,8 +55,7 @@ REFERENCE = Ops(
 
 
 def select(device: torch.device) -> Ops:
-    """The fastest functions for `device`: the references on a CPU; on CUDA, Triton's, with flash-attn for prefill after
-    cached context where it is installed."""
+    """The fastest functions for `device`: the references on a CPU, Triton's on CUDA."""
     ops = REFERENCE if device.type == "cpu" else _cuda()
     structlog.get_logger().info(
         "kernels chosen", **{name: getattr(ops, name).__module__ for name in Ops.__dataclass_fields__}
@@ -83,17 +67,12 @@ def _cuda() -> Ops:
     # imported here: none of this exists on a machine without a GPU
     from kernels import triton_attention, triton_linear, triton_rope, triton_sampling, triton_step
 
-    prefill_attention = triton_attention.prefill_attention
-    if importlib.util.find_spec("flash_attn"):
-        from kernels import flash
-
-        prefill_attention = flash.prefill_attention
     return Ops(
         norm_linear=triton_linear.norm_linear,
         norm_gated_linear=triton_linear.norm_gated_linear,
         add_linear=triton_linear.add_linear,
         rope_write_kv=triton_rope.rope_write_kv,
-        prefill_attention=prefill_attention,
+        prefill_attention=triton_attention.prefill_attention,
         decode_attention=triton_attention.decode_attention,
         sample=triton_sampling.sample,
         locate=triton_step.locate,

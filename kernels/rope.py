@@ -1,44 +1,48 @@
 """Rotary position embedding (Su et al., "RoFormer", 2021), and the write of K and V into a paged cache."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from kernels.norm import rms_norm
 
 
+@dataclass(frozen=True, slots=True)
+class Rotation:
+    """What becomes of q and k, and where k and v go, for T tokens of one layer."""
+
+    positions: Tensor  # [T] int32 or int64
+    cos_sin: Tensor  # [max_position, D] float32: cosines of the D/2 frequencies, then their sines
+    slots: Tensor  # [T] int32 or int64: block * block_size + offset, -1 writes nothing
+    q_norm: Tensor | None  # [D]: weights of an RMS norm over each head before the rotation (Qwen3 has them)
+    k_norm: Tensor | None  # [D], together with q_norm
+    eps: float  # of the norms
+
+
 def rope_write_kv(
-    qkv: Tensor,
-    positions: Tensor,
-    cos_sin: Tensor,
-    slots: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
-    eps: float,
+    qkv: Tensor, rotation: Rotation, key_cache: Tensor, value_cache: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rotates q and k in place and writes k and v into their slots.
 
-    qkv [T, (Hq + 2 Hkv) * D], contiguous: heads of q, then of k, then of v. positions [T] int32 or int64. cos_sin
-    [max_position, D] float32: cosines of the D/2 frequencies, then their sines. slots [T] int32 or int64: block *
-    block_size + offset, -1 writes nothing. key_cache, value_cache [N, block_size, Hkv, D] strided views. q_norm, k_norm
-    [D]: weights of an RMS norm over each head (with `eps`) before the rotation, or None (Qwen3 has them).
-    Dimension i is paired with i + D/2 (the layout of NeoX and of Hugging Face's checkpoints); the rotation is computed
-    in float32. Returns views of qkv: q [T, Hq, D], k [T, Hkv, D], v [T, Hkv, D].
+    qkv [T, (Hq + 2 Hkv) * D], contiguous: heads of q, then of k, then of v. key_cache, value_cache [N, block_size, Hkv,
+    D] strided views. Dimension i is paired with i + D/2 (the layout of NeoX and of Hugging Face's checkpoints); the
+    rotation is computed in float32. Returns views of qkv: q [T, Hq, D], k [T, Hkv, D], v [T, Hkv, D].
     """
     block_size, num_kv_heads, head_dim = key_cache.shape[1:]
     heads = qkv.view(qkv.shape[0], -1, head_dim)
     q, k, v = torch.split(heads, [heads.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads], dim=1)
-    if q_norm is not None and k_norm is not None:
-        q.copy_(rms_norm(q, q_norm, eps))
-        k.copy_(rms_norm(k, k_norm, eps))
+    if rotation.q_norm is not None and rotation.k_norm is not None:
+        q.copy_(rms_norm(q, rotation.q_norm, rotation.eps))
+        k.copy_(rms_norm(k, rotation.k_norm, rotation.eps))
 
-    cos, sin = cos_sin.index_select(0, positions).unsqueeze(1).chunk(2, dim=-1)
+    cos, sin = rotation.cos_sin.index_select(0, rotation.positions).unsqueeze(1).chunk(2, dim=-1)
     low, high = heads[:, :-num_kv_heads].chunk(2, dim=-1)
     rotated_low = low * cos - high * sin
     high.copy_(high * cos + low * sin)
     low.copy_(rotated_low)
 
+    slots = rotation.slots
     if bool((slots < 0).any()):
         kept = slots >= 0
         slots, written_k, written_v = slots[kept], k[kept], v[kept]

@@ -72,3 +72,16 @@ def prefetch_to_l2(address, size):
         is_pure=False,
         pack=1,
     )
+
+
+@triton.jit
+def prefetch_lines_to_l2(addresses):
+    """Asks for the cache line of each address."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [addresses.to(tl.int64)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )

@@ -76,12 +76,13 @@ def _few_rows_kernel(
         prefetch_to_l2(slab, slab_bytes)
         if GATED:
             prefetch_to_l2(slab + size, slab_bytes)
-    wait_for_previous(DEPENDENT)
 
     cell = exists & (member < rows)
     out_at = member.to(tl.int64) * OUTPUTS + output[:, None]
     if ADD:
+        # written before the layer that made x, so at least two launches back
         added = tl.load(residual + out_at, mask=cell, other=0.0).to(tl.float32)
+    wait_for_previous(DEPENDENT)
     gate_sums = tl.zeros((BLOCK_N, ROWS), tl.float32)
     up_sums = tl.zeros((BLOCK_N, ROWS), tl.float32)
     squares = tl.zeros((1, ROWS), tl.float32)
@@ -260,10 +261,10 @@ def _tile(rows: int, outputs: int, inputs: int, gated: bool, device: torch.devic
     if inputs % 64 or rows > _MAX_TILE_ROWS or outputs * inputs * (2 if gated else 1) > _SMALL_WEIGHT:
         return None
     step = 128 if inputs % 128 == 0 else 64
-    each = 16 if gated else 32
+    each = 32 if gated else 16
     tiles = triton.cdiv(outputs, each)
     splits = 1
-    while not gated and tiles * splits * 2 <= multiprocessors(device) and splits < min(8, inputs // step // 4):
+    while not gated and tiles * splits <= multiprocessors(device) and 2 * splits <= min(8, inputs // step // 4):
         splits *= 2
     if splits > 1 and tiles > MAX_ARRIVALS:
         return None
@@ -315,7 +316,7 @@ def _launch(
         )
     elif tile is not None:
         if norm is not None:
-            x = rms_norm(x, norm, eps)
+            x = rms_norm(x, norm, eps, weight)
         tiles = triton.cdiv(outputs, tile.outputs)
         block_rows = max(16, triton.next_power_of_2(rows))
         parts = out
@@ -360,7 +361,8 @@ def norm_gated_linear(x: Tensor, norm: Tensor, eps: float, gate_up: Tensor) -> T
 
 
 def add_linear(residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`kernels.linear.add_linear` for CUDA tensors; x's last dimension and the weight are contiguous."""
+    """`kernels.linear.add_linear` for CUDA tensors; x's last dimension and the weight are contiguous. The kernel before
+    this one, which may still run, must not write `residual`; it may write x."""
     if _launch(x, weight, bias=bias, residual=residual) is None:
         residual.addmm_(x, weight.t())
         if bias is not None:

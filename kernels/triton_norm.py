@@ -6,12 +6,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton_launch import dependent, wait_for_previous
+from kernels.triton_launch import dependent, prefetch_to_l2, wait_for_previous
 
 
 @triton.jit
-def _rms_norm_kernel(x, weight, out, x_stride, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr):
+def _rms_norm_kernel(
+    x,
+    weight,
+    out,
+    next_weight,
+    x_stride,
+    eps,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PREFETCHED: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """PREFETCHED: elements of the next weight that each program asks for."""
     row = tl.program_id(0).to(tl.int64)
+    if DEPENDENT and PREFETCHED > 0:
+        size: tl.constexpr = PREFETCHED * (next_weight.dtype.element_ty.primitive_bitwidth // 8)
+        prefetch_to_l2(next_weight + row * PREFETCHED, size)
     column = tl.arange(0, BLOCK)
     inside = column < WIDTH
     scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
@@ -22,8 +37,12 @@ def _rms_norm_kernel(x, weight, out, x_stride, eps, WIDTH: tl.constexpr, BLOCK: 
     tl.store(out + row * WIDTH + column, (normed.to(dtype).to(tl.float32) * scale).to(dtype), mask=inside)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`kernels.norm.rms_norm` for a CUDA tensor [T, H] whose last dimension is contiguous."""
+def rms_norm(x: Tensor, weight: Tensor, eps: float, next_weight: Tensor | None = None) -> Tensor:
+    """`kernels.norm.rms_norm` for a CUDA tensor [T, H] whose last dimension is contiguous.
+
+    `next_weight`, contiguous, is brought to the L2 cache meanwhile for the kernel that comes next: that one may find no
+    room on the multiprocessors to ask for it so early.
+    """
     rows, width = x.shape
     out = torch.empty((rows, width), dtype=x.dtype, device=x.device)
     block = triton.next_power_of_2(width)
@@ -32,10 +51,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
             x,
             weight,
             out,
+            weight if next_weight is None else next_weight,
             x.stride(0),
             eps,
             WIDTH=width,
             BLOCK=block,
+            PREFETCHED=0 if next_weight is None else next_weight.numel() // rows // 16 * 16,
             num_warps=min(max(block // 256, 1), 16),
             **dependent(x.device),
         )

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.rope import Rotation
 from kernels.triton_launch import dependent, wait_for_previous
 
 _HEADS = 8  # heads of one token that a program handles
@@ -80,15 +81,7 @@ def _rope_write_kernel(
 
 
 def rope_write_kv(
-    qkv: Tensor,
-    positions: Tensor,
-    cos_sin: Tensor,
-    slots: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
-    eps: float,
+    qkv: Tensor, rotation: Rotation, key_cache: Tensor, value_cache: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`kernels.rope.rope_write_kv` for CUDA tensors; the two caches have equal strides."""
     block_size, num_kv_heads, head_dim = key_cache.shape[1:]
@@ -98,20 +91,20 @@ def rope_write_kv(
     if tokens:
         _rope_write_kernel[(tokens, triton.cdiv(heads.shape[1], _HEADS))](
             qkv,
-            positions,
-            cos_sin,
-            slots,
+            rotation.positions,
+            rotation.cos_sin,
+            rotation.slots,
             key_cache,
             value_cache,
-            qkv if q_norm is None else q_norm,
-            qkv if k_norm is None else k_norm,
-            eps,
+            qkv if rotation.q_norm is None else rotation.q_norm,
+            qkv if rotation.k_norm is None else rotation.k_norm,
+            rotation.eps,
             *key_cache.stride()[:3],
             BLOCK_SIZE=block_size,
             Q_HEADS=num_heads,
             KV_HEADS=num_kv_heads,
             HALF=head_dim // 2,
-            NORM=q_norm is not None,
+            NORM=rotation.q_norm is not None,
             HEADS=_HEADS,
             LANES=triton.next_power_of_2(head_dim // 2),
             num_warps=4,

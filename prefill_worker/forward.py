@@ -7,6 +7,7 @@ from torch import Tensor
 from common.kv_pool import KvPool
 from common.model import Model
 from kernels.ops import Ops
+from kernels.rope import Rotation
 from prefill_worker.batch import PackedBatch
 from prefill_worker.draws import Draws
 
@@ -23,7 +24,8 @@ class Forward:
         """Writes the KV of all tokens. Returns the hidden states of `batch.last_tokens`, [B, H]."""
         scale = self.model.config.head_dim**-0.5
 
-        def attend(q: Tensor, k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor) -> Tensor:
+        def attend(qkv: Tensor, rotation: Rotation, key_cache: Tensor, value_cache: Tensor) -> Tensor:
+            q, k, v = self.ops.rope_write_kv(qkv, rotation, key_cache, value_cache)
             return self.ops.prefill_attention(q, k, v, key_cache, value_cache, batch.attention, scale)
 
         hidden = self.model.forward(batch.tokens, batch.positions, batch.slots, self.pool, attend)

@@ -10,6 +10,7 @@ from common.kv_pool import KvLayout, KvPool, allocate
 from common.model import Model
 from kernels.attention import PrefillAttention
 from kernels.ops import Ops
+from kernels.rope import Rotation
 
 
 class PagedSequences:
@@ -46,8 +47,9 @@ class PagedSequences:
         block = self.tables.gather(1, (positions // self.block_size).long()[:, None]).squeeze(1)
         slots = block.long() * self.block_size + positions % self.block_size
 
-        def attend(q: Tensor, _k: Tensor, _v: Tensor, key_cache: Tensor, value_cache: Tensor) -> Tensor:
-            return self.ops.decode_attention(q, key_cache, value_cache, self.tables, positions + 1, self.scale)
+        def attend(qkv: Tensor, rotation: Rotation, key_cache: Tensor, value_cache: Tensor) -> Tensor:
+            lengths = positions + 1
+            return self.ops.decode_attention(qkv, rotation, key_cache, value_cache, self.tables, lengths, self.scale)
 
         return self.model.logits(self.model.forward(tokens, positions, slots, self.pool, attend))
 
@@ -89,7 +91,8 @@ class PagedSequences:
             block_tables=self.tables[rows],
         )
 
-        def attend(q: Tensor, k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor) -> Tensor:
+        def attend(qkv: Tensor, rotation: Rotation, key_cache: Tensor, value_cache: Tensor) -> Tensor:
+            q, k, v = self.ops.rope_write_kv(qkv, rotation, key_cache, value_cache)
             return self.ops.prefill_attention(q, k, v, key_cache, value_cache, batch, self.scale)
 
         tokens = torch.tensor([token for row, start, end in chunks for token in self.tokens[row][start:end]])

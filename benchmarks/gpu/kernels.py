@@ -11,7 +11,7 @@ import importlib
 import json
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -30,7 +30,6 @@ from kernels import (
     sampling,
     triton_activation,
     triton_attention,
-    triton_gather,
     triton_norm,
     triton_rope,
     triton_sampling,
@@ -152,6 +151,27 @@ class Caches:
         return key_cache, value_cache, tables
 
 
+def rotation_of(shape: Shape, positions: Tensor, slots: Tensor) -> rope.Rotation:
+    """With angles and norms at random."""
+    angles = torch.rand(int(positions.max()) + 1, shape.head_dim // 2, device=DEVICE) * 6.28
+    cos_sin = torch.cat([angles.cos(), angles.sin()], dim=1)
+    q_norm, k_norm = (randn(shape.head_dim), randn(shape.head_dim)) if shape.has_q_norm else (None, None)
+    return rope.Rotation(positions, cos_sin, slots, q_norm, k_norm, 1e-6)
+
+
+def slots_in(tables: Tensor, positions: Tensor) -> Tensor:
+    """Where the token at each sequence's position belongs."""
+    blocks = tables.gather(1, (positions // BLOCK_SIZE).long()[:, None]).squeeze(1)
+    return blocks.long() * BLOCK_SIZE + positions % BLOCK_SIZE
+
+
+def new_tokens(shape: Shape, caches: Caches) -> tuple[Tensor, rope.Rotation]:
+    """q, k and v of the last token of each sequence."""
+    qkv = randn(len(caches.lengths), (shape.heads + 2 * shape.kv_heads) * shape.head_dim)
+    positions = caches.lengths - 1
+    return qkv, rotation_of(shape, positions, slots_in(caches.tables, positions))
+
+
 def decode(ceilings: Ceilings) -> Iterator[Result]:
     mixed = torch.randint(100, 2049, (256,), generator=torch.Generator().manual_seed(0)).tolist()
     yield from decode_case(ceilings, QWEN, "1 x 32768", [32_768])
@@ -171,19 +191,29 @@ def decode_case(ceilings: Ceilings, shape: Shape, case: str, lengths: list[int])
     floor = ceilings.moving(layer_bytes)
     # a table as wide as captured graphs have it: 32k tokens
     caches = Caches.scattered(shape, lengths, layers, BLOCK_SIZE, 32_768 // BLOCK_SIZE)
-    q = randn(len(lengths), shape.heads, shape.head_dim)
+    qkv, rotation = new_tokens(shape, caches)
     scale = shape.head_dim**-0.5
 
     def ours(view: tuple[Tensor, Tensor]) -> Tensor:
-        return triton_attention.decode_attention(q, *view, caches.tables, caches.lengths, scale)
+        return triton_attention.decode_attention(qkv, rotation, *view, caches.tables, caches.lengths, scale)
 
     key_cache, value_cache, tables = caches.small_float_copy(4, max(lengths[:4]))
-    expected = attention.decode_attention(q[:4].float(), key_cache, value_cache, tables, caches.lengths[:4], scale)
+    few = replace(
+        rotation,
+        positions=rotation.positions[:4],
+        slots=slots_in(tables, rotation.positions[:4]),
+        q_norm=None if rotation.q_norm is None else rotation.q_norm.float(),
+        k_norm=None if rotation.k_norm is None else rotation.k_norm.float(),
+    )
+    expected = attention.decode_attention(
+        qkv[:4].float(), few, key_cache, value_cache, tables, caches.lengths[:4], scale
+    )
     error = relative_error(ours(caches.views[0])[:4], expected)
     calls = [partial(ours, view) for view in caches.views]
     yield Result("decode attention", case, error, graph_microseconds(calls), floor)
     if FA3:
         attend = FA3.flash_attn_with_kvcache
+        q = randn(len(lengths), shape.heads, shape.head_dim)
 
         def theirs(view: tuple[Tensor, Tensor]) -> object:
             return attend(
@@ -200,6 +230,7 @@ def decode_case(ceilings: Ceilings, shape: Shape, case: str, lengths: list[int])
         del caches
         large = Caches.scattered(shape, lengths, layers, 256)
         attend = FA2.flash_attn_with_kvcache
+        q = randn(len(lengths), shape.heads, shape.head_dim)
 
         def flash(view: tuple[Tensor, Tensor]) -> object:
             return attend(
@@ -237,7 +268,10 @@ def prefill_case(
         torch.tensor([0, *kv_lens], device=DEVICE).cumsum(0).int(),
         caches.tables,
     )
-    packed_keys, packed_values = triton_gather.gather_kv(key_cache, value_cache, batch)
+    blocks = [caches.tables[row, torch.arange(kv, device=DEVICE) // BLOCK_SIZE] for row, kv in enumerate(kv_lens)]
+    where = torch.cat([block * BLOCK_SIZE for block in blocks]).long()
+    where += torch.cat([torch.arange(kv, device=DEVICE) for kv in kv_lens]) % BLOCK_SIZE
+    packed_keys, packed_values = (cache[where // BLOCK_SIZE, where % BLOCK_SIZE] for cache in (key_cache, value_cache))
     starts = batch.cu_kv_lens.tolist()
     new = torch.cat([torch.arange(end - query, end) for end, query in zip(starts[1:], query_lens, strict=True)]).to(
         DEVICE
@@ -256,17 +290,22 @@ def prefill_case(
     error = relative_error(ours()[:first], expected)
     yield Result("prefill attention", case, error, graph_microseconds([ours]), floor)
     if FA2:
-        from kernels import flash
+        attend = FA2.flash_attn_varlen_func
 
-        def flashed() -> Tensor:
-            return flash.prefill_attention(q, k, v, key_cache, value_cache, batch, scale)
+        def flash() -> object:
+            return attend(
+                q,
+                packed_keys,
+                packed_values,
+                batch.cu_query_lens,
+                batch.cu_kv_lens,
+                max(query_lens),
+                max(kv_lens),
+                softmax_scale=scale,
+                causal=True,
+            )
 
-        error = relative_error(flashed()[:first], expected)
-        yield Result("  flash-attn as served", case, error, graph_microseconds([flashed]), floor)
-        if query_lens != kv_lens:
-            gathering = ceilings.moving(2 * sum(kv_lens) * shape.token_bytes)
-            gather = partial(triton_gather.gather_kv, key_cache, value_cache, batch)
-            yield Result("  its gather of the cache", case, None, graph_microseconds([gather]), gathering)
+        yield Result("  FA2, all keys packed", case, None, graph_microseconds([flash]), floor)
     if FA3:
         attend = FA3.flash_attn_with_kvcache
 
@@ -318,12 +357,10 @@ def rows_case(ceilings: Ceilings, shape: Shape, tokens: int) -> Iterator[Result]
     caches = Caches.scattered(shape, [tokens], sets, BLOCK_SIZE)
     positions = torch.arange(tokens, device=DEVICE)
     slots = caches.tables[0].long()[positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
-    angles = torch.rand(tokens, shape.head_dim // 2, device=DEVICE) * 6.28
-    cos_sin = torch.cat([angles.cos(), angles.sin()], dim=1)
-    q_norm, k_norm = (randn(shape.head_dim), randn(shape.head_dim)) if shape.has_q_norm else (None, None)
+    rotation = rotation_of(shape, positions, slots)
 
     def write(function: Callable[..., tuple[Tensor, ...]], projected: Tensor, view: tuple[Tensor, Tensor]) -> Tensor:
-        return function(projected, positions, cos_sin, slots, *view, q_norm, k_norm, 1e-6)[0]
+        return function(projected, rotation, *view)[0]
 
     expected = write(rope.rope_write_kv, qkv[0].clone(), caches.views[0])
     error = relative_error(write(triton_rope.rope_write_kv, qkv[0].clone(), caches.views[0]), expected)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.graph_timing import graph_microseconds
-from benchmarks.gpu.kernels import BLOCK_SIZE, DEVICE, DTYPE, LLAMA, QWEN, Caches, Shape, randn, sets_for
+from benchmarks.gpu.kernels import BLOCK_SIZE, DEVICE, DTYPE, LLAMA, QWEN, Caches, Shape, new_tokens, randn, sets_for
 from benchmarks.gpu.timing import copy_bytes_per_second, gemm_operations_per_second
 from kernels import triton_attention, triton_linear
 from kernels.attention import PrefillAttention
@@ -79,7 +79,7 @@ TILES = [
         (64, 64, 8, 4, 4),
     )
 ]
-DECODE_TILES = [(32, 2, 3), (64, 4, 3), (32, 4, 3), (64, 2, 3), (64, 4, 2)]  # keys a step, warps, stages
+DECODE_TILES = [(32, 4, 2), (32, 2, 3), (64, 4, 3), (32, 4, 3), (64, 2, 3), (64, 4, 2)]  # keys a step, warps, stages
 PROGRAMS_PER_SM = [1, 2, 4]
 PREFILL_TILES = [  # queries, keys a step, warps, stages
     (128, 64, 8, 3),
@@ -187,9 +187,10 @@ def decode_cases() -> Iterator[Case]:
 def decode_calls(shape: Shape, lengths: list[int], most_sets: int) -> Calls:
     sets = min(sets_for(sum(lengths) * shape.token_bytes), most_sets)
     caches = Caches.scattered(shape, lengths, sets, BLOCK_SIZE, 32_768 // BLOCK_SIZE)
-    q = randn(len(lengths), shape.heads, shape.head_dim)
+    qkv, rotation = new_tokens(shape, caches)
+    scale = shape.head_dim**-0.5
     return [
-        partial(triton_attention.decode_attention, q, *view, caches.tables, caches.lengths, shape.head_dim**-0.5)
+        partial(triton_attention.decode_attention, qkv, rotation, *view, caches.tables, caches.lengths, scale)
         for view in caches.views
     ]
 

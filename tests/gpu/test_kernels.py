@@ -8,6 +8,7 @@ if not torch.cuda.is_available():  # importing the kernels here would keep tests
     pytest.skip("no CUDA device: torch.cuda.is_available() is False", allow_module_level=True)
 
 from kernels import triton_attention, triton_launch, triton_linear, triton_sampling
+from kernels.rope import Rotation
 from tests.kernels import checks
 from tests.kernels.inputs import DEVICE, assert_close, causal_attention, paged, randn
 
@@ -98,7 +99,8 @@ def test_rope_write_kv(heads: int, kv_heads: int, head_dim: int, with_norm: bool
 @pytest.mark.parametrize("block_size", [16, 48, 256])
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), HEADS)
 def test_decode_attention(heads: int, kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype) -> None:
-    checks.check_decode_attention((1, 1000, 0, 63, 64, 65, 2500, 7), heads, kv_heads, head_dim, block_size, dtype)
+    lengths = (1, 1000, 0, 63, 64, 65, 2500, 7)
+    checks.check_decode_attention(lengths, heads, kv_heads, head_dim, block_size, dtype, with_norm=heads % 3 == 1)
 
 
 @pytest.mark.parametrize("lengths", [(20_000,), tuple(range(1, 600, 5))], ids=["long", "many"])
@@ -108,16 +110,21 @@ def test_decode_attention_lengths(lengths: tuple[int, ...]) -> None:
 
 def test_decode_attention_in_a_graph_follows_lengths() -> None:
     """Captured once; lengths and tables change between replays, also from one split to many."""
-    decode = triton_attention.decode_attention
     caches = paged((3000, 700), 8, 128, 16, torch.bfloat16)
-    q = randn(2, 16, 128, dtype=torch.bfloat16)
+    qkv = randn(2, 32 * 128, dtype=torch.bfloat16)
+    v = qkv.view(2, 32, 128)[:, 24:]
     seq_lens = torch.tensor([3000, 700], dtype=torch.int32, device=DEVICE)
     tables = caches.block_tables.clone()
-    arguments = (q, caches.key_cache, caches.value_cache, tables, seq_lens, 0.1)
-    decode(*arguments)
+    unturned = torch.cat([torch.ones(3000, 64), torch.zeros(3000, 64)], dim=1).to(DEVICE)
+    slots = torch.full((2,), -1, device=DEVICE)
+    rotation = Rotation(seq_lens.clone(), unturned, slots, None, None, 1e-6)
+    arguments = (qkv, rotation, caches.key_cache, caches.value_cache, tables, seq_lens, 0.1)
+    rotation.positions.zero_()
+    triton_attention.decode_attention(*arguments)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = decode(*arguments)
+        out = triton_attention.decode_attention(*arguments)
+    q, k = qkv.view(2, 32, 128)[:, :16], qkv.view(2, 32, 128)[:, 16:24]
     for lengths, order in (((3000, 700), (0, 1)), ((1, 0), (0, 1)), ((64, 2999), (1, 0)), ((700, 130), (1, 0))):
         seq_lens.copy_(torch.tensor(lengths, dtype=torch.int32))
         tables.copy_(caches.block_tables[list(order)])
@@ -126,7 +133,8 @@ def test_decode_attention_in_a_graph_follows_lengths() -> None:
             if length == 0:
                 assert not out[row].any()
                 continue
-            keys, values = caches.keys[owner][:length], caches.values[owner][:length]
+            keys = torch.cat([caches.keys[owner][: length - 1], k[row : row + 1]])
+            values = torch.cat([caches.values[owner][: length - 1], v[row : row + 1]])
             assert_close(out[row : row + 1], causal_attention(q[row : row + 1], keys, values, 0.1))
 
 
@@ -148,30 +156,8 @@ def test_prefill_attention(
     checks.check_prefill_attention(query_lens, kv_lens, heads, kv_heads, head_dim, 16, dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), HEADS)
-@pytest.mark.parametrize(
-    ("query_lens", "kv_lens"),
-    [((513, 1, 128), (513, 1, 128)), ((300, 1, 64), (1000, 777, 64))],
-    ids=["packed", "gathered"],
-)
-def test_flash_prefill_attention(
-    query_lens: tuple[int, ...],
-    kv_lens: tuple[int, ...],
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
-    dtype: torch.dtype,
-) -> None:
-    """What flash-attn does not take goes to Triton."""
-    pytest.importorskip("flash_attn", exc_type=ImportError)
-    from kernels import flash
-
-    checks.check_prefill_attention(query_lens, kv_lens, heads, kv_heads, head_dim, 16, dtype, flash.prefill_attention)
-
-
-def test_gather_kv() -> None:
-    checks.check_gather_kv((3000, 1, 700), 8, 128, 16)
+def test_prefill_attention_in_a_batch_of_fixed_size() -> None:
+    checks.check_prefill_attention((300, 1, 64), (1000, 777, 64), 16, 8, 128, 16, torch.bfloat16, padding=(700, 100))
 
 
 def sampling_columns(batch: int, temperature: float, top_k: int, top_p: float, min_p: float) -> tuple[Tensor, ...]:

@@ -4,8 +4,6 @@ Outputs are allocated by the kernels' wrappers, so unwritten elements are whatev
 `poison` fills that memory with NaN first.
 """
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 import triton
@@ -20,7 +18,6 @@ from kernels import (
     step,
     triton_activation,
     triton_attention,
-    triton_gather,
     triton_linear,
     triton_norm,
     triton_rope,
@@ -117,12 +114,9 @@ def check_rope_write_kv(
 
     expected_qkv = qkv.clone()
     expected_keys, expected_values = caches.key_cache.clone(), caches.value_cache.clone()
-    expected = rope.rope_write_kv(
-        expected_qkv, positions, cos_sin, slots, expected_keys, expected_values, weights[0], weights[1], 1e-6
-    )
-    actual = triton_rope.rope_write_kv(
-        qkv, positions, cos_sin, slots, caches.key_cache, caches.value_cache, weights[0], weights[1], 1e-6
-    )
+    rotation = rope.Rotation(positions, cos_sin, slots, weights[0], weights[1], 1e-6)
+    expected = rope.rope_write_kv(expected_qkv, rotation, expected_keys, expected_values)
+    actual = triton_rope.rope_write_kv(qkv, rotation, caches.key_cache, caches.value_cache)
     for mine, theirs in zip(actual, expected, strict=True):
         assert mine.data_ptr() >= qkv.data_ptr()
         assert_close(mine, theirs)
@@ -132,25 +126,48 @@ def check_rope_write_kv(
 
 
 def check_decode_attention(
-    lengths: tuple[int, ...], heads: int, kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype
+    lengths: tuple[int, ...],
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    block_size: int,
+    dtype: torch.dtype,
+    with_norm: bool = False,
 ) -> None:
-    """lengths may hold 0, a padded row."""
+    """lengths may hold 0, a padded row. The caches have all but the last token, which comes in qkv."""
     caches = paged(lengths, kv_heads, head_dim, block_size, dtype)
-    # queries as rope_write_kv returns them: a part of each row
-    q = randn(len(lengths), heads + 2 * kv_heads, head_dim, dtype=dtype, seed=99)[:, :heads]
+    qkv = randn(len(lengths), (heads + 2 * kv_heads) * head_dim, dtype=dtype, seed=99)
     seq_lens = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+    positions = (seq_lens - 1).clamp(min=0)
+    block = caches.block_tables.gather(1, (positions // block_size).long()[:, None]).squeeze(1)
+    slots = torch.where(seq_lens > 0, block.long() * block_size + positions % block_size, -1)
+    norms = [randn(head_dim, dtype=dtype, seed=seed) if with_norm else None for seed in (6, 7)]
+    angles = torch.outer(torch.arange(max(lengths) + 1), 0.3 ** torch.arange(head_dim // 2)).to(DEVICE)
+    cos_sin = torch.cat([angles.cos(), angles.sin()], dim=1).float()
+    rotation = rope.Rotation(positions, cos_sin, slots, norms[0], norms[1], 1e-6)
     scale = head_dim**-0.5
-    arguments = (q, caches.key_cache, caches.value_cache, caches.block_tables, seq_lens, scale)
+    expected_keys, expected_values = caches.key_cache.clone(), caches.value_cache.clone()
+    q, k, v = rope.rope_write_kv(qkv.clone(), rotation, expected_keys, expected_values)
+
     poison(q.numel(), dtype)
-    actual = triton_attention.decode_attention(*arguments)
+    tables = (caches.key_cache, caches.value_cache, caches.block_tables, seq_lens, scale)
+    actual = triton_attention.decode_attention(qkv.clone(), rotation, *tables)
+    assert_close(_numbers(caches.key_cache), _numbers(expected_keys))
+    assert torch.equal(_numbers(caches.value_cache), _numbers(expected_values))
     for row, length in enumerate(lengths):
         if length == 0:
             assert torch.equal(actual[row], torch.zeros_like(actual[row]))
         else:
-            expected = causal_attention(q[row : row + 1], caches.keys[row], caches.values[row], scale)
-            assert_close(actual[row : row + 1], expected)
+            keys = torch.cat([caches.keys[row][:-1], k[row : row + 1]])
+            values = torch.cat([caches.values[row][:-1], v[row : row + 1]])
+            assert_close(actual[row : row + 1], causal_attention(q[row : row + 1], keys, values, scale))
     # the merge left its counters as it found them
-    assert torch.equal(actual, triton_attention.decode_attention(*arguments))
+    assert torch.equal(actual, triton_attention.decode_attention(qkv.clone(), rotation, *tables))
+
+
+def _numbers(cache: Tensor) -> Tensor:
+    """Unused slots hold NaN, which equals nothing."""
+    return cache.nan_to_num(nan=12345.0)
 
 
 def check_prefill_attention(
@@ -161,7 +178,6 @@ def check_prefill_attention(
     head_dim: int,
     block_size: int,
     dtype: torch.dtype,
-    function: Callable[..., Tensor] = triton_attention.prefill_attention,
     padding: tuple[int, int] = (0, 0),
 ) -> None:
     """`padding`: tokens and sequences that a batch of a fixed size has too many."""
@@ -175,21 +191,12 @@ def check_prefill_attention(
     scale = head_dim**-0.5
     batch = prefill_batch(query_lens, kv_lens, caches.block_tables, padding[1])
     poison(q.numel(), dtype)
-    actual = function(q, k, v, caches.key_cache, caches.value_cache, batch, scale)
+    actual = triton_attention.prefill_attention(q, k, v, caches.key_cache, caches.value_cache, batch, scale)
     expected = [
         causal_attention(queries, key, value, scale)
         for queries, key, value in zip(q[:own].split(list(query_lens)), caches.keys, caches.values, strict=True)
     ]
     assert_close(actual[:own], torch.cat(expected))
-
-
-def check_gather_kv(kv_lens: tuple[int, ...], kv_heads: int, head_dim: int, block_size: int) -> None:
-    caches = paged(kv_lens, kv_heads, head_dim, block_size, torch.float16)
-    keys, values = triton_gather.gather_kv(
-        caches.key_cache, caches.value_cache, prefill_batch(kv_lens, kv_lens, caches.block_tables)
-    )
-    assert torch.equal(keys, torch.cat(caches.keys))
-    assert torch.equal(values, torch.cat(caches.values))
 
 
 def check_sample(

@@ -241,7 +241,7 @@ def _decode_tile(head_dim: int, dtype: torch.dtype) -> tuple[int, int, int]:
     """Keys a step, warps, and pipeline stages of the decode kernel."""
     if dtype == torch.float32:
         return (32, 4, 2) if head_dim <= 128 else (16, 4, 2)
-    return 32, 4, 2 if head_dim <= 128 else 3
+    return (64, 4, 2) if head_dim <= 128 else (32, 4, 3)
 
 
 def decode_attention(

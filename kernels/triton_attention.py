@@ -27,6 +27,7 @@ _LOG2_E = 1.4426950408889634
 _MAX_SPLITS = 64
 _PROGRAMS_PER_SM = 2  # decode programs wanted for each SM; more would be more parts to merge
 _MIN_SPAN = 64  # keys below which another split costs more than it hides
+_LONG_SPAN = 512  # the same where splits only even out the programs' work
 _MERGED_ELEMENTS = 4096  # of the parts that are merged at a time
 _AHEAD = 64  # keys that a program asks for before it may read what the kernel ahead of it writes
 _LINE_BYTES = 128  # of the L2 cache
@@ -228,13 +229,16 @@ def _decode_kernel(
             tl.store(merged_at, merged.to(out.dtype.element_ty), mask=exists)
 
 
-def _splits(pairs: int, max_tokens: int, device: torch.device) -> int:
-    """Programs for each (sequence, KV head) pair, a power of two, of which short sequences use only a part."""
-    wanted = triton.cdiv(_PROGRAMS_PER_SM * multiprocessors(device), pairs)
-    useful = triton.cdiv(max_tokens, _MIN_SPAN)
+def _splits(pairs: int, max_tokens: int, device: torch.device) -> tuple[int, int]:
+    """Programs for each (sequence, KV head) pair, a power of two, of which short sequences use only a part, and the
+    keys of the shortest span that is split off. With programs enough, only long sequences are split in two: one that
+    comes last would otherwise keep a few multiprocessors busy and the others waiting."""
     if pairs > MAX_ARRIVALS:
-        return 1
-    return int(triton.next_power_of_2(max(1, min(wanted, useful, _MAX_SPLITS))))
+        return 1, _MIN_SPAN
+    wanted = triton.cdiv(_PROGRAMS_PER_SM * multiprocessors(device), pairs)
+    span = _MIN_SPAN if wanted > 1 else _LONG_SPAN
+    useful = triton.cdiv(max_tokens, span)
+    return int(triton.next_power_of_2(max(1, min(max(wanted, 2), useful, _MAX_SPLITS)))), span
 
 
 def _decode_tile(head_dim: int, dtype: torch.dtype) -> tuple[int, int, int]:
@@ -264,7 +268,7 @@ def decode_attention(
     tile, warps, stages = _decode_tile(head_dim, qkv.dtype)
     lanes = triton.next_power_of_2(head_dim)
     pairs = batch * num_kv_heads
-    splits = _splits(pairs, block_tables.shape[1] * block_size, qkv.device)
+    splits, min_span = _splits(pairs, block_tables.shape[1] * block_size, qkv.device)
     out = torch.empty((batch, num_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
     if splits > 1:
         parts = torch.empty((pairs, splits, group, head_dim), dtype=torch.float32, device=qkv.device)
@@ -301,7 +305,7 @@ def decode_attention(
         NORM=rotation.q_norm is not None,
         TILE=tile,
         SPLITS=splits,
-        MIN_SPAN=max(tile, _MIN_SPAN),
+        MIN_SPAN=max(tile, min_span),
         AHEAD=_AHEAD,
         STAGES=stages,
         MERGED=max(1, min(splits, _MERGED_ELEMENTS // (group_rows * lanes))),

@@ -3,7 +3,6 @@
 from twostroke.async_client import AsyncClient
 from twostroke.client import Client
 from twostroke.errors import (
-    Cancelled,
     DeadlineExceeded,
     InvalidArgument,
     Overloaded,
@@ -18,7 +17,6 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AsyncClient",
-    "Cancelled",
     "Choice",
     "Client",
     "DeadlineExceeded",

@@ -30,10 +30,6 @@ class DeadlineExceeded(TwostrokeError, TimeoutError):
     """The call's timeout passed before it was done."""
 
 
-class Cancelled(TwostrokeError):
-    """The call was cancelled by the other side."""
-
-
 class Unauthenticated(TwostrokeError):
     """The API key is missing or wrong."""
 
@@ -43,7 +39,6 @@ _CLASSES: dict[grpc.StatusCode, type[TwostrokeError]] = {
     grpc.StatusCode.RESOURCE_EXHAUSTED: Overloaded,
     grpc.StatusCode.UNAVAILABLE: Unavailable,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
-    grpc.StatusCode.CANCELLED: Cancelled,
     grpc.StatusCode.UNAUTHENTICATED: Unauthenticated,
 }
 
@@ -56,5 +51,9 @@ class Status(Protocol):
 
 
 def error_of(status: Status) -> TwostrokeError:
+    """What to raise for a call that ended with this status, and was not cancelled by its caller."""
     code = status.code()
+    if code is grpc.StatusCode.CANCELLED:
+        # gRPC's own word for calls that reach a server in the moment it shuts down, or outlast its grace
+        return Unavailable("the router shut down; it is safe to try again", grpc.StatusCode.UNAVAILABLE)
     return _CLASSES.get(code, TwostrokeError)(status.details() or code.name, code)

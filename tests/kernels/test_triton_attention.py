@@ -28,6 +28,10 @@ def test_decode_attention_splits(lengths: tuple[int, ...]) -> None:
     checks.check_decode_attention(lengths, 6, 2, 64, 16, torch.float32)
 
 
+def test_decode_attention_splits_long_sequences_of_a_large_batch() -> None:
+    checks.check_decode_attention((600, 1, 513, 1100, 0, 514), 4, 4, 64, 16, torch.float32)
+
+
 def test_decode_attention_without_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks.triton_attention, "_MAX_SPLITS", 1)
     checks.check_decode_attention((300, 0, 5), 6, 2, 64, 16, torch.float32)

@@ -155,7 +155,6 @@ def test_model_and_load(client: Client) -> None:
         ("RESOURCE_EXHAUSTED", twostroke.Overloaded),
         ("UNAVAILABLE", twostroke.Unavailable),
         ("DEADLINE_EXCEEDED", twostroke.DeadlineExceeded),
-        ("CANCELLED", twostroke.Cancelled),
         ("UNAUTHENTICATED", twostroke.Unauthenticated),
         ("INTERNAL", twostroke.TwostrokeError),
     ],
@@ -167,6 +166,13 @@ def test_errors(client: Client, code: str, error: type[twostroke.TwostrokeError]
         assert type(caught.value) is error
         assert caught.value.code is grpc.StatusCode[code]
         assert caught.value.message == "as you asked"
+
+
+def test_a_call_that_a_stopping_router_cancels_is_safe_to_retry(client: Client) -> None:
+    for call in (client.generate, lambda prompt: list(client.stream(prompt))):
+        with pytest.raises(twostroke.Unavailable, match="shut down") as caught:
+            call("fail CANCELLED")
+        assert caught.value.code is grpc.StatusCode.UNAVAILABLE
 
 
 def test_no_router() -> None:

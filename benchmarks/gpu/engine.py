@@ -124,7 +124,7 @@ def _measure_model(
 
 def _prefill(hardware: Hardware, name: str, loaded: LoadedModel, tokens: int) -> Iterator[Figure]:
     """Batches launched one after another, as the worker's loop does."""
-    parts = worker_parts(loaded, num_blocks=2 * -(-tokens // 16))
+    parts = worker_parts(loaded, num_blocks=3 * -(-tokens // 16))
     runner = PrefillRunner(parts)
     runner.capture(tokens)
     for count in (8, 1):
@@ -144,6 +144,28 @@ def _prefill(hardware: Hardware, name: str, loaded: LoadedModel, tokens: int) ->
             rate / hardware.gemm,
             PREFILL_BOUNDS.get(name),
         )
+    for length in (128, 512, 1024):
+        if length <= tokens:
+            yield _one_prompt(hardware, name, runner, _whole_prompt(parts, length, length))
+
+
+def _one_prompt(hardware: Hardware, name: str, runner: PrefillRunner, chunk: Chunk) -> Figure:
+    """From nothing under way to the first token, beside the same with operations launched one after another."""
+
+    def first_token() -> None:
+        runner.launch([chunk]).first_tokens()
+
+    captured = median(hardware.device, first_token, 5)
+    graphs, runner.graphs = runner.graphs, None
+    one_by_one = median(hardware.device, first_token, 5)
+    runner.graphs = graphs
+    return Figure(
+        f"{name}: one prompt of {chunk.end}, alone",
+        f"{1000 * captured:.2f} ms",
+        f"{1000 * one_by_one:.2f} ms launched one by one",
+        captured / one_by_one,
+        at_most=True,
+    )
 
 
 def _whole_prompt(parts: WorkerParts, index: int, length: int) -> Chunk:

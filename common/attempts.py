@@ -2,11 +2,18 @@
 
 from collections.abc import Callable
 
+import structlog
+
 from common.sequence import SequenceSpec, sequence_from_proto
 from common.worker_metrics import WorkerMetrics
 from common.worker_parts import WorkerParts
 from common.worker_service import WorkerService
 from twostroke.v1 import worker_pb2 as pb
+
+log = structlog.get_logger(__name__)
+
+# Ends that come with every request, or with every request of a pool that is too small for all; metrics count them.
+_USUAL = (pb.Ended.CAUSE_FINISHED, pb.Ended.CAUSE_PREEMPTED)
 
 
 class Attempts:
@@ -31,7 +38,7 @@ class Attempts:
         id already, which goes on.
         """
         if draining:
-            self.end(connection, asked.attempt_id, pb.Ended.CAUSE_DRAINING)
+            self.end(connection, asked.attempt_id, pb.Ended.CAUSE_DRAINING, "", asked.sequence.request_id)
             return None
         try:
             if under_way:
@@ -39,11 +46,21 @@ class Attempts:
             spec = sequence_from_proto(asked.sequence)
             self._parts.check(spec, length(spec))
         except ValueError as error:
-            self.end(connection, asked.attempt_id, pb.Ended.CAUSE_REJECTED, str(error))
+            self.end(connection, asked.attempt_id, pb.Ended.CAUSE_REJECTED, str(error), asked.sequence.request_id)
             return None
         return spec
 
-    def end(self, connection: int, attempt_id: int, cause: "pb.Ended.Cause.ValueType", detail: str = "") -> None:
+    def end(
+        self,
+        connection: int,
+        attempt_id: int,
+        cause: "pb.Ended.Cause.ValueType",
+        detail: str = "",
+        request_id: str = "",
+    ) -> None:
         """Tells the router that the attempt is over here, and that nothing is held for it any more."""
         self._metrics.ended(cause)
         self._service.outgoing(connection).ended.add(attempt_id=attempt_id, cause=cause, detail=detail)
+        if cause not in _USUAL:
+            name = pb.Ended.Cause.Name(cause).removeprefix("CAUSE_").lower()
+            log.info("attempt ended", cause=name, detail=detail, request_id=request_id, attempt=attempt_id)

@@ -24,6 +24,7 @@ class SequenceSpec:
     min_length: int = 0  # tokens in all before which stop_token_ids are not sampled
     stop_token_ids: frozenset[int] = field(default_factory=frozenset)
     cache_root: bytes = b""  # what the chain of block hashes starts from
+    request_id: str = ""  # the client's, for logs
 
     def hashes_before_last_token(self, block_size: int) -> tuple[bytes, ...]:
         """Hashes of the blocks that a prefill need not compute. The last token is always computed: its logits give the
@@ -48,6 +49,8 @@ def sequence_from_proto(message: pb.Sequence) -> SequenceSpec:
         )
     if message.min_length > message.max_length:
         raise ValueError(f"min_length is {message.min_length}, and max_length {message.max_length}")
+    if not message.request_id.isprintable():
+        raise ValueError("request_id is not printable")
     return SequenceSpec(
         token_ids=tuple(message.token_ids),
         prompt_length=message.prompt_length,
@@ -57,6 +60,7 @@ def sequence_from_proto(message: pb.Sequence) -> SequenceSpec:
         min_length=message.min_length,
         stop_token_ids=frozenset(message.stop_token_ids),
         cache_root=message.cache_root,
+        request_id=message.request_id,
     )
 
 
@@ -70,4 +74,5 @@ def sequence_to_proto(spec: SequenceSpec) -> pb.Sequence:
         min_length=spec.min_length,
         stop_token_ids=sorted(spec.stop_token_ids),
         cache_root=spec.cache_root,
+        request_id=spec.request_id,
     )

@@ -116,7 +116,7 @@ class Engine:
         problem = self._problem(sequence, start)
         if problem is not None:
             self._drop(sequence)
-            self._attempts.end(connection, start.attempt_id, pb.Ended.CAUSE_REJECTED, problem)
+            self._attempts.end(connection, start.attempt_id, pb.Ended.CAUSE_REJECTED, problem, sequence.spec.request_id)
             return None
         sequence.state = State.PULLING
         sequence.tokens.append(start.first_token)
@@ -141,7 +141,9 @@ class Engine:
                 cause = pb.Ended.CAUSE_LEASE_LOST if pulled.lease_lost else pb.Ended.CAUSE_FAILED
                 self._trace_transfer(pulled)
                 self._loop.drop(sequence)
-                self._attempts.end(sequence.connection, sequence.attempt_id, cause, pulled.problem)
+                self._attempts.end(
+                    sequence.connection, sequence.attempt_id, cause, pulled.problem, sequence.spec.request_id
+                )
             else:
                 self._measure(pulled)
                 self._trace_transfer(pulled)

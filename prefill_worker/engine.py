@@ -72,8 +72,9 @@ class Engine:
                 self._leases.end(attempt_id)
 
     def _expire_leases(self) -> None:
-        for attempt_id, connection in self._leases.expire(time.monotonic()):
-            self._attempts.end(connection, attempt_id, pb.Ended.CAUSE_LEASE_LOST, "nobody took the KV in time")
+        for lease in self._leases.expire(time.monotonic()):
+            detail = "nobody took the KV in time"
+            self._attempts.end(lease.connection, lease.attempt_id, pb.Ended.CAUSE_LEASE_LOST, detail, lease.request_id)
 
     def _tell(self, turn: Turn) -> None:
         if turn.launched_tokens:
@@ -97,7 +98,7 @@ class Engine:
                 "twostroke.cached_tokens": prompt.cached_len,
             },
         )
-        self._leases.grant(prompt.attempt_id, prompt.connection, prompt.blocks, time.monotonic())
+        self._leases.grant(prompt, time.monotonic())
         self._service.outgoing(prompt.connection).prefilled.add(
             attempt_id=prompt.attempt_id,
             first_token=first.token,

@@ -3,11 +3,14 @@
 from dataclasses import dataclass
 
 from common.block_pool import BlockPool
+from prefill_worker.scheduler import Prompt
 
 
 @dataclass(frozen=True, slots=True)
 class Lease:
+    attempt_id: int
     connection: int
+    request_id: str
     blocks: list[int]
     expires: float  # time.monotonic()
 
@@ -26,8 +29,10 @@ class Leases:
     def __contains__(self, attempt_id: int) -> bool:
         return attempt_id in self._leases
 
-    def grant(self, attempt_id: int, connection: int, blocks: list[int], now: float) -> None:
-        self._leases[attempt_id] = Lease(connection, blocks, now + self._seconds)
+    def grant(self, prompt: Prompt, now: float) -> None:
+        self._leases[prompt.attempt_id] = Lease(
+            prompt.attempt_id, prompt.connection, prompt.spec.request_id, prompt.blocks, now + self._seconds
+        )
 
     def end(self, attempt_id: int) -> None:
         lease = self._leases.pop(attempt_id, None)
@@ -38,14 +43,14 @@ class Leases:
         for attempt_id in [a for a, lease in self._leases.items() if lease.connection == connection]:
             self.end(attempt_id)
 
-    def expire(self, now: float) -> list[tuple[int, int]]:
-        """Ends what was not taken in time; returns (attempt, connection) of each. The reader of a block that went this
-        way sees its generation change and drops what it read."""
+    def expire(self, now: float) -> list[Lease]:
+        """Ends what was not taken in time, and returns it. The reader of a block that went this way sees its generation
+        change and drops what it read."""
         expired = []
-        for attempt_id, lease in self._leases.items():
+        for lease in self._leases.values():
             if lease.expires > now:
                 break
-            expired.append((attempt_id, lease.connection))
-        for attempt_id, _ in expired:
-            self.end(attempt_id)
+            expired.append(lease)
+        for lease in expired:
+            self.end(lease.attempt_id)
         return expired

@@ -536,4 +536,5 @@ def _sequence(request: Request, hello: worker_pb2.WorkerHello) -> worker_pb2.Seq
         min_length=request.prompt.min_length,
         stop_token_ids=sorted(request.prompt.stop_token_ids),
         cache_root=_cache_root(request, hello),
+        request_id=request.id,
     )

@@ -26,6 +26,7 @@ SPEC = SequenceSpec(
     min_length=10,
     stop_token_ids=frozenset({2, 3}),
     cache_root=b"r" * 16,
+    request_id="wanted",
 )
 
 
@@ -44,6 +45,7 @@ def test_there_and_back(spec: SequenceSpec) -> None:
         (pb.Sequence(token_ids=[1], prompt_length=1, block_hashes=b"x" * 17), "17 bytes"),
         (pb.Sequence(token_ids=[1], prompt_length=2), "prompt_length is 2, but there are 1"),
         (pb.Sequence(token_ids=[1], prompt_length=0), "prompt_length is 0"),
+        (pb.Sequence(token_ids=[1], prompt_length=1, max_length=2, request_id="a\nb"), "request_id"),
     ],
 )
 def test_a_message_that_contradicts_itself_is_refused(message: pb.Sequence, words: str) -> None:

@@ -164,7 +164,7 @@ def test_random_arrivals_and_drops_leave_nothing_behind() -> None:
         if in_flight and (len(in_flight) > 1 or not chunks):
             for chunk in in_flight.pop(0):
                 if scheduler.finish(chunk):
-                    leases.grant(chunk.prompt.attempt_id, chunk.prompt.connection, chunk.prompt.blocks, now=turn)
+                    leases.grant(chunk.prompt, now=turn)
         leases.expire(now=turn)
     assert scheduler.waiting_count == scheduler.running_count == len(leases) == 0
     assert pool.in_use_count == 0

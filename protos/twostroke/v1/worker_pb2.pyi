@@ -215,6 +215,7 @@ class Sequence(_message.Message):
     MIN_LENGTH_FIELD_NUMBER: _builtins.int
     STOP_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     CACHE_ROOT_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
     prompt_length: _builtins.int
     """the first so many of token_ids are the prompt; penalties tell them apart"""
     block_hashes: _builtins.bytes
@@ -225,6 +226,8 @@ class Sequence(_message.Message):
     """tokens in all before which stop_token_ids may not be sampled"""
     cache_root: _builtins.bytes
     """16 bytes: what the chain of hashes starts from; decode goes on with it when there is no full block"""
+    request_id: _builtins.str
+    """the client's, for logs"""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -244,10 +247,11 @@ class Sequence(_message.Message):
         min_length: _builtins.int = ...,
         stop_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         cache_root: _builtins.bytes = ...,
+        request_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_hashes", b"block_hashes", "cache_root", b"cache_root", "max_length", b"max_length", "min_length", b"min_length", "prompt_length", b"prompt_length", "sampling", b"sampling", "stop_token_ids", b"stop_token_ids", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_hashes", b"block_hashes", "cache_root", b"cache_root", "max_length", b"max_length", "min_length", b"min_length", "prompt_length", b"prompt_length", "request_id", b"request_id", "sampling", b"sampling", "stop_token_ids", b"stop_token_ids", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

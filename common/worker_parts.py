@@ -12,6 +12,7 @@ from common import fingerprint, model_config, model_files, weights
 from common.block_pool import BlockPool
 from common.config import WorkerConfig
 from common.cpu_memory import keep_freed_memory
+from common.gpu_memory import Passes, bytes_for
 from common.kv_pool import KvLayout, KvPool, view
 from common.model import Model
 from common.model_config import ModelConfig, ModelError
@@ -72,8 +73,10 @@ class WorkerParts:
         self.memory.close()
 
 
-def load(config: WorkerConfig, role: "inference_pb2.WorkerRole.ValueType", max_batch: int) -> WorkerParts:
-    """Loads the model and takes the pool's memory.
+def load(
+    config: WorkerConfig, role: "inference_pb2.WorkerRole.ValueType", max_batch: int, passes: Passes
+) -> WorkerParts:
+    """Loads the model and takes the pool's memory; leaves room for `passes` on a GPU.
 
     Raises:
         ModelError: the model cannot be served, or the pool would hold no sequence of it.
@@ -99,7 +102,7 @@ def load(config: WorkerConfig, role: "inference_pb2.WorkerRole.ValueType", max_b
         head_dim=model.head_dim,
         dtype=dtype,
     )
-    num_blocks = config.num_blocks or blocks_that_fit(layout, device)
+    num_blocks = config.num_blocks or blocks_that_fit(layout, device, bytes_for(passes, model, dtype))
     layout = replace(layout, num_blocks=num_blocks)
     instance = uuid.uuid4().hex
     transport = config.transport if config.transport != "auto" else ("cuda_ipc" if device.type == "cuda" else "shm")
@@ -169,10 +172,12 @@ def choose_dtype(name: str, model: ModelConfig, device: torch.device) -> str:
     return "bfloat16" if model.dtype == "float32" else model.dtype
 
 
-def blocks_that_fit(layout: KvLayout, device: torch.device) -> int:
-    """Blocks that fit the memory that is free now. Raises ModelError where not even one does."""
+def blocks_that_fit(layout: KvLayout, device: torch.device, kept_free: int) -> int:
+    """Blocks that fit the memory that is free now; on a GPU, `kept_free` bytes stay free. Raises ModelError where not
+    even one block fits."""
     if device.type == "cuda":
-        budget = int(torch.cuda.mem_get_info(device)[0] * GPU_POOL_SHARE)
+        free = torch.cuda.mem_get_info(device)[0]
+        budget = max(min(int(free * GPU_POOL_SHARE), free - kept_free), 0)
     else:
         budget = min(
             int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * CPU_POOL_SHARE), CPU_POOL_MOST_BYTES

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from common.gpu_memory import Passes
 from decode_worker.batch import BatchState
 from decode_worker.step import Stepper
 
@@ -12,6 +13,11 @@ def ladder(max_batch: int) -> tuple[int, ...]:
     """Batch sizes to capture: a batch runs in the smallest that holds it, and padding stays cheap."""
     sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, max_batch, 32)]
     return (*(size for size in sizes if size < max_batch), max_batch)
+
+
+def passes(max_batch: int) -> Passes:
+    """What graphs of batches up to this size need memory for."""
+    return Passes(max_batch, max_batch, 2 * len(ladder(max_batch)))
 
 
 class DecodeGraphs:

@@ -5,11 +5,13 @@ import structlog
 from common import garbage, logs, peers, tracing, worker_parts
 from common.lifecycle import Lifecycle
 from common.worker_service import WorkerService
+from decode_worker import graphs
 from decode_worker.config import DecodeConfig
 from decode_worker.engine import Engine
 from decode_worker.metrics import DecodeMetrics
 from decode_worker.own_prompts import OwnPrompts
 from decode_worker.runner import Runner
+from prefill_worker import graphs as prompt_graphs
 from prefill_worker.runner import Runner as PromptRunner
 from twostroke.v1 import inference_pb2
 
@@ -21,13 +23,17 @@ def main(config: DecodeConfig) -> None:
     logs.configure(config.log_format)
     known = peers.of_worker(config)
     spans = tracing.start(config.otlp_endpoint, "twostroke-decode-worker")
-    parts = worker_parts.load(config, inference_pb2.WORKER_ROLE_DECODE, config.max_batch)
+    prefills = bool(config.prefill_tokens or config.prefill_overflow_tokens)
+    passes = graphs.passes(config.max_batch)
+    if prefills:
+        passes += prompt_graphs.passes(config.prefill_chunk_tokens)
+    parts = worker_parts.load(config, inference_pb2.WORKER_ROLE_DECODE, config.max_batch, passes)
     parts.hello.prefill_tokens = config.prefill_tokens
     parts.hello.prefill_overflow_tokens = config.prefill_overflow_tokens
     try:
         runner = Runner(parts, config.max_batch)
         prompt_runner = PromptRunner(parts)
-        if config.prefill_tokens or config.prefill_overflow_tokens:
+        if prefills:
             prompt_runner.capture(config.prefill_chunk_tokens)
         own_prompts = OwnPrompts(parts, prompt_runner, config.prefill_chunk_tokens)
         service = WorkerService(parts.hello, config, known)

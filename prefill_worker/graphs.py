@@ -9,6 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.device_io import copy_to_device
+from common.gpu_memory import Passes
 from common.sequence import SequenceSpec
 from prefill_worker import draws
 from prefill_worker.batch import BatchShape, pack
@@ -30,6 +31,12 @@ def token_ladder(most: int) -> tuple[int, ...]:
 def row_ladder(most: int) -> tuple[int, ...]:
     """Powers of two."""
     return (*(1 << exponent for exponent in range((most - 1).bit_length())), most)
+
+
+def passes(max_tokens: int) -> Passes:
+    """What graphs for batches of up to so many tokens need memory for."""
+    rows = max_chunks(max_tokens)
+    return Passes(max_tokens, rows, len(token_ladder(max_tokens)) + len(row_ladder(rows)))
 
 
 class PrefillGraphs:

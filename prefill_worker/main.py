@@ -5,6 +5,7 @@ import structlog
 from common import garbage, logs, peers, tracing, worker_parts
 from common.lifecycle import Lifecycle
 from common.worker_service import WorkerService
+from prefill_worker import graphs
 from prefill_worker.config import PrefillConfig
 from prefill_worker.engine import Engine
 from prefill_worker.metrics import PrefillMetrics
@@ -19,7 +20,8 @@ def main(config: PrefillConfig) -> None:
     logs.configure(config.log_format)
     known = peers.of_worker(config)
     spans = tracing.start(config.otlp_endpoint, "twostroke-prefill-worker")
-    parts = worker_parts.load(config, inference_pb2.WORKER_ROLE_PREFILL, config.max_batch_tokens)
+    passes = graphs.passes(config.max_batch_tokens)
+    parts = worker_parts.load(config, inference_pb2.WORKER_ROLE_PREFILL, config.max_batch_tokens, passes)
     try:
         runner = Runner(parts)
         runner.capture(config.max_batch_tokens)

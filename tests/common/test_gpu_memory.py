@@ -1,0 +1,62 @@
+"""What the pool leaves free for CUDA graphs, without a GPU."""
+
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from benchmarks.gpu import models
+from common.gpu_memory import Passes, bytes_for
+from common.kv_pool import KvLayout
+from common.model_config import ModelConfig, ModelError, load_config
+from common.worker_parts import GPU_POOL_SHARE, blocks_that_fit
+from decode_worker import graphs as decode_graphs
+from prefill_worker import graphs as prefill_graphs
+
+CUDA = torch.device("cuda", 0)
+LAYOUT = KvLayout(1, num_layers=32, block_size=16, num_kv_heads=8, head_dim=128, dtype="bfloat16")
+MIB = 1 << 20
+
+
+def fit(free: int, kept: int) -> int:
+    with patch("torch.cuda.mem_get_info", return_value=(free, 80 << 30)):
+        return blocks_that_fit(LAYOUT, CUDA, kept)
+
+
+def test_a_share_of_what_is_free_where_that_leaves_enough() -> None:
+    assert fit(60 << 30, 1 << 30) == int((60 << 30) * GPU_POOL_SHARE) // LAYOUT.block_bytes
+
+
+def test_what_graphs_need_stays_free_on_a_small_gpu() -> None:
+    free, kept = 4 << 30, 1 << 30
+    assert free - fit(free, kept) * LAYOUT.block_bytes >= kept
+
+
+def test_no_room_at_all_is_said() -> None:
+    with pytest.raises(ModelError, match="no KV block"):
+        fit(1 << 30, 2 << 30)
+
+
+@pytest.mark.parametrize(
+    ("name", "measured_mib"),
+    # what capturing took on an H100: batches of up to 8,192 tokens, decode batches of up to 256
+    [("qwen3-0.6b", (708, 712)), ("llama-3.1-8b", (1288, 602))],
+)
+def test_the_estimate_is_above_what_was_measured(
+    name: str, measured_mib: tuple[int, int], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    model = _shape(name, tmp_path_factory)
+    passes = (prefill_graphs.passes(8192), decode_graphs.passes(256))
+    for each, measured in zip(passes, measured_mib, strict=True):
+        assert measured * MIB <= bytes_for(each, model, "bfloat16") <= 3 * measured * MIB
+    assert bytes_for(passes[0] + passes[1], model, "bfloat16") == sum(
+        bytes_for(each, model, "bfloat16") for each in passes
+    )
+
+
+def _shape(name: str, folder: pytest.TempPathFactory) -> ModelConfig:
+    return load_config(models.write(name, folder.mktemp(name)), None)
+
+
+def test_nothing_is_kept_for_nothing() -> None:
+    assert Passes(0, 0, 0) + Passes(1, 2, 3) == Passes(1, 2, 3)

@@ -32,7 +32,7 @@ class PrefillAttention:
 def prefill_attention(
     q: Tensor, k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, batch: PrefillAttention, scale: float
 ) -> Tensor:
-    """Causal attention of packed chunks to everything before them in their sequences.
+    """Causal attention of packed chunks to everything before them in their sequences. This one takes no padding.
 
     q [T, Hq, D]; k, v [T, Hkv, D], already in the caches too; key_cache, value_cache [N, block_size, Hkv, D] strided
     views. Hq is a multiple of Hkv. `scale` multiplies the scores. Returns [T, Hq, D].

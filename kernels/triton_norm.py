@@ -9,24 +9,24 @@ from torch import Tensor
 from kernels.triton_launch import dependent, prefetch_to_l2, wait_for_previous
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["prefetched_bytes"])
 def _rms_norm_kernel(
     x,
     weight,
     out,
     next_weight,
+    prefetched_bytes,
     x_stride,
     eps,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
-    PREFETCHED: tl.constexpr,
+    PREFETCH: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """PREFETCHED: elements of the next weight that each program asks for."""
+    """With PREFETCH, each program asks for so many bytes of the next weight, a multiple of 16."""
     row = tl.program_id(0).to(tl.int64)
-    if DEPENDENT and PREFETCHED > 0:
-        size: tl.constexpr = PREFETCHED * (next_weight.dtype.element_ty.primitive_bitwidth // 8)
-        prefetch_to_l2(next_weight + row * PREFETCHED, size)
+    if DEPENDENT and PREFETCH:
+        prefetch_to_l2(next_weight.to(tl.int64) + row * prefetched_bytes, prefetched_bytes)
     column = tl.arange(0, BLOCK)
     inside = column < WIDTH
     scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
@@ -52,11 +52,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, next_weight: Tensor | None =
             weight,
             out,
             weight if next_weight is None else next_weight,
+            0 if next_weight is None else next_weight.nbytes // rows // 16 * 16,
             x.stride(0),
             eps,
             WIDTH=width,
             BLOCK=block,
-            PREFETCHED=0 if next_weight is None else next_weight.numel() // rows // 16 * 16,
+            PREFETCH=next_weight is not None,
             num_warps=min(max(block // 256, 1), 16),
             **dependent(x.device),
         )

@@ -18,8 +18,9 @@ from prefill_worker.scheduler import Chunk, max_chunks
 
 
 def token_ladder(most: int) -> tuple[int, ...]:
-    """Tokens of the batches to capture: a batch runs in the smallest that holds it, at most an eighth of it padding
-    from 512 tokens on, and one that uses up its budget without any."""
+    """Tokens of the batches to capture. A batch runs in the smallest that holds it: from 512 tokens on an eighth of it
+    is padding at most, and none where it uses up its budget. Only batches of very short chunks, of which a graph may
+    have no room for so many, take a larger one."""
     sizes = []
     size = 16
     while size < most:
@@ -86,17 +87,15 @@ class PrefillGraphs:
 
     def _capture_all(self, forward: Forward) -> None:
         count = len(self._shapes) + len(self._rows)
-        progress = tqdm(total=count, desc="capturing CUDA graphs of prefill", unit="graph")
-        # The largest first: the smaller ones then fit into the memory that it took.
-        for shape in self._shapes[::-1]:
-            self._write([], shape)
-            self._forwards[shape] = self._capture(partial(self._keep_hidden, forward, shape))[0]
-            progress.update()
-        for rows in self._rows[::-1]:
-            self._first_tokens[rows] = self._capture(partial(self._draw, forward, rows))
-            progress.update()
-        progress.close()
-        torch.cuda.empty_cache()  # what the runs before each capture have left
+        with tqdm(total=count, desc="capturing CUDA graphs of prefill", unit="graph") as progress:
+            # The largest first: the smaller ones then fit into the memory that it took.
+            for shape in self._shapes[::-1]:
+                self._write([], shape)
+                self._forwards[shape] = self._capture(partial(self._keep_hidden, forward, shape))[0]
+                progress.update()
+            for rows in self._rows[::-1]:
+                self._first_tokens[rows] = self._capture(partial(self._draw, forward, rows))
+                progress.update()
 
     def _keep_hidden(self, forward: Forward, shape: BatchShape) -> Tensor:
         hidden = forward.last_hidden(shape.views(self._array[: shape.size]))

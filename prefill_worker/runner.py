@@ -30,11 +30,11 @@ class LaunchedBatch:
 
     chunks: list[Chunk]
     tokens: HostCopy
-    logprobs: HostLogprobs
+    logprobs: HostLogprobs | None
 
     def first_tokens(self) -> list[FirstToken]:
         """Waits for the batch."""
-        logprobs = self.logprobs.read()
+        logprobs = self.logprobs.read() if self.logprobs is not None else {}
         return [FirstToken(token, logprobs.get(row)) for row, token in enumerate(self.tokens.get().tolist())]
 
 
@@ -49,8 +49,8 @@ class Runner:
 
     def capture(self, max_tokens: int) -> None:
         """Captures CUDA graphs for batches of up to `max_tokens`; before that, and on a CPU, operations run one after
-        another. No request then pays for kernels being compiled or loaded, and memory that is too small for the
-        largest batch shows at start."""
+        another. No request but the first with penalties or biases then pays for kernels being compiled or loaded, and
+        memory that is too small for the largest batch shows at start."""
         parts = self._parts
         if parts.device.type != "cuda":
             return
@@ -60,18 +60,21 @@ class Runner:
     @torch.inference_mode()
     def launch(self, chunks: list[Chunk]) -> LaunchedBatch:
         specs = [chunk.prompt.spec for chunk in chunks if chunk.is_last]
-        hidden = self._last_hidden(chunks, len(specs))
+        tokens, logprobs = self._first_tokens(specs, self._last_hidden(chunks, len(specs)))
+        return LaunchedBatch(chunks, HostCopy(tokens), logprobs)
+
+    def _first_tokens(self, specs: list[SequenceSpec], hidden: Tensor) -> tuple[Tensor, HostLogprobs | None]:
+        """`hidden` [L, H] is what `_last_hidden` has just returned."""
         if not specs:
-            tokens = hidden.new_empty(0, dtype=torch.int32)
-            return LaunchedBatch(chunks, HostCopy(tokens), HostLogprobs([], hidden, tokens))
+            return hidden.new_empty(0, dtype=torch.int32), None
         special = [(row, spec) for row, spec in enumerate(specs) if wants_adjusting(spec, len(spec.token_ids))]
-        if self.graphs is not None and not special and not any(map(wants_logprobs, specs)):
-            tokens = self.graphs.first_tokens(specs)
-            return LaunchedBatch(chunks, HostCopy(tokens), HostLogprobs(specs, hidden, tokens))
+        asks = any(map(wants_logprobs, specs))
+        if self.graphs is not None and not special and not asks:
+            return self.graphs.first_tokens(specs), None
         logits = self._parts.model.logits(hidden)
         wanted = draws.views(to_device(draws.pack(specs, len(specs)), self._parts.device))
         tokens = self._forward.draw(self._adjusted(special, logits, wanted.positions), wanted)
-        return LaunchedBatch(chunks, HostCopy(tokens), HostLogprobs(specs, logits, tokens))
+        return tokens, HostLogprobs(specs, logits, tokens) if asks else None
 
     def _last_hidden(self, chunks: list[Chunk], count: int) -> Tensor:
         """Hidden states of the `count` tokens that end a prompt."""

@@ -43,8 +43,9 @@ class Chunk:
 
 
 def max_chunks(tokens: int) -> int:
-    """Chunks of a batch of up to so many tokens: a batch of a fixed size has room for a fixed number of them."""
-    return min(max(tokens // 16, 8), 128)
+    """Chunks of a batch of up to so many tokens. A batch of a fixed size, as a CUDA graph has it, has room for a fixed
+    number of them, and each costs a little also where it is not there."""
+    return min(max(tokens // 8, 8), 128)
 
 
 class Scheduler:

@@ -43,6 +43,9 @@ _CLASSES: dict[grpc.StatusCode, type[TwostrokeError]] = {
 }
 
 
+CLOSED = "Channel closed!"  # gRPC's words where the client itself was closed during a call
+
+
 class Status(Protocol):
     """What gRPC's sync and async errors have in common, beyond what `grpc.RpcError` declares."""
 
@@ -51,9 +54,9 @@ class Status(Protocol):
 
 
 def error_of(status: Status) -> TwostrokeError:
-    """What to raise for a call that ended with this status, and was not cancelled by its caller."""
+    """What to raise for a call that ended with this status."""
     code = status.code()
-    if code is grpc.StatusCode.CANCELLED:
+    if code is grpc.StatusCode.CANCELLED and CLOSED not in (status.details() or ""):
         # gRPC's own word for calls that reach a server in the moment it shuts down, or outlast its grace
         return Unavailable("the router shut down; it is safe to try again", grpc.StatusCode.UNAVAILABLE)
     return _CLASSES.get(code, TwostrokeError)(status.details() or code.name, code)

@@ -39,7 +39,10 @@ def poison(elements: int, dtype: torch.dtype) -> None:
 def check_rms_norm(rows: int, width: int, dtype: torch.dtype) -> None:
     x, weight = randn(rows, width, dtype=dtype, seed=1), randn(width, dtype=dtype, seed=2)
     poison(x.numel(), dtype)
-    assert_close(triton_norm.rms_norm(x, weight, 1e-5), norm.rms_norm(x.double(), weight.double(), 1e-5))
+    expected = norm.rms_norm(x.double(), weight.double(), 1e-5)
+    assert_close(triton_norm.rms_norm(x, weight, 1e-5), expected)
+    poison(x.numel(), dtype)
+    assert_close(triton_norm.rms_norm(x, weight, 1e-5, next_weight=x), expected)
 
 
 def check_linear(rows: int, outputs: int, inputs: int, with_bias: bool, dtype: torch.dtype) -> None:

@@ -34,7 +34,7 @@ def test_short_prompts_share_a_batch_and_a_long_one_is_cut() -> None:
 
 
 def test_a_batch_holds_so_many_chunks_and_no_more() -> None:
-    scheduler = Scheduler(BlockPool(1_000), BLOCK, max_batch_tokens=160)
+    scheduler = Scheduler(BlockPool(1_000), BLOCK, max_batch_tokens=80)
     for attempt_id in range(25):
         scheduler.add(prompt(attempt_id, numbers(3, 100 * attempt_id)))
     assert [len(scheduler.schedule()) for _ in range(4)] == [10, 10, 5, 0]

@@ -1,5 +1,6 @@
 import shutil
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,16 @@ def test_a_call_that_a_stopping_router_cancels_is_safe_to_retry(client: Client) 
         with pytest.raises(twostroke.Unavailable, match="shut down") as caught:
             call("fail CANCELLED")
         assert caught.value.code is grpc.StatusCode.UNAVAILABLE
+
+
+def test_a_client_that_is_closed_during_a_call_does_not_blame_the_router(router: FakeRouter) -> None:
+    router.step_seconds = 10
+    client = Client(router.address)
+    threading.Timer(0.3, client.close).start()
+    with pytest.raises(twostroke.TwostrokeError) as caught:
+        list(client.stream("Hello"))
+    assert caught.value.code is grpc.StatusCode.CANCELLED
+    assert not isinstance(caught.value, twostroke.Unavailable)
 
 
 def test_no_router() -> None:

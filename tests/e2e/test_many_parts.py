@@ -182,6 +182,20 @@ def test_a_router_is_killed_while_kv_is_handed_over(parts: Cluster) -> None:
     assert_well(parts)
 
 
+def test_a_router_is_stopped_while_kv_is_handed_over(parts: Cluster) -> None:
+    asking, _, decode = in_transfer(parts)
+    parts.signal("router-0", signal.SIGSTOP)
+    try:
+        parts.signal(decode, signal.SIGCONT)
+        # the workers take it for gone, and keep nothing for it
+        parts.assert_blocks_home(seconds=10, client=parts.clients[1])
+    finally:
+        parts.signal("router-0", signal.SIGCONT)
+    assert_answered(parts, asking, LONG, 20)
+    parts.wait_until_ready()
+    assert_well(parts)
+
+
 def test_a_stopped_router_loses_its_places_and_its_requests_go_on_when_it_does(parts: Cluster) -> None:
     requests = InAllStates(parts)
     parts.signal("router-0", signal.SIGSTOP)

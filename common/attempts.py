@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import structlog
 
+from common import causes
 from common.sequence import SequenceSpec, sequence_from_proto
 from common.worker_metrics import WorkerMetrics
 from common.worker_parts import WorkerParts
@@ -38,7 +39,7 @@ class Attempts:
         id already, which goes on.
         """
         if draining:
-            self.end(connection, asked.attempt_id, pb.Ended.CAUSE_DRAINING, "", asked.sequence.request_id)
+            self.end(connection, asked.attempt_id, pb.Ended.CAUSE_DRAINING, request_id=asked.sequence.request_id)
             return None
         try:
             if under_way:
@@ -62,5 +63,6 @@ class Attempts:
         self._metrics.ended(cause)
         self._service.outgoing(connection).ended.add(attempt_id=attempt_id, cause=cause, detail=detail)
         if cause not in _USUAL:
-            name = pb.Ended.Cause.Name(cause).removeprefix("CAUSE_").lower()
-            log.info("attempt ended", cause=name, detail=detail, request_id=request_id, attempt=attempt_id)
+            log.info(
+                "attempt ended", cause=causes.name_of(cause), detail=detail, request_id=request_id, attempt=attempt_id
+            )

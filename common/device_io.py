@@ -10,18 +10,17 @@ from torch import Tensor
 def to_device(array: NDArray[Any], device: torch.device) -> Tensor:
     """A copy of `array` on `device`, same shape and dtype. On CUDA it goes through pinned memory in stream order;
     torch's pinned allocator keeps the staging buffer until the copy has run."""
-    tensor = torch.from_numpy(array)
-    if device.type == "cpu":
-        return tensor
-    return tensor.pin_memory().to(device, non_blocking=True)
+    return _staged(array, device).to(device, non_blocking=True)
 
 
 def copy_to_device(array: NDArray[Any], target: Tensor) -> None:
     """Brings a one-dimensional array to the beginning of `target`, on CUDA as `to_device` does."""
+    target[: len(array)].copy_(_staged(array, target.device), non_blocking=True)
+
+
+def _staged(array: NDArray[Any], device: torch.device) -> Tensor:
     tensor = torch.from_numpy(array)
-    if target.device.type != "cpu":
-        tensor = tensor.pin_memory()
-    target[: len(tensor)].copy_(tensor, non_blocking=True)
+    return tensor if device.type == "cpu" else tensor.pin_memory()
 
 
 class HostCopy:

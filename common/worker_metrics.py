@@ -2,7 +2,7 @@
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
-from common import metrics_server
+from common import causes, metrics_server
 from common.config import WorkerConfig
 from twostroke.v1 import inference_pb2
 from twostroke.v1 import worker_pb2 as pb
@@ -25,7 +25,7 @@ class WorkerMetrics:
         )
 
     def ended(self, cause: "pb.Ended.Cause.ValueType") -> None:
-        self._ended.labels(pb.Ended.Cause.Name(cause).removeprefix("CAUSE_").lower()).inc()
+        self._ended.labels(causes.name_of(cause)).inc()
 
     def load(self, load: inference_pb2.WorkerLoad) -> None:
         self._waiting.set(load.waiting)

@@ -1,10 +1,13 @@
 """CUDA graphs of the decode step, one for each batch size of a ladder, captured at start."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from common.gpu_memory import Passes
+from common.graph_capture import capture
 from decode_worker.batch import BatchState
 from decode_worker.step import Stepper
 
@@ -34,12 +37,7 @@ class DecodeGraphs:
         for size in tqdm(self._sizes[::-1], desc="capturing CUDA graphs", unit="graph"):
             rows = state.first(size)
             for graphs, step in ((self._plain, stepper.plain), (self._logits, stepper.logits)):
-                step(rows)
-                torch.cuda.synchronize()
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=pool):
-                    output = step(rows)
-                graphs[size] = (graph, output)
+                graphs[size] = capture(partial(step, rows), pool)
 
     def padded(self, rows: int) -> int:
         return next(size for size in self._sizes if size >= rows)

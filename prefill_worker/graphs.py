@@ -1,7 +1,7 @@
 """CUDA graphs of prefill, captured at start: a batch is one copy and one replay, where launching its kernels one by one
 takes Python longer than the GPU takes to run them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from common.device_io import copy_to_device
 from common.gpu_memory import Passes
+from common.graph_capture import capture
 from common.sequence import SequenceSpec
 from prefill_worker import draws
 from prefill_worker.batch import BatchShape, pack
@@ -85,16 +86,17 @@ class PrefillGraphs:
     def _write(self, chunks: Sequence[Chunk], shape: BatchShape) -> None:
         copy_to_device(pack(chunks, self._block_size, shape), self._array)
 
+    @torch.inference_mode()
     def _capture_all(self, forward: Forward) -> None:
         count = len(self._shapes) + len(self._rows)
         with tqdm(total=count, desc="capturing CUDA graphs of prefill", unit="graph") as progress:
             # The largest first: the smaller ones then fit into the memory that it took.
             for shape in self._shapes[::-1]:
                 self._write([], shape)
-                self._forwards[shape] = self._capture(partial(self._keep_hidden, forward, shape))[0]
+                self._forwards[shape] = capture(partial(self._keep_hidden, forward, shape), self._pool)[0]
                 progress.update()
             for rows in self._rows[::-1]:
-                self._first_tokens[rows] = self._capture(partial(self._draw, forward, rows))
+                self._first_tokens[rows] = capture(partial(self._draw, forward, rows), self._pool)
                 progress.update()
 
     def _keep_hidden(self, forward: Forward, shape: BatchShape) -> Tensor:
@@ -104,12 +106,3 @@ class PrefillGraphs:
     def _draw(self, forward: Forward, rows: int) -> Tensor:
         logits = forward.model.logits(self._hidden[:rows])
         return forward.draw(logits, draws.views(self._draws[: rows * draws.COLUMNS]))
-
-    @torch.inference_mode()
-    def _capture(self, work: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        work()  # compiles and loads kernels
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            output = work()
-        return graph, output

@@ -9,7 +9,7 @@ from collections.abc import Callable, Container
 import grpc
 import structlog
 
-from common import prefix_hash
+from common import causes, prefix_hash
 from common.tracing import Span
 from router import choose
 from router.config import RouterConfig
@@ -358,7 +358,7 @@ class Dispatcher:
             attempt.request.end(State.FAILED, CallError(grpc.StatusCode.INVALID_ARGUMENT, sentence))
             return
         # A worker that calls an attempt finished whose last token does not say so is at fault, and treated so.
-        cause = Cause.Name(ended.cause).removeprefix("CAUSE_").lower()
+        cause = causes.name_of(ended.cause)
         self._resume(attempt, worker, cause, fault=ended.cause not in HARMLESS, detail=ended.detail)
 
     # ------------------------------------------------------------ how workers do

@@ -41,14 +41,12 @@ class PagedSequences:
 
     def step(self, tokens: Tensor) -> Tensor:
         """One decode step over `tokens` [B], the sequences' last ones. Returns logits [B, V]."""
-        positions = torch.tensor([len(tokens) for tokens in self.tokens], dtype=torch.int32)
+        cached = torch.tensor([len(tokens) for tokens in self.tokens], dtype=torch.int32)
+        positions, slots, lengths = self.ops.locate(cached, self.tables, self.block_size)
         for row, token in enumerate(tokens.tolist()):
             self.tokens[row].append(token)
-        block = self.tables.gather(1, (positions // self.block_size).long()[:, None]).squeeze(1)
-        slots = block.long() * self.block_size + positions % self.block_size
 
         def attend(qkv: Tensor, rotation: Rotation, key_cache: Tensor, value_cache: Tensor) -> Tensor:
-            lengths = positions + 1
             return self.ops.decode_attention(qkv, rotation, key_cache, value_cache, self.tables, lengths, self.scale)
 
         return self.model.logits(self.model.forward(tokens, positions, slots, self.pool, attend))

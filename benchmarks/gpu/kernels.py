@@ -28,6 +28,7 @@ from kernels import (
     norm,
     rope,
     sampling,
+    step,
     triton_activation,
     triton_attention,
     triton_norm,
@@ -159,17 +160,11 @@ def rotation_of(shape: Shape, positions: Tensor, slots: Tensor) -> rope.Rotation
     return rope.Rotation(positions, cos_sin, slots, q_norm, k_norm, 1e-6)
 
 
-def slots_in(tables: Tensor, positions: Tensor) -> Tensor:
-    """Where the token at each sequence's position belongs."""
-    blocks = tables.gather(1, (positions // BLOCK_SIZE).long()[:, None]).squeeze(1)
-    return blocks.long() * BLOCK_SIZE + positions % BLOCK_SIZE
-
-
 def new_tokens(shape: Shape, caches: Caches) -> tuple[Tensor, rope.Rotation]:
     """q, k and v of the last token of each sequence."""
     qkv = randn(len(caches.lengths), (shape.heads + 2 * shape.kv_heads) * shape.head_dim)
-    positions = caches.lengths - 1
-    return qkv, rotation_of(shape, positions, slots_in(caches.tables, positions))
+    positions, slots, _ = step.locate(caches.lengths - 1, caches.tables, BLOCK_SIZE)
+    return qkv, rotation_of(shape, positions, slots)
 
 
 def decode(ceilings: Ceilings) -> Iterator[Result]:
@@ -198,10 +193,11 @@ def decode_case(ceilings: Ceilings, shape: Shape, case: str, lengths: list[int])
         return triton_attention.decode_attention(qkv, rotation, *view, caches.tables, caches.lengths, scale)
 
     key_cache, value_cache, tables = caches.small_float_copy(4, max(lengths[:4]))
+    positions, slots, _ = step.locate(caches.lengths[:4] - 1, tables, BLOCK_SIZE)
     few = replace(
         rotation,
-        positions=rotation.positions[:4],
-        slots=slots_in(tables, rotation.positions[:4]),
+        positions=positions,
+        slots=slots,
         q_norm=None if rotation.q_norm is None else rotation.q_norm.float(),
         k_norm=None if rotation.k_norm is None else rotation.k_norm.float(),
     )
@@ -268,10 +264,10 @@ def prefill_case(
         torch.tensor([0, *kv_lens], device=DEVICE).cumsum(0).int(),
         caches.tables,
     )
-    blocks = [caches.tables[row, torch.arange(kv, device=DEVICE) // BLOCK_SIZE] for row, kv in enumerate(kv_lens)]
-    where = torch.cat([block * BLOCK_SIZE for block in blocks]).long()
-    where += torch.cat([torch.arange(kv, device=DEVICE) for kv in kv_lens]) % BLOCK_SIZE
-    packed_keys, packed_values = (cache[where // BLOCK_SIZE, where % BLOCK_SIZE] for cache in (key_cache, value_cache))
+    tokens = [torch.arange(kv, device=DEVICE) for kv in kv_lens]
+    tables = [caches.tables[row, token // BLOCK_SIZE] for row, token in enumerate(tokens)]
+    where = (torch.cat(tables), torch.cat(tokens) % BLOCK_SIZE)
+    packed_keys, packed_values = key_cache[where], value_cache[where]
     starts = batch.cu_kv_lens.tolist()
     new = torch.cat([torch.arange(end - query, end) for end, query in zip(starts[1:], query_lens, strict=True)]).to(
         DEVICE

@@ -141,9 +141,7 @@ def check_decode_attention(
     caches = paged(lengths, kv_heads, head_dim, block_size, dtype)
     qkv = randn(len(lengths), (heads + 2 * kv_heads) * head_dim, dtype=dtype, seed=99)
     seq_lens = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
-    positions = (seq_lens - 1).clamp(min=0)
-    block = caches.block_tables.gather(1, (positions // block_size).long()[:, None]).squeeze(1)
-    slots = torch.where(seq_lens > 0, block.long() * block_size + positions % block_size, -1)
+    positions, slots, _ = step.locate(seq_lens - 1, caches.block_tables, block_size)
     norms = [randn(head_dim, dtype=dtype, seed=seed) if with_norm else None for seed in (6, 7)]
     angles = torch.outer(torch.arange(max(lengths) + 1), 0.3 ** torch.arange(head_dim // 2)).to(DEVICE)
     cos_sin = torch.cat([angles.cos(), angles.sin()], dim=1).float()

@@ -19,7 +19,9 @@ def pretend(name: str, folder: Path, listen: str) -> None:
         sys.exit(f"{name} says why")
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     print(f"{name} logs a line")
-    (folder / name).write_text(str(os.getpid()))
+    written = folder / f"{name}-writing"
+    written.write_text(str(os.getpid()))
+    written.rename(folder / name)  # whoever reads it meanwhile finds the old one or the new one, whole
     if name == "router":
         load = pb.GetLoadResponse(workers=[pb.WorkerLoad(ready=True), pb.WorkerLoad(ready=True)])
         workers = [folder / "prefill_worker", folder / "decode_worker"]

@@ -65,15 +65,22 @@ def select(device: torch.device) -> Ops:
 
 def _cuda() -> Ops:
     # imported here: none of this exists on a machine without a GPU
-    from kernels import triton_attention, triton_linear, triton_rope, triton_sampling, triton_step
+    from kernels import (
+        triton_decode_attention,
+        triton_linear,
+        triton_prefill_attention,
+        triton_rope,
+        triton_sampling,
+        triton_step,
+    )
 
     return Ops(
         norm_linear=triton_linear.norm_linear,
         norm_gated_linear=triton_linear.norm_gated_linear,
         add_linear=triton_linear.add_linear,
         rope_write_kv=triton_rope.rope_write_kv,
-        prefill_attention=triton_attention.prefill_attention,
-        decode_attention=triton_attention.decode_attention,
+        prefill_attention=triton_prefill_attention.prefill_attention,
+        decode_attention=triton_decode_attention.decode_attention,
         sample=triton_sampling.sample,
         locate=triton_step.locate,
         advance=triton_step.advance,

@@ -30,8 +30,9 @@ from kernels import (
     sampling,
     step,
     triton_activation,
-    triton_attention,
+    triton_decode_attention,
     triton_norm,
+    triton_prefill_attention,
     triton_rope,
     triton_sampling,
 )
@@ -190,7 +191,7 @@ def decode_case(ceilings: Ceilings, shape: Shape, case: str, lengths: list[int])
     scale = shape.head_dim**-0.5
 
     def ours(view: tuple[Tensor, Tensor]) -> Tensor:
-        return triton_attention.decode_attention(qkv, rotation, *view, caches.tables, caches.lengths, scale)
+        return triton_decode_attention.decode_attention(qkv, rotation, *view, caches.tables, caches.lengths, scale)
 
     key_cache, value_cache, tables = caches.small_float_copy(4, max(lengths[:4]))
     positions, slots, _ = step.locate(caches.lengths[:4] - 1, tables, BLOCK_SIZE)
@@ -276,7 +277,7 @@ def prefill_case(
     scale = shape.head_dim**-0.5
 
     def ours() -> Tensor:
-        return triton_attention.prefill_attention(q, k, v, key_cache, value_cache, batch, scale)
+        return triton_prefill_attention.prefill_attention(q, k, v, key_cache, value_cache, batch, scale)
 
     first = query_lens[0]
     alone = PrefillAttention((first,), (kv_lens[0],), batch.cu_query_lens[:2], batch.cu_kv_lens[:2], caches.tables[:1])

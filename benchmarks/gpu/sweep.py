@@ -24,7 +24,7 @@ from torch import Tensor
 from benchmarks.gpu.graph_timing import graph_microseconds
 from benchmarks.gpu.kernels import BLOCK_SIZE, DEVICE, DTYPE, LLAMA, QWEN, Caches, Shape, new_tokens, randn, sets_for
 from benchmarks.gpu.timing import copy_bytes_per_second, gemm_operations_per_second
-from kernels import triton_attention, triton_linear
+from kernels import triton_decode_attention, triton_linear, triton_prefill_attention
 from kernels.attention import PrefillAttention
 from kernels.triton_linear import FewRows, Tile
 
@@ -111,11 +111,11 @@ def _ways() -> dict[str, tuple[tuple[object, str, object], ...]]:
     for decode_tile in DECODE_TILES:
         for programs in PROGRAMS_PER_SM:
             ways[f"{decode_tile}, {programs} a SM"] = (
-                (triton_attention, "_decode_tile", partial(always, decode_tile)),
-                (triton_attention, "_PROGRAMS_PER_SM", programs),
+                (triton_decode_attention, "_tile", partial(always, decode_tile)),
+                (triton_decode_attention, "_PROGRAMS_PER_SM", programs),
             )
     for prefill_tile in PREFILL_TILES:
-        ways[str(prefill_tile)] = ((triton_attention, "_prefill_tile", partial(always, prefill_tile)),)
+        ways[str(prefill_tile)] = ((triton_prefill_attention, "_tile", partial(always, prefill_tile)),)
     return ways
 
 
@@ -190,7 +190,7 @@ def decode_calls(shape: Shape, lengths: list[int], most_sets: int) -> Calls:
     qkv, rotation = new_tokens(shape, caches)
     scale = shape.head_dim**-0.5
     return [
-        partial(triton_attention.decode_attention, qkv, rotation, *view, caches.tables, caches.lengths, scale)
+        partial(triton_decode_attention.decode_attention, qkv, rotation, *view, caches.tables, caches.lengths, scale)
         for view in caches.views
     ]
 
@@ -220,7 +220,7 @@ def prefill_calls(shape: Shape, query_lens: list[int], kv_lens: list[int], _most
     qkv = randn(tokens, shape.heads + 2 * shape.kv_heads, shape.head_dim)
     q, k, v = torch.split(qkv, [shape.heads, shape.kv_heads, shape.kv_heads], dim=1)
     scale = shape.head_dim**-0.5
-    return [partial(triton_attention.prefill_attention, q, k, v, *caches.views[0], batch, scale)]
+    return [partial(triton_prefill_attention.prefill_attention, q, k, v, *caches.views[0], batch, scale)]
 
 
 PARTS: dict[str, Callable[[], Iterator[Case]]] = {

@@ -7,7 +7,7 @@ from torch import Tensor
 if not torch.cuda.is_available():  # importing the kernels here would keep tests/kernels from interpreting them
     pytest.skip("no CUDA device: torch.cuda.is_available() is False", allow_module_level=True)
 
-from kernels import triton_attention, triton_launch, triton_linear, triton_sampling
+from kernels import triton_decode_attention, triton_launch, triton_linear, triton_sampling
 from kernels.rope import Rotation
 from tests.kernels import checks
 from tests.kernels.inputs import DEVICE, assert_close, causal_attention, paged, randn
@@ -120,10 +120,10 @@ def test_decode_attention_in_a_graph_follows_lengths() -> None:
     rotation = Rotation(seq_lens.clone(), unturned, slots, None, None, 1e-6)
     arguments = (qkv, rotation, caches.key_cache, caches.value_cache, tables, seq_lens, 0.1)
     rotation.positions.zero_()
-    triton_attention.decode_attention(*arguments)
+    triton_decode_attention.decode_attention(*arguments)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = triton_attention.decode_attention(*arguments)
+        out = triton_decode_attention.decode_attention(*arguments)
     q, k = qkv.view(2, 32, 128)[:, :16], qkv.view(2, 32, 128)[:, 16:24]
     for lengths, order in (((3000, 700), (0, 1)), ((1, 0), (0, 1)), ((64, 2999), (1, 0)), ((700, 130), (1, 0))):
         seq_lens.copy_(torch.tensor(lengths, dtype=torch.int32))

@@ -17,9 +17,10 @@ from kernels import (
     sampling,
     step,
     triton_activation,
-    triton_attention,
+    triton_decode_attention,
     triton_linear,
     triton_norm,
+    triton_prefill_attention,
     triton_rope,
     triton_sampling,
     triton_step,
@@ -152,7 +153,7 @@ def check_decode_attention(
 
     poison(q.numel(), dtype)
     tables = (caches.key_cache, caches.value_cache, caches.block_tables, seq_lens, scale)
-    actual = triton_attention.decode_attention(qkv.clone(), rotation, *tables)
+    actual = triton_decode_attention.decode_attention(qkv.clone(), rotation, *tables)
     assert_close(_numbers(caches.key_cache), _numbers(expected_keys))
     assert torch.equal(_numbers(caches.value_cache), _numbers(expected_values))
     for row, length in enumerate(lengths):
@@ -163,7 +164,7 @@ def check_decode_attention(
             values = torch.cat([caches.values[row][:-1], v[row : row + 1]])
             assert_close(actual[row : row + 1], causal_attention(q[row : row + 1], keys, values, scale))
     # the merge left its counters as it found them
-    assert torch.equal(actual, triton_attention.decode_attention(qkv.clone(), rotation, *tables))
+    assert torch.equal(actual, triton_decode_attention.decode_attention(qkv.clone(), rotation, *tables))
 
 
 def _numbers(cache: Tensor) -> Tensor:
@@ -192,7 +193,7 @@ def check_prefill_attention(
     scale = head_dim**-0.5
     batch = prefill_batch(query_lens, kv_lens, caches.block_tables, padding[1])
     poison(q.numel(), dtype)
-    actual = triton_attention.prefill_attention(q, k, v, caches.key_cache, caches.value_cache, batch, scale)
+    actual = triton_prefill_attention.prefill_attention(q, k, v, caches.key_cache, caches.value_cache, batch, scale)
     expected = [
         causal_attention(queries, key, value, scale)
         for queries, key, value in zip(q[:own].split(list(query_lens)), caches.keys, caches.values, strict=True)

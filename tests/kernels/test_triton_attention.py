@@ -33,7 +33,7 @@ def test_decode_attention_splits_long_sequences_of_a_large_batch() -> None:
 
 
 def test_decode_attention_without_splits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks.triton_attention, "_MAX_SPLITS", 1)
+    monkeypatch.setattr(checks.triton_decode_attention, "_MAX_SPLITS", 1)
     checks.check_decode_attention((300, 0, 5), 6, 2, 64, 16, torch.float32)
 
 

@@ -1,0 +1,227 @@
+"""Attention of packed prompts over their cached context and their own tokens on CUDA; `kernels.attention` holds the
+reference.
+
+Softmax is computed in one pass over the keys (Milakov and Gimelshein, "Online normalizer calculation for softmax",
+2018; Dao et al., "FlashAttention", 2022), in base 2.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.attention import PrefillAttention
+from kernels.triton_launch import dependent, wait_for_previous
+
+
+@triton.jit
+def _attend(
+    total,
+    largest,
+    weight_sum,
+    query,
+    reach,
+    keys,
+    values,
+    table,
+    first_key,
+    last_key,
+    end,
+    stride_block,
+    stride_token,
+    scale,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    LANES: tl.constexpr,
+    TILE: tl.constexpr,
+    PAGED: tl.constexpr,
+    MASKED: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """One more run of keys, of `end` in all, for a tile of queries, of which each sees those below its `reach`."""
+    lane = tl.arange(0, LANES)
+    for first in tl.range(first_key, last_key, TILE, num_stages=STAGES):
+        token = first + tl.arange(0, TILE)
+        inside = token < end
+        if PAGED:
+            if MASKED:
+                block = tl.load(table + token // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
+            else:
+                block = tl.load(table + token // BLOCK_SIZE).to(tl.int64)
+            place = block * stride_block + token % BLOCK_SIZE * stride_token
+        else:
+            place = token.to(tl.int64) * stride_token
+        at = place[:, None] + lane[None, :]
+        whole_rows: tl.constexpr = HEAD_DIM == LANES
+        readable = inside[:, None] if whole_rows else inside[:, None] & (lane < HEAD_DIM)[None, :]
+        if MASKED or not whole_rows:
+            key = tl.load(keys + at, mask=readable, other=0.0)
+            value = tl.load(values + at, mask=readable, other=0.0)
+        else:
+            key = tl.load(keys + at)
+            value = tl.load(values + at)
+        score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
+        if MASKED:
+            score = tl.where(token[None, :] < reach[:, None], score, float("-inf"))
+        new_largest = tl.maximum(largest, tl.max(score, axis=1))
+        shrink = tl.exp2(largest - new_largest)
+        weight = tl.exp2(score - new_largest[:, None])
+        weight_sum = weight_sum * shrink + tl.sum(weight, axis=1)
+        total = tl.dot(weight.to(value.dtype), value, total * shrink[:, None], input_precision="ieee")
+        largest = new_largest
+    return total, largest, weight_sum
+
+
+@triton.jit
+def _sequence_of_tile(cu_query_lens, tile, sequences, QUERIES: tl.constexpr):
+    """The sequence that a tile of queries belongs to. Sequence s has the tiles from cu_query_lens[s] // QUERIES + s on:
+    as many as it needs, or one more."""
+    low = 0
+    high = sequences - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        begins_later = tl.load(cu_query_lens + middle) // QUERIES + middle > tile
+        low = tl.where(begins_later, low, middle)
+        high = tl.where(begins_later, middle - 1, high)
+    return low
+
+
+@triton.jit(do_not_specialize=["sequences"])
+def _prefill_kernel(
+    q,
+    k,
+    v,
+    key_cache,
+    value_cache,
+    block_tables,
+    cu_query_lens,
+    cu_kv_lens,
+    out,
+    scale,
+    sequences,
+    q_stride_token,
+    q_stride_head,
+    kv_stride_token,
+    kv_stride_head,
+    cache_stride_block,
+    cache_stride_token,
+    cache_stride_head,
+    table_stride,
+    BLOCK_SIZE: tl.constexpr,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    LANES: tl.constexpr,
+    QUERIES: tl.constexpr,
+    TILE: tl.constexpr,
+    STAGES: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """QUERIES tokens of one head of one sequence: first their cached context, block by block, then their own chunk."""
+    head = tl.program_id(0)
+    tile = tl.program_id(1)
+    sequence = _sequence_of_tile(cu_query_lens, tile, sequences, QUERIES)
+    query_start = tl.load(cu_query_lens + sequence)
+    query_end = tl.load(cu_query_lens + sequence + 1)
+    query_len = query_end - query_start
+    context_len = tl.load(cu_kv_lens + sequence + 1) - tl.load(cu_kv_lens + sequence) - query_len
+    # the tiles that see the most keys start first
+    first_query = (query_end // QUERIES + sequence - tile) * QUERIES
+    wait_for_previous(DEPENDENT)
+    if (first_query < 0) | (first_query >= query_len):
+        return  # of the tiles' count, which shapes decide, not all are needed
+
+    row = first_query + tl.arange(0, QUERIES)
+    lane = tl.arange(0, LANES)
+    exists = (row < query_len)[:, None] & (lane < HEAD_DIM)[None, :]
+    at = (query_start + row).to(tl.int64)[:, None]
+    query = tl.load(q + at * q_stride_token + head * q_stride_head + lane[None, :], mask=exists, other=0.0)
+    table = block_tables + sequence.to(tl.int64) * table_stride
+    cached_keys = key_cache + head // GROUP * cache_stride_head
+    cached_values = value_cache + head // GROUP * cache_stride_head
+    own = query_start.to(tl.int64) * kv_stride_token + head // GROUP * kv_stride_head
+    whole_context = context_len // TILE * TILE
+    whole_context_reach = tl.full((QUERIES,), 0, tl.int32) + context_len
+    seen_by_all = (first_query + 1) // TILE * TILE
+    seen_by_any = tl.minimum(first_query + QUERIES, query_len)
+
+    total = tl.zeros((QUERIES, LANES), tl.float32)
+    largest = tl.full((QUERIES,), float("-inf"), tl.float32)
+    weight_sum = tl.zeros((QUERIES,), tl.float32)
+    total, largest, weight_sum = _attend(
+        total, largest, weight_sum, query, whole_context_reach, cached_keys, cached_values, table,
+        0, whole_context, context_len, cache_stride_block, cache_stride_token, scale,
+        BLOCK_SIZE, HEAD_DIM, LANES, TILE, True, False, STAGES,
+    )  # fmt: skip
+    total, largest, weight_sum = _attend(
+        total, largest, weight_sum, query, whole_context_reach, cached_keys, cached_values, table,
+        whole_context, context_len, context_len, cache_stride_block, cache_stride_token, scale,
+        BLOCK_SIZE, HEAD_DIM, LANES, TILE, True, True, 1,
+    )  # fmt: skip
+    total, largest, weight_sum = _attend(
+        total, largest, weight_sum, query, row + 1, k + own, v + own, table,
+        0, seen_by_all, query_len, 0, kv_stride_token, scale,
+        BLOCK_SIZE, HEAD_DIM, LANES, TILE, False, False, STAGES,
+    )  # fmt: skip
+    total, largest, weight_sum = _attend(
+        total, largest, weight_sum, query, row + 1, k + own, v + own, table,
+        seen_by_all, seen_by_any, query_len, 0, kv_stride_token, scale,
+        BLOCK_SIZE, HEAD_DIM, LANES, TILE, False, True, STAGES,
+    )  # fmt: skip
+    out_at = out + (at * HEADS + head) * HEAD_DIM + lane[None, :]
+    tl.store(out_at, (total / weight_sum[:, None]).to(out.dtype.element_ty), mask=exists)
+
+
+def _tile(head_dim: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
+    """Queries of a program, keys a step, warps, and pipeline stages of the prefill kernel."""
+    if dtype == torch.float32:
+        return (32, 32, 4, 2) if head_dim <= 128 else (16, 16, 4, 2)
+    if head_dim <= 64:
+        return 128, 64, 4, 3
+    return (128, 64, 8, 3) if head_dim <= 128 else (64, 32, 4, 2)
+
+
+def prefill_attention(
+    q: Tensor, k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, batch: PrefillAttention, scale: float
+) -> Tensor:
+    """`kernels.attention.prefill_attention` for CUDA tensors, any block size; one launch, whose grid depends on shapes
+    alone, so that a graph captured once serves all lengths that fit. Only context is read from the cache, a chunk's own
+    keys where they lie packed. k and v have equal strides, and so have the two caches."""
+    tokens, num_heads, head_dim = q.shape
+    sequences = batch.cu_query_lens.shape[0] - 1
+    queries, tile, warps, stages = _tile(head_dim, q.dtype)
+    out = torch.empty((tokens, num_heads, head_dim), dtype=q.dtype, device=q.device)
+    if not tokens:
+        return out
+    _prefill_kernel[(num_heads, tokens // queries + sequences)](
+        q,
+        k,
+        v,
+        key_cache,
+        value_cache,
+        batch.block_tables,
+        batch.cu_query_lens,
+        batch.cu_kv_lens,
+        out,
+        scale * math.log2(math.e),
+        sequences,
+        q.stride(0),
+        q.stride(1),
+        k.stride(0),
+        k.stride(1),
+        *key_cache.stride()[:3],
+        batch.block_tables.stride(0),
+        BLOCK_SIZE=key_cache.shape[1],
+        HEADS=num_heads,
+        GROUP=num_heads // key_cache.shape[2],
+        HEAD_DIM=head_dim,
+        LANES=triton.next_power_of_2(head_dim),
+        QUERIES=queries,
+        TILE=tile,
+        STAGES=stages,
+        num_warps=warps,
+        **dependent(q.device),
+    )
+    return out

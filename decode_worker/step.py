@@ -41,10 +41,11 @@ class Stepper:
     def _run(self, state: BatchState) -> tuple[Tensor, Tensor]:
         """Logits, and the lengths of the sequences with the token that was run."""
         positions, slots, seq_lens = self.ops.locate(state.lengths, state.block_tables, self.pool.layout.block_size)
+        batch = self.ops.plan_decode(state.block_tables, seq_lens, self.pool.layer(0)[0])
         scale = self.model.config.head_dim**-0.5
 
         def attend(qkv: Tensor, rotation: Rotation, key_cache: Tensor, value_cache: Tensor) -> Tensor:
-            return self.ops.decode_attention(qkv, rotation, key_cache, value_cache, state.block_tables, seq_lens, scale)
+            return self.ops.decode_attention(qkv, rotation, key_cache, value_cache, batch, scale)
 
         hidden = self.model.forward(state.tokens, positions, slots, self.pool, attend)
         return self.model.logits(hidden), seq_lens

@@ -29,6 +29,15 @@ class PrefillAttention:
     block_tables: Tensor  # [B, M] int32, M >= ceil(max(kv_lens) / block_size); entries past a sequence's end: any block
 
 
+@dataclass(frozen=True, slots=True)
+class DecodeAttention:
+    """What a decode batch of B sequences attends to."""
+
+    block_tables: Tensor  # [B, M] int32
+    seq_lens: Tensor  # [B] int32, tokens of the sequence with the current one; 0 in a padded row
+    plan: Tensor  # int32: how a device's programs share the keys, for all layers of a step; empty in the reference
+
+
 def prefill_attention(
     q: Tensor, k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, batch: PrefillAttention, scale: float
 ) -> Tensor:
@@ -64,21 +73,19 @@ def prefill_attention(
     return torch.cat(outputs)
 
 
+def plan_decode(block_tables: Tensor, seq_lens: Tensor, key_cache: Tensor) -> DecodeAttention:
+    """What all layers of a step attend to; `key_cache` [N, block_size, Hkv, D] is any of theirs."""
+    return DecodeAttention(block_tables, seq_lens, seq_lens.new_empty(0))
+
+
 def decode_attention(
-    qkv: Tensor,
-    rotation: Rotation,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    block_tables: Tensor,
-    seq_lens: Tensor,
-    scale: float,
+    qkv: Tensor, rotation: Rotation, key_cache: Tensor, value_cache: Tensor, batch: DecodeAttention, scale: float
 ) -> Tensor:
     """`rope_write_kv` of one token of each sequence, and its attention to all tokens of that sequence, itself included.
 
-    qkv [B, (Hq + 2 Hkv) * D], contiguous; key_cache, value_cache [N, block_size, Hkv, D] strided views; block_tables
-    [B, M] int32; seq_lens [B] int32, tokens of the sequence with the current one: the rotation's positions + 1, or 0 in
-    a padded row, whose slot is -1 and whose output is finite and means nothing. Returns [B, Hq, D]; what is in qkv
-    afterwards means nothing.
+    qkv [B, (Hq + 2 Hkv) * D], contiguous; key_cache, value_cache [N, block_size, Hkv, D] strided views; batch, of
+    `plan_decode`, whose seq_lens are the rotation's positions + 1, or 0 in a padded row, whose slot is -1 and whose
+    output is finite and means nothing. Returns [B, Hq, D]; what is in qkv afterwards means nothing.
 
     The query heads that share a KV head are laid out as queries of that head, so that no K or V is repeated (GQA:
     Ainslie et al., 2023). Sequences of similar length are attended to together, so few that what is gathered
@@ -86,7 +93,7 @@ def decode_attention(
     """
     q, _, _ = rope_write_kv(qkv, rotation, key_cache, value_cache)
     block_size = key_cache.shape[1]
-    seq_lens = seq_lens.clamp(min=1)
+    block_tables, seq_lens = batch.block_tables, batch.seq_lens.clamp(min=1)
     groups = list(_groups([-(-length // block_size) for length in seq_lens.tolist()], block_size))
     if len(groups) == 1:
         return _decode_group(q, key_cache, value_cache, block_tables[:, : groups[0][1]], seq_lens, scale)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels import attention, linear, rope, sampling, step
-from kernels.attention import PrefillAttention
+from kernels.attention import DecodeAttention, PrefillAttention
 from kernels.rope import Rotation
 
 
@@ -35,7 +35,8 @@ class Ops:
     add_linear: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
     rope_write_kv: Callable[[Tensor, Rotation, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
     prefill_attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, PrefillAttention, float], Tensor]
-    decode_attention: Callable[[Tensor, Rotation, Tensor, Tensor, Tensor, Tensor, float], Tensor]
+    plan_decode: Callable[[Tensor, Tensor, Tensor], DecodeAttention]
+    decode_attention: Callable[[Tensor, Rotation, Tensor, Tensor, DecodeAttention, float], Tensor]
     sample: Sample
     locate: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
     advance: Callable[[Tensor, Tensor, Tensor], None]
@@ -47,6 +48,7 @@ REFERENCE = Ops(
     add_linear=linear.add_linear,
     rope_write_kv=rope.rope_write_kv,
     prefill_attention=attention.prefill_attention,
+    plan_decode=attention.plan_decode,
     decode_attention=attention.decode_attention,
     sample=sampling.sample,
     locate=step.locate,
@@ -80,6 +82,7 @@ def _cuda() -> Ops:
         add_linear=triton_linear.add_linear,
         rope_write_kv=triton_rope.rope_write_kv,
         prefill_attention=triton_prefill_attention.prefill_attention,
+        plan_decode=triton_decode_attention.plan_decode,
         decode_attention=triton_decode_attention.decode_attention,
         sample=triton_sampling.sample,
         locate=triton_step.locate,

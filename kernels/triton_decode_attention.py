@@ -1,9 +1,11 @@
 """Attention of one new token a sequence over a paged KV cache on CUDA; `kernels.attention` holds the reference.
 
 Softmax is computed in one pass over the keys (Milakov and Gimelshein, "Online normalizer calculation for softmax",
-2018), in base 2. A sequence's keys are split over several programs when there are few sequences (Dao et al.,
-"Flash-Decoding", 2023), and the last of them to finish merges the parts. The same launch rotates q and k and writes the
-new token's K and V, for a graph of decode steps at batch 1 is mostly launches.
+2018), in base 2. A plan, made once for all layers of a step, cuts sequences with more than their share of the batch's
+keys into pieces, and has the longest begin first (Graham, "Bounds on multiprocessing timing anomalies", 1969): what
+comes last then keeps few multiprocessors busy for a short time only. The last program of a sequence to finish merges
+the pieces (Dao et al., "Flash-Decoding", 2023). The same launch rotates q and k and writes the new token's K and V, for
+a graph of decode steps at batch 1 is mostly launches.
 """
 
 import math
@@ -13,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.attention import DecodeAttention
 from kernels.rope import Rotation
 from kernels.triton_launch import (
     MAX_ARRIVALS,
@@ -23,10 +26,9 @@ from kernels.triton_launch import (
     wait_for_previous,
 )
 
-_MAX_SPLITS = 64
-_PROGRAMS_PER_SM = 2  # decode programs wanted for each SM; more would be more parts to merge
-_MIN_SPAN = 64  # keys below which another split costs more than it hides
-_LONG_SPAN = 512  # the same where splits only even out the programs' work
+_PROGRAMS_PER_SM = 3  # to share the keys among; a little less than run at once
+_REGISTERS = 128  # of a thread, where there are more programs than that: four then run at once
+_COMPARED = 8192  # pairs of sequences at a time
 _MERGED_ELEMENTS = 4096  # of the parts that are merged at a time
 _AHEAD = 64  # keys that a program asks for before it may read what the kernel ahead of it writes
 _LINE_BYTES = 128  # of the L2 cache
@@ -50,7 +52,54 @@ def _inverse_norm(value, eps, HEAD_DIM: tl.constexpr):
     return tl.rsqrt(tl.sum(wide * wide, axis=1) / HEAD_DIM + eps)[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "items"])
+def _plan_kernel(
+    seq_lens,
+    plan,
+    sizes,
+    rows,
+    items,
+    shares,
+    TILE: tl.constexpr,
+    ROWS: tl.constexpr,
+    OTHERS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """Cuts sequences that are longer than an equal share of all keys, and lists the pieces, the longest first."""
+    wait_for_previous(DEPENDENT)
+    row = tl.arange(0, ROWS)
+    exists = row < rows
+    cached = tl.load(seq_lens + row, mask=exists, other=0) - 1
+    keys = tl.maximum(cached, 1)
+    most = tl.cdiv(tl.sum(tl.where(exists, keys, 0), 0), shares)
+    span = tl.cdiv(tl.cdiv(keys, tl.cdiv(keys, most)), TILE) * TILE
+    pieces = tl.where(exists, tl.cdiv(keys, span), 0)
+    count = tl.sum(pieces, 0)
+    # Every row needs those of all others, without computing them for each row anew.
+    tl.store(sizes + row, span)
+    tl.store(sizes + ROWS + row, pieces)
+    tl.debug_barrier()
+    before = tl.zeros((ROWS, OTHERS), tl.int32)
+    for at in tl.range(0, ROWS, OTHERS):
+        other = at + tl.arange(0, OTHERS)
+        other_span = tl.load(sizes + other)[None, :]
+        other_pieces = tl.load(sizes + ROWS + other)[None, :]
+        is_before = (other_span > span[:, None]) | ((other_span == span[:, None]) & (other[None, :] < row[:, None]))
+        before += tl.where(is_before, other_pieces, 0)
+    place = tl.sum(before, axis=1)
+    for piece in tl.range(0, tl.max(pieces, 0)):
+        item = plan + place + piece
+        there = piece < pieces
+        tl.store(item, row, mask=there)
+        tl.store(item + items, piece * span, mask=there)
+        tl.store(item + 2 * items, tl.minimum((piece + 1) * span, cached), mask=there)
+        tl.store(item + 3 * items, place, mask=there)
+        tl.store(item + 4 * items, place + pieces, mask=there)
+    for at in tl.range(count, items, ROWS):
+        tl.store(plan + at + row, -1, mask=at + row < items)
+
+
+@triton.jit(do_not_specialize=["items"])
 def _decode_kernel(
     qkv,
     positions,
@@ -62,12 +111,13 @@ def _decode_kernel(
     key_cache,
     value_cache,
     block_tables,
-    seq_lens,
+    plan,
     out,
     parts,
     part_scales,
     arrived,
     scale,
+    items,
     cache_stride_block,
     cache_stride_token,
     cache_stride_head,
@@ -82,38 +132,38 @@ def _decode_kernel(
     LINES: tl.constexpr,
     NORM: tl.constexpr,
     TILE: tl.constexpr,
-    SPLITS: tl.constexpr,
-    MIN_SPAN: tl.constexpr,
     AHEAD: tl.constexpr,
     STAGES: tl.constexpr,
     MERGED: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """The GROUP query heads of one KV head (rows of a matrix product, padded to ROWS) over one split of the cached
-    keys. The last split has the new token, too, whose key and value it makes and writes."""
+    """The GROUP query heads of one KV head (rows of a matrix product, padded to ROWS) over one item of the plan. Its
+    sequence's last item has the new token, too, whose key and value it makes and writes."""
     kv_head = tl.program_id(0)
-    split = tl.program_id(1)
-    sequence = tl.program_id(2).to(tl.int64)
+    item = tl.program_id(1)
     row = tl.arange(0, ROWS)
     lane = tl.arange(0, LANES)
     in_head = lane < HEAD_DIM
     whole = (row < GROUP)[:, None] & in_head[None, :]
-    out_at = out + (sequence * KV_HEADS * GROUP + kv_head * GROUP + row)[:, None] * HEAD_DIM + lane[None, :]
 
-    length = tl.load(seq_lens + sequence)
-    cached = length - 1
-    span = tl.maximum(tl.cdiv(tl.cdiv(cached, SPLITS), TILE) * TILE, MIN_SPAN)
-    live = tl.maximum(tl.cdiv(cached, span), 1)
-    start = split * span
-    end = tl.minimum(start + span, cached)
+    sequence = tl.load(plan + item, cache_modifier=".cg").to(tl.int64)
+    start = tl.load(plan + items + item, cache_modifier=".cg")
+    end = tl.load(plan + 2 * items + item, cache_modifier=".cg")
+    first_item = tl.load(plan + 3 * items + item, cache_modifier=".cg")
+    end_item = tl.load(plan + 4 * items + item, cache_modifier=".cg")
+    if sequence < 0:
+        wait_for_previous(DEPENDENT)
+        return
+    is_last = item == end_item - 1
+    out_at = out + (sequence * KV_HEADS * GROUP + kv_head * GROUP + row)[:, None] * HEAD_DIM + lane[None, :]
     table = block_tables + sequence * table_stride
     token = start + tl.arange(0, TILE)
-    block = tl.load(table + token // BLOCK_SIZE, mask=token < end, other=0)
+    block = tl.load(table + token // BLOCK_SIZE, mask=token < end, other=0, cache_modifier=".cg")
     keys = key_cache + kv_head * cache_stride_head
     values = value_cache + kv_head * cache_stride_head
 
     half: tl.constexpr = HEAD_DIM // 2
-    angles = cos_sin + tl.load(positions + sequence).to(tl.int64) * HEAD_DIM
+    angles = cos_sin + tl.load(positions + sequence, cache_modifier=".cg").to(tl.int64) * HEAD_DIM
     pair = (lane + half) % HEAD_DIM
     cos = tl.load(angles + lane % half, mask=in_head, other=0.0)[None, :]
     sin = tl.load(angles + half + lane % half, mask=in_head, other=0.0)[None, :]
@@ -132,15 +182,11 @@ def _decode_kernel(
         prefetch_lines_to_l2(keys + ahead_at)
         prefetch_lines_to_l2(values + ahead_at)
     wait_for_previous(DEPENDENT)
-    if (split >= live) | (length <= 0):
-        if split == 0:
-            tl.store(out_at, tl.zeros((ROWS, LANES), out.dtype.element_ty), mask=whole)
-        return
 
     token_qkv = qkv + sequence * ((GROUP + 2) * KV_HEADS * HEAD_DIM)
     query_at = token_qkv + (kv_head * GROUP + row)[:, None] * HEAD_DIM
     key_at = token_qkv + (GROUP * KV_HEADS + kv_head) * HEAD_DIM
-    makes_key = in_head & (split == live - 1)
+    makes_key = in_head & (is_last)
     query = tl.load(query_at + lane[None, :], mask=whole, other=0.0)
     query_pair = tl.load(query_at + pair[None, :], mask=whole, other=0.0)
     new_key = tl.load(key_at + lane, mask=makes_key, other=0.0)[None, :]
@@ -155,9 +201,9 @@ def _decode_kernel(
 
     # the new token first, where this split has it
     new_score = tl.sum(query.to(tl.float32) * new_key.to(tl.float32), axis=1) * scale
-    largest = tl.where(split == live - 1, new_score, float("-inf"))
+    largest = tl.where(is_last, new_score, float("-inf"))
     # summed over the tile only at the end: one reduction between warps less in every step
-    counts = (tl.arange(0, TILE) == 0) & (split == live - 1)
+    counts = (tl.arange(0, TILE) == 0) & (is_last)
     weight_sum = tl.zeros((ROWS, TILE), tl.float32) + tl.where(counts, 1.0, 0.0)[None, :]
     total = tl.zeros((ROWS, LANES), tl.float32) + new_value.to(tl.float32)
     for first in tl.range(start, end, TILE, num_stages=STAGES):
@@ -188,26 +234,27 @@ def _decode_kernel(
     tl.store(keys + place + lane[None, :], new_key, mask=makes_key[None, :] & (slot >= 0))
     tl.store(values + place + lane[None, :], new_value, mask=makes_key[None, :] & (slot >= 0))
 
-    if live == 1:
+    if end_item - first_item == 1:
+        total = tl.where(end >= 0, total, 0.0)  # a padded row
         tl.store(out_at, total.to(out.dtype.element_ty), mask=whole)
     else:
-        head_pair = sequence * KV_HEADS + kv_head
-        part_rows = (head_pair * SPLITS + split) * GROUP + row
+        part_rows = (kv_head * items + item).to(tl.int64) * GROUP + row
         tl.store(parts + part_rows[:, None] * HEAD_DIM + lane[None, :], total, mask=whole)
         tl.store(part_scales + part_rows, largest + tl.log2(normaliser), mask=row < GROUP)
         # all threads' parts are written before the release by the thread that counts; the last one acquires them all
         tl.debug_barrier()
-        if tl.atomic_add(arrived + head_pair, 1, sem="acq_rel") == live - 1:
-            tl.store(arrived + head_pair, 0)
+        counter = arrived + kv_head * items + first_item
+        if tl.atomic_add(counter, 1, sem="acq_rel") == end_item - first_item - 1:
+            tl.store(counter, 0)
             member = tl.arange(0, GROUP_ROWS)
             exists = (member < GROUP)[:, None] & in_head[None, :]
             top = tl.full((GROUP_ROWS,), float("-inf"), tl.float32)
             weights = tl.zeros((GROUP_ROWS,), tl.float32)
             merged = tl.zeros((GROUP_ROWS, LANES), tl.float32)
-            for first in tl.range(0, live, MERGED):
+            for first in tl.range(first_item, end_item, MERGED):
                 other = first + tl.arange(0, MERGED)
-                rows = (head_pair * SPLITS + other)[:, None] * GROUP + member[None, :]
-                there = (other < live)[:, None] & (member < GROUP)[None, :]
+                rows = (kv_head * items + other).to(tl.int64)[:, None] * GROUP + member[None, :]
+                there = (other < end_item)[:, None] & (member < GROUP)[None, :]
                 # .cg: from L2, where the other programs' writes are
                 part = tl.load(
                     parts + rows[:, :, None] * HEAD_DIM + lane[None, None, :],
@@ -228,16 +275,36 @@ def _decode_kernel(
             tl.store(merged_at, merged.to(out.dtype.element_ty), mask=exists)
 
 
-def _splits(pairs: int, max_tokens: int, device: torch.device) -> tuple[int, int]:
-    """Programs for each (sequence, KV head) pair, a power of two, of which short sequences use only a part, and the
-    keys of the shortest span that is split off. With programs enough, only long sequences are split in two: one that
-    comes last would otherwise keep a few multiprocessors busy and the others waiting."""
-    if pairs > MAX_ARRIVALS:
-        return 1, _MIN_SPAN
-    wanted = triton.cdiv(_PROGRAMS_PER_SM * multiprocessors(device), pairs)
-    span = _MIN_SPAN if wanted > 1 else _LONG_SPAN
-    useful = triton.cdiv(max_tokens, span)
-    return int(triton.next_power_of_2(max(1, min(max(wanted, 2), useful, _MAX_SPLITS)))), span
+def _shares(num_kv_heads: int, device: torch.device) -> int:
+    """Equal shares of a batch's keys: a sequence with more than one is cut."""
+    return max(1, _PROGRAMS_PER_SM * multiprocessors(device) // num_kv_heads)
+
+
+def plan_decode(block_tables: Tensor, seq_lens: Tensor, key_cache: Tensor) -> DecodeAttention:
+    """`kernels.attention.plan_decode` for CUDA tensors, one launch. The plan [5, items] is a list of the programs' work
+    for each KV head: a sequence (-1: none), the first of its cached keys and the one after the last, and the first item
+    of that sequence and the one after its last. At least one other launch must come before the plan is used."""
+    rows = len(seq_lens)
+    num_kv_heads, head_dim = key_cache.shape[2:]
+    shares = _shares(num_kv_heads, seq_lens.device)
+    if num_kv_heads * (rows + shares) > MAX_ARRIVALS:
+        shares = 1  # which cuts nothing
+    plan = torch.empty((5, rows + shares), dtype=torch.int32, device=seq_lens.device)
+    padded = max(16, triton.next_power_of_2(rows))
+    _plan_kernel[(1,)](
+        seq_lens,
+        plan,
+        torch.empty(2 * padded, dtype=torch.int32, device=seq_lens.device),
+        rows,
+        plan.shape[1],
+        shares,
+        TILE=_tile(head_dim, key_cache.dtype)[0],
+        ROWS=padded,
+        OTHERS=min(padded, max(1, _COMPARED // padded)),
+        num_warps=min(max(padded // 32, 4), 16),
+        **dependent(seq_lens.device),
+    )
+    return DecodeAttention(block_tables, seq_lens, plan)
 
 
 def _tile(head_dim: int, dtype: torch.dtype) -> tuple[int, int, int]:
@@ -248,33 +315,25 @@ def _tile(head_dim: int, dtype: torch.dtype) -> tuple[int, int, int]:
 
 
 def decode_attention(
-    qkv: Tensor,
-    rotation: Rotation,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    block_tables: Tensor,
-    seq_lens: Tensor,
-    scale: float,
+    qkv: Tensor, rotation: Rotation, key_cache: Tensor, value_cache: Tensor, batch: DecodeAttention, scale: float
 ) -> Tensor:
-    """`kernels.attention.decode_attention` for CUDA tensors, any block size; one launch, whose grid depends on shapes
-    alone, so that a graph captured once serves all lengths. Padded rows (seq_len 0) become zeros. The two caches have
-    equal strides. Calls on one device must not overlap in time."""
-    batch = qkv.shape[0]
+    """`kernels.attention.decode_attention` for CUDA tensors, any block size; one launch, whose grid depends on
+    shapes alone, so that a graph captured once serves all lengths. Padded rows (seq_len 0) become zeros. The two caches
+    have equal strides. Calls on one device must not overlap in time."""
+    rows = qkv.shape[0]
     block_size, num_kv_heads, head_dim = key_cache.shape[1:]
     num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
     group = num_heads // num_kv_heads
     group_rows = triton.next_power_of_2(group)
     tile, warps, stages = _tile(head_dim, qkv.dtype)
     lanes = triton.next_power_of_2(head_dim)
-    pairs = batch * num_kv_heads
-    splits, min_span = _splits(pairs, block_tables.shape[1] * block_size, qkv.device)
-    out = torch.empty((batch, num_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
-    if splits > 1:
-        parts = torch.empty((pairs, splits, group, head_dim), dtype=torch.float32, device=qkv.device)
-        part_scales = torch.empty((pairs, splits, group), dtype=torch.float32, device=qkv.device)
-    else:
-        parts = part_scales = out  # not touched
-    _decode_kernel[(num_kv_heads, splits, batch)](
+    rows_padded = max(16, group_rows)
+    items = batch.plan.shape[1]
+    crowded = rows * num_kv_heads > _PROGRAMS_PER_SM * multiprocessors(qkv.device)
+    out = torch.empty((rows, num_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
+    parts = torch.empty((num_kv_heads, items, group, head_dim), dtype=torch.float32, device=qkv.device)
+    part_scales = torch.empty((num_kv_heads, items, group), dtype=torch.float32, device=qkv.device)
+    _decode_kernel[(num_kv_heads, items)](
         qkv,
         rotation.positions,
         rotation.cos_sin,
@@ -284,31 +343,31 @@ def decode_attention(
         rotation.eps,
         key_cache,
         value_cache,
-        block_tables,
-        seq_lens,
+        batch.block_tables,
+        batch.plan,
         out,
         parts,
         part_scales,
         arrivals(qkv.device),
         scale * math.log2(math.e),
+        items,
         *key_cache.stride()[:3],
-        block_tables.stride(0),
+        batch.block_tables.stride(0),
         BLOCK_SIZE=block_size,
         KV_HEADS=num_kv_heads,
         GROUP=group,
-        ROWS=max(16, group_rows),
+        ROWS=rows_padded,
         GROUP_ROWS=group_rows,
         HEAD_DIM=head_dim,
         LANES=lanes,
         LINES=triton.next_power_of_2(triton.cdiv(head_dim * key_cache.element_size(), _LINE_BYTES)),
         NORM=rotation.q_norm is not None,
         TILE=tile,
-        SPLITS=splits,
-        MIN_SPAN=max(tile, min_span),
         AHEAD=_AHEAD,
         STAGES=stages,
-        MERGED=max(1, min(splits, _MERGED_ELEMENTS // (group_rows * lanes))),
+        MERGED=max(1, min(triton.next_power_of_2(items), _MERGED_ELEMENTS // (group_rows * lanes))),
         num_warps=warps,
+        maxnreg=_REGISTERS if crowded and qkv.dtype.itemsize == 2 and rows_padded == 16 and lanes <= 128 else None,
         **dependent(qkv.device),
     )
     return out

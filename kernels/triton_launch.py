@@ -4,7 +4,8 @@ before it still runs, and wait where they need its results. It hides most of the
 
 Rules for a kernel that is launched so: every program calls `wait_for_previous` once, before it returns, reads what
 earlier kernels wrote and writes anything; before the call it may read weights, and what a kernel at least two launches
-back wrote (the next kernel is let in only after the wait, when everything before this kernel has ended).
+back wrote (the next kernel is let in only after the wait, when everything before this kernel has ended), but that from
+L2 (.cg): until the wait, a multiprocessor's L1 may hold what was there before.
 """
 
 from functools import lru_cache

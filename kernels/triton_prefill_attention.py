@@ -82,7 +82,7 @@ def _sequence_of_tile(cu_query_lens, tile, sequences, QUERIES: tl.constexpr):
     high = sequences - 1
     while low < high:
         middle = (low + high + 1) // 2
-        begins_later = tl.load(cu_query_lens + middle) // QUERIES + middle > tile
+        begins_later = tl.load(cu_query_lens + middle, cache_modifier=".cg") // QUERIES + middle > tile
         low = tl.where(begins_later, low, middle)
         high = tl.where(begins_later, middle - 1, high)
     return low
@@ -123,10 +123,12 @@ def _prefill_kernel(
     head = tl.program_id(0)
     tile = tl.program_id(1)
     sequence = _sequence_of_tile(cu_query_lens, tile, sequences, QUERIES)
-    query_start = tl.load(cu_query_lens + sequence)
-    query_end = tl.load(cu_query_lens + sequence + 1)
+    query_start = tl.load(cu_query_lens + sequence, cache_modifier=".cg")
+    query_end = tl.load(cu_query_lens + sequence + 1, cache_modifier=".cg")
     query_len = query_end - query_start
-    context_len = tl.load(cu_kv_lens + sequence + 1) - tl.load(cu_kv_lens + sequence) - query_len
+    kv_start = tl.load(cu_kv_lens + sequence, cache_modifier=".cg")
+    kv_end = tl.load(cu_kv_lens + sequence + 1, cache_modifier=".cg")
+    context_len = kv_end - kv_start - query_len
     # the tiles that see the most keys start first
     first_query = (query_end // QUERIES + sequence - tile) * QUERIES
     wait_for_previous(DEPENDENT)

@@ -46,8 +46,10 @@ class PagedSequences:
         for row, token in enumerate(tokens.tolist()):
             self.tokens[row].append(token)
 
+        batch = self.ops.plan_decode(self.tables, lengths, self.pool.layer(0)[0])
+
         def attend(qkv: Tensor, rotation: Rotation, key_cache: Tensor, value_cache: Tensor) -> Tensor:
-            return self.ops.decode_attention(qkv, rotation, key_cache, value_cache, self.tables, lengths, self.scale)
+            return self.ops.decode_attention(qkv, rotation, key_cache, value_cache, batch, self.scale)
 
         return self.model.logits(self.model.forward(tokens, positions, slots, self.pool, attend))
 

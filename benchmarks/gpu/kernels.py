@@ -189,9 +189,10 @@ def decode_case(ceilings: Ceilings, shape: Shape, case: str, lengths: list[int])
     caches = Caches.scattered(shape, lengths, layers, BLOCK_SIZE, 32_768 // BLOCK_SIZE)
     qkv, rotation = new_tokens(shape, caches)
     scale = shape.head_dim**-0.5
+    batch = triton_decode_attention.plan_decode(caches.tables, caches.lengths, caches.views[0][0])
 
     def ours(view: tuple[Tensor, Tensor]) -> Tensor:
-        return triton_decode_attention.decode_attention(qkv, rotation, *view, caches.tables, caches.lengths, scale)
+        return triton_decode_attention.decode_attention(qkv, rotation, *view, batch, scale)
 
     key_cache, value_cache, tables = caches.small_float_copy(4, max(lengths[:4]))
     positions, slots, _ = step.locate(caches.lengths[:4] - 1, tables, BLOCK_SIZE)
@@ -203,7 +204,12 @@ def decode_case(ceilings: Ceilings, shape: Shape, case: str, lengths: list[int])
         k_norm=None if rotation.k_norm is None else rotation.k_norm.float(),
     )
     expected = attention.decode_attention(
-        qkv[:4].float(), few, key_cache, value_cache, tables, caches.lengths[:4], scale
+        qkv[:4].float(),
+        few,
+        key_cache,
+        value_cache,
+        attention.plan_decode(tables, caches.lengths[:4], key_cache),
+        scale,
     )
     error = relative_error(ours(caches.views[0])[:4], expected)
     calls = [partial(ours, view) for view in caches.views]

@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 from unittest.mock import patch
@@ -25,7 +25,7 @@ from benchmarks.gpu.graph_timing import graph_microseconds
 from benchmarks.gpu.kernels import BLOCK_SIZE, DEVICE, DTYPE, LLAMA, QWEN, Caches, Shape, new_tokens, randn, sets_for
 from benchmarks.gpu.timing import copy_bytes_per_second, gemm_operations_per_second
 from kernels import triton_decode_attention, triton_linear, triton_prefill_attention
-from kernels.attention import PrefillAttention
+from kernels.attention import DecodeAttention, PrefillAttention
 from kernels.triton_linear import FewRows, Tile
 
 Calls = list[Callable[[], object]]
@@ -79,8 +79,8 @@ TILES = [
         (64, 64, 8, 4, 4),
     )
 ]
-DECODE_TILES = [(32, 4, 2), (32, 2, 3), (64, 4, 3), (32, 4, 3), (64, 2, 3), (64, 4, 2)]  # keys a step, warps, stages
-PROGRAMS_PER_SM = [1, 2, 4]
+DECODE_TILES = [(32, 4, 2), (64, 4, 3), (32, 4, 3), (64, 4, 2)]  # keys a step, warps, stages
+PROGRAMS_PER_SM = [2, 3, 4, 6, 8, 12]
 PREFILL_TILES = [  # queries, keys a step, warps, stages
     (128, 64, 8, 3),
     (128, 64, 8, 2),
@@ -176,7 +176,9 @@ def decode_cases() -> Iterator[Case]:
         (QWEN, "64 x 1024", [1024] * 64),
         (QWEN, "64 x 100..2048", mixed[:64]),
         (QWEN, "256 x 100..2048", mixed),
+        (QWEN, "256 x 1024", [1024] * 256),
         (LLAMA, "64 x 1024", [1024] * 64),
+        (LLAMA, "64 x 512, 2 x 8192", [512] * 64 + [8192] * 2),
     ]
     ways = tuple(f"{tile}, {programs} a SM" for tile in DECODE_TILES for programs in PROGRAMS_PER_SM)
     for shape, case, each in lengths:
@@ -189,10 +191,18 @@ def decode_calls(shape: Shape, lengths: list[int], most_sets: int) -> Calls:
     caches = Caches.scattered(shape, lengths, sets, BLOCK_SIZE, 32_768 // BLOCK_SIZE)
     qkv, rotation = new_tokens(shape, caches)
     scale = shape.head_dim**-0.5
-    return [
-        partial(triton_decode_attention.decode_attention, qkv, rotation, *view, caches.tables, caches.lengths, scale)
-        for view in caches.views
-    ]
+
+    @cache
+    def plan(_way: object) -> DecodeAttention:
+        planned = triton_decode_attention.plan_decode(caches.tables, caches.lengths, caches.views[0][0])
+        torch.cuda.synchronize()  # it may not be used by the launch right after it
+        return planned
+
+    def call(view: tuple[Tensor, Tensor]) -> Tensor:
+        way = (triton_decode_attention._tile(shape.head_dim, DTYPE), triton_decode_attention._PROGRAMS_PER_SM)
+        return triton_decode_attention.decode_attention(qkv, rotation, *view, plan(way), scale)
+
+    return [partial(call, view) for view in caches.views]
 
 
 def prefill_cases() -> Iterator[Case]:

@@ -118,12 +118,19 @@ def test_decode_attention_in_a_graph_follows_lengths() -> None:
     unturned = torch.cat([torch.ones(3000, 64), torch.zeros(3000, 64)], dim=1).to(DEVICE)
     slots = torch.full((2,), -1, device=DEVICE)
     rotation = Rotation(seq_lens.clone(), unturned, slots, None, None, 1e-6)
-    arguments = (qkv, rotation, caches.key_cache, caches.value_cache, tables, seq_lens, 0.1)
     rotation.positions.zero_()
-    triton_decode_attention.decode_attention(*arguments)
+
+    def attend() -> Tensor:
+        batch = triton_decode_attention.plan_decode(tables, seq_lens, caches.key_cache)
+        fresh = qkv.clone()  # the launch that must come between
+        return triton_decode_attention.decode_attention(
+            fresh, rotation, caches.key_cache, caches.value_cache, batch, 0.1
+        )
+
+    attend()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = triton_decode_attention.decode_attention(*arguments)
+        out = attend()
     q, k = qkv.view(2, 32, 128)[:, :16], qkv.view(2, 32, 128)[:, 16:24]
     for lengths, order in (((3000, 700), (0, 1)), ((1, 0), (0, 1)), ((64, 2999), (1, 0)), ((700, 130), (1, 0))):
         seq_lens.copy_(torch.tensor(lengths, dtype=torch.int32))

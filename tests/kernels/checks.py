@@ -152,8 +152,9 @@ def check_decode_attention(
     q, k, v = rope.rope_write_kv(qkv.clone(), rotation, expected_keys, expected_values)
 
     poison(q.numel(), dtype)
-    tables = (caches.key_cache, caches.value_cache, caches.block_tables, seq_lens, scale)
-    actual = triton_decode_attention.decode_attention(qkv.clone(), rotation, *tables)
+    batch = triton_decode_attention.plan_decode(caches.block_tables, seq_lens, caches.key_cache)
+    attended = (rotation, caches.key_cache, caches.value_cache, batch, scale)
+    actual = triton_decode_attention.decode_attention(qkv.clone(), *attended)
     assert_close(_numbers(caches.key_cache), _numbers(expected_keys))
     assert torch.equal(_numbers(caches.value_cache), _numbers(expected_values))
     for row, length in enumerate(lengths):
@@ -164,7 +165,31 @@ def check_decode_attention(
             values = torch.cat([caches.values[row][:-1], v[row : row + 1]])
             assert_close(actual[row : row + 1], causal_attention(q[row : row + 1], keys, values, scale))
     # the merge left its counters as it found them
-    assert torch.equal(actual, triton_decode_attention.decode_attention(qkv.clone(), rotation, *tables))
+    assert torch.equal(actual, triton_decode_attention.decode_attention(qkv.clone(), *attended))
+
+
+def check_decode_plan(lengths: tuple[int, ...], kv_heads: int) -> None:
+    """Every cached key is in one item, a sequence's items are neighbours, and longer ones come first."""
+    seq_lens = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+    key_cache = torch.empty(1, 16, kv_heads, 64, device=DEVICE)
+    plan = triton_decode_attention.plan_decode(seq_lens[:, None], seq_lens, key_cache).plan.T.tolist()
+    items = [item for item in plan if item[0] >= 0]
+    assert plan[: len(items)] == items, "programs without work come last"
+    for row, length in enumerate(lengths):
+        numbers = [number for number, item in enumerate(items) if item[0] == row]
+        own = [items[number] for number in numbers]
+        assert numbers == list(range(own[0][3], own[0][4]))
+        assert all(item[3:] == own[0][3:] for item in own)
+        assert [start for _, start, *_ in own] == [0, *(end for _, _, end, *_ in own[:-1])]
+        assert own[-1][2] == length - 1
+    tile = triton_decode_attention._tile(64, torch.float32)[0]
+    tiles = [
+        max(-(-(end - start) // tile), 1) for _, start, end, first, _ in items if items[first][1:3] == [start, end]
+    ]
+    assert tiles == sorted(tiles, reverse=True)
+    shares = triton_decode_attention._shares(kv_heads, DEVICE)
+    most = -(-sum(max(length - 1, 1) for length in lengths) // shares)
+    assert max(tiles) <= -(-most // tile)
 
 
 def _numbers(cache: Tensor) -> Tensor:

@@ -28,12 +28,30 @@ def test_decode_attention_splits(lengths: tuple[int, ...]) -> None:
     checks.check_decode_attention(lengths, 6, 2, 64, 16, torch.float32)
 
 
-def test_decode_attention_splits_long_sequences_of_a_large_batch() -> None:
+def test_decode_attention_of_lengths_far_apart() -> None:
     checks.check_decode_attention((600, 1, 513, 1100, 0, 514), 4, 4, 64, 16, torch.float32)
 
 
+def test_decode_attention_of_more_sequences_than_shares() -> None:
+    checks.check_decode_attention((*range(1, 140, 7), 0, 900, 0, *range(140, 1, -7)), 4, 2, 64, 16, torch.float32)
+
+
 def test_decode_attention_without_splits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks.triton_decode_attention, "_MAX_SPLITS", 1)
+    monkeypatch.setattr(checks.triton_decode_attention, "_PROGRAMS_PER_SM", 0)  # one share, none to merge
+    checks.check_decode_attention((300, 0, 5), 6, 2, 64, 16, torch.float32)
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [(1,), (0,), (5000,), (600, 1, 513, 1100, 0, 514), (64,) * 20, (*range(1, 400, 3), 0, 9000, 0)],
+    ids=["one token", "none", "long", "far apart", "equal", "many"],
+)
+def test_decode_plan(lengths: tuple[int, ...]) -> None:
+    checks.check_decode_plan(lengths, 2)
+
+
+def test_decode_plan_cuts_nothing_where_there_are_not_enough_counters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks.triton_decode_attention, "MAX_ARRIVALS", 1)
     checks.check_decode_attention((300, 0, 5), 6, 2, 64, 16, torch.float32)
 
 

@@ -30,16 +30,16 @@ class Attempts:
         connection: int,
         asked: pb.Prefill | pb.Reserve,
         length: Callable[[SequenceSpec], int],
-        draining: bool,
+        refusal: "pb.Ended.Cause.ValueType | None",
         under_way: bool,
     ) -> SequenceSpec | None:
         """The sequence that a router asks for; None where it cannot be served, which the router is told.
 
-        `length` says how many tokens of it this worker will have to hold; `under_way`, that there is an attempt of this
-        id already, which goes on.
+        `length` says how many tokens of it this worker will have to hold; `refusal`, why it takes none now, if that is
+        so; `under_way`, that there is an attempt of this id already, which goes on.
         """
-        if draining:
-            self.end(connection, asked.attempt_id, pb.Ended.CAUSE_DRAINING, request_id=asked.sequence.request_id)
+        if refusal is not None:
+            self.end(connection, asked.attempt_id, refusal, request_id=asked.sequence.request_id)
             return None
         try:
             if under_way:

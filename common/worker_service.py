@@ -35,6 +35,10 @@ REGISTRATION = (*PEERS, ("grpc.use_local_subchannel_pool", 1))
 # A router that reads nothing for this many messages is cut off: its sequences end, and memory stays bounded.
 MAX_UNSENT_MESSAGES = 10_000
 
+# Messages that wait for the engine. No more are read until it takes some: gRPC then holds the routers up.
+MAX_UNREAD_MESSAGES = 1_000
+UNREAD_PAUSE = 0.005  # seconds
+
 
 @dataclass(frozen=True, slots=True)
 class Received:
@@ -203,6 +207,8 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         try:
             async for message in requests:
                 self._inbox.put(Received(connection, message))
+                while self._inbox.qsize() >= MAX_UNREAD_MESSAGES:  # noqa: ASYNC110 - the engine is of another thread
+                    await asyncio.sleep(UNREAD_PAUSE)
         finally:
             del self._connections[connection]
             self._inbox.put(Received(connection, None))

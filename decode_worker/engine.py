@@ -88,7 +88,8 @@ class Engine:
 
     def _reserve(self, connection: int, reserve: pb.Reserve, draining: bool) -> None:
         under_way = self._scheduler.get(reserve.attempt_id) is not None
-        spec = self._attempts.accept(connection, reserve, _length, draining, under_way)
+        refusal = pb.Ended.CAUSE_DRAINING if draining else None
+        spec = self._attempts.accept(connection, reserve, _length, refusal, under_way)
         if spec is None:
             return
         state = State.PREFILLING if reserve.prefill else State.RESERVED

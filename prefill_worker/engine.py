@@ -18,6 +18,10 @@ from prefill_worker.scheduler import Prompt
 from twostroke.v1 import inference_pb2
 from twostroke.v1 import worker_pb2 as pb
 
+# Prompts that wait here at most, of all routers. One router sends ahead for two batches only; but a prompt of which all
+# but a token is cached hardly counts there.
+MAX_WAITING = 4096
+
 
 class Engine:
     def __init__(
@@ -62,14 +66,22 @@ class Engine:
                 self._leases.end_connection(received.connection)
                 continue
             for prefill in received.message.prefills:
-                under_way = self._scheduler.has(prefill.attempt_id) or prefill.attempt_id in self._leases
-                spec = self._attempts.accept(received.connection, prefill, _length, draining, under_way)
-                if spec is not None:
-                    trace = self._tracing.below(prefill.traceparent)
-                    self._scheduler.add(Prompt(prefill.attempt_id, received.connection, spec, trace=trace))
+                self._accept(received.connection, prefill, draining)
             for attempt_id in received.message.ended:
                 self._scheduler.drop(attempt_id)
                 self._leases.end(attempt_id)
+
+    def _accept(self, connection: int, prefill: pb.Prefill, draining: bool) -> None:
+        refusal = None
+        if draining:
+            refusal = pb.Ended.CAUSE_DRAINING
+        elif self._scheduler.waiting_count >= MAX_WAITING:
+            refusal = pb.Ended.CAUSE_FULL
+        under_way = self._scheduler.has(prefill.attempt_id) or prefill.attempt_id in self._leases
+        spec = self._attempts.accept(connection, prefill, _length, refusal, under_way)
+        if spec is not None:
+            trace = self._tracing.below(prefill.traceparent)
+            self._scheduler.add(Prompt(prefill.attempt_id, connection, spec, trace=trace))
 
     def _expire_leases(self) -> None:
         for lease in self._leases.expire(time.monotonic()):

@@ -29,7 +29,7 @@ ROLE_NAMES = {PREFILL: "prefill", DECODE: "decode"}
 Cause = worker_pb2.Ended.Cause
 
 # Causes that say nothing against the worker or the request: they are not counted as faults.
-HARMLESS = {worker_pb2.Ended.CAUSE_PREEMPTED, worker_pb2.Ended.CAUSE_DRAINING}
+HARMLESS = {worker_pb2.Ended.CAUSE_PREEMPTED, worker_pb2.Ended.CAUSE_DRAINING, worker_pb2.Ended.CAUSE_FULL}
 # Faults that may well be another's than the worker's that tells of them: its circuit does not count them.
 ANYBODYS = {worker_pb2.Ended.CAUSE_LEASE_LOST, worker_pb2.Ended.CAUSE_REJECTED}
 
@@ -306,16 +306,20 @@ class Dispatcher:
         if reserved.refused:
             attempt.decode = None
             worker.end(attempt)
-            self._close(attempt, "refused")
-            if attempt.request.complete:  # it refuses what it has done already
-                attempt.request.end(State.FINISHED)
-            else:
-                self._requeue(attempt.request)
+            self._refused(attempt)
             return
         attempt.reserved = True
         attempt.decode_cached_tokens = reserved.cached_tokens
         if attempt.prefilled is not None:
             self._start(attempt)
+
+    def _refused(self, attempt: Attempt) -> None:
+        """A worker has no place for it. That is no resume: nothing was begun."""
+        self._close(attempt, "refused")
+        if attempt.request.complete:  # it refuses what it has done already
+            attempt.request.end(State.FINISHED)
+        else:
+            self._requeue(attempt.request)
 
     def _start(self, attempt: Attempt) -> None:
         """Both sides are ready: the decode worker may take the KV."""
@@ -352,6 +356,10 @@ class Dispatcher:
             self._leave_prefill(attempt, tell=False)
         else:
             self._leave_decode(attempt, tell=False)
+        if ended.cause == worker_pb2.Ended.CAUSE_FULL:
+            worker.is_full()
+            self._refused(attempt)
+            return
         if ended.cause == worker_pb2.Ended.CAUSE_REJECTED:
             sentence = f"the {ROLE_NAMES[worker.role]} worker cannot serve this request: {ended.detail}"
             self._close(attempt, "rejected", sentence)

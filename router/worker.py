@@ -9,8 +9,8 @@ from router.request import Attempt, Request
 from router.worker_faults import WorkerFault
 from twostroke.v1 import inference_pb2, worker_pb2
 
-# A decode worker that refused is asked again after so many seconds, or when a sequence ends there: each time that it
-# refuses, a prefill worker has begun in vain.
+# A worker that refused is asked again after so many seconds, a decode worker also when a sequence ends there: each time
+# that it refuses, the other one of the pair has begun in vain.
 REFUSAL_PAUSE = 0.1
 
 # A prefill worker gets work for so many batches ahead; the rest waits in the router's queue, and can go anywhere.
@@ -102,13 +102,19 @@ class Worker:
     @property
     def room(self) -> int:
         """Blocks that a new sequence may hope for."""
-        if self._refused_at and time.monotonic() - self._refused_at < REFUSAL_PAUSE:
-            return 0
-        return self._room
+        return 0 if self._refuses else self._room
 
     @property
     def accepts_prefill(self) -> bool:
-        return self.pending_tokens < BATCHES_AHEAD * max(self.hello.max_batch, 1)
+        return not self._refuses and self.pending_tokens < BATCHES_AHEAD * max(self.hello.max_batch, 1)
+
+    @property
+    def _refuses(self) -> bool:
+        return bool(self._refused_at) and time.monotonic() - self._refused_at < REFUSAL_PAUSE
+
+    def is_full(self) -> None:
+        """It said so of an attempt, which it did not take."""
+        self._refused_at = time.monotonic()
 
     def reserve(self, blocks: int) -> None:
         self._room -= blocks
@@ -117,7 +123,7 @@ class Worker:
     def reserve_answered(self, blocks: int, refused: bool) -> None:
         self._unanswered_blocks -= blocks
         if refused:
-            self._refused_at = time.monotonic()
+            self.is_full()
             self._room += blocks
 
     def give_back(self, blocks: int) -> None:

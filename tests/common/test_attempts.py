@@ -28,8 +28,8 @@ def test_an_odd_end_is_logged_with_the_client_s_request_id() -> None:
     asked = pb.Prefill(attempt_id=7)
     asked.sequence.MergeFrom(pb.Sequence(token_ids=[1], prompt_length=1, max_length=2, request_id="ask-1"))
     with structlog.testing.capture_logs() as lines:
-        assert attempts(wire).accept(ROUTER, asked, lambda _: 1, draining=False, under_way=False) is None
-        assert attempts(wire).accept(ROUTER, asked, lambda _: 1, draining=True, under_way=False) is None
+        assert attempts(wire).accept(ROUTER, asked, lambda _: 1, None, under_way=False) is None
+        assert attempts(wire).accept(ROUTER, asked, lambda _: 1, pb.Ended.CAUSE_DRAINING, under_way=False) is None
     assert [(line["request_id"], line["cause"], line["detail"]) for line in lines] == [
         ("ask-1", "rejected", "too long"),
         ("ask-1", "draining", ""),

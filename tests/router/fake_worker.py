@@ -33,6 +33,7 @@ class Script:
     refuse: int = 0  # so many reservations
     reject: int = 0
     fail: int = 0  # at once
+    full: int = 0
     end_after: dict[int, list["Ended.Cause.ValueType"]] = field(
         default_factory=dict
     )  # decode: tokens -> causes to use up
@@ -188,7 +189,8 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         self.held[attempt_id] = sequence
         if self.script.silent:
             return False
-        for name, cause in (("reject", Ended.CAUSE_REJECTED), ("fail", Ended.CAUSE_FAILED)):
+        causes = (("reject", Ended.CAUSE_REJECTED), ("fail", Ended.CAUSE_FAILED), ("full", Ended.CAUSE_FULL))
+        for name, cause in causes:
             if getattr(self.script, name) > 0:
                 setattr(self.script, name, getattr(self.script, name) - 1)
                 self.end(attempt_id, cause)

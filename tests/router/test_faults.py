@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 import pytest
 
+from router.worker import REFUSAL_PAUSE
 from tests.router.cluster import PROMPT, Cluster, cluster, eventually, expected, request
 from tests.router.fake_worker import DECODE, PREFILL, Ended, FakeWorker, Script
 from twostroke.v1 import inference_pb2
@@ -127,6 +128,24 @@ async def test_a_refused_request_goes_to_the_other_decode_worker(model: Path) ->
         for _ in range(4):
             assert list((await it.generate()).choices[0].token_ids) == expected(8)
         assert len(it.decodes[1].starts) == 4
+
+
+async def test_a_prompt_waits_for_a_prefill_worker_that_is_full(model: Path) -> None:
+    async with cluster(model, prefills=[Script(full=2)]) as it:
+        began = time.monotonic()
+        choice = (await it.generate()).choices[0]
+        assert time.monotonic() - began > 2 * REFUSAL_PAUSE
+        assert list(choice.token_ids) == expected(8)
+        assert choice.finish.usage.resumes == 0
+        assert len({prefill.attempt_id for prefill in it.prefills[0].prefills}) == 3
+        await eventually(it.nothing_held)
+
+
+async def test_a_prompt_goes_to_the_other_prefill_worker_when_one_is_full(model: Path) -> None:
+    async with cluster(model, prefills=[Script(full=10**9), Script()]) as it:
+        for _ in range(4):
+            assert list((await it.generate()).choices[0].token_ids) == expected(8)
+        assert len(it.prefills[1].prefills) == 4
 
 
 async def test_no_room_is_not_asked_for(model: Path) -> None:

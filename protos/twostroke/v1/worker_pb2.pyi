@@ -766,6 +766,8 @@ class Ended(_message.Message):
         """can never be served here"""
         CAUSE_DRAINING: Ended._Cause.ValueType  # 6
         """the worker is shutting down: resume it elsewhere"""
+        CAUSE_FULL: Ended._Cause.ValueType  # 7
+        """as many prompts wait there as may, and nothing was done: try again later, or elsewhere"""
 
     class Cause(_Cause, metaclass=_CauseEnumTypeWrapper): ...
     CAUSE_UNSPECIFIED: Ended.Cause.ValueType  # 0
@@ -781,6 +783,8 @@ class Ended(_message.Message):
     """can never be served here"""
     CAUSE_DRAINING: Ended.Cause.ValueType  # 6
     """the worker is shutting down: resume it elsewhere"""
+    CAUSE_FULL: Ended.Cause.ValueType  # 7
+    """as many prompts wait there as may, and nothing was done: try again later, or elsewhere"""
 
     ATTEMPT_ID_FIELD_NUMBER: _builtins.int
     CAUSE_FIELD_NUMBER: _builtins.int

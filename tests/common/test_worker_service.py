@@ -1,0 +1,62 @@
+"""A worker's gRPC side before an engine that takes nothing. Real gRPC on loopback, no model."""
+
+import threading
+import time
+from collections.abc import Iterator
+
+import grpc
+import pytest
+
+from common import peers, worker_service
+from common.config import WorkerConfig
+from common.worker_service import WorkerService
+from twostroke.v1 import inference_pb2, worker_pb2, worker_pb2_grpc
+
+LIMIT = 10
+SENT = 500
+PAYLOAD = b"x" * 100_000  # so that they do not fit into what gRPC itself holds
+
+
+@pytest.fixture
+def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[WorkerService]:
+    monkeypatch.setattr(worker_service, "MAX_UNREAD_MESSAGES", LIMIT)
+    config = WorkerConfig()
+    hello = worker_pb2.WorkerHello(instance="worker", role=inference_pb2.WORKER_ROLE_DECODE)
+    service = WorkerService(hello, config, peers.of_worker(config))
+    yield service
+    service.stop()
+
+
+def test_a_router_is_held_up_while_the_engine_takes_nothing(service: WorkerService) -> None:
+    handed_over = 0
+    done = threading.Event()
+
+    def messages() -> Iterator[worker_pb2.RouterMessage]:
+        nonlocal handed_over
+        yield worker_pb2.RouterMessage(hello=worker_pb2.RouterHello(router="r"))
+        for number in range(SENT):
+            handed_over = number + 1
+            sequence = worker_pb2.Sequence(cache_root=PAYLOAD)
+            yield worker_pb2.RouterMessage(prefills=[worker_pb2.Prefill(attempt_id=number, sequence=sequence)])
+        done.wait(30)
+
+    with grpc.insecure_channel(service.address) as channel:
+        answers = worker_pb2_grpc.WorkerStub(channel).Connect(messages())
+        next(answers)
+        seen = -1
+        while seen != handed_over:  # until no more is taken from us
+            seen = handed_over
+            time.sleep(0.3)
+        assert 0 < handed_over < SENT
+        assert service._inbox.qsize() == LIMIT
+        received: list[int] = []
+        while len(received) < SENT:
+            for item in service.receive(timeout=5):
+                assert item.message is not None
+                received += [prefill.attempt_id for prefill in item.message.prefills]
+        assert received == list(range(SENT))
+        done.set()
+        answers.cancel()
+    while any(item.message is not None for item in service.receive(timeout=5)):
+        pass
+    assert service.connections == ()

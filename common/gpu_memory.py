@@ -23,7 +23,8 @@ class Passes:
 def bytes_for(passes: Passes, model: ModelConfig, dtype: str) -> int:
     """An estimate from above. Every activation of the largest pass counts twice: once in the graphs' own memory, once
     where the pass runs before its capture. Of one size there is one, as the next layer takes the place of the last."""
-    attention = (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+    # q and the output, each a second time: the pieces of sequences whose attention is cut, in float32
+    attention = (4 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     activations = passes.tokens * (4 * model.hidden_size + attention + 3 * model.intermediate_size)
     logits = passes.rows * model.vocab_size
     return 2 * (activations + logits) * torch_dtype(dtype).itemsize + passes.graphs * GRAPH_BYTES

@@ -1,11 +1,11 @@
 """Attention of one new token a sequence over a paged KV cache on CUDA; `kernels.attention` holds the reference.
 
 Softmax is computed in one pass over the keys (Milakov and Gimelshein, "Online normalizer calculation for softmax",
-2018), in base 2. A plan, made once for all layers of a step, cuts sequences with more than their share of the batch's
-keys into pieces, and has the longest begin first (Graham, "Bounds on multiprocessing timing anomalies", 1969): what
-comes last then keeps few multiprocessors busy for a short time only. The last program of a sequence to finish merges
-the pieces (Dao et al., "Flash-Decoding", 2023). The same launch rotates q and k and writes the new token's K and V, for
-a graph of decode steps at batch 1 is mostly launches.
+2018), in base 2. A plan, made once for all layers of a step, cuts sequences that are much longer than an equal share of
+the batch's keys into pieces, and has the longest begin first (Graham, "Bounds on multiprocessing timing anomalies",
+1969): what comes last then keeps few multiprocessors busy for a short time only. The last program of a sequence to
+finish merges the pieces (Dao et al., "Flash-Decoding", 2023). The same launch rotates q and k and writes the new
+token's K and V, for a graph of decode steps at batch 1 is mostly launches.
 """
 
 import math
@@ -26,8 +26,8 @@ from kernels.triton_launch import (
     wait_for_previous,
 )
 
-_PROGRAMS_PER_SM = 3  # to share the keys among; a little less than run at once
-_REGISTERS = 128  # of a thread, where there are more programs than that: four then run at once
+_PROGRAMS_PER_SM = 3  # that run at once, and that the keys are shared among
+_REGISTERS = 128  # of a thread, where there are more sequences than that: then four run at once
 _COMPARED = 8192  # pairs of sequences at a time
 _MERGED_ELEMENTS = 4096  # of the parts that are merged at a time
 _AHEAD = 64  # keys that a program asks for before it may read what the kernel ahead of it writes
@@ -65,14 +65,15 @@ def _plan_kernel(
     OTHERS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """Cuts sequences that are longer than an equal share of all keys, and lists the pieces, the longest first."""
+    """Cuts sequences of more than two and a half shares of all keys into as many pieces as they have whole shares, and
+    lists the pieces, the longest first. Less is not worth the merging: two programs a multiprocessor read as fast."""
     wait_for_previous(DEPENDENT)
     row = tl.arange(0, ROWS)
     exists = row < rows
     cached = tl.load(seq_lens + row, mask=exists, other=0) - 1
     keys = tl.maximum(cached, 1)
-    most = tl.cdiv(tl.sum(tl.where(exists, keys, 0), 0), shares)
-    span = tl.cdiv(tl.cdiv(keys, tl.cdiv(keys, most)), TILE) * TILE
+    a_share = tl.cdiv(tl.sum(tl.where(exists, keys, 0), 0), shares)
+    span = tl.cdiv(tl.cdiv(keys, tl.where(2 * keys > 5 * a_share, keys // a_share, 1)), TILE) * TILE
     pieces = tl.where(exists, tl.cdiv(keys, span), 0)
     count = tl.sum(pieces, 0)
     # Every row needs those of all others, without computing them for each row anew.
@@ -176,7 +177,7 @@ def _decode_kernel(
         k_pair_weight = tl.load(k_norm + pair, mask=in_head, other=0.0).to(tl.float32)[None, :]
     if DEPENDENT:
         ahead = start + tl.arange(0, AHEAD)
-        ahead_block = tl.load(table + ahead // BLOCK_SIZE, mask=ahead < end, other=0).to(tl.int64)
+        ahead_block = tl.load(table + ahead // BLOCK_SIZE, mask=ahead < end, other=0, cache_modifier=".cg").to(tl.int64)
         line = tl.arange(0, LINES) * (HEAD_DIM // LINES)
         ahead_at = (ahead_block * cache_stride_block + ahead % BLOCK_SIZE * cache_stride_token)[:, None] + line[None, :]
         prefetch_lines_to_l2(keys + ahead_at)
@@ -199,7 +200,7 @@ def _decode_kernel(
     query = _rotated(query, query_pair, query_inverse, q_weight, q_pair_weight, cos, sin, NORM)
     new_key = _rotated(new_key, new_key_pair, key_inverse, k_weight, k_pair_weight, cos, sin, NORM)
 
-    # the new token first, where this split has it
+    # the new token first, where this item has it
     new_score = tl.sum(query.to(tl.float32) * new_key.to(tl.float32), axis=1) * scale
     largest = tl.where(is_last, new_score, float("-inf"))
     # summed over the tile only at the end: one reduction between warps less in every step
@@ -276,14 +277,15 @@ def _decode_kernel(
 
 
 def _shares(num_kv_heads: int, device: torch.device) -> int:
-    """Equal shares of a batch's keys: a sequence with more than one is cut."""
+    """Programs for each KV head that run at once."""
     return max(1, _PROGRAMS_PER_SM * multiprocessors(device) // num_kv_heads)
 
 
 def plan_decode(block_tables: Tensor, seq_lens: Tensor, key_cache: Tensor) -> DecodeAttention:
     """`kernels.attention.plan_decode` for CUDA tensors, one launch. The plan [5, items] is a list of the programs' work
     for each KV head: a sequence (-1: none), the first of its cached keys and the one after the last, and the first item
-    of that sequence and the one after its last. At least one other launch must come before the plan is used."""
+    of that sequence and the one after its last. A padded row is an item that ends at -1. At least one other launch must
+    come before the plan is used."""
     rows = len(seq_lens)
     num_kv_heads, head_dim = key_cache.shape[2:]
     shares = _shares(num_kv_heads, seq_lens.device)

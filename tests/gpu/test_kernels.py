@@ -109,7 +109,7 @@ def test_decode_attention_lengths(lengths: tuple[int, ...]) -> None:
 
 
 def test_decode_attention_in_a_graph_follows_lengths() -> None:
-    """Captured once; lengths and tables change between replays, also from one split to many."""
+    """Captured once; lengths and tables change between replays, also from one piece to many."""
     caches = paged((3000, 700), 8, 128, 16, torch.bfloat16)
     qkv = randn(2, 32 * 128, dtype=torch.bfloat16)
     v = qkv.view(2, 32, 128)[:, 24:]

@@ -188,8 +188,11 @@ def check_decode_plan(lengths: tuple[int, ...], kv_heads: int) -> None:
     ]
     assert tiles == sorted(tiles, reverse=True)
     shares = triton_decode_attention._shares(kv_heads, DEVICE)
-    most = -(-sum(max(length - 1, 1) for length in lengths) // shares)
-    assert max(tiles) <= -(-most // tile)
+    share = -(-sum(max(length - 1, 1) for length in lengths) // shares)
+    assert max(tiles) <= -(-5 * share // 2 // tile) + 1
+    for row, length in enumerate(lengths):
+        pieces = [item for item in items if item[0] == row]
+        assert len(pieces) == 1 or 2 * (length - 1) > 5 * share
 
 
 def _numbers(cache: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.kernels.inputs import require_dot
+from tests.kernels.inputs import DEVICE, require_dot
 
 checks = pytest.importorskip("tests.kernels.checks", exc_type=ImportError)
 
@@ -51,7 +51,18 @@ def test_decode_plan(lengths: tuple[int, ...]) -> None:
 
 
 def test_decode_plan_cuts_nothing_where_there_are_not_enough_counters(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks.triton_decode_attention, "MAX_ARRIVALS", 1)
+    attention = checks.triton_decode_attention
+    seq_lens = torch.tensor([300, 0, 5], dtype=torch.int32, device=DEVICE)
+    key_cache = torch.empty(1, 16, 2, 64, device=DEVICE)
+
+    def longest_piece(counters: int) -> int:
+        monkeypatch.setattr(attention, "MAX_ARRIVALS", counters)
+        plan = attention.plan_decode(seq_lens[:, None], seq_lens, key_cache).plan
+        return int((plan[2] - plan[1])[plan[0] >= 0].max())
+
+    needed = 2 * (3 + attention._shares(2, DEVICE))
+    assert longest_piece(needed) < 299
+    assert longest_piece(needed - 1) == 299
     checks.check_decode_attention((300, 0, 5), 6, 2, 64, 16, torch.float32)
 
 

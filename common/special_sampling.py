@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from common.device_io import to_device
+from common.sampling import SamplingParams
 from common.sequence import SequenceSpec
+from kernels.ops import Sample
 
 
 def wants_adjusting(spec: SequenceSpec, length: int) -> bool:
@@ -155,3 +157,25 @@ def logprobs(logits: Tensor, tokens: Tensor, rows: Tensor, top: int) -> TokenLog
         top_ids=likeliest.indices,
         top=likeliest.values,
     )
+
+
+# Rows of logits that kernels are compiled for: few, and many.
+_WARM_ROWS = (1, 64)
+
+
+@torch.inference_mode()
+def warm_up(sample: Sample, vocab_size: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Does all of this once, for logits of `dtype`. What is compiled or loaded only now would otherwise be so while the
+    first request that wants it, and all that run beside it, wait."""
+    params = SamplingParams(0, presence_penalty=1, logit_bias=((0, 1.0),))
+    spec = SequenceSpec((0,), 1, (), params, 3, min_length=3, stop_token_ids=frozenset((0,)))
+    counts = TokenCounts(vocab_size, device)
+    adjusted = counts.select([(0, counts.add(spec, spec.token_ids), spec)])
+    for rows in _WARM_ROWS:
+        logits = torch.zeros((rows, vocab_size), dtype=dtype, device=device)
+        zeros = torch.zeros(rows, device=device)
+        integers = zeros.int()
+        wide = counts.adjust(logits, integers, adjusted)
+        tokens = sample(wide, zeros, integers, zeros + 1, zeros, zeros.long(), integers)
+        counts.record(tokens, adjusted)
+        logprobs(logits, tokens, adjusted.rows, 1)

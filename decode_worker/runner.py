@@ -7,7 +7,7 @@ from torch import Tensor
 
 from common.device_io import HostCopy
 from common.host_logprobs import HostLogprobs
-from common.special_sampling import AdjustedRows, TokenCounts, wants_adjusting, wants_logprobs
+from common.special_sampling import AdjustedRows, TokenCounts, wants_adjusting, wants_logprobs, warm_up
 from common.worker_parts import WorkerParts
 from decode_worker.batch import DecodeBatch
 from decode_worker.graphs import DecodeGraphs
@@ -37,6 +37,7 @@ class Runner:
         self.graphs: DecodeGraphs | None = None
         if parts.device.type == "cuda":
             self.graphs = DecodeGraphs(self._stepper, self.batch.state, max_batch)
+            warm_up(parts.ops.sample, parts.model.config.vocab_size, parts.pool.tensor.dtype, parts.device)
 
     def add(self, sequence: Sequence) -> None:
         self.batch.add(sequence)

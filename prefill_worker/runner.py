@@ -8,7 +8,7 @@ from torch import Tensor
 from common.device_io import HostCopy, to_device
 from common.host_logprobs import HostLogprobs
 from common.sequence import SequenceSpec
-from common.special_sampling import TokenCounts, wants_adjusting, wants_logprobs
+from common.special_sampling import TokenCounts, wants_adjusting, wants_logprobs, warm_up
 from common.worker_parts import WorkerParts
 from prefill_worker import draws
 from prefill_worker.batch import exact_shape, pack
@@ -49,13 +49,14 @@ class Runner:
 
     def capture(self, max_tokens: int) -> None:
         """Captures CUDA graphs for batches of up to `max_tokens`; before that, and on a CPU, operations run one after
-        another. No request but the first with penalties or biases then pays for kernels being compiled or loaded, and
-        memory that is too small for the largest batch shows at start."""
+        another. No request then pays for kernels being compiled or loaded, and memory that is too small for the largest
+        batch shows at start."""
         parts = self._parts
         if parts.device.type != "cuda":
             return
         table_blocks = -(-parts.max_length // parts.pool.layout.block_size)
         self.graphs = PrefillGraphs(self._forward, max_tokens, table_blocks, parts.device)
+        warm_up(parts.ops.sample, parts.model.config.vocab_size, parts.pool.tensor.dtype, parts.device)
 
     @torch.inference_mode()
     def launch(self, chunks: list[Chunk]) -> LaunchedBatch:

@@ -13,7 +13,8 @@ from transformers import (
 
 from common.sampling import SamplingParams
 from common.sequence import SequenceSpec
-from common.special_sampling import TokenCounts, logprobs, wants_adjusting, wants_logprobs
+from common.special_sampling import TokenCounts, logprobs, wants_adjusting, wants_logprobs, warm_up
+from kernels import sampling
 
 VOCAB = 60
 CPU = torch.device("cpu")
@@ -151,3 +152,14 @@ def test_plain_sequences_want_nothing() -> None:
     assert wants_logprobs(_with(logprobs=0))
     for params in ({"repetition_penalty": 1.1}, {"presence_penalty": 0.1}, {"logit_bias": ((1, 1.0),)}):
         assert wants_adjusting(_with(**params), 4)
+
+
+def test_warming_up_samples_adjusted_logits_of_few_rows_and_of_many() -> None:
+    sampled: list[tuple[int, torch.dtype]] = []
+
+    def sample(logits: torch.Tensor, *arguments: torch.Tensor) -> torch.Tensor:
+        sampled.append((len(logits), logits.dtype))
+        return sampling.sample(logits, *arguments)
+
+    warm_up(sample, VOCAB, torch.bfloat16, CPU)
+    assert sampled == [(1, torch.float32), (64, torch.float32)]

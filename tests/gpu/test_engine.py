@@ -10,6 +10,7 @@ import torch
 
 from benchmarks.in_process import InProcess, spec
 from benchmarks.parts import LoadedModel, load_model, worker_parts
+from common.sampling import SamplingParams
 from common.sequence import SequenceSpec
 from tests.gpu import tiny_models
 from tests.gpu.greedy import DEVICE, LENGTHS, assert_greedy, gaps, reference, text
@@ -127,6 +128,19 @@ def test_a_seeded_sequence_is_the_same_alone_and_in_a_batch(smol: Engines) -> No
     alone = [smol.engine(blocks=512).run([wanted])[0] for wanted in specs[:4]]
     assert alone == together[:4]
     assert len({tuple(output) for output in together}) == 16
+
+
+def test_no_request_waits_for_a_kernel_to_be_compiled(smollm2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = OneWorker(worker_parts(load(smollm2, "bfloat16", 512).loaded, 300), chunk_tokens=128)
+    missing: list[str] = []
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", lambda *, repr, **_: missing.append(repr))
+    plain = greedy(noise([1, 5, 17, 90, 300]), 4)
+    params = SamplingParams(temperature=0.7, top_k=5, presence_penalty=0.5, logit_bias=((7, 1.0),), logprobs=2)
+    special = [replace(asked, sampling=params) for asked in plain]
+    one.run(special[:1])
+    one.run([*plain, *special])
+    assert missing == []
 
 
 @pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "eager"])

@@ -4,7 +4,7 @@ import asyncio
 import itertools
 import random
 import time
-from collections.abc import Callable, Container
+from collections.abc import Container
 
 import grpc
 import structlog
@@ -19,13 +19,11 @@ from router.metrics import Metrics
 from router.request import Attempt, Request, State
 from router.waiting_queue import WaitingQueue
 from router.worker import REFUSAL_PAUSE, Worker
-from twostroke.v1 import inference_pb2, worker_pb2
+from router.workers import DECODE, PREFILL, ROLE_NAMES, Role, Workers
+from twostroke.v1 import worker_pb2
 
 log = structlog.get_logger(__name__)
 
-PREFILL = inference_pb2.WORKER_ROLE_PREFILL
-DECODE = inference_pb2.WORKER_ROLE_DECODE
-ROLE_NAMES = {PREFILL: "prefill", DECODE: "decode"}
 Cause = worker_pb2.Ended.Cause
 
 # Causes that say nothing against the worker or the request: they are not counted as faults.
@@ -44,13 +42,10 @@ class Dispatcher:
         self._config = config
         self._metrics = metrics
         self._queue = WaitingQueue()
-        # Decode first: where the only worker did both, and is gone, it is a decode worker that is missing.
-        self._workers: dict[inference_pb2.WorkerRole.ValueType, list[Worker]] = {DECODE: [], PREFILL: []}
-        self._missing_since = dict.fromkeys(self._workers, time.monotonic())
+        self.workers = Workers(config.worker_grace, self._give_up_waiting)
         self._attempt_ids = itertools.count(random.getrandbits(62))
         self._running = 0
         self._retry: asyncio.TimerHandle | None = None
-        self.ready_changed: Callable[[bool], None] = lambda _ready: None
 
     # ------------------------------------------------------------ what others may know
 
@@ -62,24 +57,6 @@ class Dispatcher:
     def running(self) -> int:
         return self._running
 
-    @property
-    def ready(self) -> bool:
-        """There is a worker of each role, or one that does both."""
-        return all(self._filled(role) for role in self._workers)
-
-    def workers(self) -> list[Worker]:
-        return [worker for workers in self._workers.values() for worker in workers]
-
-    def count(self, role: inference_pb2.WorkerRole.ValueType) -> int:
-        return len(self._workers[role])
-
-    def count_paused(self, role: inference_pb2.WorkerRole.ValueType) -> int:
-        return sum(worker.circuit.paused for worker in self._workers[role])
-
-    def smallest_pool(self) -> int | None:
-        """Tokens of the longest sequence that every worker can hold; None while there is no worker."""
-        return min((worker.hello.max_length for worker in self.workers()), default=None)
-
     # ------------------------------------------------------------ from clients
 
     def check_admission(self, requests: int = 1) -> None:
@@ -88,9 +65,8 @@ class Dispatcher:
             CallError: RESOURCE_EXHAUSTED where the queue has no place for so many more, UNAVAILABLE where a role
                 has had no worker for a while.
         """
-        for role in self._workers:
-            if self._gone(role):
-                raise self._no_worker(role)
+        if (role := self.workers.gone()) is not None:
+            raise _no_worker(role)
         if len(self._queue) + requests > self._config.max_queue:
             raise CallError(
                 grpc.StatusCode.RESOURCE_EXHAUSTED,
@@ -131,15 +107,15 @@ class Dispatcher:
             missing = self._place(request)
             if missing is None:
                 continue
-            if missing == DECODE or not any(worker.can_prefill for worker in self._workers[DECODE]):
+            if missing == DECODE or not any(worker.can_prefill for worker in self.workers.of(DECODE)):
                 return
             passed += 1
 
-    def _place(self, request: Request) -> "inference_pb2.WorkerRole.ValueType | None":
+    def _place(self, request: Request) -> Role | None:
         """None where the request left the queue, else the role that it waits for."""
-        for worker in self.workers()[:1]:  # they are all alike in this
+        for worker in self.workers.all()[:1]:  # they are all alike in this
             _hash_blocks(request, worker.hello)
-        prefills, decodes = self._workers[PREFILL], self._workers[DECODE]
+        prefills, decodes = self.workers.of(PREFILL), self.workers.of(DECODE)
         if not prefills:
             decodes = [worker for worker in decodes if worker.can_prefill]
         headroom = request.remaining if request.resumes else min(request.remaining, self._config.headroom_tokens)
@@ -178,7 +154,7 @@ class Dispatcher:
             trace=_trace_attempt(request, prefill, decode),
         )
         request.attempt = attempt
-        sequence, traceparent = _sequence(request, self.workers()[0].hello), attempt.trace.traceparent
+        sequence, traceparent = _sequence(request, self.workers.all()[0].hello), attempt.trace.traceparent
         if prefill is not None:
             prefill.begin(attempt)
             prefill.send_prefill(worker_pb2.Prefill(attempt_id=attempt.id, sequence=sequence, traceparent=traceparent))
@@ -195,9 +171,7 @@ class Dispatcher:
                 )
             )
 
-    def _wait(
-        self, request: Request, role: inference_pb2.WorkerRole.ValueType, workers: list[Worker], tokens: int
-    ) -> "inference_pb2.WorkerRole.ValueType | None":
+    def _wait(self, request: Request, role: Role, workers: list[Worker], tokens: int) -> Role | None:
         """None of the workers takes the request now. It waits for them, or ends here where none ever will."""
         if workers and not any(worker.can_hold(tokens) for worker in workers):
             self._take_out(request)
@@ -222,17 +196,14 @@ class Dispatcher:
         """It said hello, and how it is: one that is draining already gets nothing."""
         if not worker.load.ready:
             return
-        was_ready = self.ready
-        self._workers[worker.role].append(worker)
-        if not was_ready and self.ready:
-            self.ready_changed(True)
+        self.workers.add(worker)
         self.dispatch()
 
     def worker_lost(self, worker: Worker) -> None:
         """Its stream ended, and with it everything that it did."""
         if worker.attempts and worker.load.ready:  # else nobody was let down, or it had said that it would go
             self._did_badly(worker, worker.attempts)
-        self._retire(worker)
+        self.workers.retire(worker)
         for attempt in list(worker.attempts.values()):
             if attempt.prefill is worker:
                 self._leave_prefill(attempt, tell=False)
@@ -248,8 +219,8 @@ class Dispatcher:
         """
         worker.report(message)
         if not worker.load.ready:
-            self._retire(worker)
-        elif message.HasField("load") and not worker.draining and worker not in self._workers[worker.role]:
+            self.workers.retire(worker)
+        elif message.HasField("load") and not worker.draining and worker not in self.workers.of(worker.role):
             self.worker_up(worker)  # it said that it was not ready, and is
         for reserved in message.reserved:
             self._reserved(worker, reserved)
@@ -347,7 +318,7 @@ class Dispatcher:
             return
         if ended.cause == worker_pb2.Ended.CAUSE_DRAINING:
             worker.draining = True
-            self._retire(worker)
+            self.workers.retire(worker)
         if attempt.request.complete or ended.cause == worker_pb2.Ended.CAUSE_PREEMPTED:
             self._did_well(worker, attempt)
         elif ended.cause not in HARMLESS | ANYBODYS:
@@ -443,55 +414,23 @@ class Dispatcher:
         self._requeue(request)
 
     def _requeue(self, request: Request) -> None:
-        for role in self._workers:
-            if self._gone(role):
-                request.end(State.FAILED, self._no_worker(role))
-                return
+        if (role := self.workers.gone()) is not None:
+            request.end(State.FAILED, _no_worker(role))
+            return
         request.state = State.QUEUED
         request.queued_at = time.monotonic()
         self._queue.push(request)
 
-    # ------------------------------------------------------------ roles without workers
-
-    def _retire(self, worker: Worker) -> None:
-        """Nothing new goes to it."""
-        workers = self._workers[worker.role]
-        if worker not in workers:
-            return
-        was_ready, filled = self.ready, [role for role in self._workers if self._filled(role)]
-        workers.remove(worker)
-        if was_ready and not self.ready:
-            self.ready_changed(False)
-        if missing := [role for role in filled if not self._filled(role)]:
-            self._missing_since.update(dict.fromkeys(missing, time.monotonic()))
-            asyncio.get_running_loop().call_later(self._config.worker_grace, self._give_up_waiting)
-
-    def watch_roles(self) -> None:
-        """Starts the clock for the roles that have no worker yet."""
-        self._missing_since = dict.fromkeys(self._workers, time.monotonic())
-        asyncio.get_running_loop().call_later(self._config.worker_grace, self._give_up_waiting)
-
     def _give_up_waiting(self) -> None:
-        for role in self._workers:
-            if self._gone(role):
-                for request in self._queue.clear():
-                    _trace_queued(request)
-                    request.end(State.FAILED, self._no_worker(role))
+        if (role := self.workers.gone()) is not None:
+            for request in self._queue.clear():
+                _trace_queued(request)
+                request.end(State.FAILED, _no_worker(role))
 
-    def _filled(self, role: inference_pb2.WorkerRole.ValueType) -> bool:
-        """Whether somebody does this role's part."""
-        if role == PREFILL and any(worker.can_prefill for worker in self._workers[DECODE]):
-            return True
-        return bool(self._workers[role])
 
-    def _gone(self, role: inference_pb2.WorkerRole.ValueType) -> bool:
-        # A millisecond's tolerance: the timer that asks may be early by its clock's resolution.
-        missing = time.monotonic() - self._missing_since[role] + 0.001
-        return not self._filled(role) and missing >= self._config.worker_grace
-
-    def _no_worker(self, role: inference_pb2.WorkerRole.ValueType) -> CallError:
-        sentence = f"no {ROLE_NAMES[role]} worker is connected; it is safe to try again"
-        return CallError(grpc.StatusCode.UNAVAILABLE, sentence)
+def _no_worker(role: Role) -> CallError:
+    sentence = f"no {ROLE_NAMES[role]} worker is connected; it is safe to try again"
+    return CallError(grpc.StatusCode.UNAVAILABLE, sentence)
 
 
 def _trace_queued(request: Request) -> None:

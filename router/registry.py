@@ -5,19 +5,19 @@ import ipaddress
 import secrets
 import socket
 import time
-from typing import TypeAlias
 
 import structlog
 
 from common.model_config import ModelConfig
 from common.peers import Peers
 from router.config import RouterConfig
-from router.dispatcher import DECODE, PREFILL, ROLE_NAMES, Dispatcher
+from router.dispatcher import Dispatcher
 from router.errors import InvalidArgument
 from router.worker import Worker
 from router.worker_faults import check
 from router.worker_link import WorkerLink
-from twostroke.v1 import inference_pb2, worker_pb2
+from router.workers import DECODE, PREFILL, ROLE_NAMES, Role
+from twostroke.v1 import worker_pb2
 
 log = structlog.get_logger(__name__)
 
@@ -27,8 +27,6 @@ REGISTRATION_LASTS = 15.0
 DNS_INTERVAL = 5.0
 MAX_WORKERS = 1024
 MAX_ADDRESS = 300  # characters
-
-Role: TypeAlias = inference_pb2.WorkerRole.ValueType
 
 
 class Registry:

@@ -16,13 +16,14 @@ from common.peers import Peers
 from router.api_keys import ApiKeys
 from router.auth import KeyInterceptor
 from router.config import RouterConfig
-from router.dispatcher import DECODE, PREFILL, ROLE_NAMES, Dispatcher
+from router.dispatcher import Dispatcher
 from router.metrics import Metrics
 from router.parsing import ParseInterceptor
 from router.registry import Registry
 from router.service import INFERENCE, InferenceService, RegistryService
 from router.tokenizer import Tokenizer
 from router.validate import MAX_MESSAGE_BYTES
+from router.workers import DECODE, PREFILL, ROLE_NAMES
 from twostroke.v1 import inference_pb2_grpc, worker_pb2, worker_pb2_grpc
 
 REGISTRY = worker_pb2.DESCRIPTOR.services_by_name["Registry"].full_name
@@ -80,7 +81,7 @@ class Router:
         config = self._config
         metrics_server.serve(self.metrics.registry, config.listen, config.metrics_port, config)
         await self._health.set(REGISTRY, health_pb2.HealthCheckResponse.SERVING)
-        await self._set_health(self.dispatcher.ready)
+        await self._set_health(self.dispatcher.workers.ready)
         await self._server.start()
         self._spawn(self.registry.run())
         if self._keys is not None:
@@ -90,7 +91,7 @@ class Router:
     async def stop(self, grace: float) -> None:
         """Takes no new calls, gives running ones `grace` seconds, closes the links to the workers, sends the last
         spans."""
-        self.dispatcher.ready_changed = lambda _ready: None
+        self.dispatcher.workers.ready_changed = lambda _ready: None
         await self._health.enter_graceful_shutdown()
         await self._server.stop(grace)
         for task in self._tasks:
@@ -110,13 +111,13 @@ class Router:
 
     def _watch(self) -> None:
         dispatcher, metrics = self.dispatcher, self.metrics
-        dispatcher.ready_changed = lambda ready: self._spawn(self._set_health(ready))
-        dispatcher.watch_roles()
+        dispatcher.workers.ready_changed = lambda ready: self._spawn(self._set_health(ready))
+        dispatcher.workers.watch()
         metrics.queued.set_function(lambda: dispatcher.queued)
         metrics.running.set_function(lambda: dispatcher.running)
         for role in (PREFILL, DECODE):
-            metrics.workers.labels(ROLE_NAMES[role]).set_function(partial(dispatcher.count, role))
-            metrics.workers_paused.labels(ROLE_NAMES[role]).set_function(partial(dispatcher.count_paused, role))
+            metrics.workers.labels(ROLE_NAMES[role]).set_function(partial(dispatcher.workers.count, role))
+            metrics.workers_paused.labels(ROLE_NAMES[role]).set_function(partial(dispatcher.workers.count_paused, role))
 
     async def _set_health(self, ready: bool) -> None:
         status = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING

@@ -154,7 +154,9 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     def _requests(self, job: Job, token_ids: list[int], mailbox: Mailbox[Request], trace: Span) -> list[Request]:
         prompt = Prompt(
             token_ids=tuple(token_ids),
-            max_length=validate.check_length(len(token_ids), job, self._model, self._dispatcher.smallest_pool()),
+            max_length=validate.check_length(
+                len(token_ids), job, self._model, self._dispatcher.workers.smallest_pool()
+            ),
             min_length=len(token_ids) + job.min_tokens,
             stop_token_ids=job.stop_token_ids,
             cache_salt=CALLER.get().cache_salt(job.cache_salt),
@@ -187,7 +189,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:
         model, dispatcher = self._model, self._dispatcher
-        longest = min(model.context_length, dispatcher.smallest_pool() or model.context_length)
+        longest = min(model.context_length, dispatcher.workers.smallest_pool() or model.context_length)
         response = pb.GetModelResponse(
             name=self._config.model,
             architecture=model.architecture,
@@ -207,14 +209,14 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             ),
             version=twostroke.__version__,
         )
-        for worker in dispatcher.workers()[:1]:  # they are all alike in this
+        for worker in dispatcher.workers.all()[:1]:  # they are all alike in this
             response.dtype = worker.hello.dtype
             response.block_size = worker.hello.pool.layout.block_size
             response.fingerprint = worker.hello.fingerprint
         return response
 
     async def GetLoad(self, request: pb.GetLoadRequest, context: Context) -> pb.GetLoadResponse:
-        ready = set(self._dispatcher.workers())
+        ready = set(self._dispatcher.workers.all())
         return pb.GetLoadResponse(
             queued=self._dispatcher.queued,
             running=self._dispatcher.running,

@@ -49,7 +49,7 @@ class Cluster:
         idle = dispatcher.running == 0 and dispatcher.queued == 0
         return (
             idle
-            and not any(worker.attempts for worker in dispatcher.workers())
+            and not any(worker.attempts for worker in dispatcher.workers.all())
             and not any(worker.held for worker in self.workers)
         )
 
@@ -103,7 +103,7 @@ async def cluster(
         made = Cluster(router, channel, address, *sides)
         try:
             if ready:
-                await eventually(lambda: len(router.dispatcher.workers()) == len(made.workers))
+                await eventually(lambda: len(router.dispatcher.workers.all()) == len(made.workers))
             yield made
             await eventually(made.nothing_held)
         finally:

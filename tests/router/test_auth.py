@@ -189,9 +189,9 @@ async def test_only_workers_with_the_secret_register(model: Path, secret: Path) 
             with pytest.raises(grpc.aio.AioRpcError, match="set --cluster-secret-file on the worker") as refused:
                 await register(it, worker, wrong)
             assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
-        assert not it.router.dispatcher.workers()
+        assert not it.router.dispatcher.workers.all()
         await register(it, worker, SECRET)
-        await eventually(lambda: len(it.router.dispatcher.workers()) == 1)
+        await eventually(lambda: len(it.router.dispatcher.workers.all()) == 1)
 
 
 async def test_with_api_keys_and_no_secret_nobody_registers(model: Path, keys: Keys) -> None:
@@ -267,7 +267,7 @@ async def test_parts_find_one_another_over_mutual_tls(
             for connection in service.connections:
                 service.outgoing(connection).load.ready = True
             service.flush()
-        await eventually(lambda: it.router.dispatcher.ready)
+        await eventually(lambda: it.router.dispatcher.workers.ready)
         credentials = signed.channel_credentials(own=True)
         async with AsyncClient(it.address, tls=credentials, tls_server_name="cluster.internal") as client:
             assert {load.role for load in (await client.load()).workers} == {PREFILL, DECODE}
@@ -285,4 +285,4 @@ async def test_a_router_with_another_authority_gets_no_worker(
         async with cluster(model, prefills=[], decodes=[], ready=False, tls_ca=signed.ca) as it:
             it.router.registry.register(worker_pb2.RegisterRequest(address=service.address, role=DECODE))
             await eventually(lambda: any(entry["event"] == "no worker yet; trying on" for entry in logs))
-            assert not it.router.dispatcher.workers()
+            assert not it.router.dispatcher.workers.all()

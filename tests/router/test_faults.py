@@ -218,7 +218,7 @@ async def test_a_draining_worker_gets_nothing_more(model: Path) -> None:
     drains = Script(end_after={2: [Ended.CAUSE_DRAINING]}, step_seconds=0.001)
     async with cluster(model, decodes=[drains], worker_grace=5) as it:
         answer = asyncio.ensure_future(it.generate(max_tokens=30))
-        await eventually(lambda: not it.router.dispatcher.ready)
+        await eventually(lambda: not it.router.dispatcher.workers.ready)
         spare = FakeWorker(DECODE)
         it.decodes.append(spare)
         it.router.registry._keep_link((await spare.start(), DECODE))
@@ -255,7 +255,7 @@ async def test_a_workers_death_is_survived_on_another(model: Path, state: str, s
             worker = good[name]
             workers.append(worker)
             it.router.registry._keep_link((await worker.start(), worker.role))
-        await eventually(lambda: len(it.router.dispatcher.workers()) == 4)
+        await eventually(lambda: len(it.router.dispatcher.workers.all()) == 4)
         victim = (it.prefills if side == "prefill" else it.decodes)[0]
         await victim.die()
         if side != ("prefill" if state == "prefill" else "decode"):  # the other side is the one that hangs
@@ -293,16 +293,16 @@ async def test_a_worker_that_hangs_is_taken_for_lost(model: Path, side: str) -> 
         spare = FakeWorker(hung.role)
         workers.append(spare)
         it.router.registry._keep_link((await spare.start(), hung.role))
-        await eventually(lambda: len(it.router.dispatcher.workers()) == 3)
+        await eventually(lambda: len(it.router.dispatcher.workers.all()) == 3)
         hung.hung = True
         choice = (await answer).choices[0]
         assert list(choice.token_ids) == expected(20)
         assert choice.finish.usage.resumes == 1
         assert not hung.held
         await asyncio.sleep(0.3)  # by now the router has connected to it again
-        assert len(it.router.dispatcher.workers()) == 2
+        assert len(it.router.dispatcher.workers.all()) == 2
         hung.hung, hung.script = False, Script()
-        await eventually(lambda: len(it.router.dispatcher.workers()) == 3)
+        await eventually(lambda: len(it.router.dispatcher.workers.all()) == 3)
 
 
 async def test_a_quiet_worker_is_not_lost(model: Path) -> None:
@@ -318,7 +318,7 @@ async def test_a_worker_that_is_not_ready_is_chosen_no_more(model: Path) -> None
         await eventually(lambda: any(worker.running for worker in it.decodes))
         draining, other = sorted(it.decodes, key=lambda worker: not worker.running)
         draining.ready = False
-        await eventually(lambda: len(it.router.dispatcher.workers()) == 2)
+        await eventually(lambda: len(it.router.dispatcher.workers.all()) == 2)
         for _ in range(4):
             await it.generate()
         assert (len(draining.reserves), len(other.reserves)) == (1, 4)
@@ -352,10 +352,10 @@ async def test_after_a_restart_the_next_request_succeeds(model: Path) -> None:
         await it.generate()
         old = it.decodes[0]
         await old.die()
-        await eventually(lambda: not it.router.dispatcher.ready)
+        await eventually(lambda: not it.router.dispatcher.workers.ready)
         it.decodes[0] = FakeWorker(DECODE)
         await it.decodes[0].start(old.address)
-        await eventually(lambda: it.router.dispatcher.ready)
+        await eventually(lambda: it.router.dispatcher.workers.ready)
         assert list((await it.generate()).choices[0].token_ids) == expected(8)
         assert it.decodes[0].reserves
 

@@ -112,7 +112,7 @@ def _all_linked(router: Background) -> bool:
     """A worker that was cut off is connected to again soon, and one that said it was draining is not used again; not to
     wait for either, it registers, as if it had started anew."""
     registry = router.cluster.router.registry
-    used = {worker.instance for worker in router.cluster.router.dispatcher.workers()}
+    used = {worker.instance for worker in router.cluster.router.dispatcher.workers.all()}
     connected = {worker.instance for worker in registry.connected}
     for worker in router.cluster.workers:
         if worker.instance not in used:

@@ -53,7 +53,7 @@ async def test_what_the_decode_worker_has_cached_does_not_count(model: Path) -> 
     async with cluster(model, decodes=[both(prefill_tokens=8)]) as it:
         await it.generate(prompt=prompt)
         it.decodes[0].send(cache=worker_pb2.CacheChanges(published=b"".join(hashes)))
-        worker = it.router.dispatcher.workers()[0]
+        worker = it.router.dispatcher.workers.all()[0]
         await eventually(lambda: len(worker.cache) == 2)
         assert list((await it.generate(prompt=prompt)).choices[0].token_ids) == expected(8, prompt)
         assert [reserve.prefill for reserve in it.decodes[0].reserves] == [False, True]
@@ -103,7 +103,7 @@ async def test_prompts_that_wait_to_be_computed_send_others_elsewhere(model: Pat
         assert list((await it.generate()).choices[0].token_ids) == expected(8)
         assert list((await first).choices[0].token_ids) == expected(8, long_prompts(1)[0])
         assert (len(emptier.reserves), len(other.reserves)) == (1, 1)
-        assert [worker.pending_tokens for worker in it.router.dispatcher.workers()] == [0, 0]
+        assert [worker.pending_tokens for worker in it.router.dispatcher.workers.all()] == [0, 0]
         await it.generate()
         assert len(emptier.reserves) == 2, "nothing waits there any more"
 
@@ -112,7 +112,7 @@ async def test_prompts_that_wait_to_be_computed_send_others_elsewhere(model: Pat
 async def test_what_is_to_be_computed_is_counted_out_however_it_ends(model: Path, script: Script) -> None:
     async with cluster(model, prefills=[], decodes=[both(script)]) as it:
         assert list((await it.generate(max_tokens=20)).choices[0].token_ids) == expected(20)
-        assert it.router.dispatcher.workers()[0].pending_tokens == 0
+        assert it.router.dispatcher.workers.all()[0].pending_tokens == 0
 
 
 async def test_short_prompts_pass_those_that_wait_for_a_prefill_worker(model: Path) -> None:
@@ -254,7 +254,7 @@ async def test_its_death_is_survived_on_another(model: Path, state: str) -> None
         answer = asyncio.ensure_future(it.generate(max_tokens=20))
         await eventually(lambda: stuck(it.decodes[0], state))
         await it.decodes[0].die()
-        await eventually(lambda: not it.router.dispatcher.ready)
+        await eventually(lambda: not it.router.dispatcher.workers.ready)
         assert await health(it) == NOT_SERVING
         spare = both()
         it.decodes.append(spare)
@@ -285,7 +285,7 @@ async def test_without_its_prefill_worker_a_request_goes_on_in_place(model: Path
         await it.prefills[0].die()
         assert list((await answer).choices[0].token_ids) == expected(8)
         assert [reserve.prefill for reserve in it.decodes[0].reserves] == [False, True]
-        assert it.router.dispatcher.ready
+        assert it.router.dispatcher.workers.ready
 
 
 async def test_a_prefill_worker_that_comes_takes_the_long_prompts(model: Path) -> None:
@@ -293,7 +293,7 @@ async def test_a_prefill_worker_that_comes_takes_the_long_prompts(model: Path) -
         await it.generate()
         it.prefills.append(late := FakeWorker(PREFILL))
         it.router.registry._keep_link((await late.start(), PREFILL))
-        await eventually(lambda: it.router.dispatcher.count(PREFILL) == 1)
+        await eventually(lambda: it.router.dispatcher.workers.count(PREFILL) == 1)
         for prompt in (PROMPT, PROMPT[:10]):
             assert list((await it.generate(prompt=prompt)).choices[0].token_ids) == expected(8, prompt)
         assert [reserve.prefill for reserve in it.decodes[0].reserves] == [True, False, True]
@@ -325,7 +325,7 @@ async def test_a_request_that_only_decode_workers_can_hold_does_not_wait_for_eve
         await eventually(lambda: len(it.prefills[0].held) == 1)
         it.decodes.append(small := both(max_length=48))
         it.router.registry._keep_link((await small.start(), DECODE))
-        await eventually(lambda: it.router.dispatcher.count(DECODE) == 2)
+        await eventually(lambda: it.router.dispatcher.workers.count(DECODE) == 2)
         await it.prefills[0].die()
         assert (await answer).details() == "no decode worker that is left can hold 120 tokens"
 

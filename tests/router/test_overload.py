@@ -85,7 +85,7 @@ async def test_streams_that_nobody_reads_end_and_give_back_what_they_hold(long_m
 
         def ended() -> bool:
             nonlocal longest
-            for attempt in it.router.dispatcher.workers()[0].attempts.values():
+            for attempt in it.router.dispatcher.workers.all()[0].attempts.values():
                 longest = max(longest, len(attempt.request.output) - attempt.request.taken)
             return it.nothing_held()
 

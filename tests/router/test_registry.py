@@ -27,7 +27,7 @@ async def test_a_worker_that_does_not_fit_is_refused_with_both_values(
             odd = FakeWorker(DECODE, **hello)
             it.router.registry._keep_link((await odd.start(), DECODE))
             await eventually(lambda: any(entry["event"] == "worker refused" for entry in logs))
-            assert len(it.router.dispatcher.workers()) == 2
+            assert len(it.router.dispatcher.workers.all()) == 2
             await odd.die()
     refusal = next(entry for entry in logs if entry["event"] == "worker refused")
     assert refusal["reason"].startswith(sentence)
@@ -37,7 +37,7 @@ async def test_a_role_that_was_named_wrongly_is_refused(model: Path) -> None:
     with capture_logs() as logs:
         async with cluster(model, decodes=[FakeWorker(PREFILL)], ready=False) as it:
             await eventually(lambda: any(entry["event"] == "worker refused" for entry in logs))
-            assert not it.router.dispatcher.ready
+            assert not it.router.dispatcher.workers.ready
 
 
 async def test_a_worker_is_connected_under_one_address_only(model: Path) -> None:
@@ -46,7 +46,7 @@ async def test_a_worker_is_connected_under_one_address_only(model: Path) -> None
             port = it.decodes[0].address.rpartition(":")[2]
             it.router.registry._keep_link((f"localhost:{port}", DECODE))
             await eventually(lambda: any(entry["event"] == "worker refused" for entry in logs))
-            assert len(it.router.dispatcher.workers()) == 2
+            assert len(it.router.dispatcher.workers.all()) == 2
 
 
 async def test_workers_that_make_themselves_known_are_used(model: Path) -> None:
@@ -67,7 +67,7 @@ async def test_a_restart_is_noticed_by_its_registration(model: Path) -> None:
         worker.instance = worker.hello.instance = worker.hello.pool.instance = "restarted"
         message = worker_pb2.RegisterRequest(address=worker.address, instance="restarted", role=DECODE)
         await worker_pb2_grpc.RegistryStub(it.channel).Register(message)
-        instances = it.router.dispatcher.workers
+        instances = it.router.dispatcher.workers.all
         await eventually(lambda: "restarted" in {worker.instance for worker in instances()})
         assert list((await it.generate()).choices[0].token_ids) == expected(8)
 

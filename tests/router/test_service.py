@@ -237,11 +237,11 @@ async def test_health_is_that_of_the_pair(model: Path) -> None:
         for service in ("", "twostroke.v1.Inference", "twostroke.v1.Registry"):
             assert await status(service) == serving
         await it.decodes[0].die()
-        await eventually(lambda: not it.router.dispatcher.ready)
+        await eventually(lambda: not it.router.dispatcher.workers.ready)
         assert await status("twostroke.v1.Inference") == not_serving
         assert await status("twostroke.v1.Registry") == serving
         await it.decodes[0].start(it.decodes[0].address)
-        await eventually(lambda: it.router.dispatcher.ready)
+        await eventually(lambda: it.router.dispatcher.workers.ready)
         assert await status("twostroke.v1.Inference") == serving
 
 

@@ -100,6 +100,46 @@ def _plan_kernel(
         tl.store(plan + at + row, -1, mask=at + row < items)
 
 
+@triton.jit
+def _merged(
+    parts,
+    part_scales,
+    items_before,
+    first_item,
+    end_item,
+    GROUP: tl.constexpr,
+    GROUP_ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    LANES: tl.constexpr,
+    MERGED: tl.constexpr,
+):
+    """What the programs of one sequence and KV head found, each over its own keys, as if one had found it."""
+    member = tl.arange(0, GROUP_ROWS)
+    lane = tl.arange(0, LANES)
+    top = tl.full((GROUP_ROWS,), float("-inf"), tl.float32)
+    weights = tl.zeros((GROUP_ROWS,), tl.float32)
+    merged = tl.zeros((GROUP_ROWS, LANES), tl.float32)
+    for first in tl.range(first_item, end_item, MERGED):
+        other = first + tl.arange(0, MERGED)
+        rows = (items_before + other).to(tl.int64)[:, None] * GROUP + member[None, :]
+        there = (other < end_item)[:, None] & (member < GROUP)[None, :]
+        # .cg: from L2, where the other programs' writes are
+        part = tl.load(
+            parts + rows[:, :, None] * HEAD_DIM + lane[None, None, :],
+            mask=there[:, :, None] & (lane < HEAD_DIM)[None, None, :],
+            other=0.0,
+            cache_modifier=".cg",
+        )
+        part_scale = tl.load(part_scales + rows, mask=there, other=-1e30, cache_modifier=".cg")
+        new_top = tl.maximum(top, tl.max(part_scale, axis=0))
+        weight = tl.exp2(part_scale - new_top[None, :])
+        shrink = tl.exp2(top - new_top)
+        merged = merged * shrink[:, None] + tl.sum(part * weight[:, :, None], axis=0)
+        weights = weights * shrink + tl.sum(weight, axis=0)
+        top = new_top
+    return merged / weights[:, None]
+
+
 @triton.jit(do_not_specialize=["items"])
 def _decode_kernel(
     qkv,
@@ -187,7 +227,7 @@ def _decode_kernel(
     token_qkv = qkv + sequence * ((GROUP + 2) * KV_HEADS * HEAD_DIM)
     query_at = token_qkv + (kv_head * GROUP + row)[:, None] * HEAD_DIM
     key_at = token_qkv + (GROUP * KV_HEADS + kv_head) * HEAD_DIM
-    makes_key = in_head & (is_last)
+    makes_key = in_head & is_last
     query = tl.load(query_at + lane[None, :], mask=whole, other=0.0)
     query_pair = tl.load(query_at + pair[None, :], mask=whole, other=0.0)
     new_key = tl.load(key_at + lane, mask=makes_key, other=0.0)[None, :]
@@ -204,15 +244,14 @@ def _decode_kernel(
     new_score = tl.sum(query.to(tl.float32) * new_key.to(tl.float32), axis=1) * scale
     largest = tl.where(is_last, new_score, float("-inf"))
     # summed over the tile only at the end: one reduction between warps less in every step
-    counts = (tl.arange(0, TILE) == 0) & (is_last)
+    counts = (tl.arange(0, TILE) == 0) & is_last
     weight_sum = tl.zeros((ROWS, TILE), tl.float32) + tl.where(counts, 1.0, 0.0)[None, :]
     total = tl.zeros((ROWS, LANES), tl.float32) + new_value.to(tl.float32)
     for first in tl.range(start, end, TILE, num_stages=STAGES):
         token = first + tl.arange(0, TILE)
         inside = token < end
-        at = (block.to(tl.int64) * cache_stride_block + token % BLOCK_SIZE * cache_stride_token)[:, None] + lane[
-            None, :
-        ]
+        place = block.to(tl.int64) * cache_stride_block + token % BLOCK_SIZE * cache_stride_token
+        at = place[:, None] + lane[None, :]
         whole_rows: tl.constexpr = HEAD_DIM == LANES
         readable = inside[:, None] if whole_rows else inside[:, None] & in_head[None, :]
         key = tl.load(keys + at, mask=readable, other=0.0)
@@ -247,30 +286,12 @@ def _decode_kernel(
         counter = arrived + kv_head * items + first_item
         if tl.atomic_add(counter, 1, sem="acq_rel") == end_item - first_item - 1:
             tl.store(counter, 0)
+            merged = _merged(
+                parts, part_scales, kv_head * items, first_item, end_item,
+                GROUP, GROUP_ROWS, HEAD_DIM, LANES, MERGED,
+            )  # fmt: skip
             member = tl.arange(0, GROUP_ROWS)
             exists = (member < GROUP)[:, None] & in_head[None, :]
-            top = tl.full((GROUP_ROWS,), float("-inf"), tl.float32)
-            weights = tl.zeros((GROUP_ROWS,), tl.float32)
-            merged = tl.zeros((GROUP_ROWS, LANES), tl.float32)
-            for first in tl.range(first_item, end_item, MERGED):
-                other = first + tl.arange(0, MERGED)
-                rows = (kv_head * items + other).to(tl.int64)[:, None] * GROUP + member[None, :]
-                there = (other < end_item)[:, None] & (member < GROUP)[None, :]
-                # .cg: from L2, where the other programs' writes are
-                part = tl.load(
-                    parts + rows[:, :, None] * HEAD_DIM + lane[None, None, :],
-                    mask=there[:, :, None] & in_head[None, None, :],
-                    other=0.0,
-                    cache_modifier=".cg",
-                )
-                part_scale = tl.load(part_scales + rows, mask=there, other=-1e30, cache_modifier=".cg")
-                new_top = tl.maximum(top, tl.max(part_scale, axis=0))
-                weight = tl.exp2(part_scale - new_top[None, :])
-                shrink = tl.exp2(top - new_top)
-                merged = merged * shrink[:, None] + tl.sum(part * weight[:, :, None], axis=0)
-                weights = weights * shrink + tl.sum(weight, axis=0)
-                top = new_top
-            merged = merged / weights[:, None]
             head = sequence * KV_HEADS * GROUP + kv_head * GROUP + member
             merged_at = out + head[:, None] * HEAD_DIM + lane[None, :]
             tl.store(merged_at, merged.to(out.dtype.element_ty), mask=exists)

@@ -9,7 +9,7 @@ from collections.abc import Container
 import grpc
 import structlog
 
-from common import causes, prefix_hash
+from common import causes
 from common.tracing import Span
 from router import choose
 from router.config import RouterConfig
@@ -17,6 +17,7 @@ from router.errors import CallError
 from router.fan_out import fan_out
 from router.metrics import Metrics
 from router.request import Attempt, Request, State
+from router.sequence import hash_blocks, sequence_of
 from router.waiting_queue import WaitingQueue
 from router.worker import REFUSAL_PAUSE, Worker
 from router.workers import DECODE, PREFILL, ROLE_NAMES, Role, Workers
@@ -114,7 +115,7 @@ class Dispatcher:
     def _place(self, request: Request) -> Role | None:
         """None where the request left the queue, else the role that it waits for."""
         for worker in self.workers.all()[:1]:  # they are all alike in this
-            _hash_blocks(request, worker.hello)
+            hash_blocks(request, worker.hello)
         prefills, decodes = self.workers.of(PREFILL), self.workers.of(DECODE)
         if not prefills:
             decodes = [worker for worker in decodes if worker.can_prefill]
@@ -154,7 +155,7 @@ class Dispatcher:
             trace=_trace_attempt(request, prefill, decode),
         )
         request.attempt = attempt
-        sequence, traceparent = _sequence(request, self.workers.all()[0].hello), attempt.trace.traceparent
+        sequence, traceparent = sequence_of(request, self.workers.all()[0].hello), attempt.trace.traceparent
         if prefill is not None:
             prefill.begin(attempt)
             prefill.send_prefill(worker_pb2.Prefill(attempt_id=attempt.id, sequence=sequence, traceparent=traceparent))
@@ -457,31 +458,3 @@ def _decoding(attempt: Attempt) -> None:
     attempt.decoding_since = time.monotonic()
     if attempt.request.decode_cached_tokens is None:
         attempt.request.decode_cached_tokens = attempt.decode_cached_tokens
-
-
-def _hash_blocks(request: Request, hello: worker_pb2.WorkerHello) -> None:
-    """Hashes the blocks that were not hashed before: all at first, then those with the tokens of the last attempt."""
-    block_size = hello.pool.layout.block_size
-    hashes = request.block_hashes
-    if len(hashes) < request.length // block_size:
-        tokens = (*request.prompt.token_ids, *request.output)
-        parent = hashes[-1] if hashes else _cache_root(request, hello)
-        hashes += prefix_hash.block_hashes(parent, tokens[len(hashes) * block_size :], block_size)
-
-
-def _cache_root(request: Request, hello: worker_pb2.WorkerHello) -> bytes:
-    return prefix_hash.cache_root(hello.fingerprint, request.prompt.cache_salt)
-
-
-def _sequence(request: Request, hello: worker_pb2.WorkerHello) -> worker_pb2.Sequence:
-    return worker_pb2.Sequence(
-        token_ids=(*request.prompt.token_ids, *request.output),
-        prompt_length=len(request.prompt.token_ids),
-        block_hashes=b"".join(request.block_hashes),
-        sampling=request.sampling,
-        max_length=request.prompt.max_length,
-        min_length=request.prompt.min_length,
-        stop_token_ids=sorted(request.prompt.stop_token_ids),
-        cache_root=_cache_root(request, hello),
-        request_id=request.id,
-    )

@@ -1,5 +1,6 @@
 """A worker's gRPC side before an engine that takes nothing. Real gRPC on loopback, no model."""
 
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ import pytest
 from common import peers, worker_service
 from common.config import WorkerConfig
 from common.worker_service import WorkerService
+from tests.router.test_raw_bytes import NO_UTF8, call
 from twostroke.v1 import inference_pb2, worker_pb2, worker_pb2_grpc
 
 LIMIT = 10
@@ -60,3 +62,16 @@ def test_a_router_is_held_up_while_the_engine_takes_nothing(service: WorkerServi
     while any(item.message is not None for item in service.receive(timeout=5)):
         pass
     assert service.connections == ()
+
+
+def test_a_call_whose_path_is_no_utf8_does_not_end_the_service(service: WorkerService) -> None:
+    host, _, port = service.address.rpartition(":")
+    with socket.create_connection((host, int(port)), timeout=5) as connection:
+        connection.sendall(call(b"\0\0\0\0\0", path=NO_UTF8))
+        assert connection.recv(1)
+        time.sleep(0.1)
+    hello = worker_pb2.RouterMessage(hello=worker_pb2.RouterHello(router="r"))
+    with grpc.insecure_channel(service.address) as channel:
+        answers = worker_pb2_grpc.WorkerStub(channel).Connect(iter([hello]), timeout=5)
+        assert next(answers).hello.instance == "worker"
+        answers.cancel()

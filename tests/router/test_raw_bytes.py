@@ -19,6 +19,7 @@ from tests.router.fake_worker import Script
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 DATA, HEADERS, PRIORITY, RESET, SETTINGS, PUSH, PING, GOAWAY, WINDOW, CONTINUATION = range(10)
 END_STREAM, END_HEADERS = 1, 4
+NO_UTF8 = "/twostroke.v1.Inference/\udcff"  # ends a grpc.aio server of grpcio 1.84 and 1.85
 EXAMPLES = [40, pytest.param(2_000, marks=[pytest.mark.slow, pytest.mark.timeout(900)])]
 
 
@@ -40,14 +41,14 @@ def headers(**fields: str) -> bytes:
         "content-type": "application/grpc",
     }
     return b"".join(
-        b"\0" + bytes([len(name)]) + name.encode() + bytes([len(value)]) + value.encode()
+        b"\0" + bytes([len(name)]) + name.encode() + bytes([len(value)]) + value.encode(errors="surrogateescape")
         for name, value in named.items()
     )
 
 
-def call(body: bytes) -> bytes:
+def call(body: bytes, path: str = "/twostroke.v1.Inference/Generate") -> bytes:
     """All that a client sends for one call, as bytes: `body` in place of the length-prefixed message."""
-    block = headers(method="POST", scheme="http", path="/twostroke.v1.Inference/Generate", authority="localhost")
+    block = headers(method="POST", scheme="http", path=path, authority="localhost")
     return (
         PREFACE + frame(SETTINGS, 0, 0, b"") + frame(HEADERS, END_HEADERS, 1, block) + frame(DATA, END_STREAM, 1, body)
     )
@@ -117,8 +118,10 @@ def test_a_connection_is_told_how_many_calls_it_may_have_at_once(router: Backgro
         call(b"\1" + BODY[1:]),  # compressed, it says
         call(BODY + b"\0\0\0"),
         call(b"\0\0\0\0\3\xff\xff\xff"),
+        call(BODY, path="/twostroke.v1.Inference/Nothing"),
+        call(BODY, path=NO_UTF8),
     ],
-    ids=range(25),
+    ids=range(27),
 )
 def test_what_is_no_call(router: Background, sent: bytes) -> None:
     send(router, sent)

@@ -352,7 +352,7 @@ def decode_attention(
     lanes = triton.next_power_of_2(head_dim)
     rows_padded = max(16, group_rows)
     items = batch.plan.shape[1]
-    crowded = rows * num_kv_heads > _PROGRAMS_PER_SM * multiprocessors(qkv.device)
+    crowded = rows > _shares(num_kv_heads, qkv.device)
     out = torch.empty((rows, num_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
     parts = torch.empty((num_kv_heads, items, group, head_dim), dtype=torch.float32, device=qkv.device)
     part_scales = torch.empty((num_kv_heads, items, group), dtype=torch.float32, device=qkv.device)

@@ -25,7 +25,6 @@ from twostroke.v1 import worker_pb2
 
 log = structlog.get_logger(__name__)
 
-Cause = worker_pb2.Ended.Cause
 
 # Causes that say nothing against the worker or the request: they are not counted as faults.
 HARMLESS = {worker_pb2.Ended.CAUSE_PREEMPTED, worker_pb2.Ended.CAUSE_DRAINING, worker_pb2.Ended.CAUSE_FULL}

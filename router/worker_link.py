@@ -12,7 +12,8 @@ from common.peers import Peers
 from router.circuit import Circuit
 from router.worker import Worker
 from router.worker_faults import WorkerFault
-from twostroke.v1 import inference_pb2, worker_pb2, worker_pb2_grpc
+from router.workers import Role
+from twostroke.v1 import worker_pb2, worker_pb2_grpc
 
 log = structlog.get_logger(__name__)
 
@@ -26,7 +27,7 @@ Connect = grpc.aio.StreamStreamCall[worker_pb2.RouterMessage, worker_pb2.WorkerM
 class Events(Protocol):
     """Whom the link tells what happens."""
 
-    def refusal(self, worker: Worker, expected: inference_pb2.WorkerRole.ValueType) -> str | None:
+    def refusal(self, worker: Worker, expected: Role) -> str | None:
         """Why this worker cannot be used; None where it can."""
 
     def worker_up(self, worker: Worker) -> None: ...
@@ -44,7 +45,7 @@ class WorkerLink:
     def __init__(
         self,
         address: str,
-        role: inference_pb2.WorkerRole.ValueType,
+        role: Role,
         router: str,
         peers: Peers,
         silence_seconds: float,

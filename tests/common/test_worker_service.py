@@ -11,7 +11,7 @@ import pytest
 from common import peers, worker_service
 from common.config import WorkerConfig
 from common.worker_service import WorkerService
-from tests.router.test_raw_bytes import NO_UTF8, call
+from tests.raw_calls import NO_UTF8, call
 from twostroke.v1 import inference_pb2, worker_pb2, worker_pb2_grpc
 
 LIMIT = 10

@@ -3,7 +3,7 @@ and the next prompt has the tokens that it would have had."""
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -14,14 +14,11 @@ from hypothesis import strategies as st
 from benchmarks.in_process import spec
 from benchmarks.parts import LoadedModel, load_model, worker_parts
 from common.sequence import sequence_to_proto
-from common.tracing import Tracing
-from common.worker_service import Received, WorkerService
-from prefill_worker.engine import Engine
-from prefill_worker.metrics import PrefillMetrics
-from prefill_worker.runner import Runner
+from common.worker_service import Received
 from tests.messages import Path as FieldPath
 from tests.messages import fuzz, messages, paths, values
-from tests.one_worker import ROUTER, OneWorker, Wire
+from tests.one_prefill_worker import OnePrefillWorker
+from tests.one_worker import ROUTER, OneWorker
 from tests.router import models
 from twostroke.v1 import worker_pb2 as pb
 
@@ -62,35 +59,26 @@ def send_to_decode(loaded: LoadedModel) -> Callable[[list[pb.RouterMessage]], No
 
 @pytest.fixture(scope="module")
 def send_to_prefill(loaded: LoadedModel) -> Callable[[list[pb.RouterMessage]], None]:
-    parts = worker_parts(loaded, 40, BLOCK)
-    wire = Wire()
-    service = cast(WorkerService, cast(Any, wire))
-    engine = Engine(parts, service, Runner(parts), PrefillMetrics(), Tracing(), max_batch_tokens=16, lease_seconds=60)
-
-    def turn() -> pb.WorkerMessage:
-        engine._receive(draining=False)
-        engine._tell(engine._loop.turn())
-        wire.flush()
-        return wire.to_router.pop()
+    one = OnePrefillWorker(worker_parts(loaded, 40, BLOCK), max_batch_tokens=16)
 
     def first_token() -> int:
-        wire.to_worker.append(Received(ROUTER, pb.RouterMessage(prefills=[prefill(99)])))
-        (prefilled,) = [prefilled for _ in range(TURNS) for prefilled in turn().prefilled]
-        wire.to_worker.append(Received(ROUTER, pb.RouterMessage(ended=[99])))
-        turn()
-        assert engine._idle
-        assert parts.blocks.in_use_count == 0
+        one.send(pb.RouterMessage(prefills=[prefill(99)]))
+        (prefilled,) = [prefilled for _ in range(TURNS) for prefilled in one.turn().prefilled]
+        one.send(pb.RouterMessage(ended=[99]))
+        one.turn()
+        assert one.idle
+        assert one.parts.blocks.in_use_count == 0
         return prefilled.first_token
 
     wanted = first_token()
 
     def send(sent: list[pb.RouterMessage]) -> None:
-        wire.to_worker += [Received(ROUTER, message) for message in sent]
+        one.send(*sent)
         for _ in range(TURNS):
-            turn()
-        wire.to_worker.append(Received(ROUTER, None))
-        while wire.to_worker or not engine._idle:
-            turn()
+            one.turn()
+        one.send(None)
+        while not one.idle:
+            one.turn()
         assert first_token() == wanted
 
     return send

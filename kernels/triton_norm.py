@@ -6,27 +6,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton_launch import dependent, prefetch_to_l2, wait_for_previous
+from kernels.triton_launch import dependent, wait_for_previous
 
 
-@triton.jit(do_not_specialize=["prefetched_bytes"])
-def _rms_norm_kernel(
-    x,
-    weight,
-    out,
-    next_weight,
-    prefetched_bytes,
-    x_stride,
-    eps,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PREFETCH: tl.constexpr,
-    DEPENDENT: tl.constexpr,
-):
-    """With PREFETCH, each program asks for so many bytes of the next weight, a multiple of 16."""
+@triton.jit
+def _rms_norm_kernel(x, weight, out, x_stride, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    if DEPENDENT and PREFETCH:
-        prefetch_to_l2(next_weight.to(tl.int64) + row * prefetched_bytes, prefetched_bytes)
     column = tl.arange(0, BLOCK)
     inside = column < WIDTH
     scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
@@ -37,12 +22,8 @@ def _rms_norm_kernel(
     tl.store(out + row * WIDTH + column, (normed.to(dtype).to(tl.float32) * scale).to(dtype), mask=inside)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, next_weight: Tensor | None = None) -> Tensor:
-    """`kernels.norm.rms_norm` for a CUDA tensor [T, H] whose last dimension is contiguous.
-
-    `next_weight`, contiguous, is brought to the L2 cache meanwhile for the kernel that comes next: that one may find no
-    room on the multiprocessors to ask for it so early.
-    """
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`kernels.norm.rms_norm` for a CUDA tensor [T, H] whose last dimension is contiguous."""
     rows, width = x.shape
     out = torch.empty((rows, width), dtype=x.dtype, device=x.device)
     block = triton.next_power_of_2(width)
@@ -51,13 +32,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, next_weight: Tensor | None =
             x,
             weight,
             out,
-            weight if next_weight is None else next_weight,
-            0 if next_weight is None else next_weight.nbytes // rows // 16 * 16,
             x.stride(0),
             eps,
             WIDTH=width,
             BLOCK=block,
-            PREFETCH=next_weight is not None,
             num_warps=min(max(block // 256, 1), 16),
             **dependent(x.device),
         )

@@ -24,9 +24,16 @@ from torch import Tensor
 from benchmarks.gpu.graph_timing import graph_microseconds
 from benchmarks.gpu.kernels import BLOCK_SIZE, DEVICE, DTYPE, LLAMA, QWEN, Caches, Shape, new_tokens, randn, sets_for
 from benchmarks.gpu.timing import copy_bytes_per_second, gemm_operations_per_second
-from kernels import triton_decode_attention, triton_linear, triton_prefill_attention
+from kernels import (
+    triton_decode_attention,
+    triton_few_rows,
+    triton_linear,
+    triton_prefill_attention,
+    triton_tiled_linear,
+)
 from kernels.attention import DecodeAttention, PrefillAttention
-from kernels.triton_linear import FewRows, Tile
+from kernels.triton_few_rows import Cut
+from kernels.triton_tiled_linear import Tile
 
 Calls = list[Callable[[], object]]
 SERVED = "served"
@@ -64,19 +71,20 @@ LAYERS = [
     Layer("8B down", "add", 4096, 14_336),
     Layer("8B lm_head", "norm", 128_256, 4096),
 ]
-FEW_ROWS = [FewRows(*cut) for cut in ((4, 1024, 4), (8, 1024, 4), (16, 1024, 4), (8, 2048, 4), (16, 1024, 8))]
+FEW_ROWS = [Cut(*cut) for cut in ((4, 1024, 4), (8, 1024, 4), (16, 1024, 4), (8, 2048, 4), (4, 4096, 4), (16, 1024, 8))]
 TILES = [
     Tile(*cut)
     for cut in (
-        (16, 128, 1, 4, 4),
-        (32, 128, 1, 4, 4),
-        (64, 128, 1, 4, 3),
-        (64, 64, 1, 4, 5),
-        (128, 64, 1, 4, 4),
-        (32, 128, 2, 4, 3),
-        (32, 128, 4, 4, 3),
-        (64, 64, 4, 4, 4),
-        (64, 64, 8, 4, 4),
+        (64, 16, 128, 1, 6),
+        (64, 16, 128, 2, 6),
+        (64, 32, 128, 1, 4),
+        (64, 32, 128, 1, 6),
+        (64, 32, 128, 2, 6),
+        (64, 32, 128, 4, 6),
+        (64, 64, 64, 1, 4),
+        (64, 64, 128, 1, 4),
+        (64, 128, 64, 1, 4),
+        (64, 128, 128, 1, 4),
     )
 ]
 DECODE_TILES = [(32, 4, 2), (64, 4, 3), (32, 4, 3), (64, 4, 2)]  # keys a step, warps, stages
@@ -95,19 +103,27 @@ def always(value: object, *_: object) -> object:
     return value
 
 
+def never(*_: object) -> bool:
+    return False
+
+
 def _ways() -> dict[str, tuple[tuple[object, str, object], ...]]:
     """What is replaced in which module to get a way."""
     ways: dict[str, tuple[tuple[object, str, object], ...]] = {
         SERVED: (),
-        LIBRARY: ((triton_linear, "_FEW", 0), (triton_linear, "_MAX_TILE_ROWS", 0)),
+        LIBRARY: ((triton_linear, "_few", never), (triton_linear, "suits_tiles", never)),
     }
     for few in FEW_ROWS:
         ways[str(few)] = (
-            (triton_linear, "_few_rows", partial(always, few)),
+            (triton_few_rows, "_cut", partial(always, few)),
             (triton_linear, "_SMALL_WEIGHT", 1 << 62),
         )
     for tile in TILES:
-        ways[str(tile)] = ((triton_linear, "_FEW", 0), (triton_linear, "_tile", partial(always, tile)))
+        ways[str(tile)] = (
+            (triton_linear, "_few", never),
+            (triton_tiled_linear, "_SMALL_WEIGHT", 1 << 62),
+            (triton_tiled_linear, "_tile", partial(always, tile)),
+        )
     for decode_tile in DECODE_TILES:
         for programs in PROGRAMS_PER_SM:
             ways[f"{decode_tile}, {programs} a SM"] = (
@@ -131,7 +147,7 @@ def linear_cases() -> Iterator[Case]:
             weights = matrices * layer.outputs * layer.inputs
             moved = DTYPE.itemsize * (weights + rows * (layer.inputs + layer.outputs * (1 + (layer.kind == "add"))))
             few = [str(few) for few in FEW_ROWS if rows <= 4]
-            tiles = [str(tile) for tile in TILES if 4 < rows <= 128 and _suits(tile, layer, rows)]
+            tiles = [str(tile) for tile in TILES if 4 < rows <= 256 and _suits(tile, layer)]
             yield Case(
                 f"{layer.name} x {rows}",
                 moved,
@@ -141,14 +157,12 @@ def linear_cases() -> Iterator[Case]:
             )
 
 
-def _suits(tile: Tile, layer: Layer, rows: int) -> bool:
-    tiles = -(-layer.outputs // tile.outputs)
-    if tile.splits > 1 and (layer.kind == "gated" or tiles * tile.splits > 600):
+def _suits(tile: Tile, layer: Layer) -> bool:
+    gated = layer.kind == "gated"
+    if (gated and tile.splits > 1) or layer.inputs % (tile.inputs * tile.splits):
         return False
-    stage = (max(16, rows) + tile.outputs * (2 if layer.kind == "gated" else 1)) * tile.inputs * DTYPE.itemsize
-    return (
-        layer.inputs % tile.inputs == 0 and stage * tile.stages <= 220_000 and not (tile.outputs < 64 and tiles > 999)
-    )
+    stage = (tile.rows + tile.outputs * (2 if gated else 1)) * tile.inputs * DTYPE.itemsize
+    return stage * tile.stages <= 220_000 and not (tile.outputs < 64 and layer.outputs > 65_536)
 
 
 def linear_calls(layer: Layer, rows: int, weight_bytes: int, most_sets: int) -> Calls:

@@ -35,14 +35,14 @@ LINEARS = [(960, 576), (576, 1536), (4096, 1024), (1024, 3072), (6144, 4096), (4
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rows", [1, 3, 16, 64, 100, 300])
+@pytest.mark.parametrize("rows", [1, 3, 16, 64, 100, 256, 300])
 @pytest.mark.parametrize(("outputs", "inputs"), LINEARS)
 def test_linear(rows: int, outputs: int, inputs: int, dtype: torch.dtype) -> None:
     checks.check_linear(rows, outputs, inputs, (outputs, inputs) == (2048, 1536), dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rows", [1, 3, 16, 64, 100, 300])
+@pytest.mark.parametrize("rows", [1, 3, 16, 64, 100, 256, 300])
 @pytest.mark.parametrize(("intermediate", "inputs"), [(1536, 576), (3072, 1024), (14_336, 4096)])
 def test_norm_gated_linear(rows: int, intermediate: int, inputs: int, dtype: torch.dtype) -> None:
     checks.check_norm_gated_linear(rows, intermediate, inputs, dtype)
@@ -59,7 +59,7 @@ def test_step() -> None:
 def test_kernels_that_start_early_wait_for_what_they_read() -> None:
     """A chain of short kernels, each reading what the one before wrote: the same tokens' values whether or not a kernel
     may start before the one before it has ended."""
-    hidden, intermediate, tokens = 1024, 3072, (1, 3, 40)
+    hidden, intermediate, tokens = 1024, 3072, (1, 3, 40, 200)
     norm = randn(hidden, dtype=torch.bfloat16, seed=1)
     gate_up = randn(2 * intermediate, hidden, dtype=torch.bfloat16, seed=2).mul_(hidden**-0.5)
     down = randn(hidden, intermediate, dtype=torch.bfloat16, seed=3).mul_(intermediate**-0.5)

@@ -24,20 +24,23 @@ def test_few_rows_gated(rows: int, intermediate: int, inputs: int, dtype: torch.
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize(
     ("rows", "outputs", "inputs"),
-    [(5, 96, 576), (20, 40, 1088), (70, 32, 1024)],  # the last two: parts of the inputs merged, of equal size or not
+    [(5, 96, 576), (200, 80, 192), (20, 40, 1024), (70, 32, 1024)],  # the last two: parts of the inputs added up
 )
 def test_tiles(rows: int, outputs: int, inputs: int, with_bias: bool) -> None:
     checks.check_linear(rows, outputs, inputs, with_bias, torch.float16)
 
 
-@pytest.mark.parametrize(("rows", "intermediate", "inputs"), [(5, 48, 576), (40, 24, 1024)])
+@pytest.mark.parametrize(("rows", "intermediate", "inputs"), [(5, 48, 576), (40, 24, 1024), (130, 40, 128)])
 def test_tiles_gated(rows: int, intermediate: int, inputs: int) -> None:
     checks.check_norm_gated_linear(rows, intermediate, inputs, torch.float16)
 
 
 def test_left_to_the_library() -> None:
-    """More rows than the kernels are for, and inputs that tiles do not divide."""
-    checks.check_linear(130, 24, 64, True, torch.float32)
+    """More rows than the kernels are for, inputs that tiles do not divide, a dtype that they do not take, and rows that
+    do not begin at a multiple of 16 bytes."""
+    checks.check_linear(260, 24, 64, True, torch.float16)
     checks.check_linear(7, 24, 72, True, torch.float16)
-    checks.check_norm_gated_linear(130, 24, 64, torch.float32)
+    checks.check_linear(130, 24, 64, True, torch.float32)
+    checks.check_norm_gated_linear(260, 24, 64, torch.float16)
     checks.check_linear(0, 24, 64, True, torch.float32)
+    checks.check_linear(7, 24, 64, True, torch.float16, between_rows=1)

@@ -65,15 +65,21 @@ def _plan_kernel(
     OTHERS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """Cuts sequences of more than two and a half shares of all keys into as many pieces as they have whole shares, and
-    lists the pieces, the longest first. Less is not worth the merging: two programs a multiprocessor read as fast."""
+    """Cuts sequences of more than a share of all keys into pieces of about a share, at least two, and lists the pieces,
+    the longest first. Where sequences are about equally long, none would be waited for: then less than two and a half
+    shares are not worth the merging, as two programs a multiprocessor read as fast as three."""
     wait_for_previous(DEPENDENT)
     row = tl.arange(0, ROWS)
     exists = row < rows
     cached = tl.load(seq_lens + row, mask=exists, other=0) - 1
     keys = tl.maximum(cached, 1)
-    a_share = tl.cdiv(tl.sum(tl.where(exists, keys, 0), 0), shares)
-    span = tl.cdiv(tl.cdiv(keys, tl.where(2 * keys > 5 * a_share, keys // a_share, 1)), TILE) * TILE
+    total = tl.sum(tl.where(exists, keys, 0), 0)
+    a_share = tl.cdiv(total, shares)
+    sequences = tl.sum((exists & (cached >= 0)).to(tl.int32), 0)
+    uneven = tl.max(tl.where(exists, keys, 0), 0).to(tl.float32) * sequences > 1.2 * total
+    is_cut = keys > tl.where(uneven, a_share, 5 * a_share // 2)
+    wanted = tl.where(is_cut, tl.maximum((2 * keys + a_share) // (2 * a_share), 2), 1)
+    span = tl.cdiv(tl.cdiv(keys, wanted), TILE) * TILE
     pieces = tl.where(exists, tl.cdiv(keys, span), 0)
     count = tl.sum(pieces, 0)
     # Every row needs those of all others, without computing them for each row anew.

@@ -4,6 +4,8 @@ Outputs are allocated by the kernels' wrappers, so unwritten elements are whatev
 `poison` fills that memory with NaN first.
 """
 
+from math import ceil
+
 import numpy as np
 import torch
 import triton
@@ -188,11 +190,14 @@ def check_decode_plan(lengths: tuple[int, ...], kv_heads: int) -> None:
     ]
     assert tiles == sorted(tiles, reverse=True)
     shares = triton_decode_attention._shares(kv_heads, DEVICE)
-    share = -(-sum(max(length - 1, 1) for length in lengths) // shares)
-    assert max(tiles) <= -(-5 * share // 2 // tile) + 1
-    for row, length in enumerate(lengths):
-        pieces = [item for item in items if item[0] == row]
-        assert len(pieces) == 1 or 2 * (length - 1) > 5 * share
+    keys = [max(length - 1, 1) for length in lengths]
+    share = -(-sum(keys) // shares)
+    uneven = max(keys) * sum(length > 0 for length in lengths) > 1.2 * sum(keys)
+    for row, count in enumerate(keys):
+        is_cut = count > (share if uneven else 5 * share // 2)
+        wanted = max(2, (2 * count + share) // (2 * share)) if is_cut else 1
+        span = ceil(ceil(count / wanted) / tile) * tile
+        assert sum(item[0] == row for item in items) == ceil(count / span)
 
 
 def _numbers(cache: Tensor) -> Tensor:

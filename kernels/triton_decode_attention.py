@@ -107,6 +107,42 @@ def _plan_kernel(
 
 
 @triton.jit
+def _ask_for_first(
+    keys,
+    values,
+    table,
+    start,
+    end,
+    cache_stride_block,
+    cache_stride_token,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    LINES: tl.constexpr,
+    AHEAD: tl.constexpr,
+):
+    """Brings the first AHEAD keys and values from `start` on to the L2 cache."""
+    token = start + tl.arange(0, AHEAD)
+    block = tl.load(table + token // BLOCK_SIZE, mask=token < end, other=0, cache_modifier=".cg").to(tl.int64)
+    line = tl.arange(0, LINES) * (HEAD_DIM // LINES)
+    at = (block * cache_stride_block + token % BLOCK_SIZE * cache_stride_token)[:, None] + line[None, :]
+    prefetch_lines_to_l2(keys + at)
+    prefetch_lines_to_l2(values + at)
+
+
+@triton.jit
+def _attended(query, key, value, inside, largest, weight_sum, total, scale):
+    """The largest score so far, the sum of weights (for each place in a tile) and of weighted values, with one more
+    tile of keys and values."""
+    score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
+    score = tl.where(inside[None, :], score, float("-inf"))
+    new_largest = tl.maximum(largest, tl.max(score, axis=1))
+    shrink = tl.exp2(largest - new_largest)
+    weight = tl.exp2(score - new_largest[:, None])
+    total = tl.dot(weight.to(value.dtype), value, total * shrink[:, None], input_precision="ieee")
+    return new_largest, weight_sum * shrink[:, None] + weight, total
+
+
+@triton.jit
 def _merged(
     parts,
     part_scales,
@@ -222,12 +258,9 @@ def _decode_kernel(
         k_weight = tl.load(k_norm + lane, mask=in_head, other=0.0).to(tl.float32)[None, :]
         k_pair_weight = tl.load(k_norm + pair, mask=in_head, other=0.0).to(tl.float32)[None, :]
     if DEPENDENT:
-        ahead = start + tl.arange(0, AHEAD)
-        ahead_block = tl.load(table + ahead // BLOCK_SIZE, mask=ahead < end, other=0, cache_modifier=".cg").to(tl.int64)
-        line = tl.arange(0, LINES) * (HEAD_DIM // LINES)
-        ahead_at = (ahead_block * cache_stride_block + ahead % BLOCK_SIZE * cache_stride_token)[:, None] + line[None, :]
-        prefetch_lines_to_l2(keys + ahead_at)
-        prefetch_lines_to_l2(values + ahead_at)
+        _ask_for_first(
+            keys, values, table, start, end, cache_stride_block, cache_stride_token, BLOCK_SIZE, HEAD_DIM, LINES, AHEAD
+        )
     wait_for_previous(DEPENDENT)
 
     token_qkv = qkv + sequence * ((GROUP + 2) * KV_HEADS * HEAD_DIM)
@@ -261,15 +294,8 @@ def _decode_kernel(
         whole_rows: tl.constexpr = HEAD_DIM == LANES
         readable = inside[:, None] if whole_rows else inside[:, None] & in_head[None, :]
         key = tl.load(keys + at, mask=readable, other=0.0)
-        score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
-        score = tl.where(inside[None, :], score, float("-inf"))
-        new_largest = tl.maximum(largest, tl.max(score, axis=1))
-        shrink = tl.exp2(largest - new_largest)
-        weight = tl.exp2(score - new_largest[:, None])
-        weight_sum = weight_sum * shrink[:, None] + weight
         value = tl.load(values + at, mask=readable, other=0.0)
-        total = tl.dot(weight.to(value.dtype), value, total * shrink[:, None], input_precision="ieee")
-        largest = new_largest
+        largest, weight_sum, total = _attended(query, key, value, inside, largest, weight_sum, total, scale)
         # for the next step: its keys' addresses are then known when their loads are issued
         block = tl.load(table + (token + TILE) // BLOCK_SIZE, mask=token + TILE < end, other=0)
     normaliser = tl.sum(weight_sum, axis=1)

@@ -1,8 +1,8 @@
 """Attention of one new token a sequence over a paged KV cache on CUDA; `kernels.attention` holds the reference.
 
 Softmax is computed in one pass over the keys (Milakov and Gimelshein, "Online normalizer calculation for softmax",
-2018), in base 2. A plan, made once for all layers of a step, cuts sequences that are much longer than an equal share of
-the batch's keys into pieces, and has the longest begin first (Graham, "Bounds on multiprocessing timing anomalies",
+2018), in base 2. A plan, made once for all layers of a step, cuts sequences that are longer than an equal share of the
+batch's keys into pieces, and has the longest begin first (Graham, "Bounds on multiprocessing timing anomalies",
 1969): what comes last then keeps few multiprocessors busy for a short time only. The last program of a sequence to
 finish merges the pieces (Dao et al., "Flash-Decoding", 2023). The same launch rotates q and k and writes the new
 token's K and V, for a graph of decode steps at batch 1 is mostly launches.
@@ -67,7 +67,8 @@ def _plan_kernel(
 ):
     """Cuts sequences of more than a share of all keys into pieces of about a share, at least two, and lists the pieces,
     the longest first. Where sequences are about equally long, none would be waited for: then less than two and a half
-    shares are not worth the merging, as two programs a multiprocessor read as fast as three."""
+    shares are not worth the merging, as two programs a multiprocessor read as fast as three. (About: a coefficient of
+    variation up to 0.14; that of lengths uniform from 1,060 to 1,980 is 0.18.)"""
     wait_for_previous(DEPENDENT)
     row = tl.arange(0, ROWS)
     exists = row < rows
@@ -75,8 +76,11 @@ def _plan_kernel(
     keys = tl.maximum(cached, 1)
     total = tl.sum(tl.where(exists, keys, 0), 0)
     a_share = tl.cdiv(total, shares)
-    sequences = tl.sum((exists & (cached >= 0)).to(tl.int32), 0)
-    uneven = tl.max(tl.where(exists, keys, 0), 0).to(tl.float32) * sequences > 1.2 * total
+    is_sequence = exists & (cached >= 0)
+    length = tl.where(is_sequence, keys, 0).to(tl.float32)
+    mean = tl.sum(length, 0) / tl.maximum(tl.sum(is_sequence.to(tl.float32), 0), 1.0)
+    deviation = tl.where(is_sequence, length - mean, 0.0)
+    uneven = tl.sum(deviation * deviation, 0) > 0.02 * mean * tl.sum(length, 0)
     is_cut = keys > tl.where(uneven, a_share, 5 * a_share // 2)
     wanted = tl.where(is_cut, tl.maximum((2 * keys + a_share) // (2 * a_share), 2), 1)
     span = tl.cdiv(tl.cdiv(keys, wanted), TILE) * TILE

@@ -128,10 +128,11 @@ class Cut:
 def _cut(outputs: int, inputs: int, gated: bool, device: torch.device) -> Cut:
     """A small weight in one step, so that no load waits for another; else steps that leave room for the next one's
     weights. Fewer outputs only where there would not be a program for each multiprocessor."""
+    matrices = 2 if gated else 1
     step, held = max(1024, triton.next_power_of_2(inputs)), _PROGRAM_WEIGHTS
-    if step > held or (step > 1024 and outputs * inputs > _ONE_STEP):
+    if step * matrices > held or (step > 1024 and matrices * outputs * inputs > _ONE_STEP):
         step, held = 1024, held // 2
-    each = held // step // (2 if gated else 1)
+    each = held // step // matrices
     while each > 1 and triton.cdiv(outputs, each) < multiprocessors(device) * 31 // 32:
         each //= 2
     return Cut(each, step, 4)

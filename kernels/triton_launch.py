@@ -20,13 +20,13 @@ enabled = True  # benchmarks compare
 
 
 @lru_cache
-def _supported(device: torch.device) -> bool:
+def is_hopper_or_later(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def dependent(device: torch.device) -> dict[str, bool]:
     """Launch options of a kernel that has the constant DEPENDENT."""
-    return {"DEPENDENT": True, "launch_pdl": True} if enabled and _supported(device) else {"DEPENDENT": False}
+    return {"DEPENDENT": True, "launch_pdl": True} if enabled and is_hopper_or_later(device) else {"DEPENDENT": False}
 
 
 @lru_cache
@@ -34,6 +34,15 @@ def multiprocessors(device: torch.device) -> int:
     if device.type == "cpu":  # Triton's interpreter
         return 4
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@lru_cache
+def shared_bytes(device: torch.device) -> int:
+    """The most shared memory that a program can have."""
+    if device.type == "cpu":
+        return 227 << 10
+    properties = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]  # torch's stubs lack it
 
 
 MAX_ARRIVALS = 1 << 15

@@ -16,14 +16,22 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.triton_launch import MAX_ARRIVALS, arrivals, dependent, multiprocessors, wait_for_previous
+from kernels.triton_launch import (
+    MAX_ARRIVALS,
+    arrivals,
+    dependent,
+    is_hopper_or_later,
+    multiprocessors,
+    shared_bytes,
+    wait_for_previous,
+)
 
 MAX_ROWS = 256
-# Elements of a weight from which on the library is faster, measured on an H100 (docs/kernels.md).
+# Elements of a weight up to which tiles are faster than the library, measured on an H100 (docs/kernels.md).
 _SMALL_WEIGHT = 1 << 23
 _DTYPES = (torch.bfloat16, torch.float16)
 _TILE_ROWS = 64  # what one product instruction takes
-_SHARED_BYTES = 200 << 10  # of a multiprocessor, for the stages of its programs
+_OTHER_SHARED_BYTES = 27 << 10  # than for pipeline stages
 _ALIGNED = 16  # bytes, for the memory accelerator
 
 
@@ -144,7 +152,7 @@ def _tile(rows: int, outputs: int, inputs: int, gated: bool, device: torch.devic
         splits *= 2
     stages = 4 if steps <= 8 or tiles() > room else 6
     stage_bytes = (height + width * matrices) * step * 2
-    return Tile(height, width, step, splits, min(stages, _SHARED_BYTES // stage_bytes))
+    return Tile(height, width, step, splits, min(stages, (shared_bytes(device) - _OTHER_SHARED_BYTES) // stage_bytes))
 
 
 def suits_tiles(x: Tensor, weight: Tensor) -> bool:
@@ -152,6 +160,7 @@ def suits_tiles(x: Tensor, weight: Tensor) -> bool:
     rows, inputs = x.shape
     return (
         0 < rows <= MAX_ROWS
+        and (x.is_cpu or is_hopper_or_later(x.device))
         and x.dtype in _DTYPES
         and weight.numel() <= _SMALL_WEIGHT
         and inputs % 64 == 0

@@ -75,6 +75,12 @@ FEW_ROWS = [Cut(*cut) for cut in ((4, 1024, 4), (8, 1024, 4), (16, 1024, 4), (8,
 TILES = [
     Tile(*cut)
     for cut in (
+        (16, 16, 128, 1, 4),
+        (16, 16, 128, 4, 6),
+        (16, 32, 128, 1, 4),
+        (32, 16, 128, 1, 4),
+        (32, 16, 128, 4, 6),
+        (32, 32, 128, 1, 4),
         (64, 16, 128, 1, 6),
         (64, 16, 128, 2, 6),
         (64, 32, 128, 1, 4),
@@ -147,7 +153,7 @@ def linear_cases() -> Iterator[Case]:
             weights = matrices * layer.outputs * layer.inputs
             moved = DTYPE.itemsize * (weights + rows * (layer.inputs + layer.outputs * (1 + (layer.kind == "add"))))
             few = [str(few) for few in FEW_ROWS if rows <= 4]
-            tiles = [str(tile) for tile in TILES if 4 < rows <= 256 and _suits(tile, layer)]
+            tiles = [str(tile) for tile in TILES if 4 < rows <= 256 and _suits(tile, layer, rows)]
             yield Case(
                 f"{layer.name} x {rows}",
                 moved,
@@ -157,7 +163,9 @@ def linear_cases() -> Iterator[Case]:
             )
 
 
-def _suits(tile: Tile, layer: Layer) -> bool:
+def _suits(tile: Tile, layer: Layer, rows: int) -> bool:
+    if tile.rows < min(rows, 64):
+        return False
     gated = layer.kind == "gated"
     if (gated and tile.splits > 1) or layer.inputs % (tile.inputs * tile.splits):
         return False

@@ -48,6 +48,13 @@ def test_norm_gated_linear(rows: int, intermediate: int, inputs: int, dtype: tor
     checks.check_norm_gated_linear(rows, intermediate, inputs, dtype)
 
 
+@pytest.mark.parametrize("rows", [5, 70, 256])
+@pytest.mark.parametrize(("outputs", "inputs"), [(50, 64), (1000, 192), (33, 4096), (96, 16_384)])
+def test_odd_tiles(rows: int, outputs: int, inputs: int) -> None:
+    checks.check_linear(rows, outputs, inputs, True, torch.float16)
+    checks.check_norm_gated_linear(rows, outputs, inputs, torch.float16)
+
+
 def test_logits_of_many_tokens() -> None:
     checks.check_linear(1, VOCAB, 1024, False, torch.bfloat16)
 

@@ -50,10 +50,21 @@ def test_decode_attention_without_splits(monkeypatch: pytest.MonkeyPatch) -> Non
         (600, 1, 513, 1100, 0, 514),
         (64,) * 20,
         (500,) * 4 + (0,) * 4,  # of a share and a half each
+        (500,) * 4 + (620,),
         (700, 300, 600, 100),
         (*range(1, 400, 3), 0, 9000, 0),
     ],
-    ids=["one token", "none", "long", "far apart", "equal", "equal, of more than a share", "uneven", "many"],
+    ids=[
+        "one token",
+        "none",
+        "long",
+        "far apart",
+        "equal",
+        "equal, of more than a share",
+        "almost equal",
+        "uneven",
+        "many",
+    ],
 )
 def test_decode_plan(lengths: tuple[int, ...]) -> None:
     checks.check_decode_plan(lengths, 2)

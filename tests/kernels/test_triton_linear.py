@@ -1,4 +1,4 @@
-"""Linear layers of few rows with what is fused into them."""
+"""Linear layers, of few rows and in tiles, with what is fused into them."""
 
 import pytest
 import torch
@@ -35,12 +35,35 @@ def test_tiles_gated(rows: int, intermediate: int, inputs: int) -> None:
     checks.check_norm_gated_linear(rows, intermediate, inputs, torch.float16)
 
 
-def test_left_to_the_library() -> None:
-    """More rows than the kernels are for, inputs that tiles do not divide, a dtype that they do not take, and rows that
-    do not begin at a multiple of 16 bytes."""
+def test_few_rows_of_many_inputs() -> None:
+    """More inputs than a program holds at a time, of a gate and of up together."""
+    checks.check_norm_gated_linear(1, 8, 8256, torch.float16)
+    checks.check_linear(1, 8, 20_000, False, torch.float16)
+
+
+def test_left_to_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More rows than the kernels are for, inputs that tiles do not divide, a dtype that they do not take, rows that do
+    not begin at a multiple of 16 bytes, and none."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("not for the library")
+
+    monkeypatch.setattr(checks.triton_linear, "tiled_linear", refuse)
+    monkeypatch.setattr(checks.triton_linear, "few_rows_linear", refuse)
     checks.check_linear(260, 24, 64, True, torch.float16)
     checks.check_linear(7, 24, 72, True, torch.float16)
     checks.check_linear(130, 24, 64, True, torch.float32)
     checks.check_norm_gated_linear(260, 24, 64, torch.float16)
     checks.check_linear(0, 24, 64, True, torch.float32)
+    with pytest.raises(AssertionError, match="not for the library"):
+        checks.check_linear(7, 24, 64, True, torch.float16)
+    with pytest.raises(AssertionError, match="not for the library"):
+        checks.check_linear(1, 24, 64, True, torch.float16)
+
+
+def test_add_of_rows_that_do_not_begin_at_16_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    tiled = checks.triton_linear.tiled_linear
+    monkeypatch.setattr(checks.triton_linear, "tiled_linear", lambda *a, **k: calls.append(a) or tiled(*a, **k))
     checks.check_linear(7, 24, 64, True, torch.float16, between_rows=1)
+    assert len(calls) == 1, "the normed rows only, which lie end to end"

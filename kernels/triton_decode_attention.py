@@ -21,6 +21,7 @@ from kernels.triton_launch import (
     MAX_ARRIVALS,
     arrivals,
     dependent,
+    is_last_to_arrive,
     multiprocessors,
     prefetch_lines_to_l2,
     wait_for_previous,
@@ -317,11 +318,7 @@ def _decode_kernel(
         part_rows = (kv_head * items + item).to(tl.int64) * GROUP + row
         tl.store(parts + part_rows[:, None] * HEAD_DIM + lane[None, :], total, mask=whole)
         tl.store(part_scales + part_rows, largest + tl.log2(normaliser), mask=row < GROUP)
-        # all threads' parts are written before the release by the thread that counts; the last one acquires them all
-        tl.debug_barrier()
-        counter = arrived + kv_head * items + first_item
-        if tl.atomic_add(counter, 1, sem="acq_rel") == end_item - first_item - 1:
-            tl.store(counter, 0)
+        if is_last_to_arrive(arrived + kv_head * items + first_item, end_item - first_item):
             merged = _merged(
                 parts, part_scales, kv_head * items, first_item, end_item,
                 GROUP, GROUP_ROWS, HEAD_DIM, LANES, MERGED,

@@ -57,6 +57,18 @@ def arrivals(device: torch.device) -> Tensor:
 
 
 @triton.jit
+def is_last_to_arrive(counter, count):
+    """Called by `count` programs, each of which has written a part: true in the last one, which may read all parts,
+    from L2 (.cg), where the others' writes are. Leaves the counter at zero."""
+    # all threads' parts are written before the release by the thread that counts; the last one acquires them all
+    tl.debug_barrier()
+    is_last = tl.atomic_add(counter, 1, sem="acq_rel") == count - 1
+    if is_last:
+        tl.store(counter, 0)
+    return is_last
+
+
+@triton.jit
 def wait_for_previous(DEPENDENT: tl.constexpr):
     """Waits until all kernels before this one have ended, then lets the next one's programs start."""
     if DEPENDENT:

@@ -10,7 +10,8 @@ from kernels.triton_few_rows import few_rows_linear
 from kernels.triton_norm import rms_norm
 from kernels.triton_tiled_linear import suits_tiles, tiled_linear
 
-# Elements of a weight up to which the kernel of few rows is the fastest for more than one, measured on an H100.
+# Elements of a weight up to which own kernels are faster than the library's at more than one row, measured on an H100
+# (docs/kernels.md).
 _SMALL_WEIGHT = 1 << 23
 
 
@@ -19,12 +20,16 @@ def _few(x: Tensor, weight: Tensor) -> bool:
     return rows == 1 or (1 < rows <= triton_few_rows.MAX_ROWS and weight.numel() <= _SMALL_WEIGHT)
 
 
+def _tiled(x: Tensor, weight: Tensor) -> bool:
+    return weight.numel() <= _SMALL_WEIGHT and suits_tiles(x, weight)
+
+
 def norm_linear(x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`kernels.linear.norm_linear` for CUDA tensors; x's last dimension and the weight are contiguous."""
     if _few(x, weight):
         return few_rows_linear(x, weight, norm=norm, eps=eps, bias=bias)
     normed = rms_norm(x, norm, eps)
-    if suits_tiles(normed, weight):
+    if _tiled(normed, weight):
         return tiled_linear(normed, weight, bias=bias)
     return F.linear(normed, weight, bias)
 
@@ -34,7 +39,7 @@ def norm_gated_linear(x: Tensor, norm: Tensor, eps: float, gate_up: Tensor) -> T
     if _few(x, gate_up):
         return few_rows_linear(x, gate_up, norm=norm, eps=eps, gated=True)
     normed = rms_norm(x, norm, eps)
-    if suits_tiles(normed, gate_up):
+    if _tiled(normed, gate_up):
         return tiled_linear(normed, gate_up, gated=True)
     return silu_mul(F.linear(normed, gate_up))
 
@@ -44,7 +49,7 @@ def add_linear(residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None)
     this one, which may still run, must not write `residual`; it may write x."""
     if _few(x, weight):
         return few_rows_linear(x, weight, bias=bias, residual=residual)
-    if suits_tiles(x, weight):
+    if _tiled(x, weight):
         return tiled_linear(x, weight, bias=bias, residual=residual)
     residual.addmm_(x, weight.t())
     if bias is not None:

@@ -21,14 +21,13 @@ from kernels.triton_launch import (
     arrivals,
     dependent,
     is_hopper_or_later,
+    is_last_to_arrive,
     multiprocessors,
     shared_bytes,
     wait_for_previous,
 )
 
 MAX_ROWS = 256
-# Elements of a weight up to which tiles are faster than the library, measured on an H100 (docs/kernels.md).
-_SMALL_WEIGHT = 1 << 23
 _DTYPES = (torch.bfloat16, torch.float16)
 _TILE_ROWS = 64  # what one product instruction takes
 _OTHER_SHARED_BYTES = 27 << 10  # than for pipeline stages
@@ -111,10 +110,7 @@ def _tile_kernel(
         cell = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
         tile_parts = parts + tile.to(tl.int64) * (SPLITS * size) + cell
         tl.store(tile_parts + split * size, sums)
-        # all threads' parts are written before the release by the thread that counts; the last one acquires them all
-        tl.debug_barrier()
-        if tl.atomic_add(arrived + tile, 1, sem="acq_rel") == SPLITS - 1:
-            tl.store(arrived + tile, 0)
+        if is_last_to_arrive(arrived + tile, SPLITS):
             sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             for part in tl.static_range(SPLITS):
                 # .cg: from L2, where the other programs' writes are
@@ -156,13 +152,12 @@ def _tile(rows: int, outputs: int, inputs: int, gated: bool, device: torch.devic
 
 
 def suits_tiles(x: Tensor, weight: Tensor) -> bool:
-    """Whether `tiled_linear` takes these, and is the faster one."""
+    """Whether `tiled_linear` takes these."""
     rows, inputs = x.shape
     return (
         0 < rows <= MAX_ROWS
         and (x.is_cpu or is_hopper_or_later(x.device))
         and x.dtype in _DTYPES
-        and weight.numel() <= _SMALL_WEIGHT
         and inputs % 64 == 0
         and all(address % _ALIGNED == 0 for address in (x.data_ptr(), weight.data_ptr(), x.stride(0) * x.itemsize))
     )

@@ -127,7 +127,7 @@ def _ways() -> dict[str, tuple[tuple[object, str, object], ...]]:
     for tile in TILES:
         ways[str(tile)] = (
             (triton_linear, "_few", never),
-            (triton_tiled_linear, "_SMALL_WEIGHT", 1 << 62),
+            (triton_linear, "_SMALL_WEIGHT", 1 << 62),
             (triton_tiled_linear, "_tile", partial(always, tile)),
         )
     for decode_tile in DECODE_TILES:

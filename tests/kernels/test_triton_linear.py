@@ -42,8 +42,7 @@ def test_few_rows_of_many_inputs() -> None:
 
 
 def test_left_to_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    """More rows than the kernels are for, inputs that tiles do not divide, a dtype that they do not take, rows that do
-    not begin at a multiple of 16 bytes, and none."""
+    """More rows than the kernels are for, inputs that tiles do not divide, a dtype that they do not take, and none."""
 
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("not for the library")

@@ -11,6 +11,8 @@ from torch import Tensor
 from common.sequence import SequenceSpec
 
 COLUMNS = 7  # int32 values for each row; a seed takes two
+# Columns begin at multiples of so many values, 16 bytes: a kernel is compiled once more for pointers that do not.
+ALIGNMENT = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +28,8 @@ class Draws:
 
 
 def pack(specs: Sequence[SequenceSpec], rows: int) -> NDArray[np.int32]:
-    """One row for each prompt, and rows that are greedy for the rest; [rows * COLUMNS]."""
-    array = np.zeros((COLUMNS, rows), dtype=np.int32)
+    """One row for each prompt, and rows that are greedy for the rest; [size(rows)]."""
+    array = np.zeros((COLUMNS, _width(rows)), dtype=np.int32)
     params = [spec.sampling for spec in specs]
     count = len(specs)
     seeds = np.asarray([p.seed for p in params], dtype=np.uint64)
@@ -39,8 +41,18 @@ def pack(specs: Sequence[SequenceSpec], rows: int) -> NDArray[np.int32]:
     return array.reshape(-1)
 
 
-def views(array: Tensor) -> Draws:
-    """The draws in an array of `pack`, on whichever device."""
-    columns = array.view(COLUMNS, -1)
-    temperature, top_p, min_p = columns[2:5].view(torch.float32)
-    return Draws(columns[:2].reshape(-1).view(torch.int64), temperature, top_p, min_p, columns[5], columns[6])
+def size(rows: int) -> int:
+    """Values of an array for so many rows."""
+    return COLUMNS * _width(rows)
+
+
+def views(array: Tensor, rows: int) -> Draws:
+    """The draws in the first `size(rows)` values of an array of `pack`, on whichever device."""
+    columns = array[: size(rows)].view(COLUMNS, -1)
+    seeds = columns[:2].reshape(-1).view(torch.int64)
+    temperature, top_p, min_p = columns[2:5, :rows].view(torch.float32)
+    return Draws(seeds[:rows], temperature, top_p, min_p, columns[5, :rows], columns[6, :rows])
+
+
+def _width(rows: int) -> int:
+    return -(-rows // ALIGNMENT) * ALIGNMENT

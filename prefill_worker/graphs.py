@@ -58,7 +58,7 @@ class PrefillGraphs:
         self._hidden = torch.zeros(
             (self._rows[-1], forward.model.config.hidden_size), dtype=forward.pool.tensor.dtype, device=device
         )
-        self._draws = torch.zeros(self._rows[-1] * draws.COLUMNS, dtype=torch.int32, device=device)
+        self._draws = torch.zeros(draws.size(self._rows[-1]), dtype=torch.int32, device=device)
         self._forwards: dict[BatchShape, torch.cuda.CUDAGraph] = {}
         self._first_tokens: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._pool = torch.cuda.graph_pool_handle()
@@ -105,4 +105,4 @@ class PrefillGraphs:
 
     def _draw(self, forward: Forward, rows: int) -> Tensor:
         logits = forward.model.logits(self._hidden[:rows])
-        return forward.draw(logits, draws.views(self._draws[: rows * draws.COLUMNS]))
+        return forward.draw(logits, draws.views(self._draws, rows))

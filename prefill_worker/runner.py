@@ -73,7 +73,7 @@ class Runner:
         if self.graphs is not None and not special and not asks:
             return self.graphs.first_tokens(specs), None
         logits = self._parts.model.logits(hidden)
-        wanted = draws.views(to_device(draws.pack(specs, len(specs)), self._parts.device))
+        wanted = draws.views(to_device(draws.pack(specs, len(specs)), self._parts.device), len(specs))
         tokens = self._forward.draw(self._adjusted(special, logits, wanted.positions), wanted)
         return tokens, HostLogprobs(specs, logits, tokens) if asks else None
 

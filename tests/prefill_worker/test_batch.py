@@ -78,7 +78,7 @@ def test_draws_of_fewer_prompts_than_rows() -> None:
         SamplingParams(temperature=0.0, seed=3),
     ]
     specs = [spec([1] * (index + 4), BLOCK, sampling=sampling) for index, sampling in enumerate(params)]
-    wanted = draws.views(torch.from_numpy(draws.pack(specs, 4)))
+    wanted = draws.views(torch.from_numpy(draws.pack(specs, 4)), 4)
     assert wanted.seeds.tolist() == [-1, 3, 0, 0]
     assert wanted.temperature.tolist() == [0.5, 0, 0, 0]
     assert wanted.top_p.tolist() == [0.25, 1, 0, 0]

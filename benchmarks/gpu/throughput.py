@@ -1,5 +1,5 @@
-"""Output tokens per second of nano-vLLM's benchmark workload on one GPU: the engine in one process, and a cluster of
-router, prefill and decode worker over gRPC, whose workers share the GPU.
+"""Output tokens per second of nano-vLLM's benchmark workload on one GPU: the engine in one process, and over gRPC a
+cluster with one worker that does both, and one with a prefill and a decode worker that share the GPU.
 
     python -m benchmarks.gpu.throughput --out throughput.json
 """
@@ -11,7 +11,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from cyclopts import App
 
-from benchmarks.cluster import Cluster
+from benchmarks.cluster import Cluster, Flags
 from benchmarks.gpu import floors, models
 from benchmarks.gpu.timing import copy_bytes_per_second, gemm_operations_per_second
 from benchmarks.report import Figure, Report
@@ -52,6 +52,34 @@ class Sizes:
     decode_blocks: int
     max_batch: int
     max_batch_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Workers that share a GPU. `bounded`: they serve this workload best, so what is wanted is wanted of them."""
+
+    name: str
+    workers: Sequence[tuple[str, Flags]]
+    rounds: int
+    bounded: bool
+
+    @property
+    def hands_over(self) -> bool:
+        return len(self.workers) > 1
+
+
+def _one_worker(worker: Flags, sizes: Sizes) -> Layout:
+    """Prefills what it decodes, in chunks of a whole prefill batch: prompts go first, and nothing is handed over."""
+    own = {"prefill-tokens": MAX_LENGTH, "prefill-chunk-tokens": sizes.max_batch_tokens}
+    both = {"num-blocks": sizes.decode_blocks, "max-batch": sizes.max_batch, **own}
+    return Layout("one worker", [("decode_worker", {**worker, **both})], rounds=2, bounded=True)
+
+
+def _pair(worker: Flags, sizes: Sizes) -> Layout:
+    prefill = {"num-blocks": sizes.prefill_blocks, "max-batch-tokens": sizes.max_batch_tokens}
+    decode = {"num-blocks": sizes.decode_blocks, "max-batch": sizes.max_batch}
+    workers = [("prefill_worker", {**worker, **prefill}), ("decode_worker", {**worker, **decode})]
+    return Layout("pair", workers, rounds=1, bounded=False)
 
 
 def workload(requests: int, longest: int = 1024) -> list[Ask]:
@@ -97,8 +125,11 @@ def main(
         if "process" not in skip:
             report.section("in process", lambda: _apart(directory, device, asks, sizes, in_process))
         if "cluster" not in skip:
+            worker = {**models.worker(directory, device, MAX_LENGTH), "device": device}
             where = logs or Path(folder) / "logs"
-            report.section("cluster", lambda: _in_cluster(directory, device, asks, sizes, clients, in_process, where))
+            for layout in (_one_worker(worker, sizes), _pair(worker, sizes)):
+                cluster = partial(_in_cluster, layout, directory, asks, clients, in_process, where / layout.name)
+                report.section(layout.name, cluster)
     return report.finish()
 
 
@@ -160,27 +191,14 @@ def _run_in_process(directory: Path, device: str, asks: list[Ask], sizes: Sizes)
 
 
 def _in_cluster(
-    directory: Path,
-    device: str,
-    asks: list[Ask],
-    sizes: Sizes,
-    clients: int,
-    in_process: list[float],
-    logs: Path,
+    layout: Layout, directory: Path, asks: list[Ask], clients: int, in_process: list[float], logs: Path
 ) -> Iterator[Figure]:
     started = time.perf_counter()
-    worker = {**models.worker(directory, device, MAX_LENGTH), "device": device}
-    prefill = {"num-blocks": sizes.prefill_blocks, "max-batch-tokens": sizes.max_batch_tokens}
-    decode = {"num-blocks": sizes.decode_blocks, "max-batch": sizes.max_batch}
     with (
-        Cluster(
-            {"model": directory, "headroom-tokens": MAX_LENGTH},
-            [("prefill_worker", worker | prefill), ("decode_worker", worker | decode)],
-            logs,
-        ) as cluster,
+        Cluster({"model": directory, "headroom-tokens": MAX_LENGTH}, layout.workers, logs) as cluster,
         ProcessPoolExecutor(clients, multiprocessing.get_context("spawn")) as pool,
     ):
-        yield Figure("cluster: ready after", f"{time.perf_counter() - started:.1f} s")
+        yield Figure(f"{layout.name}: ready after", f"{time.perf_counter() - started:.1f} s")
         shares = [asks[first::clients] for first in range(clients)]
         tokens = sum(ask.output_tokens for ask in asks)
 
@@ -190,15 +208,18 @@ def _in_cluster(
             return time.perf_counter() - began
 
         ask_all([share[:4] for share in shares], "warm-up", stream=True)
-        yield from _idle_handover(cluster.target)
-        for round_ in range(2):
+        if layout.hands_over:
+            yield from _idle_handover(cluster.target)
+        for round_ in range(layout.rounds):
             for kind in ("Generate", "GenerateStream"):
+                what = f"{layout.name}, {kind}"
                 seconds = ask_all(shares, f"{kind} {round_}", stream=kind == "GenerateStream")
-                yield _against_floor(f"gRPC, {kind}", tokens, seconds, bounded=True)
+                yield _against_floor(what, tokens, seconds, bounded=layout.bounded)
                 if in_process:
                     rate = tokens / seconds
                     against = f"{in_process[0]:.0f} tok/s in process"
-                    yield Figure(f"gRPC, {kind}", f"{rate:.0f} tok/s", against, rate / in_process[0], CLUSTER_SHARE)
+                    share = CLUSTER_SHARE if layout.bounded else None
+                    yield Figure(what, f"{rate:.0f} tok/s", against, rate / in_process[0], share)
 
 
 def _ask_share(target: str, salt: str, stream: bool, asks: list[Ask]) -> None:

@@ -27,15 +27,33 @@ class HostCopy:
     """A device tensor on its way to the host; `get` waits for this copy alone."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self._arrived: torch.cuda.Event | None = None
         if tensor.device.type == "cpu":
             self._host = tensor
-            return
-        self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        self._host.copy_(tensor, non_blocking=True)
-        self._arrived = torch.cuda.current_stream().record_event()
+        else:
+            self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._host.copy_(tensor, non_blocking=True)
+        self._arrival = mark(tensor.device)
+
+    @property
+    def arrived(self) -> bool:
+        return self._arrival is None or bool(self._arrival.query())  # type: ignore[no-untyped-call]
 
     def get(self) -> Tensor:
-        if self._arrived is not None:
-            self._arrived.synchronize()
+        if self._arrival is not None:
+            self._arrival.synchronize()
         return self._host
+
+    def seconds_since(self, earlier: torch.cuda.Event | None) -> float:
+        """What the device took from `earlier`, a `mark`, to the arrival, which must be over; 0 on a CPU."""
+        if self._arrival is None or earlier is None:
+            return 0.0
+        return float(earlier.elapsed_time(self._arrival)) / 1000
+
+
+def mark(device: torch.device) -> torch.cuda.Event | None:
+    """A point of the current stream, in time: that behind everything launched so far. None on a CPU."""
+    if device.type == "cpu":
+        return None
+    event: torch.cuda.Event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    torch.cuda.current_stream().record_event(event)
+    return event

@@ -1,5 +1,5 @@
-"""The decode worker's loop: receive, take in KV that arrived, one turn of the batch, one chunk of own prompts; tell
-routers what they gave."""
+"""The decode worker's loop: receive, take in KV that arrived; when the next step is due, one chunk of own prompts and
+one turn of the batch; tell routers what they gave."""
 
 import time
 from collections import defaultdict
@@ -22,8 +22,10 @@ from prefill_worker.runner import FirstToken
 from twostroke.v1 import inference_pb2
 from twostroke.v1 import worker_pb2 as pb
 
-# How often the loop looks after KV on its way while no step runs that would bring it round anyway.
+# How often the loop looks after KV on its way while it has nothing else to do.
 PULL_POLL_SECONDS = 0.0002
+# How often it looks, while it need not launch the next step yet, whether the one that runs is over all the same.
+STEP_POLL_SECONDS = 0.001
 
 
 class Engine:
@@ -61,16 +63,24 @@ class Engine:
     def turn(self, draining: bool) -> None:
         self._receive(draining)
         self._finish_pulls()
-        self._tell(self._loop.turn())
+        if self._pause() > 0:
+            return  # who comes before the next step is launched is in it
         self._prefill()
+        self._tell(self._loop.turn())
+
+    def _pause(self) -> float:
+        """Seconds for which nothing but receiving is to be done."""
+        if self._own_prompts.busy:
+            return 0.0
+        pause = min(self._loop.spare_seconds(), STEP_POLL_SECONDS) if self._loop.busy else INTERVAL_SECONDS
+        return min(pause, PULL_POLL_SECONDS) if self._puller.busy else pause
 
     @property
     def _idle(self) -> bool:
         return not (self._scheduler.count or self._loop.busy or self._puller.busy or self._own_prompts.busy)
 
     def _receive(self, draining: bool) -> None:
-        pause = PULL_POLL_SECONDS if self._puller.busy else INTERVAL_SECONDS
-        for received in self._service.receive(0.0 if self._loop.busy or self._own_prompts.busy else pause):
+        for received in self._service.receive(self._pause()):
             if received.message is None:
                 for orphan in self._scheduler.of_connection(received.connection):
                     self._drop(orphan)
@@ -156,10 +166,11 @@ class Engine:
     def _prefill(self) -> None:
         if not self._own_prompts.busy:
             return
-        self._service.flush()  # the step's tokens need not wait for the chunk
+        self._service.flush()  # what is to be said need not wait for the chunk, nor the first tokens for a step
         for sequence, first in self._own_prompts.turn():
             self._announce(sequence, first)
             self._start(sequence)
+        self._service.flush()
 
     def _announce(self, sequence: Sequence, first: FirstToken) -> None:
         cached = self._take_in(sequence)

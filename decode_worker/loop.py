@@ -3,10 +3,12 @@
 Where sequences come from and who hears of their tokens is not known here; see engine.py for that.
 """
 
+import time
 from collections import deque
 from dataclasses import dataclass, field
 
 from common.worker_parts import WorkerParts
+from decode_worker.pace import Pace
 from decode_worker.runner import Runner, StepOutput
 from decode_worker.scheduler import Scheduler, Sequence, State
 from twostroke.v1 import worker_pb2 as pb
@@ -47,11 +49,19 @@ class DecodeLoop:
         self._in_flight: deque[Step] = deque()
         # On a GPU a step is launched before the one before it is read, so that the GPU never waits for Python.
         self._steps_ahead = 1 if parts.device.type == "cuda" else 0
+        self._pace = Pace()
 
     @property
     def busy(self) -> bool:
         """Whether the next turn has something to do."""
         return bool(self._batch) or bool(self._in_flight)
+
+    def spare_seconds(self) -> float:
+        """How long the next turn may wait, for sequences that its step can then take in, before the device waits for
+        it. To be asked again now and then: the step that runs may end sooner than is thought."""
+        if not (self._batch and self._in_flight) or self._in_flight[0].output.tokens.arrived:
+            return 0.0
+        return self._pace.spare(time.monotonic())
 
     def start(self, sequence: Sequence) -> bool:
         """A reserved sequence's KV and its first token are here. False where that token was its last one; then it is
@@ -91,6 +101,10 @@ class DecodeLoop:
 
     def _launch(self) -> Step:
         step = Step(tuple(self._batch.sequences), self.runner.launch())
+        if self._in_flight:
+            self._pace.launched(late=self._in_flight[-1].output.tokens.arrived)
+        else:
+            self._pace.begins(time.monotonic(), len(step.sequences))
         for sequence in step.sequences:
             sequence.kv_len += 1
             sequence.steps_in_flight += 1
@@ -99,9 +113,13 @@ class DecodeLoop:
         return step
 
     def _read(self, step: Step, turn: Turn) -> None:
+        tokens = step.output.tokens.get().tolist()
+        self._pace.ended(step.output.seconds)
+        if self._in_flight:
+            self._pace.begins(time.monotonic(), len(self._in_flight[0].sequences))
         logprobs = step.output.logprobs.read() if step.output.logprobs is not None else {}
         read = StepTokens([], [], [])
-        for row, (sequence, token) in enumerate(zip(step.sequences, step.output.tokens.get().tolist(), strict=True)):
+        for row, (sequence, token) in enumerate(zip(step.sequences, tokens, strict=True)):
             sequence.steps_in_flight -= 1
             if sequence.state is State.OVER:
                 self.scheduler.release_if_idle(sequence)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from common.device_io import HostCopy
+from common.device_io import HostCopy, mark
 from common.host_logprobs import HostLogprobs
 from common.special_sampling import AdjustedRows, TokenCounts, wants_adjusting, wants_logprobs, warm_up
 from common.worker_parts import WorkerParts
@@ -21,6 +21,12 @@ class StepOutput:
 
     tokens: HostCopy
     logprobs: HostLogprobs | None
+    beginning: torch.cuda.Event | None  # on the device's clock
+
+    @property
+    def seconds(self) -> float:
+        """What the step took, once its tokens are there."""
+        return self.tokens.seconds_since(self.beginning)
 
 
 class Runner:
@@ -57,10 +63,11 @@ class Runner:
     @torch.inference_mode()
     def launch(self) -> StepOutput:
         """One step of every sequence in the batch."""
+        beginning = mark(self.batch.state.tokens.device)
         self.batch.upload()
         rows = len(self.batch)
         if not self._slots and not self._asks:
-            return StepOutput(HostCopy(self._plain(rows)), None)
+            return StepOutput(HostCopy(self._plain(rows)), None, beginning)
         state = self.batch.state.first(rows)
         logits = self._logits(rows)
         if self._slots:
@@ -71,7 +78,8 @@ class Runner:
             tokens = self._stepper.sample(state, logits)
         self._stepper.advance(state, tokens)
         specs = [sequence.spec for sequence in self.batch.sequences]
-        return StepOutput(HostCopy(tokens), HostLogprobs(specs, logits, tokens) if self._asks else None)
+        logprobs = HostLogprobs(specs, logits, tokens) if self._asks else None
+        return StepOutput(HostCopy(tokens), logprobs, beginning)
 
     def _plain(self, rows: int) -> Tensor:
         if self.graphs is not None:

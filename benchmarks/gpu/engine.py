@@ -23,6 +23,7 @@ from benchmarks.in_process import spec
 from benchmarks.parts import LoadedModel, load_model, worker_parts
 from benchmarks.report import Figure, Report
 from common.worker_parts import WorkerParts
+from decode_worker.engine import STEP_POLL_SECONDS
 from decode_worker.loop import DecodeLoop
 from decode_worker.runner import Runner as DecodeRunner
 from decode_worker.scheduler import Sequence
@@ -215,7 +216,7 @@ def _decode_batch(
     in_loop, replayed = [], []
     for _ in range(ROUNDS):
         loop.turn()  # the GPU is busy when the measurement begins
-        in_loop.append(elapsed(device, partial(_repeat, loop.turn), idle=False) / STEPS)
+        in_loop.append(elapsed(device, partial(_repeat, partial(_turn, loop)), idle=False) / STEPS)
         with torch.inference_mode():
             runner.batch.state.lengths[:batch] -= STEPS
         replayed.append(elapsed(device, partial(_repeat, partial(_step, runner, batch)), idle=False) / STEPS)
@@ -249,6 +250,13 @@ def _sequence(index: int, length: int) -> Sequence:
     tokens = random.Random(index).choices(range(10_000), k=length)
     wanted = spec(tokens, length + ROUNDS * (STEPS + 1) + WARM_UP + 8, temperature=0.6, seed=index)
     return Sequence(index, 0, wanted, tokens)
+
+
+def _turn(loop: DecodeLoop) -> None:
+    """As the decode worker does it: the next step is launched when the one that runs is about to end."""
+    while spare := loop.spare_seconds():
+        time.sleep(min(spare, STEP_POLL_SECONDS))
+    loop.turn()
 
 
 def _step(runner: DecodeRunner, rows: int) -> None:

@@ -73,7 +73,7 @@ def test_decoding_goes_on_between_chunks(loaded: LoadedModel) -> None:
     one.tokens_of_step.clear()
     while prefilling not in one.outputs:
         one.turn()
-    assert one.tokens_of_step == [[decoding]] * 10
+    assert one.tokens_of_step == [[decoding]] * 9 + [[decoding, prefilling]], "who is there is in the next step"
     one.finish()
     assert (len(one.outputs[decoding]), len(one.outputs[prefilling])) == (30, 2)
 

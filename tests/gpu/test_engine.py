@@ -12,6 +12,7 @@ from benchmarks.in_process import InProcess, spec
 from benchmarks.parts import LoadedModel, load_model, worker_parts
 from common.sampling import SamplingParams
 from common.sequence import SequenceSpec
+from decode_worker.pace import Pace
 from tests.gpu import tiny_models
 from tests.gpu.greedy import DEVICE, LENGTHS, assert_greedy, gaps, reference, text
 from tests.one_worker import OneWorker
@@ -141,6 +142,14 @@ def test_no_request_waits_for_a_kernel_to_be_compiled(smollm2: Path, monkeypatch
     one.run(special[:1])
     one.run([*plain, *special])
     assert missing == []
+
+
+@pytest.mark.parametrize("spare", [0.0, 1.0], ids=["launched at once", "when the step before is over"])
+def test_when_steps_are_launched_changes_no_token(smol: Engines, monkeypatch: pytest.MonkeyPatch, spare: float) -> None:
+    monkeypatch.setattr(Pace, "spare", lambda self, now: spare)
+    asked = text(smol.directory, SOME_LENGTHS)
+    one = OneWorker(worker_parts(smol.loaded, 256), chunk_tokens=100)
+    assert_greedy(smol.directory, asked, one.run(greedy(asked, 32)), 32)
 
 
 @pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "eager"])

@@ -80,10 +80,10 @@ class ServeConfig(SecurityConfig):
     """Most sequences that a decode worker decodes together."""
 
     prefill_tokens: int | None = None
-    """Prompts that lack at most so many tokens in a decode worker's cache are prefilled there."""
+    """Prompts with at most this many tokens uncached on the decode worker are prefilled there, without a hand-over."""
 
     prefill_overflow_tokens: int | None = None
-    """Prompts that lack at most so many are prefilled there while all prefill workers have enough to do."""
+    """Prompts with at most this many uncached tokens are prefilled there while all prefill workers are busy."""
 
     prefill_chunk_tokens: int | None = None
     """Most tokens of prompts that a decode worker computes between two decode steps."""

@@ -13,12 +13,12 @@ class DecodeConfig(WorkerConfig):
     """Most sequences that are decoded together."""
 
     prefill_tokens: int = 0
-    """Prompts that lack at most so many tokens in this worker's cache are prefilled here and not handed over, and any
-    prompt while there is no prefill worker."""
+    """Prompts with at most this many tokens uncached on this worker are prefilled here, without a hand-over; any prompt
+    is, while there is no prefill worker."""
 
     prefill_overflow_tokens: int = 0
-    """Prompts that lack at most so many are prefilled here while all prefill workers have enough to do, one at a time.
-    0, here and for --prefill-tokens: none, ever."""
+    """Prompts with at most this many uncached tokens are prefilled here, one at a time, while all prefill workers are
+    busy. 0, here and for --prefill-tokens: none, ever."""
 
     prefill_chunk_tokens: int = 512
     """Most tokens of prompts that are computed here between two decode steps."""

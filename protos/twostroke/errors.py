@@ -19,7 +19,7 @@ class InvalidArgument(TwostrokeError, ValueError):
 
 
 class Overloaded(TwostrokeError):
-    """The router's queue is full: try again later, or elsewhere."""
+    """The router's queue is full, or a limit is reached: the message says which. Mostly worth trying again later."""
 
 
 class Unavailable(TwostrokeError):

@@ -5,7 +5,7 @@ The public contract of a Twostroke router.
 
 Errors are gRPC status codes with a sentence a person can act on:
   INVALID_ARGUMENT    a field is wrong; the message names the field and the limit
-  RESOURCE_EXHAUSTED  the queue is full; try again later
+  RESOURCE_EXHAUSTED  the queue is full, or a limit is reached, as the message says; mostly worth trying again later
   UNAVAILABLE         no worker could serve the request; safe to retry
   DEADLINE_EXCEEDED, CANCELLED, UNAUTHENTICATED as everywhere in gRPC
 An error is never hidden inside a successful answer.

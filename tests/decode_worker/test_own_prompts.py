@@ -11,6 +11,7 @@ from benchmarks.in_process import spec
 from benchmarks.parts import LoadedModel, worker_parts
 from common.block_pool import BlockPool
 from common.sequence import SequenceSpec
+from decode_worker.loop import DecodeLoop
 from decode_worker.scheduler import State
 from kernels.ops import REFERENCE
 from tests.common import hf_models
@@ -76,6 +77,27 @@ def test_decoding_goes_on_between_chunks(loaded: LoadedModel) -> None:
     assert one.tokens_of_step == [[decoding]] * 9 + [[decoding, prefilling]], "who is there is in the next step"
     one.finish()
     assert (len(one.outputs[decoding]), len(one.outputs[prefilling])) == (30, 2)
+
+
+def test_who_comes_before_a_step_is_launched_is_in_it(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    first_prompt, second_prompt = prompts((4, 9))
+    one = worker(loaded)
+    first = one.ask(greedy(first_prompt, 30))
+    one.turn()
+    one.turn()  # that there is no other prompt is known now
+    monkeypatch.setattr(DecodeLoop, "spare_seconds", lambda _: 0.005 if one.scheduler.running_count else 0.0)
+    one.tokens_of_step.clear()
+    one.turn()
+    assert one.tokens_of_step == [], "the step that runs has a while to go"
+    second = one.ask(greedy(second_prompt, 30))
+    one.turn()
+    assert one.tokens_of_step == [[first, second]]
+    one.cancel(first)
+    one.turn()
+    assert one.scheduler.get(first) is None, "whoever leaves is heard meanwhile"
+    monkeypatch.undo()
+    one.finish()
+    assert len(one.outputs[second]) == 30
 
 
 def test_the_blocks_that_were_reserved_are_those_it_decodes_in(loaded: LoadedModel) -> None:

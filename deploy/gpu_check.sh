@@ -4,8 +4,8 @@
 # Settings, as environment variables:
 #   PYTHON    the Python that has torch, triton and cupy (python3)
 #   STEPS     what to run, of: kernels-tests engine-tests kernels handover engine interference throughput;
-#             and of those that need two GPUs, and are run only where they are asked for: crossover (2 minutes),
-#             goodput and goodput-long (8 to 10 minutes each)
+#             and of those that are run only where they are asked for: memcheck, which needs compute-sanitizer, and with
+#             two GPUs crossover (2 minutes), goodput and goodput-long (8 to 10 minutes each)
 #   TWOSTROKE_TEST_MODEL    SmolLM2-135M-Instruct as a directory or GGUF, where its package is not installed
 # Each step has a time limit, and the next one runs whatever became of it. Exit code 1: a step failed.
 set -uo pipefail
@@ -36,6 +36,7 @@ parallel=()
 "$python" -c "import xdist" 2>/dev/null && parallel=(-n 8)
 run kernels-tests 150 "$python" -m pytest -q --maxfail 20 --timeout 120 "${parallel[@]}" tests/kernels
 run engine-tests 240 "$python" -m pytest -q --timeout 180 "${parallel[@]}" tests/gpu
+run memcheck 400 "$python" -m tests.gpu.memcheck
 run kernels 120 "$python" -m benchmarks.gpu.kernels "$out/kernels.json"
 run handover 60 "$python" -m benchmarks.gpu.handover "$out/handover.json"
 run engine 210 "$python" -m benchmarks.gpu.engine --out "$out/engine.json"

@@ -1,0 +1,81 @@
+"""Every Triton kernel at small odd sizes under compute-sanitizer's memcheck, each in a process of its own.
+
+python -m tests.gpu.memcheck            all of them, side by side; exit code 1 where one has errors or does not end
+python -m tests.gpu.memcheck KERNEL     the calls alone, for the sanitizer to look at
+"""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+TIMEOUT = 150  # seconds; compiling included, on a core that others use
+PROCESSES = 8
+
+
+def _calls() -> dict[str, Callable[[], object]]:
+    import torch
+
+    from tests.kernels import checks
+    from tests.kernels.inputs import DEVICE, randn
+
+    dtype = torch.float16
+
+    def sample() -> None:
+        logits = randn(6, 1003, dtype=dtype) * 4
+        temperature = torch.tensor([0, 0.7, 1, 1, 1.3, 1], device=DEVICE)
+        top_k = torch.tensor([0, 5, 0, 50, 0, 0], dtype=torch.int32, device=DEVICE)
+        top_p = torch.tensor([1, 1, 0.9, 0.8, 1, 1], device=DEVICE)
+        min_p = torch.tensor([0, 0, 0, 0, 0.05, 0], device=DEVICE)
+        numbers = torch.arange(6, device=DEVICE)
+        checks.check_sample(logits, temperature, top_k, top_p, min_p, numbers, numbers.int())
+
+    def decode() -> None:
+        checks.check_decode_attention((1, 17, 100, 333), 8, 2, 64, 16, dtype, with_norm=True)
+        checks.check_decode_attention((700,), 16, 8, 128, 16, dtype)
+
+    return {
+        "_plan_kernel": decode,
+        "_decode_kernel": decode,
+        "_prefill_kernel": lambda: checks.check_prefill_attention((33, 1, 70), (50, 17, 70), 8, 2, 64, 16, dtype),
+        "_chunk_kernel": sample,
+        "_draw_kernel": sample,
+        "_few_rows_kernel": lambda: checks.check_linear(3, 100, 576, True, dtype),
+        "_tile_kernel": lambda: (
+            checks.check_linear(70, 1000, 192, True, dtype),
+            checks.check_norm_gated_linear(5, 96, 576, dtype),
+        ),
+        "_rope_write_kernel": lambda: checks.check_rope_write_kv(37, 8, 2, 64, 16, True, dtype),
+        "_rms_norm_kernel": lambda: checks.check_rms_norm(5, 576, dtype),
+        "_silu_mul_kernel": lambda: checks.check_silu_mul(5, 1536, dtype),
+        "_locate_kernel": lambda: checks.check_step(37, 16),
+        "_advance_kernel": lambda: checks.check_step(37, 16),
+    }
+
+
+def _under_memcheck(kernel: str) -> tuple[bool, str]:
+    command = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", "--kernel-name", f"kns={kernel}"]
+    command += [sys.executable, "-m", "tests.gpu.memcheck", kernel]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    except subprocess.TimeoutExpired:
+        return False, f"did not end within {TIMEOUT} s"
+    lines = (done.stdout + done.stderr).strip().splitlines()
+    summary = next((line for line in lines if "ERROR SUMMARY" in line), " ".join(lines[-3:]))
+    return done.returncode == 0, summary
+
+
+def main(arguments: list[str]) -> int:
+    if arguments:
+        _calls()[arguments[0]]()
+        return 0
+    kernels = list(_calls())
+    with ThreadPoolExecutor(PROCESSES) as pool:
+        results = dict(zip(kernels, pool.map(_under_memcheck, kernels), strict=True))
+    for kernel, (clean, summary) in results.items():
+        print(f"{kernel:20} {'clean' if clean else 'NOT CLEAN':10} {summary}")
+    return 0 if all(clean for clean, _ in results.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

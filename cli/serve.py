@@ -17,14 +17,16 @@ from types import FrameType
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
+from cyclopts.types import NonNegativeFloat, NonNegativeInt, Port, PositiveFloat, PositiveInt
 
 from cli.children import Child
 from common import cluster_secret
+from common.addresses import Listen
 from common.security_config import SecurityConfig, SettingsError, TlsConfig
 from common.tls import channel_credentials
 from decode_worker.config import DecodeConfig
 from prefill_worker.config import PrefillConfig
-from router.config import RouterConfig
+from router.config import RouterConfig, Silence
 from twostroke import Client, TwostrokeError
 
 POLL_SECONDS = 0.1
@@ -37,16 +39,16 @@ HURRY_SECONDS = 3.0
 class ServeConfig(SecurityConfig):
     """What `serve` passes on: to each part, the flags that it knows by the same name and that are set."""
 
-    prefill_workers: int = 1
+    prefill_workers: NonNegativeInt = 1
     """Number of prefill workers. 0: the decode workers prefill, which --prefill-tokens must allow."""
 
-    decode_workers: int = 1
+    decode_workers: PositiveInt = 1
     """Number of decode workers."""
 
     devices: tuple[str, ...] = ("auto",)
     """Devices of the workers, prefill workers first, in turn: cpu, cuda or cuda:N."""
 
-    listen: str = "127.0.0.1:8600"
+    listen: Listen = "127.0.0.1:8600"
     """Address to serve at, host:port. Port 0 picks a free one."""
 
     api_keys: Path | None = None
@@ -61,58 +63,58 @@ class ServeConfig(SecurityConfig):
     load_format: Literal["auto", "dummy"] | None = None
     """dummy: random weights for the model's config.json, for benchmarks."""
 
-    block_size: int | None = None
+    block_size: PositiveInt | None = None
     """Tokens in a KV block."""
 
-    num_blocks: int | None = None
+    num_blocks: PositiveInt | None = None
     """KV blocks of each worker. Not set: as many as fit the memory that is free."""
 
-    max_length: int | None = None
+    max_length: PositiveInt | None = None
     """Tokens of the longest sequence, prompt and output together. Not set: the model's context length."""
 
-    max_batch_tokens: int | None = None
+    max_batch_tokens: PositiveInt | None = None
     """Most tokens in one forward pass of a prefill worker."""
 
-    lease_seconds: float | None = None
+    lease_seconds: PositiveFloat | None = None
     """Seconds that a prefill worker holds a finished prompt's blocks for a decode worker."""
 
-    max_batch: int | None = None
+    max_batch: PositiveInt | None = None
     """Most sequences that a decode worker decodes together."""
 
-    prefill_tokens: int | None = None
+    prefill_tokens: NonNegativeInt | None = None
     """Prompts with at most this many tokens uncached on the decode worker are prefilled there, without a hand-over."""
 
-    prefill_overflow_tokens: int | None = None
+    prefill_overflow_tokens: NonNegativeInt | None = None
     """Prompts with at most this many uncached tokens are prefilled there while all prefill workers are busy."""
 
-    prefill_chunk_tokens: int | None = None
+    prefill_chunk_tokens: PositiveInt | None = None
     """Most tokens of prompts that a decode worker computes between two decode steps."""
 
-    headroom_tokens: int | None = None
+    headroom_tokens: NonNegativeInt | None = None
     """Room for output that a request's first attempt reserves on a decode worker, in tokens."""
 
-    max_queue: int | None = None
+    max_queue: PositiveInt | None = None
     """Most requests that wait for a worker."""
 
-    max_resumes: int | None = None
+    max_resumes: NonNegativeInt | None = None
     """Times that a request may lose a worker or its KV and go on."""
 
-    worker_grace: float | None = None
+    worker_grace: NonNegativeFloat | None = None
     """Seconds that requests wait for a worker of a role that has none."""
 
-    worker_silence_seconds: float | None = None
+    worker_silence_seconds: Silence | None = None
     """Seconds without a word from a worker's engine after which its requests go on elsewhere."""
 
-    drain_seconds: float | None = None
+    drain_seconds: NonNegativeFloat | None = None
     """Seconds that running requests get to finish after Ctrl-C."""
 
     transport: Literal["auto", "shm", "cuda_ipc"] | None = None
     """How KV goes from prefill to decode workers. auto: cuda_ipc on a GPU, shm on a CPU."""
 
-    threads: int | None = None
+    threads: PositiveInt | None = None
     """CPU threads of each worker."""
 
-    metrics_port: int | None = None
+    metrics_port: Port | None = None
     """Port of the router's Prometheus metrics; the workers take those after it. Not set: none are served."""
 
     otlp_endpoint: str | None = None

@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from cyclopts.types import NonNegativeFloat, Port, PositiveInt
+
+from common.addresses import Listen, Target
 from common.security_config import SecurityConfig
 
 
@@ -22,38 +25,38 @@ class WorkerConfig(SecurityConfig):
     load_format: Literal["auto", "dummy"] = "auto"
     """dummy: random weights for the model's config.json, for benchmarks."""
 
-    listen: str = "127.0.0.1:0"
+    listen: Listen = "127.0.0.1:0"
     """Address to serve routers at, host:port. Port 0 picks a free one."""
 
-    advertise: str | None = None
+    advertise: Target | None = None
     """Address that routers are told, host:port. Not set: that of `listen`, with the port it got."""
 
-    router: tuple[str, ...] = ()
+    router: tuple[Target, ...] = ()
     """Addresses of routers to register with, host:port. None: a router has this worker's address in its settings."""
 
     insecure: bool = False
     """Listen where other machines reach it, though neither a secret nor certificates keep out who is not a router."""
 
-    block_size: int = 16
+    block_size: PositiveInt = 16
     """Tokens in a KV block. Equal on all workers of a cluster."""
 
-    num_blocks: int | None = None
+    num_blocks: PositiveInt | None = None
     """KV blocks in the pool. Not set: as many as fit the memory that is free."""
 
-    max_length: int | None = None
+    max_length: PositiveInt | None = None
     """Tokens of the longest sequence, prompt and output together. Not set: the model's context length, or the whole
     pool where that is less."""
 
     transport: Literal["auto", "shm", "cuda_ipc"] = "auto"
     """How KV goes from prefill to decode workers. auto: cuda_ipc on a GPU, shm on a CPU."""
 
-    threads: int | None = None
+    threads: PositiveInt | None = None
     """CPU threads of torch. Not set: torch's own choice."""
 
-    drain_seconds: float = 30.0
+    drain_seconds: NonNegativeFloat = 30.0
     """Seconds that running requests get to finish after SIGTERM."""
 
-    metrics_port: int | None = None
+    metrics_port: Port | None = None
     """Port of Prometheus metrics, on the host of `listen`. Not set: none are served."""
 
     otlp_endpoint: str | None = None

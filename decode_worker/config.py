@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from cyclopts.types import NonNegativeInt, PositiveInt
+
 from common.config import WorkerConfig
 
 
@@ -9,16 +11,16 @@ from common.config import WorkerConfig
 class DecodeConfig(WorkerConfig):
     """Settings of a decode worker."""
 
-    max_batch: int = 64
+    max_batch: PositiveInt = 64
     """Most sequences that are decoded together."""
 
-    prefill_tokens: int = 0
+    prefill_tokens: NonNegativeInt = 0
     """Prompts with at most this many tokens uncached on this worker are prefilled here, without a hand-over; any prompt
     is, while there is no prefill worker."""
 
-    prefill_overflow_tokens: int = 0
+    prefill_overflow_tokens: NonNegativeInt = 0
     """Prompts with at most this many uncached tokens are prefilled here, one at a time, while all prefill workers are
     busy. 0, here and for --prefill-tokens: none, ever."""
 
-    prefill_chunk_tokens: int = 512
+    prefill_chunk_tokens: PositiveInt = 512
     """Most tokens of prompts that are computed here between two decode steps."""

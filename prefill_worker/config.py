@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from cyclopts.types import PositiveFloat, PositiveInt
+
 from common.config import WorkerConfig
 
 
@@ -9,9 +11,9 @@ from common.config import WorkerConfig
 class PrefillConfig(WorkerConfig):
     """Settings of a prefill worker."""
 
-    max_batch_tokens: int = 2048
+    max_batch_tokens: PositiveInt = 2048
     """Most tokens in one forward pass; longer prompts are cut into chunks."""
 
-    lease_seconds: float = 30.0
+    lease_seconds: PositiveFloat = 30.0
     """Seconds that a finished prompt's blocks are held for a decode worker: long enough for a busy one to take them,
     short enough that blocks come home when nobody does."""

@@ -2,9 +2,17 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
+from cyclopts import Parameter
+from cyclopts.types import NonNegativeFloat, NonNegativeInt, Port, PositiveInt
+from cyclopts.validators import Number
+
+from common.addresses import Listen, Target
 from common.security_config import SecurityConfig
+
+# Of a worker's engine: one that says something every second must not be taken for lost in between.
+Silence = Annotated[float, Parameter(validator=Number(gt=1))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,39 +22,39 @@ class RouterConfig(SecurityConfig):
     model: str = "SmolLM2-135M-Instruct"
     """Model whose tokenizer and chat template are used: the embedded one's name, or a local Hugging Face directory."""
 
-    listen: str = "127.0.0.1:8600"
+    listen: Listen = "127.0.0.1:8600"
     """Address to serve at, host:port. Port 0 picks a free one."""
 
-    prefill: tuple[str, ...] = ()
+    prefill: tuple[Target, ...] = ()
     """Addresses of prefill workers, host:port. A DNS name stands for all addresses behind it, now and later."""
 
-    decode: tuple[str, ...] = ()
+    decode: tuple[Target, ...] = ()
     """Addresses of decode workers, host:port. A DNS name stands for all addresses behind it, now and later."""
 
     api_keys: Path | None = None
     """File of the callers' API keys, as `twostroke key` makes them. Set: nobody is served without one. Read again
     when it changes."""
 
-    max_queue: int = 1024
+    max_queue: PositiveInt = 1024
     """Most requests that wait for a worker; one more is answered with RESOURCE_EXHAUSTED."""
 
-    headroom_tokens: int = 256
+    headroom_tokens: NonNegativeInt = 256
     """Tokens of output that a first attempt reserves room for. More of them: fewer preemptions, smaller batches."""
 
-    max_resumes: int = 3
+    max_resumes: NonNegativeInt = 3
     """Times that a request survives a lost worker or lost KV; once more is UNAVAILABLE. Preemptions don't count."""
 
-    worker_grace: float = 1.5
+    worker_grace: NonNegativeFloat = 1.5
     """Seconds that requests wait for a worker of a role that has none; then they are answered with UNAVAILABLE."""
 
-    worker_silence_seconds: float = 30.0
+    worker_silence_seconds: Silence = 30.0
     """Seconds without a word from a worker's engine, which says something every second between batches, after which the
     worker is taken for lost, and its requests go on elsewhere. Longer than the slowest batch of prompts takes."""
 
-    drain_seconds: float = 10.0
+    drain_seconds: NonNegativeFloat = 10.0
     """Seconds that running requests get to finish after SIGTERM or Ctrl-C."""
 
-    metrics_port: int | None = None
+    metrics_port: Port | None = None
     """Port of Prometheus metrics, on the host of `listen`. Not set: none are served."""
 
     otlp_endpoint: str | None = None

@@ -104,7 +104,12 @@ class Dispatcher:
         those go on that need none, as long as decode has room for that one, too: they can't keep it waiting."""
         passed = 0
         while passed <= MOST_PASSED and (request := self._queue.at(passed)) is not None:
-            missing = self._place(request)
+            try:
+                missing = self._place(request)
+            except Exception:  # a fault of the router: it costs this request, and neither the others nor any block
+                log.exception("cannot be placed", request_id=request.id, choice=request.index)
+                self._give_up(request)
+                continue
             if missing is None:
                 continue
             if missing == DECODE or not any(worker.can_prefill for worker in self.workers.of(DECODE)):
@@ -133,15 +138,18 @@ class Dispatcher:
         self._begin(request, prefill, decode, headroom)
         return None
 
+    def _give_up(self, request: Request) -> None:
+        if request.attempt is not None:
+            self._close(request.attempt, "failed", "a fault of the router")
+        elif request.state is State.QUEUED:
+            self._take_out(request)
+        sentence = "a fault of the router; its log says more"
+        request.end(State.FAILED, CallError(grpc.StatusCode.INTERNAL, sentence))
+
     def _begin(self, request: Request, prefill: Worker | None, decode: Worker | None, headroom: int) -> None:
-        self._take_out(request)
         computing = prefill or decode
         assert computing is not None
-        now = time.monotonic()
-        request.state = State.DISPATCHED
-        request.timing.queued_ms += 1000 * (now - request.queued_at)
         request.attempts += 1
-        self._running += 1
         attempt = Attempt(
             id=next(self._attempt_ids),
             request=request,
@@ -153,8 +161,12 @@ class Dispatcher:
             length=request.length,
             trace=_trace_attempt(request, prefill, decode),
         )
-        request.attempt = attempt
         sequence, traceparent = sequence_of(request, self.workers.all()[0].hello), attempt.trace.traceparent
+        self._take_out(request)
+        request.attempt = attempt
+        request.state = State.DISPATCHED
+        request.timing.queued_ms += 1000 * (attempt.dispatched_at - request.queued_at)
+        self._running += 1
         if prefill is not None:
             prefill.begin(attempt)
             prefill.send_prefill(worker_pb2.Prefill(attempt_id=attempt.id, sequence=sequence, traceparent=traceparent))

@@ -107,10 +107,12 @@ class Registry:
     # ------------------------------------------------------------ addresses
 
     async def _look_up(self) -> None:
-        for name, role in self._named:
-            for address in await _addresses(name):
-                self._heard_of[address, role] = time.monotonic()
-                self._keep_link((address, role))
+        await asyncio.gather(*(self._look_up_one(name, role) for name, role in self._named))
+
+    async def _look_up_one(self, name: str, role: Role) -> None:
+        for address in await _addresses(name):
+            self._heard_of[address, role] = time.monotonic()
+            self._keep_link((address, role))
 
     def _keep_link(self, key: tuple[str, Role]) -> None:
         if key not in self._links:
@@ -156,7 +158,7 @@ async def _addresses(name: str) -> list[str]:
             return [name]
     try:
         found = await asyncio.get_running_loop().getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # a name that cannot even be asked for is a UnicodeError
         log.warning("cannot look up", name=name, reason=str(error))
         return []
     return sorted({f"[{ip}]:{port}" if ":" in str(ip) else f"{ip}:{port}" for ip in (entry[4][0] for entry in found)})

@@ -108,9 +108,9 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                 Answer(choice, job, self._tokenizer, self._model.eos_token_ids, self._metrics) for choice in requests
             ]
             self._dispatcher.submit(requests)
-            self._metrics.prompt_tokens.inc(len(token_ids))
-            caller.spend(len(token_ids))
             try:
+                self._metrics.prompt_tokens.inc(len(token_ids))
+                caller.spend(len(token_ids))
                 info = pb.PromptInfo(request_id=job.request_id, prompt_tokens=len(token_ids), seed=job.seed)
                 yield pb.GenerateChunk(prompt=info)
                 unfinished = job.n

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import pytest
 
@@ -193,3 +195,20 @@ def test_flags_are_passed_on_to_who_knows_them() -> None:
     assert router.command[1:3] == ["-m", "router"]
     assert set(router.command[3:]) == {"--listen=a:1", "--model=m", "--max-queue=2"}
     assert set(worker.command[3:]) == {"--listen=b:0", "--model=m", "--max-batch=4", "--device=cuda:1"}
+
+
+def test_a_flag_has_the_same_range_as_that_of_the_part() -> None:
+    here = get_type_hints(ServeConfig, include_extras=True)
+    for settings in (RouterConfig, PrefillConfig, DecodeConfig):
+        there = get_type_hints(settings, include_extras=True)
+        for name in here.keys() & there.keys():
+            assert _set(here[name]) == _set(there[name]), name
+
+
+def _set(kind: Any) -> tuple[object, ...]:
+    """The kind, without the None that stands for not set."""
+    return (
+        tuple(one for one in get_args(kind) if one is not NoneType)
+        if get_origin(kind) in (Union, UnionType)
+        else (kind,)
+    )

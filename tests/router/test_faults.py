@@ -11,10 +11,11 @@ from typing import Any
 import grpc
 import pytest
 
+from router import choose, dispatcher
 from router.worker import REFUSAL_PAUSE
 from tests.router.cluster import PROMPT, Cluster, cluster, eventually, expected, request
 from tests.router.fake_worker import DECODE, PREFILL, Ended, FakeWorker, Script
-from twostroke.v1 import inference_pb2
+from twostroke.v1 import inference_pb2, worker_pb2
 
 Cause = Ended.Cause.ValueType
 
@@ -426,3 +427,20 @@ async def test_many_at_once_with_everything_going_wrong(model: Path) -> None:
         answers = await asyncio.gather(*(it.generate(prompt=prompt, max_tokens=30) for prompt in prompts))
         for prompt, answer in zip(prompts, answers, strict=True):
             assert list(answer.choices[0].token_ids) == expected(30, prompt)
+
+
+@pytest.mark.parametrize("at", ["decode_worker", "sequence_of", "Reserve"])
+async def test_a_fault_of_the_router_costs_one_request_and_no_block(
+    model: Path, at: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fault(*_: object, **__: object) -> None:
+        raise ValueError("a fault")
+
+    async with cluster(model, decodes=[Script(step_seconds=0.05)]) as it:
+        where = {"decode_worker": choose, "sequence_of": dispatcher, "Reserve": worker_pb2}[at]
+        with monkeypatch.context() as patch:
+            patch.setattr(where, at, fault)
+            error = await failing(it, n=2, max_tokens=500)
+        assert error.code() == grpc.StatusCode.INTERNAL
+        await eventually(it.nothing_held)
+        assert list((await it.generate()).choices[0].token_ids) == expected(8)

@@ -1,11 +1,14 @@
 """Who is let in as a worker, and how workers are found."""
 
+import asyncio
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
 from structlog.testing import capture_logs
 
+from router import registry
 from tests.router.cluster import cluster, eventually, expected
 from tests.router.fake_worker import DECODE, PREFILL, FakeWorker
 from twostroke.v1 import worker_pb2, worker_pb2_grpc
@@ -51,12 +54,12 @@ async def test_a_worker_is_connected_under_one_address_only(model: Path) -> None
 
 async def test_workers_that_make_themselves_known_are_used(model: Path) -> None:
     async with cluster(model, prefills=[], decodes=[], worker_grace=5) as it:
-        registry = worker_pb2_grpc.RegistryStub(it.channel)
+        stub = worker_pb2_grpc.RegistryStub(it.channel)
         for role, workers in ((PREFILL, it.prefills), (DECODE, it.decodes)):
             worker = FakeWorker(role)
             workers.append(worker)
             message = worker_pb2.RegisterRequest(address=await worker.start(), instance=worker.instance, role=role)
-            assert (await registry.Register(message)).interval_ms == 2000
+            assert (await stub.Register(message)).interval_ms == 2000
         assert list((await it.generate()).choices[0].token_ids) == expected(8)
 
 
@@ -82,3 +85,38 @@ async def test_a_wrong_registration_is_refused(model: Path, address: str, role: 
         with pytest.raises(grpc.aio.AioRpcError, match=sentence) as refused:
             await worker_pb2_grpc.RegistryStub(it.channel).Register(message)
         assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+
+
+@pytest.mark.parametrize("name", [".svc:8601", "decode:port", "no.such.host.invalid:8601"])
+async def test_a_name_that_cannot_be_looked_up_costs_no_other_worker(
+    model: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "DNS_INTERVAL", 0.05)
+    with capture_logs() as logs:
+        async with cluster(model) as it:
+            it.router.registry._named.insert(0, (name, DECODE))
+            await eventually(lambda: sum(entry["event"] == "cannot look up" for entry in logs) >= 2)
+            assert list((await it.generate()).choices[0].token_ids) == expected(8)
+            assert len(it.router.dispatcher.workers.all()) == 2
+
+
+async def test_a_name_is_looked_up_until_it_is_there(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "DNS_INTERVAL", 0.05)
+    loop = asyncio.get_running_loop()
+    async with cluster(model, decodes=[], ready=False, worker_grace=5) as it:
+        worker = FakeWorker(DECODE)
+        it.decodes.append(worker)
+        port = int((await worker.start()).rpartition(":")[2])
+        tries = 0
+
+        async def getaddrinfo(host: str, asked: int, **_: Any) -> list[Any]:
+            nonlocal tries
+            tries += 1
+            if tries < 3:
+                raise OSError("not yet")
+            return [(None, None, None, "", ("127.0.0.1", asked))]
+
+        monkeypatch.setattr(loop, "getaddrinfo", getaddrinfo)
+        it.router.registry._named.append((f"decode:{port}", DECODE))
+        assert list((await it.generate()).choices[0].token_ids) == expected(8)
+        assert tries >= 3

@@ -1,0 +1,34 @@
+"""Addresses in settings, host:port, checked when they are read."""
+
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+
+def check_listen(_type: Any, address: str) -> None:
+    """Raises ValueError, with a sentence, for what cannot be listened on. Port 0 stands for a free one."""
+    _check(address, lowest_port=0)
+
+
+def check_target(_type: Any, address: str | None) -> None:
+    """Raises ValueError, with a sentence, for what cannot be called. None: no address is set."""
+    if address is not None:
+        _check(address, lowest_port=1)
+
+
+def _check(address: str, lowest_port: int) -> None:
+    if address.startswith(("unix:", "unix-abstract:")):
+        return
+    host, _, port = address.rpartition(":")
+    if not (host and port.isascii() and port.isdigit() and lowest_port <= int(port[:6]) < 1 << 16):
+        raise ValueError(f"Must be host:port, with a port from {lowest_port} to 65535.")
+    if ":" in host and "/" not in host and not (host.startswith("[") and host.endswith("]")):
+        raise ValueError("Must be host:port, with brackets around an IPv6 address: [::1]:8600.")
+    try:
+        host.encode("idna")  # what a look-up of the name begins with
+    except UnicodeError as error:
+        raise ValueError("Must be host:port; no host can have this name.") from error
+
+
+Listen = Annotated[str, Parameter(validator=check_listen)]
+Target = Annotated[str, Parameter(validator=check_target)]

@@ -1,0 +1,37 @@
+import pytest
+
+from common.addresses import check_listen, check_target
+
+
+@pytest.mark.parametrize(
+    "address", ["127.0.0.1:8600", "localhost:1", "[::1]:65535", "tasks.decode.svc.:80", "unix:/run/x", "dns:///name:80"]
+)
+def test_addresses(address: str) -> None:
+    check_target(str, address)
+    check_listen(str, address)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:0", "0.0.0.0:8600", "[::]:0"])
+def test_addresses_to_listen_on(address: str) -> None:
+    check_listen(str, address)
+
+
+@pytest.mark.parametrize(
+    ("address", "sentence"),
+    [
+        ("foo:bar", "with a port from 1 to 65535"),
+        ("foo", "with a port from 1 to 65535"),
+        ("", "with a port from 1 to 65535"),
+        ("foo:0", "with a port from 1 to 65535"),
+        ("foo:65536", "with a port from 1 to 65535"),
+        ("foo:-1", "with a port from 1 to 65535"),
+        (f"foo:{'9' * 5000}", "with a port from 1 to 65535"),
+        ("::1:8600", "brackets around an IPv6 address"),
+        (":8600", "with a port from 1 to 65535"),
+        (".svc:8601", "no host can have this name"),
+        (f"{'x' * 64}.svc:8601", "no host can have this name"),
+    ],
+)
+def test_what_is_no_address(address: str, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        check_target(str, address)

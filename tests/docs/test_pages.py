@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from common.config import WorkerConfig
+from router.config import RouterConfig
+
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -50,3 +53,14 @@ def test_every_metric_of_the_dashboard_and_the_manual_exists() -> None:
     }
     for path in (ROOT / "deploy/grafana/dashboards/twostroke.json", ROOT / "docs/operations.md"):
         assert metrics_named_in(path) - exported == set(), path.name
+
+
+@pytest.mark.parametrize(
+    ("part", "seconds"), [("x-worker", WorkerConfig().drain_seconds), ("  router", RouterConfig().drain_seconds)]
+)
+def test_compose_waits_until_a_part_has_drained(part: str, seconds: float) -> None:
+    block = re.search(rf"^{part}:.*?(?=^\S|^  [a-z]+:$)", (ROOT / "compose.yaml").read_text(), re.MULTILINE | re.DOTALL)
+    assert block is not None
+    grace = re.search(r"^ +stop_grace_period: (\d+)s$", block[0], re.MULTILINE)
+    assert grace is not None
+    assert int(grace[1]) > seconds

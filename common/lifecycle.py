@@ -11,7 +11,8 @@ log = structlog.get_logger(__name__)
 
 
 class Lifecycle:
-    """Turns signals into two questions that the engine's loop asks every turn.
+    """Turns signals into two questions that the engine's loop asks every turn. The handlers log nothing: when a signal
+    comes, the main thread may be logging, and hold the log's lock.
 
     Args:
         refuse: tells whoever asks that nothing new is taken; called from the signal handler, before anything else.
@@ -24,6 +25,7 @@ class Lifecycle:
         self._wake = wake
         self._drain_seconds = drain_seconds
         self._deadline: float | None = None
+        self._unsaid = False  # that it drains
         signal.signal(signal.SIGTERM, self._drain)
         signal.signal(signal.SIGINT, self._stop)
 
@@ -33,6 +35,9 @@ class Lifecycle:
 
     def over(self, idle: bool) -> bool:
         """Whether the loop should end now; `idle` says that no work is left."""
+        if self._unsaid:
+            self._unsaid = False
+            log.info("draining", seconds=self._drain_seconds)
         return self._deadline is not None and (idle or time.monotonic() >= self._deadline)
 
     def _drain(self, number: int, frame: FrameType | None) -> None:
@@ -41,7 +46,7 @@ class Lifecycle:
             return
         self._refuse()
         self._deadline = time.monotonic() + self._drain_seconds
-        log.info("draining", seconds=self._drain_seconds)
+        self._unsaid = True
         self._wake()
 
     def _stop(self, _number: int, _frame: FrameType | None) -> None:

@@ -29,7 +29,8 @@ class WorkerConfig(SecurityConfig):
     """Address to serve routers at, host:port. Port 0 picks a free one."""
 
     advertise: Target | None = None
-    """Address that routers are told, host:port. Not set: that of `listen`, with the port it got."""
+    """Address that routers are told, host:port. Not set: that of `listen`, with the port it got; where that is every
+    address of this machine, the one that leads to the router."""
 
     router: tuple[Target, ...] = ()
     """Addresses of routers to register with, host:port. None: a router has this worker's address in its settings."""

@@ -20,7 +20,8 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from common.cluster_secret import SecretInterceptor
 from common.config import WorkerConfig
 from common.grpc_options import PEERS
-from common.peers import Peers
+from common.own_address import ANY_HOST, way_to
+from common.peers import Peers, only_local
 from twostroke.v1 import worker_pb2 as pb
 from twostroke.v1 import worker_pb2_grpc
 
@@ -69,9 +70,11 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         started: Future[int] = Future()
         self._thread = threading.Thread(target=self._run, args=(config.listen, started), name="grpc", daemon=True)
         self._thread.start()
-        port = started.result()
-        host = config.listen.rpartition(":")[0]
-        self.address = config.advertise or f"{_reachable_host(host)}:{port}"
+        self._port = started.result()
+        self._host = config.listen.rpartition(":")[0]
+        self._advertise = config.advertise
+        host = socket.gethostname() if self._host in ANY_HOST else self._host
+        self.address = config.advertise or f"{host}:{self._port}"
         self._loop.call_soon_threadsafe(self._start_registering)
 
     # ------------------------------------------------------------ called by the engine's loop
@@ -148,13 +151,22 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
 
     async def _register(self, router: str) -> None:
         """Tells a router where this worker is, again and again: a router that restarts learns it within seconds."""
-        request = pb.RegisterRequest(address=self.address, instance=self._hello.instance, role=self._hello.role)
-        failing = False
+        request = pb.RegisterRequest(instance=self._hello.instance, role=self._hello.role)
+        failing = warned = False
         while True:
             # A new channel for each try: one that failed waits up to two minutes before it looks the name up again.
             async with self._peers.channel(router, REGISTRATION) as channel:
                 stub = worker_pb2_grpc.RegistryStub(channel)
                 try:
+                    request.address, reachable = await self._address_towards(router)
+                    if not (reachable or warned):
+                        log.warning(
+                            "the router is on another machine, and cannot reach this worker at the address that it is "
+                            "told: set --listen or --advertise",
+                            router=router,
+                            address=request.address,
+                        )
+                        warned = True
                     while True:
                         response = await stub.Register(
                             request, timeout=5, wait_for_ready=True, metadata=self._peers.metadata
@@ -163,11 +175,21 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
                             log.info("registered", router=router)
                         failing = False
                         await asyncio.sleep(max(response.interval_ms, 100) / 1000)
-                except grpc.aio.AioRpcError as error:
+                except (grpc.aio.AioRpcError, OSError) as error:
                     if not failing:
-                        log.warning("cannot register yet; trying on", router=router, detail=error.details())
+                        detail = error.details() if isinstance(error, grpc.aio.AioRpcError) else str(error)
+                        log.warning("cannot register yet; trying on", router=router, detail=detail)
                     failing = True
             await asyncio.sleep(0.5)
+
+    async def _address_towards(self, router: str) -> tuple[str, bool]:
+        """What this router is told, and whether it can reach the worker there."""
+        if router.startswith(("unix:", "unix-abstract:")):
+            return self.address, True
+        way = await way_to(router, socket.AF_INET if self._host == "0.0.0.0" else socket.AF_UNSPEC)
+        from_anywhere = self._advertise is None and self._host in ANY_HOST
+        address = f"{way.host}:{self._port}" if from_anywhere else self.address
+        return address, way.same_machine or not only_local(address)
 
     def _hand_over(self, outgoing: dict[int, pb.WorkerMessage]) -> None:
         for connection, message in outgoing.items():
@@ -231,10 +253,3 @@ class _Unsent:
             return
         self.messages.append(message)
         self.ready.set()
-
-
-def _reachable_host(listen_host: str) -> str:
-    """A host under which others reach a worker that listens on `listen_host`."""
-    if listen_host in ("0.0.0.0", "[::]", "::", ""):
-        return socket.gethostbyname(socket.gethostname())
-    return listen_host

@@ -60,20 +60,21 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...]
 
 
-def load_config(directory: Path, max_length: int | None = None) -> ModelConfig:
+def load_config(directory: Path, max_length: int | None = None, *, to_run: bool = True) -> ModelConfig:
     """Reads `directory`/config.json, and generation_config.json for its end-of-sequence tokens.
 
-    `max_length` lowers the context length. Raises ModelError for a file that cannot be read and for a model that is
-    not supported.
+    `max_length` lowers the context length. The router, which does not run the model, says so with `to_run`: how long a
+    sequence may be, and so whether a sliding window matters, is for the workers to say. Raises ModelError for a file
+    that cannot be read and for a model that is not supported.
     """
     raw = read_json(directory / "config.json")
     generation_file = directory / "generation_config.json"
     generation = read_json(generation_file) if generation_file.exists() else {}
-    return parse_config(raw, generation, max_length)
+    return parse_config(raw, generation, max_length, to_run=to_run)
 
 
 def parse_config(
-    raw: dict[str, Any], generation: dict[str, Any] | None = None, max_length: int | None = None
+    raw: dict[str, Any], generation: dict[str, Any] | None = None, max_length: int | None = None, *, to_run: bool = True
 ) -> ModelConfig:
     """`load_config` for what is already read."""
     architecture = _architecture(raw)
@@ -97,7 +98,8 @@ def parse_config(
         if not 0 < max_length <= context_length:
             raise ModelError(f"a maximum length of {max_length} is outside the model's 1 to {context_length} tokens")
         context_length = max_length
-    _refuse_sliding_window(raw, family, context_length)
+    if to_run:
+        _refuse_sliding_window(raw, family, context_length)
 
     rope_theta, rope_scaling = _rope(raw)
     attention_bias = bool(raw.get("attention_bias", False)) and family in ("llama", "qwen3")

@@ -25,17 +25,17 @@ def main(config: RouterConfig) -> None:
 
 async def _serve(config: RouterConfig) -> None:
     directory = resolve(config.model)
-    model = load_config(directory)
+    model = load_config(directory, to_run=False)
     router = Router(config, model, Tokenizer(directory, model))
     port = await router.start()
+    signals: asyncio.Queue[int] = asyncio.Queue()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, signals.put_nowait, number)
     garbage.forget_start()
     host = config.listen.rpartition(":")[0]
     log.info("router listening", address=f"{host}:{port}", model=config.model)
     if not (config.api_keys or config.tls_client_ca or only_local(config.listen)):
         log.warning("whoever reaches this address is served; --api-keys or --tls-client-ca would change that")
-    signals: asyncio.Queue[int] = asyncio.Queue()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, signals.put_nowait, number)
     await signals.get()
     log.info("draining", seconds=config.drain_seconds, running=router.dispatcher.running)
     draining = asyncio.ensure_future(router.stop(config.drain_seconds))

@@ -73,6 +73,7 @@ def test_a_sliding_window_is_refused_where_the_context_exceeds_it() -> None:
     with pytest.raises(ModelError, match=r"sliding-window attention \(1024 tokens\) .*--max-length 1024"):
         parse_config(mistral)
     assert parse_config(mistral, max_length=1024).context_length == 1024
+    assert parse_config(mistral, to_run=False).context_length == 4096
     qwen2 = LLAMA | {"architectures": ["Qwen2ForCausalLM"], "sliding_window": 1024}
     assert parse_config(qwen2 | {"use_sliding_window": False}).context_length == 4096
     with pytest.raises(ModelError, match="sliding-window"):

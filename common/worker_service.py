@@ -8,9 +8,11 @@ import asyncio
 import queue
 import socket
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 
 import grpc
@@ -40,6 +42,11 @@ MAX_UNSENT_MESSAGES = 10_000
 MAX_UNREAD_MESSAGES = 1_000
 UNREAD_PAUSE = 0.005  # seconds
 
+# An engine that has not come for messages for so long hangs: by then routers have left it, too, unless they are told to
+# wait longer than they do by themselves (--worker-silence-seconds).
+SILENT_SECONDS = 30.0
+HEALTH_INTERVAL = 1.0
+
 
 @dataclass(frozen=True, slots=True)
 class Received:
@@ -65,8 +72,11 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         self._connections: dict[int, _Unsent] = {}
         self._next_connection = 0
         self._health = health.aio.HealthServicer()
+        self._serving = self._hangs = self._stopped = False
+        self._healthy: bool | None = None  # as health says it now
+        self._turn_at = time.monotonic()
         self._loop = asyncio.new_event_loop()
-        self._stopping = asyncio.Event()
+        self._changed = asyncio.Event()
         started: Future[int] = Future()
         self._thread = threading.Thread(target=self._run, args=(config.listen, started), name="grpc", daemon=True)
         self._thread.start()
@@ -82,6 +92,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
     def receive(self, timeout: float) -> list[Received]:
         """Everything that routers have sent; waits up to `timeout` seconds where there is nothing."""
         received = []
+        self._turn_at = time.monotonic()
         try:
             received.append(self._inbox.get(timeout=timeout) if timeout > 0 else self._inbox.get_nowait())
             while True:
@@ -111,15 +122,15 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             self._loop.call_soon_threadsafe(self._hand_over, outgoing)
 
     def set_serving(self, serving: bool) -> None:
-        """What health says from now on; safe from any thread and from signal handlers."""
-        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
-        for name in ("", SERVICE):
-            asyncio.run_coroutine_threadsafe(self._health.set(name, status), self._loop)
+        """What health says from now on, as long as the engine makes its turns; safe from any thread and from signal
+        handlers."""
+        self._serving = serving
+        self._loop.call_soon_threadsafe(self._changed.set)
 
     def stop(self) -> None:
         """Sends what is flushed, closes every stream and ends the thread."""
         if self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._stopping.set)
+            self._loop.call_soon_threadsafe(self._end)
             self._thread.join(timeout=5)
 
     # ------------------------------------------------------------ on the gRPC thread
@@ -141,10 +152,34 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         except OSError as error:
             started.set_exception(error)
             return
+        await self._update_health()
         await server.start()
         started.set_result(port)
-        await self._stopping.wait()
+        while not self._stopped:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(HEALTH_INTERVAL):
+                    await self._changed.wait()
+            self._changed.clear()
+            await self._update_health()
         await server.stop(grace=0.2)
+
+    def _end(self) -> None:
+        self._stopped = True
+        self._changed.set()
+
+    async def _update_health(self) -> None:
+        hangs = time.monotonic() - self._turn_at > SILENT_SECONDS
+        if hangs and not self._hangs:
+            log.error("the engine hangs", silent_seconds=SILENT_SECONDS)
+        elif self._hangs and not hangs:
+            log.info("the engine goes on")
+        self._hangs = hangs
+        healthy = self._serving and not self._hangs
+        if healthy != self._healthy:
+            self._healthy = healthy
+            status = health_pb2.HealthCheckResponse.SERVING if healthy else health_pb2.HealthCheckResponse.NOT_SERVING
+            for name in ("", SERVICE):
+                await self._health.set(name, status)
 
     def _start_registering(self) -> None:
         self._registrations = [self._loop.create_task(self._register(router)) for router in self._routers]

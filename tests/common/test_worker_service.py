@@ -10,6 +10,7 @@ import pytest
 
 from common import peers, worker_service
 from common.config import WorkerConfig
+from common.probe import probe
 from common.worker_service import WorkerService
 from tests.raw_calls import NO_UTF8, call
 from twostroke.v1 import inference_pb2, worker_pb2, worker_pb2_grpc
@@ -75,3 +76,29 @@ def test_a_call_whose_path_is_no_utf8_does_not_end_the_service(service: WorkerSe
         answers = worker_pb2_grpc.WorkerStub(channel).Connect(iter([hello]), timeout=5)
         assert next(answers).hello.instance == "worker"
         answers.cancel()
+
+
+def test_health_says_when_the_engine_hangs(service: WorkerService, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_service, "SILENT_SECONDS", 0.5)
+    monkeypatch.setattr(worker_service, "HEALTH_INTERVAL", 0.02)
+
+    def eventually_serving(serving: bool, *, turns: bool) -> bool:
+        deadline = time.monotonic() + 10
+        while (probe(service.address, "") is None) != serving and time.monotonic() < deadline:
+            if turns:
+                service.receive(timeout=0)
+            time.sleep(0.01)
+        return (probe(service.address, "") is None) == serving
+
+    assert probe(service.address, "") == f"{service.address} : NOT_SERVING"  # nobody has said that it is ready
+    service.receive(timeout=0)
+    service.set_serving(True)
+    assert eventually_serving(True, turns=True)
+    assert eventually_serving(False, turns=False)
+    assert eventually_serving(True, turns=True)
+    service.set_serving(False)
+    assert eventually_serving(False, turns=True)
+    until = time.monotonic() + 1
+    while time.monotonic() < until:
+        service.receive(timeout=0)
+        assert probe(service.address, "") is not None

@@ -24,7 +24,7 @@ import grpc
 from rich.console import Console
 from rich.table import Table
 
-from common.model_config import load_config
+from common.model_config import ModelConfig, load_config
 from common.model_files import EMBEDDED, resolve
 from router.config import RouterConfig
 from router.detokenizer import Detokenizer
@@ -69,13 +69,14 @@ def age_ms(token: int) -> float:
 # ---------------------------------------------------------------- the processes
 
 
-def workers(pipe: Connection, count: int, step_seconds: float) -> None:
-    asyncio.run(_workers(pipe, count, step_seconds))
+def workers(pipe: Connection, directory: Path, count: int, step_seconds: float) -> None:
+    asyncio.run(_workers(pipe, load_config(directory), count, step_seconds))
 
 
-async def _workers(pipe: Connection, count: int, step_seconds: float) -> None:
-    prefill = FakeWorker(PREFILL, Script(token=tick), max_batch=1 << 20)
-    decodes = [FakeWorker(DECODE, Script(token=tick, step_seconds=step_seconds)) for _ in range(count)]
+async def _workers(pipe: Connection, model: ModelConfig, count: int, step_seconds: float) -> None:
+    same = {"vocab_size": model.vocab_size, "eos_token_ids": model.eos_token_ids}
+    prefill = FakeWorker(PREFILL, Script(token=tick), max_batch=1 << 20, **same)
+    decodes = [FakeWorker(DECODE, Script(token=tick, step_seconds=step_seconds), **same) for _ in range(count)]
     addresses = [await prefill.start()]
     for decode in decodes:
         addresses.append(await decode.start())
@@ -219,7 +220,7 @@ def run(
     """Offers so many tokens a second to `streams` streams, evenly over the decode workers."""
     step_seconds = streams / tokens_per_second
     pipe, its = spawn.Pipe()
-    behind = spawn.Process(target=workers, args=(its, decode_workers, step_seconds))
+    behind = spawn.Process(target=workers, args=(its, directory, decode_workers, step_seconds))
     behind.start()
     router_pipe, router_end = spawn.Pipe()
     router_pipe.send(pipe.recv())

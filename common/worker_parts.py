@@ -8,7 +8,7 @@ from importlib.metadata import version
 import structlog
 import torch
 
-from common import fingerprint, model_config, model_files, weights
+from common import fingerprint, model_config, model_files, vocabulary, weights
 from common.block_pool import BlockPool
 from common.config import WorkerConfig
 from common.cpu_memory import keep_freed_memory
@@ -141,6 +141,9 @@ def load(
             max_batch=max_batch,
             version=version("twostroke"),
             dtype=dtype,
+            vocab_size=model.vocab_size,
+            eos_token_ids=model.eos_token_ids,
+            vocabulary=vocabulary.digest(directory),
         ),
     )
 

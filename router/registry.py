@@ -5,6 +5,7 @@ import ipaddress
 import secrets
 import socket
 import time
+from importlib.metadata import version
 
 import structlog
 
@@ -32,8 +33,13 @@ MAX_ADDRESS = 300  # characters
 class Registry:
     """Keeps a link to every address, and lets in only workers that fit together."""
 
-    def __init__(self, config: RouterConfig, model: ModelConfig, dispatcher: Dispatcher, peers: Peers) -> None:
+    def __init__(
+        self, config: RouterConfig, model: ModelConfig, vocabulary: str, dispatcher: Dispatcher, peers: Peers
+    ) -> None:
+        self._model_name = config.model
         self._vocab_size = model.vocab_size
+        self._eos_token_ids = model.eos_token_ids
+        self._vocabulary = vocabulary
         self.instance = secrets.token_hex(8)
         self._named: list[tuple[str, Role]] = [(address, PREFILL) for address in config.prefill]
         self._named += [(address, DECODE) for address in config.decode]
@@ -82,6 +88,8 @@ class Registry:
 
     def refusal(self, worker: Worker, expected: Role) -> str | None:
         hello = worker.hello
+        if hello.version != (own := version("twostroke")):
+            log.warning("worker of another version", worker=worker.address, version=hello.version, router=own)
         if hello.role != expected:
             return f"it is a {ROLE_NAMES.get(hello.role)} worker, and was named as a {ROLE_NAMES[expected]} worker"
         if any(other.instance == worker.instance for other in self.connected):
@@ -91,8 +99,24 @@ class Registry:
             return "its hello names no KV layout or length"
         if hello.max_length > layout.num_blocks * layout.block_size:
             return f"by its hello {hello.max_length} tokens fit {layout.num_blocks} blocks of {layout.block_size}"
+        if (reason := self._other_model(hello)) is not None:
+            return reason
         others = self.connected
         return next((_difference(hello, other) for other in others if _difference(hello, other)), None)
+
+    def _other_model(self, hello: worker_pb2.WorkerHello) -> str | None:
+        """What in the worker's model makes tokens mean something else there, with both values."""
+        for what, there, here in (
+            ("vocab_size", hello.vocab_size, self._vocab_size),
+            ("eos_token_ids", [*hello.eos_token_ids], [*self._eos_token_ids]),
+            ("vocabulary", hello.vocabulary or self._vocabulary, self._vocabulary),
+        ):
+            if there != here:
+                return (
+                    f"the {what} of its model {hello.model!r} is {there!r}, and that of the router's "
+                    f"{self._model_name!r} is {here!r}: start both with the same --model"
+                )
+        return None
 
     def worker_up(self, worker: Worker) -> None:
         self._dispatcher.worker_up(worker)

@@ -56,7 +56,7 @@ class Router:
         self._tracing = tracing.start(config.otlp_endpoint, "twostroke-router")
         self.metrics = Metrics()
         self.dispatcher = Dispatcher(config, self.metrics)
-        self.registry = Registry(config, model, self.dispatcher, self._peers)
+        self.registry = Registry(config, model, tokenizer.vocabulary, self.dispatcher, self._peers)
         self.service = InferenceService(
             config, model, tokenizer, self.dispatcher, self.registry, self.metrics, self._tracing
         )

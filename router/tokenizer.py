@@ -8,6 +8,7 @@ from pathlib import Path
 import grpc
 import tokenizers
 
+from common import vocabulary
 from common.model_config import ModelConfig, ModelError
 from router import chat_template, token_bytes
 from router.detokenizer import Detokenizer
@@ -35,6 +36,7 @@ class Tokenizer:
         self._tokenizer = _read(file)
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
+        self.vocabulary = vocabulary.digest(directory)
         self._template = chat_template.load(directory)
         self._bytes = token_bytes.read(self._tokenizer, model.vocab_size)
         self._visible = self._bytes.without_special()

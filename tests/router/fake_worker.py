@@ -5,11 +5,13 @@ import itertools
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import Any
 
 import grpc
 
 from common.grpc_options import PEERS
+from tests.router import models
 from twostroke.v1 import inference_pb2, worker_pb2, worker_pb2_grpc
 
 PREFILL = inference_pb2.WORKER_ROLE_PREFILL
@@ -71,18 +73,20 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
             dtype="float32",
         )
         pool = worker_pb2.PoolHandle(instance=self.instance, transport="shm", descriptor=b"fake", layout=layout)
-        self.hello = worker_pb2.WorkerHello(
-            instance=self.instance,
-            role=role,
-            model="fake",
-            pool=pool,
-            fingerprint="f" * 32,
-            max_length=2048,
-            max_batch=2048,
-            dtype="float32",
-        )
-        for name, value in hello.items():
-            setattr(self.hello, name, value)
+        fields: dict[str, Any] = {
+            "instance": self.instance,
+            "role": role,
+            "model": "fake",
+            "pool": pool,
+            "fingerprint": "f" * 32,
+            "max_length": 2048,
+            "max_batch": 2048,
+            "version": version("twostroke"),
+            "dtype": "float32",
+            "vocab_size": models.VOCAB_SIZE,
+            "eos_token_ids": [models.EOS],
+        }
+        self.hello = worker_pb2.WorkerHello(**(fields | hello))
         self.held: dict[int, worker_pb2.Sequence] = {}
         self.running: dict[int, Running] = {}
         self.prefills: list[worker_pb2.Prefill] = []

@@ -8,6 +8,7 @@ import grpc
 import pytest
 from structlog.testing import capture_logs
 
+from common import vocabulary
 from router import registry
 from tests.router.cluster import cluster, eventually, expected
 from tests.router.fake_worker import DECODE, PREFILL, FakeWorker
@@ -20,6 +21,9 @@ from twostroke.v1 import worker_pb2, worker_pb2_grpc
         ({"fingerprint": "0" * 32}, f"its fingerprint is '{'0' * 32}', and that of"),
         ({"dtype": "bfloat16"}, "its dtype is 'bfloat16', and that of"),
         ({"block_size": 32}, "its block_size is 32, and that of"),
+        ({"vocab_size": 151936}, "the vocab_size of its model 'fake' is 151936, and that of the router's '"),
+        ({"eos_token_ids": [7]}, "the eos_token_ids of its model 'fake' is [7], and that of the router's '"),
+        ({"vocabulary": "0" * 32}, f"the vocabulary of its model 'fake' is '{'0' * 32}', and that of the router's '"),
     ],
 )
 async def test_a_worker_that_does_not_fit_is_refused_with_both_values(
@@ -34,6 +38,27 @@ async def test_a_worker_that_does_not_fit_is_refused_with_both_values(
             await odd.die()
     refusal = next(entry for entry in logs if entry["event"] == "worker refused")
     assert refusal["reason"].startswith(sentence)
+
+
+async def test_a_first_worker_of_another_model_is_refused_too(model: Path) -> None:
+    with capture_logs() as logs:
+        workers = [FakeWorker(role, vocab_size=151936) for role in (PREFILL, DECODE)]
+        async with cluster(model, prefills=workers[:1], decodes=workers[1:], ready=False) as it:
+            await eventually(lambda: sum(entry["event"] == "worker refused" for entry in logs) == 2)
+            assert not it.router.dispatcher.workers.ready
+
+
+async def test_a_worker_says_the_same_of_the_model_as_the_router(model: Path) -> None:
+    async with cluster(model, prefills=[FakeWorker(PREFILL, vocabulary=vocabulary.digest(model))]) as it:
+        assert list((await it.generate()).choices[0].token_ids) == expected(8)
+
+
+async def test_a_worker_of_another_version_is_used_and_warned_of(model: Path) -> None:
+    with capture_logs() as logs:
+        async with cluster(model, prefills=[FakeWorker(PREFILL, version="0.0.1")]) as it:
+            assert list((await it.generate()).choices[0].token_ids) == expected(8)
+    warning = next(entry for entry in logs if entry["event"] == "worker of another version")
+    assert warning["version"] == "0.0.1"
 
 
 async def test_a_role_that_was_named_wrongly_is_refused(model: Path) -> None:

@@ -66,7 +66,7 @@ class Dispatcher:
                 has had no worker for a while.
         """
         if (role := self.workers.gone()) is not None:
-            raise _no_worker(role)
+            raise self._no_worker(role)
         if len(self._queue) + requests > self._config.max_queue:
             raise CallError(
                 grpc.StatusCode.RESOURCE_EXHAUSTED,
@@ -120,15 +120,15 @@ class Dispatcher:
         """None where the request left the queue, else the role that it waits for."""
         for worker in self.workers.all()[:1]:  # they are all alike in this
             hash_blocks(request, worker.hello)
-        prefills, decodes = self.workers.of(PREFILL), self.workers.of(DECODE)
-        if not prefills:
-            decodes = [worker for worker in decodes if worker.can_prefill]
+        prefills, decodes = self.workers.of(PREFILL), self.workers.paired()
         headroom = request.remaining if request.resumes else min(request.remaining, self._config.headroom_tokens)
         decode = None
         if request.remaining > 1 or not prefills:
-            decode = choose.decode_worker(request, decodes, request.length + headroom)
+            busy = choose.busy_hosts(request, prefills)
+            decode = choose.decode_worker(request, decodes, request.length + headroom, busy)
             if decode is None:
                 return self._wait(request, DECODE, decodes, request.prompt.max_length)
+            prefills = [worker for worker in prefills if worker.host == decode.host]
             if not prefills or decode.prefills(request):
                 self._begin(request, None, decode, headroom)
                 return None
@@ -427,7 +427,7 @@ class Dispatcher:
 
     def _requeue(self, request: Request) -> None:
         if (role := self.workers.gone()) is not None:
-            request.end(State.FAILED, _no_worker(role))
+            request.end(State.FAILED, self._no_worker(role))
             return
         request.state = State.QUEUED
         request.queued_at = time.monotonic()
@@ -437,12 +437,12 @@ class Dispatcher:
         if (role := self.workers.gone()) is not None:
             for request in self._queue.clear():
                 _trace_queued(request)
-                request.end(State.FAILED, _no_worker(role))
+                request.end(State.FAILED, self._no_worker(role))
 
-
-def _no_worker(role: Role) -> CallError:
-    sentence = f"no {ROLE_NAMES[role]} worker is connected; it is safe to try again"
-    return CallError(grpc.StatusCode.UNAVAILABLE, sentence)
+    def _no_worker(self, role: Role) -> CallError:
+        where = " on a decode worker's host" if self.workers.count(role) else ""
+        sentence = f"no {ROLE_NAMES[role]} worker is connected{where}; it is safe to try again"
+        return CallError(grpc.StatusCode.UNAVAILABLE, sentence)
 
 
 def _trace_queued(request: Request) -> None:

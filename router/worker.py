@@ -29,6 +29,7 @@ class Worker:
         self.circuit = circuit
         self.instance = hello.instance
         self.role = hello.role
+        self.host = hello.host
         self.load = inference_pb2.WorkerLoad(role=hello.role)
         self.attempts: dict[int, Attempt] = {}
         self.decoding: dict[int, Request] = {}

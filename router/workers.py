@@ -2,7 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeAlias
 
 from router.worker import Worker
@@ -33,6 +34,12 @@ class Workers:
     def of(self, role: Role) -> list[Worker]:
         return self._of_role[role]
 
+    def paired(self) -> list[Worker]:
+        """Decode workers that requests can go to: KV does not leave a host, so each needs a prefill worker on its own,
+        or prefills itself."""
+        hosts = {worker.host for worker in self._of_role[PREFILL]}
+        return [worker for worker in self._of_role[DECODE] if worker.can_prefill or worker.host in hosts]
+
     def all(self) -> list[Worker]:
         return [worker for workers in self._of_role.values() for worker in workers]
 
@@ -48,7 +55,7 @@ class Workers:
 
     @property
     def ready(self) -> bool:
-        """There is a worker of each role, or one that does both."""
+        """There is a worker of each role on one host, or one that does both."""
         return all(self._filled(role) for role in self._of_role)
 
     def gone(self) -> Role | None:
@@ -61,20 +68,23 @@ class Workers:
         self._call_when_gone()
 
     def add(self, worker: Worker) -> None:
-        was_ready = self.ready
-        self._of_role[worker.role].append(worker)
-        if not was_ready and self.ready:
-            self.ready_changed(True)
+        with self._change():
+            self._of_role[worker.role].append(worker)
 
     def retire(self, worker: Worker) -> None:
         """Nothing new goes to it."""
         workers = self._of_role[worker.role]
         if worker not in workers:
             return
+        with self._change():
+            workers.remove(worker)
+
+    @contextmanager
+    def _change(self) -> Iterator[None]:
         was_ready, filled = self.ready, [role for role in self._of_role if self._filled(role)]
-        workers.remove(worker)
-        if was_ready and not self.ready:
-            self.ready_changed(False)
+        yield
+        if was_ready is not self.ready:
+            self.ready_changed(self.ready)
         if missing := [role for role in filled if not self._filled(role)]:
             self._missing_since.update(dict.fromkeys(missing, time.monotonic()))
             self._call_when_gone()
@@ -88,8 +98,8 @@ class Workers:
 
     def _filled(self, role: Role) -> bool:
         """Whether somebody does this role's part."""
-        if role == PREFILL and any(worker.can_prefill for worker in self._of_role[DECODE]):
-            return True
+        if role == PREFILL and self._of_role[DECODE]:
+            return bool(self.paired())  # a decode worker on another host makes it a prefill worker that is missing
         return bool(self._of_role[role])
 
     def _is_gone(self, role: Role) -> bool:

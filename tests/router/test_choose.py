@@ -94,6 +94,18 @@ def test_blocks_in_use_take_no_room_again() -> None:
     assert choose.decode_worker(request(), [tight], 9 * BLOCK) is None
 
 
+def test_decode_goes_to_a_host_where_a_prompt_can_be_computed_now() -> None:
+    near, far = worker(DECODE, free=90, host="near"), worker(DECODE, free=100, host="far")
+    idle, loaded = worker(PREFILL, host="near"), worker(PREFILL, host="far", pending=100, max_batch=50)
+    busy = choose.busy_hosts(request(), [idle, loaded])
+    assert busy == {"far"}
+    assert choose.decode_worker(request(), [near, far], 9 * BLOCK, busy) is near
+    assert choose.decode_worker(request(), [far], 9 * BLOCK, busy) is far
+    failed = request()
+    failed.avoid.add(idle.instance)
+    assert choose.busy_hosts(failed, [idle, worker(PREFILL, host="far")]) == {"near"}
+
+
 def test_decode_does_not_go_where_the_sequence_could_never_end() -> None:
     small = worker(DECODE, cached=8, max_length=9 * BLOCK - 1)
     assert choose.decode_worker(request(), [small], 9 * BLOCK) is None

@@ -556,6 +556,7 @@ class WorkerHello(_message.Message):
     VOCAB_SIZE_FIELD_NUMBER: _builtins.int
     EOS_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     VOCABULARY_FIELD_NUMBER: _builtins.int
+    HOST_FIELD_NUMBER: _builtins.int
     instance: _builtins.str
     role: _inference_pb2.WorkerRole.ValueType
     model: _builtins.str
@@ -576,6 +577,8 @@ class WorkerHello(_message.Message):
     """What the router's model must have in common with the worker's."""
     vocabulary: _builtins.str
     """of which token each id stands for, see common/vocabulary.py; empty: the worker has no tokenizer"""
+    host: _builtins.str
+    """the same for all workers of one host, where KV can go from one to the other"""
     @_builtins.property
     def pool(self) -> Global___PoolHandle: ...
     @_builtins.property
@@ -599,10 +602,11 @@ class WorkerHello(_message.Message):
         vocab_size: _builtins.int = ...,
         eos_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         vocabulary: _builtins.str = ...,
+        host: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["pool", b"pool"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "fingerprint", b"fingerprint", "instance", b"instance", "max_batch", b"max_batch", "max_length", b"max_length", "model", b"model", "pool", b"pool", "prefill_overflow_tokens", b"prefill_overflow_tokens", "prefill_tokens", b"prefill_tokens", "role", b"role", "version", b"version", "vocab_size", b"vocab_size", "vocabulary", b"vocabulary"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "fingerprint", b"fingerprint", "host", b"host", "instance", b"instance", "max_batch", b"max_batch", "max_length", b"max_length", "model", b"model", "pool", b"pool", "prefill_overflow_tokens", b"prefill_overflow_tokens", "prefill_tokens", b"prefill_tokens", "role", b"role", "version", b"version", "vocab_size", b"vocab_size", "vocabulary", b"vocabulary"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

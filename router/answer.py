@@ -52,7 +52,7 @@ class Answer:
             self._measure(len(tokens))
         delta = pb.Delta(text=text, token_ids=tokens if self._job.want_token_ids else ())
         if self._job.logprobs is not None:
-            pairs = zip(tokens, request.logprobs[begin : self.tokens], strict=True)
+            pairs = zip(tokens, request.take_logprobs(len(tokens)), strict=True)
             delta.logprobs.extend(self._token_logprob(token, logprobs) for token, logprobs in pairs)
         return delta, finish
 

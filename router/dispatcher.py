@@ -265,7 +265,7 @@ class Dispatcher:
                 request.prefill_cached_tokens = prefilled.cached_tokens
             self._metrics.first_token.observe(now - request.arrived_at)
         if request.wants_logprobs:
-            request.logprobs.append(prefilled.logprobs)
+            request.add_logprobs(prefilled.logprobs)
         request.add(prefilled.first_token)
         if not attempt.in_place:
             self._did_well(worker, attempt)

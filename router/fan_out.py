@@ -20,7 +20,7 @@ def fan_out(decoding: Mapping[int, Request], tokens: worker_pb2.StepTokens) -> N
             request = find(attempt_id)
             if request is not None and not request.complete:
                 if request.wants_logprobs:
-                    request.logprobs.append(logprobs)
+                    request.add_logprobs(logprobs)
                 request.add(token)
         return
     for attempt_id, token in zip(tokens.attempt_ids, tokens.token_ids, strict=True):

@@ -54,7 +54,7 @@ class Request:
     output: list[int] = field(default_factory=list)
     taken: int = 0  # tokens of the output that are in messages to the client
     complete: bool = False  # the last token is one that ends it
-    logprobs: list[worker_pb2.Logprobs] = field(default_factory=list)  # parallel to output where asked for
+    logprobs: list[bytes] = field(default_factory=list)  # where asked for: of the tokens that were not yet taken out
     block_hashes: list[bytes] = field(default_factory=list)
     attempts: int = 0  # begun
     resumes: int = 0  # after preemptions and faults
@@ -82,6 +82,17 @@ class Request:
     @property
     def over(self) -> bool:
         return self.state is not State.QUEUED and self.state is not State.DISPATCHED
+
+    def add_logprobs(self, logprobs: worker_pb2.Logprobs) -> None:
+        """Those of the token that comes next."""
+        # As bytes: a message out of another one keeps all of that alive, here the step of a whole batch.
+        self.logprobs.append(logprobs.SerializeToString())
+
+    def take_logprobs(self, count: int) -> list[worker_pb2.Logprobs]:
+        """Those of the next tokens; they are kept no longer."""
+        taken = [worker_pb2.Logprobs.FromString(packed) for packed in self.logprobs[:count]]
+        del self.logprobs[:count]
+        return taken
 
     def add(self, token: int) -> None:
         """Takes the next token. None may follow one that makes it complete."""

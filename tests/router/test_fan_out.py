@@ -1,0 +1,39 @@
+"""What a step's message leaves behind at the requests that it is for."""
+
+from router.fan_out import fan_out
+from router.mailbox import Mailbox
+from router.request import MAX_UNREAD_TOKENS, Prompt, Request
+from router.turnstile import Turnstile
+from tests.router.test_overload import resident_mib
+from twostroke.v1 import worker_pb2
+
+BATCH, ALTERNATIVES = 64, 20
+
+
+def asking() -> Request:
+    prompt = Prompt((1,), 1_000_000, 0, frozenset(), "")
+    return Request("", 0, 0, prompt, worker_pb2.SamplingParams(logprobs=ALTERNATIVES), Mailbox(Turnstile()))
+
+
+def step() -> worker_pb2.StepTokens:
+    top = range(1_000, 1_000 + ALTERNATIVES)
+    logprobs = worker_pb2.Logprobs(logprob=-0.5, top_ids=top, top_logprobs=[-0.5] * ALTERNATIVES)
+    packed = worker_pb2.StepTokens(attempt_ids=range(BATCH), token_ids=range(BATCH), logprobs=[logprobs] * BATCH)
+    return worker_pb2.StepTokens.FromString(packed.SerializeToString())
+
+
+def test_logprobs_that_wait_to_be_read_keep_nothing_of_other_sequences() -> None:
+    request = asking()
+    before = resident_mib()
+    for _ in range(MAX_UNREAD_TOKENS):
+        fan_out({0: request}, step())
+    assert resident_mib() - before < 8  # about 1; with whole steps it is 168
+
+
+def test_logprobs_that_were_taken_are_kept_no_longer() -> None:
+    request = asking()
+    for _ in range(5):
+        fan_out({0: request}, step())
+    taken = request.take_logprobs(3)
+    assert [len(logprobs.top_ids) for logprobs in taken] == [ALTERNATIVES] * 3
+    assert len(request.logprobs) == 2

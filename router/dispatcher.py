@@ -169,18 +169,18 @@ class Dispatcher:
         self._running += 1
         if prefill is not None:
             prefill.begin(attempt)
-            prefill.send_prefill(worker_pb2.Prefill(attempt_id=attempt.id, sequence=sequence, traceparent=traceparent))
+            prefill.send_prefill(worker_pb2.Prefill(attempt_id=attempt.id, traceparent=traceparent), sequence)
         if decode is not None:
             decode.begin(attempt)
             decode.reserve(attempt.decode_blocks)
             decode.send_reserve(
                 worker_pb2.Reserve(
                     attempt_id=attempt.id,
-                    sequence=sequence,
                     headroom_tokens=headroom,
                     prefill=attempt.in_place,
                     traceparent=traceparent,
-                )
+                ),
+                sequence,
             )
 
     def _wait(self, request: Request, role: Role, workers: list[Worker], tokens: int) -> Role | None:

@@ -34,6 +34,9 @@ class Prompt:
     min_length: int
     stop_token_ids: frozenset[int]
     cache_salt: str
+    # Made with the first attempt of the first choice, and shared by all: a long prompt takes milliseconds.
+    block_hashes: list[bytes] = field(default_factory=list, init=False, compare=False)
+    packed: worker_pb2.Sequence = field(default_factory=worker_pb2.Sequence, init=False, compare=False)
 
 
 @dataclass(slots=True, eq=False)

@@ -1,0 +1,62 @@
+"""Requests as workers are told of them: what choices share, and what each has of its own."""
+
+import pytest
+
+from common import prefix_hash
+from common.sequence import sequence_from_proto
+from router.mailbox import Mailbox
+from router.request import Prompt, Request
+from router.sequence import hash_blocks, sequence_of
+from router.turnstile import Turnstile
+from twostroke.v1 import worker_pb2
+
+BLOCK = 16
+HELLO = worker_pb2.WorkerHello(
+    fingerprint="f" * 32, pool=worker_pb2.PoolHandle(layout=worker_pb2.KvLayout(block_size=BLOCK))
+)
+ROOT = prefix_hash.cache_root("f" * 32, "salt")
+
+
+def choices(count: int, tokens: int) -> list[Request]:
+    prompt = Prompt(tuple(range(tokens)), 1000, tokens + 3, frozenset([7, 5]), "salt")
+    sampling = [worker_pb2.SamplingParams(temperature=1, top_p=1, seed=place) for place in range(count)]
+    return [Request("id", place, place, prompt, sampling[place], Mailbox(Turnstile())) for place in range(count)]
+
+
+def told(request: Request) -> worker_pb2.Sequence:
+    hash_blocks(request, HELLO)
+    return sequence_of(request, HELLO)
+
+
+@pytest.mark.parametrize("tokens", [5, 16, 100])
+def test_a_resumed_choice_goes_on_by_itself(tokens: int) -> None:
+    requests = choices(3, tokens)
+    for request in requests:
+        told(request)
+    for length in (3, 30, 40):  # more blocks, or none, with every attempt
+        requests[1].output += [1000 + place for place in range(len(requests[1].output), length)]
+        for place, request in enumerate(requests):
+            whole = (*request.prompt.token_ids, *request.output)
+            spec = sequence_from_proto(told(request))
+            assert spec.token_ids == whole
+            assert list(spec.block_hashes) == prefix_hash.block_hashes(ROOT, whole, BLOCK) == request.block_hashes
+            assert (spec.prompt_length, spec.max_length, spec.min_length) == (tokens, 1000, tokens + 3)
+            assert (spec.sampling.seed, spec.stop_token_ids) == (place, {5, 7})
+            assert (spec.cache_root, spec.request_id) == (ROOT, "id")
+
+
+def test_choices_share_the_hashes_of_their_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed = 0
+    hash_them = prefix_hash.block_hashes
+
+    def counted(root: bytes, tokens: tuple[int, ...], block_size: int) -> list[bytes]:
+        nonlocal hashed
+        hashed += len(tokens) // block_size
+        return hash_them(root, tokens, block_size)
+
+    monkeypatch.setattr(prefix_hash, "block_hashes", counted)
+    requests = choices(16, 100 * BLOCK)
+    for request in requests:
+        told(request)
+    assert hashed == 100
+    assert all(request.block_hashes is requests[0].block_hashes for request in requests)

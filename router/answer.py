@@ -49,7 +49,7 @@ class Answer:
             text += self._rest()
             finish = self._finished_by_token()
         if tokens:
-            self._measure(len(tokens))
+            self._measure()
         delta = pb.Delta(text=text, token_ids=tokens if self._job.want_token_ids else ())
         if self._job.logprobs is not None:
             pairs = zip(tokens, request.take_logprobs(len(tokens)), strict=True)
@@ -138,8 +138,9 @@ class Answer:
                 histogram.observe(milliseconds / 1000)
         return pb.Finish(reason=reason, stop=stop, stop_token_id=stop_token_id, usage=usage, timing=timing)
 
-    def _measure(self, tokens: int) -> None:
+    def _measure(self) -> None:
+        """One gap, however many tokens end it: a share for each of them would hide the stall before it."""
         now = time.monotonic()
         if self._last_at is not None:
-            self._metrics.inter_token.observe((now - self._last_at) / tokens)
+            self._metrics.inter_token.observe(now - self._last_at)
         self._last_at = now

@@ -23,7 +23,7 @@ class Metrics:
         )
         self.inter_token = Histogram(
             "twostroke_inter_token_seconds",
-            "Between the deltas of a choice, per token in the later one (ITL)",
+            "Between deltas of a choice that carry tokens, whatever their number (ITL)",
             buckets=TOKEN_BUCKETS,
             registry=self.registry,
         )

@@ -188,6 +188,10 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     # ------------------------------------------------------------ about the cluster
 
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:
+        async with self._call("GetModel", context):
+            return self._described()
+
+    def _described(self) -> pb.GetModelResponse:
         model, dispatcher = self._model, self._dispatcher
         longest = min(model.context_length, dispatcher.workers.smallest_pool() or model.context_length)
         response = pb.GetModelResponse(
@@ -216,13 +220,14 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         return response
 
     async def GetLoad(self, request: pb.GetLoadRequest, context: Context) -> pb.GetLoadResponse:
-        ready = set(self._dispatcher.workers.all())
-        return pb.GetLoadResponse(
-            queued=self._dispatcher.queued,
-            running=self._dispatcher.running,
-            workers=[_load(worker, worker in ready) for worker in self._registry.connected],
-            answered=self._answered,
-        )
+        async with self._call("GetLoad", context):
+            ready = set(self._dispatcher.workers.all())
+            return pb.GetLoadResponse(
+                queued=self._dispatcher.queued,
+                running=self._dispatcher.running,
+                workers=[_load(worker, worker in ready) for worker in self._registry.connected],
+                answered=self._answered,
+            )
 
     # ------------------------------------------------------------ how calls end
 

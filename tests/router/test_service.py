@@ -272,8 +272,13 @@ async def test_metrics_count_what_happened(model: Path) -> None:
         await it.generate()
         with pytest.raises(grpc.aio.AioRpcError):
             await it.generate(n=0)
+        await it.stub.GetModel(pb.GetModelRequest())
+        await it.stub.GetLoad(pb.GetLoadRequest())
+        await it.stub.Tokenize(pb.TokenizeRequest(text="a"))
+        await it.stub.Detokenize(pb.DetokenizeRequest(token_ids=[40]))
         lines = generate_latest(it.router.metrics.registry).decode().splitlines()
-        assert 'twostroke_calls_total{code="OK",method="Generate"} 1.0' in lines
+        for method in ("Generate", "GetModel", "GetLoad", "Tokenize", "Detokenize"):
+            assert f'twostroke_calls_total{{code="OK",method="{method}"}} 1.0' in lines
         assert 'twostroke_calls_total{code="INVALID_ARGUMENT",method="Generate"} 1.0' in lines
         assert "twostroke_output_tokens_total 8.0" in lines
         assert "twostroke_first_token_seconds_count 1.0" in lines

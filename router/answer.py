@@ -16,14 +16,20 @@ class Answer:
     """The reader's side of a `Request`, and at the reader's pace: what gathered since the last call is one delta."""
 
     def __init__(
-        self, request: Request, job: Job, tokenizer: Tokenizer, eos_token_ids: Sequence[int], metrics: Metrics
+        self,
+        request: Request,
+        job: Job,
+        tokenizer: Tokenizer,
+        eos_token_ids: Sequence[int],
+        metrics: Metrics,
+        begins_text: bool,
     ) -> None:
         self._request = request
         self._job = job
         self._eos_token_ids = eos_token_ids
         self._metrics = metrics
         self._token_bytes = tokenizer.token_bytes
-        self._detokenizer = tokenizer.detokenizer(special_tokens=job.special_tokens)
+        self._detokenizer = tokenizer.detokenizer(special_tokens=job.special_tokens, begins_text=begins_text)
         self._stops = StopStrings(job.stop) if job.stop else None
         self._silent_stops = job.stop_token_ids - self._spoken_stops(tokenizer.special_ids)
         self._last_at: float | None = None

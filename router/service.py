@@ -104,8 +104,11 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             requests = self._requests(job, token_ids, mailbox, trace)
             trace.note(request_trace.of_request(request, job, self._config.model, len(token_ids)))
             finishes: list[pb.Finish] = []
+            # A chat's answer is a text of its own; a completion goes on with the prompt's.
+            begins_text = request.HasField("chat") or not self._tokenizer.spells(token_ids)
             answers = [
-                Answer(choice, job, self._tokenizer, self._model.eos_token_ids, self._metrics) for choice in requests
+                Answer(choice, job, self._tokenizer, self._model.eos_token_ids, self._metrics, begins_text)
+                for choice in requests
             ]
             self._dispatcher.submit(requests)
             try:

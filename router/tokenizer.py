@@ -87,9 +87,14 @@ class Tokenizer:
         self._check_size(size)
         return await self._on_a_thread(size, render_and_encode)
 
-    def detokenizer(self, *, special_tokens: bool) -> Detokenizer:
+    def detokenizer(self, *, special_tokens: bool, begins_text: bool = True) -> Detokenizer:
+        """`begins_text`: nothing comes before, and the space with which some tokenizers begin a text is left out."""
         table = self._bytes.table if special_tokens else self._visible
-        return Detokenizer(table, self._bytes.strip_leading_space)
+        return Detokenizer(table, self._bytes.strip_leading_space and begins_text)
+
+    def spells(self, token_ids: Sequence[int]) -> bool:
+        """Whether there is any text in these tokens, special ones left out."""
+        return any(self._visible[token] for token in token_ids)
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         # As a batch, which lets other threads run meanwhile; `encode` does not.

@@ -17,6 +17,7 @@ from tests.router.fake_worker import Script
 from twostroke.v1 import inference_pb2 as pb
 
 TOKENIZER = models.byte_level()
+FALLBACK = models.byte_fallback()
 
 
 def text_of(tokens: list[int]) -> str:
@@ -147,6 +148,25 @@ async def test_logprobs_come_with_the_tokens_bytes(model: Path) -> None:
         assert b"".join(entry.token for entry in choice.logprobs).decode() == choice.text
         assert all(len(entry.alternatives) == 2 for entry in choice.logprobs)
         assert not (await it.generate()).choices[0].logprobs
+
+
+@pytest.mark.parametrize(
+    ("asked", "text"),
+    [
+        ({"text": "the quick"}, " brown"),
+        ({"prompt": FALLBACK.encode("the quick").ids}, " brown"),
+        ({"prompt": [FALLBACK.token_to_id("</s>")]}, "brown"),
+        ({"chat": pb.Chat(messages=[pb.ChatMessage(role="user", content="the quick")])}, "brown"),
+    ],
+    ids=["text", "token_ids", "no text", "chat"],
+)
+async def test_what_goes_on_with_the_prompt_keeps_its_space(tmp_path: Path, asked: dict[str, Any], text: str) -> None:
+    """With SentencePiece a text begins with a space that is none of it, and a word in a text with one that is."""
+    directory = models.write(tmp_path, models.byte_fallback())
+    pieces = iter(FALLBACK.encode("brown").ids)
+    script = Script(token=lambda _length: next(pieces))
+    async with cluster(directory, prefills=[script], decodes=[script]) as it:
+        assert (await it.generate(max_tokens=6, **asked)).choices[0].text == text
 
 
 async def test_token_ids_are_left_out_on_request(model: Path) -> None:

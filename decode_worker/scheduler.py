@@ -129,8 +129,9 @@ class Scheduler:
     def cheapest(self) -> Sequence:
         """The running sequence that costs least to bring back: the fewest tokens to prefill again.
 
-        Those that still hold a promise go last: a sequence that came back with its whole need promised always ends, so
-        there is progress however short blocks are.
+        Those that still hold a promise go last. One that starves holds none, so a sequence is safe for as long as its
+        promise lasts; routers promise more with each preemption, and soon a sequence's whole need. So there is progress
+        however short blocks are.
         """
         running = (sequence for sequence in self._sequences.values() if sequence.state is State.RUNNING)
         return min(running, key=lambda sequence: (sequence.promised > 0, len(sequence.tokens)))

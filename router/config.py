@@ -39,7 +39,8 @@ class RouterConfig(SecurityConfig):
     """Most requests that wait for a worker; one more is answered with RESOURCE_EXHAUSTED."""
 
     headroom_tokens: NonNegativeInt = 256
-    """Tokens of output that a first attempt reserves room for. More of them: fewer preemptions, smaller batches."""
+    """Tokens of output that an attempt reserves room for; twice as many after each preemption. More of them: fewer
+    preemptions, smaller batches."""
 
     max_resumes: NonNegativeInt = 3
     """Times that a request survives a lost worker or lost KV; once more is UNAVAILABLE. Preemptions don't count."""

@@ -121,7 +121,7 @@ class Dispatcher:
         for worker in self.workers.all()[:1]:  # they are all alike in this
             hash_blocks(request, worker.hello)
         prefills, decodes = self.workers.of(PREFILL), self.workers.paired()
-        headroom = request.remaining if request.resumes else min(request.remaining, self._config.headroom_tokens)
+        headroom = request.headroom(self._config.headroom_tokens)
         decode = None
         if request.remaining > 1 or not prefills:
             busy = choose.busy_hosts(request, prefills)
@@ -343,6 +343,11 @@ class Dispatcher:
             worker.is_full()
             self._refused(attempt)
             return
+        if ended.cause == worker_pb2.Ended.CAUSE_DRAINING and attempt.request.length == attempt.length:
+            self._refused(attempt)
+            return
+        if ended.cause == worker_pb2.Ended.CAUSE_PREEMPTED:
+            attempt.request.preemptions += 1
         if ended.cause == worker_pb2.Ended.CAUSE_REJECTED:
             sentence = f"the {ROLE_NAMES[worker.role]} worker cannot serve this request: {ended.detail}"
             self._close(attempt, "rejected", sentence)

@@ -61,6 +61,7 @@ class Request:
     block_hashes: list[bytes] = field(default_factory=list)
     attempts: int = 0  # begun
     resumes: int = 0  # after preemptions and faults
+    preemptions: int = 0
     faults: int = 0
     avoid: set[str] = field(default_factory=set)  # instances of workers that failed it
     prefill_cached_tokens: int = 0
@@ -96,6 +97,11 @@ class Request:
         taken = [worker_pb2.Logprobs.FromString(packed) for packed in self.logprobs[:count]]
         del self.logprobs[:count]
         return taken
+
+    def headroom(self, first: int) -> int:
+        """Tokens of output that the next attempt reserves room for: `first`, doubled with each preemption, so that a
+        request which keeps outgrowing its pool soon asks for its whole need."""
+        return min(self.remaining, max(first, 1) << self.preemptions)
 
     def add(self, token: int) -> None:
         """Takes the next token. None may follow one that makes it complete."""

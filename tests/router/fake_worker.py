@@ -36,6 +36,7 @@ class Script:
     reject: int = 0
     fail: int = 0  # at once
     full: int = 0
+    drain: int = 0  # so many are turned away
     end_after: dict[int, list["Ended.Cause.ValueType"]] = field(
         default_factory=dict
     )  # decode: tokens -> causes to use up
@@ -160,8 +161,16 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         self.send(ended=[Ended(attempt_id=attempt_id, cause=cause, detail=detail)])
 
     def report(self) -> None:
-        in_use = sum(-(-len(sequence.token_ids) // 16) for sequence in self.held.values())
-        blocks = inference_pb2.Blocks(total=self.blocks, free=self.blocks - in_use, in_use=in_use)
+        in_use = sum(_blocks(len(sequence.token_ids)) for sequence in self.held.values())
+        promised = sum(
+            _blocks(len(reserve.sequence.token_ids) + reserve.headroom_tokens)
+            - _blocks(len(reserve.sequence.token_ids))
+            for reserve in self.reserves
+            if reserve.attempt_id in self.held
+        )
+        blocks = inference_pb2.Blocks(
+            total=self.blocks, free=self.blocks - in_use, in_use=in_use, reserved=min(promised, self.blocks - in_use)
+        )
         self.send(load=inference_pb2.WorkerLoad(role=self.role, ready=self.ready, blocks=blocks))
 
     # ------------------------------------------------------------ what it hears
@@ -193,7 +202,12 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         self.held[attempt_id] = sequence
         if self.script.silent:
             return False
-        causes = (("reject", Ended.CAUSE_REJECTED), ("fail", Ended.CAUSE_FAILED), ("full", Ended.CAUSE_FULL))
+        causes = (
+            ("reject", Ended.CAUSE_REJECTED),
+            ("fail", Ended.CAUSE_FAILED),
+            ("full", Ended.CAUSE_FULL),
+            ("drain", Ended.CAUSE_DRAINING),
+        )
         for name, cause in causes:
             if getattr(self.script, name) > 0:
                 setattr(self.script, name, getattr(self.script, name) - 1)
@@ -284,6 +298,10 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         for end in ended:
             del self.held[end.attempt_id], self.running[end.attempt_id]
         return worker_pb2.WorkerMessage(tokens=packed, ended=ended)
+
+
+def _blocks(tokens: int) -> int:
+    return -(-tokens // 16)
 
 
 def _logprobs(token: int, sequence: worker_pb2.Sequence) -> worker_pb2.Logprobs | None:

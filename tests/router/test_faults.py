@@ -171,20 +171,22 @@ async def test_what_a_worker_rejects_ends_with_its_reason(model: Path, side: str
 
 
 @pytest.mark.parametrize(
-    ("prefill", "decode", "resumes"),
+    ("prefill", "decode", "resumes", "headroom"),
     [
-        (Script(fail=1), Script(), 1),
-        (Script(), Script(fail=1), 1),
-        (Script(fail=1), Script(fail=1), 1),
-        (Script(), Script(lose_lease=1), 1),
-        (Script(), Script(end_after={0: [Ended.CAUSE_PREEMPTED]}), 1),
-        (Script(), Script(end_after={3: [Ended.CAUSE_PREEMPTED] * 5}), 5),
-        (Script(), Script(end_after={3: [Ended.CAUSE_FAILED] * 3}), 3),
-        (Script(), Script(end_after={3: [Ended.CAUSE_FINISHED]}), 1),  # which it is not
+        (Script(fail=1), Script(), 1, 4),
+        (Script(), Script(fail=1), 1, 4),
+        (Script(fail=1), Script(fail=1), 1, 4),
+        (Script(), Script(lose_lease=1), 1, 4),
+        (Script(), Script(end_after={0: [Ended.CAUSE_PREEMPTED]}), 1, 8),
+        (Script(), Script(end_after={3: [Ended.CAUSE_PREEMPTED] * 2}), 2, 16),
+        (Script(), Script(end_after={3: [Ended.CAUSE_PREEMPTED] * 5}), 5, 20),  # all that is left
+        (Script(), Script(end_after={3: [Ended.CAUSE_FAILED] * 3}), 3, 4),
+        (Script(), Script(end_after={2: [Ended.CAUSE_FAILED], 3: [Ended.CAUSE_PREEMPTED]}), 2, 8),
+        (Script(), Script(end_after={3: [Ended.CAUSE_FINISHED]}), 1, 4),  # which it is not
     ],
 )
 async def test_a_resumed_request_goes_on_where_it_was(
-    model: Path, prefill: Script, decode: Script, resumes: int
+    model: Path, prefill: Script, decode: Script, resumes: int, headroom: int
 ) -> None:
     async with cluster(model, [prefill], [decode], headroom_tokens=4) as it:
         response = await it.generate(max_tokens=40, n=1)
@@ -195,7 +197,7 @@ async def test_a_resumed_request_goes_on_where_it_was(
         assert tuple(last.sequence.token_ids[: len(PROMPT)]) == PROMPT
         assert list(last.sequence.token_ids[len(PROMPT) :]) == expected(len(last.sequence.token_ids) - len(PROMPT))
         assert last.sequence.prompt_length == len(PROMPT)
-        assert last.headroom_tokens == len(PROMPT) + 40 - len(last.sequence.token_ids)
+        assert last.headroom_tokens == headroom
         assert len(last.sequence.block_hashes) == 16 * (len(last.sequence.token_ids) // 16)
 
 
@@ -225,6 +227,28 @@ async def test_a_draining_worker_gets_nothing_more(model: Path) -> None:
         it.router.registry._keep_link((await spare.start(), DECODE))
         assert list((await answer).choices[0].token_ids) == expected(30)
         assert len(it.decodes[0].reserves) == 1
+
+
+@pytest.mark.parametrize("side", ["prefill", "decode"])
+async def test_what_a_draining_worker_turns_away_is_no_resume(model: Path, side: str) -> None:
+    scripts = {"prefill": [Script()], "decode": [Script()]} | {side: [Script(drain=10**9), Script()]}
+    async with cluster(model, scripts["prefill"], scripts["decode"]) as it:
+        for answer in await asyncio.gather(*(it.generate() for _ in range(4))):
+            assert list(answer.choices[0].token_ids) == expected(8)
+            if side == "prefill":  # else its first token may be there before the refusal
+                assert answer.choices[0].finish.usage.resumes == 0
+
+
+async def test_a_lost_worker_costs_no_more_room_than_it_had(model: Path) -> None:
+    """Two workers with room for 32 requests of 20 tokens and head-room each, or for nine at their full length."""
+    small = [FakeWorker(DECODE, Script(step_seconds=0.02), num_blocks=32 * 18) for _ in range(2)]
+    async with cluster(model, decodes=small) as it:
+        calls = [it.stub.Generate(request(max_tokens=None)) for _ in range(40)]
+        await eventually(lambda: sum(len(worker.running) for worker in small) == 40)
+        await small[0].die()
+        await eventually(lambda: len(small[1].running) == 32)
+        for call in calls:
+            call.cancel()
 
 
 async def test_resumed_requests_are_first_in_the_queue(model: Path) -> None:

@@ -13,6 +13,7 @@ class PrefixIndex:
     def __init__(self) -> None:
         self.published: set[bytes] = set()
         self._under_way: Counter[bytes] = Counter()
+        self._computed_here: Counter[bytes] = Counter()  # those under way that no other worker computes
 
     def __len__(self) -> int:
         return len(self.published)
@@ -23,24 +24,37 @@ class PrefixIndex:
         self.published.update(_unpacked(changes.published))
         self.published.difference_update(_unpacked(changes.dropped))
 
-    def begin(self, hashes: Iterable[bytes]) -> None:
+    def begin(self, hashes: Sequence[bytes], computed_here: bool) -> None:
         """An attempt with these blocks is under way."""
         self._under_way.update(hashes)
+        if computed_here:
+            self._computed_here.update(hashes)
 
-    def end(self, hashes: Iterable[bytes]) -> None:
+    def end(self, hashes: Sequence[bytes], computed_here: bool) -> None:
         """Undoes one `begin`."""
-        for name in hashes:
-            self._under_way[name] -= 1
-            if not self._under_way[name]:
-                del self._under_way[name]
+        _take_away(self._under_way, hashes)
+        if computed_here:
+            _take_away(self._computed_here, hashes)
 
     def hits(self, hashes: Sequence[bytes]) -> int:
         """How many of the leading `hashes` are in the cache, or will be when what is under way is there."""
         return _leading(name in self.published or name in self._under_way for name in hashes)
 
+    def computed(self, hashes: Sequence[bytes]) -> int:
+        """How many of the leading `hashes` a prompt that is computed here will find: those in the cache, and those of
+        prompts before it. What a prefill worker still computes may come much later."""
+        return _leading(name in self.published or name in self._computed_here for name in hashes)
+
     def shared(self, hashes: Sequence[bytes]) -> int:
         """How many of the leading `hashes` are in the cache and in use: a sequence takes no room for these."""
         return _leading(name in self.published and name in self._under_way for name in hashes)
+
+
+def _take_away(counter: Counter[bytes], hashes: Iterable[bytes]) -> None:
+    for name in hashes:
+        counter[name] -= 1
+        if not counter[name]:
+            del counter[name]
 
 
 def _leading(found: Iterable[bool]) -> int:

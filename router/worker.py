@@ -46,7 +46,7 @@ class Worker:
     def begin(self, attempt: Attempt) -> None:
         self.attempts[attempt.id] = attempt
         self.circuit.begin(attempt.id)
-        self.cache.begin(attempt.request.block_hashes)
+        self.cache.begin(attempt.request.block_hashes, self._computes(attempt))
         if self._computes(attempt):
             self.pending_tokens += attempt.prefill_tokens
 
@@ -59,7 +59,7 @@ class Worker:
         del self.attempts[attempt.id]
         self.circuit.left(attempt.id)
         self.decoding.pop(attempt.id, None)
-        self.cache.end(attempt.request.block_hashes)
+        self.cache.end(attempt.request.block_hashes, self._computes(attempt))
         if self._computes(attempt) and attempt.prefilled is None:
             self.pending_tokens -= attempt.prefill_tokens
 
@@ -77,8 +77,8 @@ class Worker:
         return tokens <= self.hello.max_length
 
     def missing_tokens(self, request: Request) -> int:
-        """Tokens of the request that it would have to compute: those not in its cache, at least the last one."""
-        return max(request.length - self.cache.hits(request.block_hashes) * self.hello.pool.layout.block_size, 1)
+        """Tokens of the request that it would have to compute: those it will not find, at least the last one."""
+        return max(request.length - self.cache.computed(request.block_hashes) * self.hello.pool.layout.block_size, 1)
 
     @property
     def can_prefill(self) -> bool:

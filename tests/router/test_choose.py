@@ -88,9 +88,9 @@ def test_blocks_in_use_take_no_room_again() -> None:
     """Cached blocks that nobody holds do: they are counted as room until they are taken."""
     tight = worker(DECODE, cached=8, free=4)
     assert choose.decode_worker(request(), [tight], 9 * BLOCK) is None
-    tight.cache.begin(HASHES[:5])
+    tight.cache.begin(HASHES[:5], computed_here=False)
     assert choose.decode_worker(request(), [tight], 9 * BLOCK) is tight
-    tight.cache.end(HASHES[:5])
+    tight.cache.end(HASHES[:5], computed_here=False)
     assert choose.decode_worker(request(), [tight], 9 * BLOCK) is None
 
 

@@ -59,6 +59,32 @@ async def test_what_the_decode_worker_has_cached_does_not_count(model: Path) -> 
         assert [reserve.prefill for reserve in it.decodes[0].reserves] == [False, True]
 
 
+async def test_what_a_prefill_worker_still_computes_does_not_count(model: Path) -> None:
+    """Else the decode worker would find, when the prompt's turn comes, that it has to compute all of it."""
+    prompts = [(*range(40, 88), token) for token in range(40, 44)]
+    slow = Script(prefill_seconds=0.05)
+    async with cluster(model, prefills=[slow], decodes=[both(prefill_tokens=8, prefill_overflow_tokens=8)]) as it:
+        for prompt, answer in zip(
+            prompts, await asyncio.gather(*(it.generate(prompt=p) for p in prompts)), strict=True
+        ):
+            assert list(answer.choices[0].token_ids) == expected(8, prompt)
+        assert [reserve.prefill for reserve in it.decodes[0].reserves] == [False] * 4
+
+
+async def test_what_the_decode_worker_computes_for_a_prompt_before_counts(model: Path) -> None:
+    first = tuple(range(40, 88))
+    second = first + (40,) * 8
+    async with cluster(model, decodes=[both(Script(prefill_seconds=0.1), prefill_tokens=len(first))]) as it:
+        asked = asyncio.ensure_future(it.generate(prompt=first))
+        await eventually(lambda: len(it.decodes[0].held) == 1)
+        answer = asyncio.ensure_future(it.generate(prompt=second))
+        await eventually(lambda: len(it.decodes[0].held) == 2)
+        worker = next(worker for worker in it.router.dispatcher.workers.all() if worker.role == DECODE)
+        assert worker.pending_tokens == len(second)
+        await asyncio.gather(asked, answer)
+        assert [reserve.prefill for reserve in it.decodes[0].reserves] == [True, True]
+
+
 async def test_a_single_token_is_not_worth_a_place_in_the_batch(model: Path) -> None:
     async with cluster(model, decodes=[both(prefill_tokens=1000)]) as it:
         assert list((await it.generate(max_tokens=1)).choices[0].token_ids) == expected(1)

@@ -84,14 +84,15 @@ def test_a_turn_without_news_sends_nothing() -> None:
 def test_what_is_under_way_counts_as_found_until_it_ends() -> None:
     index = PrefixIndex()
     chain = [name(number) for number in range(4)]
-    index.begin(chain[:3])
-    index.begin(chain[:2])
+    index.begin(chain[:3], computed_here=False)
+    index.begin(chain[:2], computed_here=True)
     assert index.hits(chain) == 3
+    assert index.computed(chain) == 2
     assert index.shared(chain) == 0
     index.apply(worker_pb2.CacheChanges(published=b"".join(chain[:3])))
-    assert index.shared(chain) == 3
-    index.end(chain[:3])
+    assert index.shared(chain) == index.computed(chain) == 3
+    index.end(chain[:3], computed_here=False)
     assert (index.hits(chain), index.shared(chain)) == (3, 2)
-    index.end(chain[:2])
+    index.end(chain[:2], computed_here=True)
     index.apply(worker_pb2.CacheChanges(dropped=chain[1]))
-    assert (index.hits(chain), index.shared(chain)) == (1, 0)
+    assert (index.hits(chain), index.computed(chain), index.shared(chain)) == (1, 1, 0)

@@ -283,12 +283,14 @@ class Dispatcher:
         attempt = worker.attempts.get(reserved.attempt_id)
         if attempt is None or attempt.decode is not worker or attempt.reserved:
             return
-        worker.reserve_answered(attempt.decode_blocks, reserved.refused)
+        worker.await_no_answer(attempt.decode_blocks)
         attempt.request.timing.reserved_ms += 1000 * (time.monotonic() - attempt.dispatched_at)
         attempt.trace.record("reserved", attempt.dispatched_at, {"twostroke.cached_tokens": reserved.cached_tokens})
         if reserved.refused:
             attempt.decode = None
             worker.end(attempt)
+            worker.give_back(attempt.decode_blocks)
+            worker.is_full()
             self._refused(attempt)
             return
         attempt.reserved = True
@@ -297,7 +299,9 @@ class Dispatcher:
             self._start(attempt)
 
     def _refused(self, attempt: Attempt) -> None:
-        """A worker has no place for it. That is no resume: nothing was begun."""
+        """A worker has no place for it. That is no resume: the worker did nothing for it. The other one of the pair was
+        told at the same time, and its first token may have been streamed already; then the next attempt goes on behind
+        it."""
         self._close(attempt, "refused")
         if attempt.request.complete:  # it refuses what it has done already
             attempt.request.end(State.FINISHED)
@@ -392,7 +396,7 @@ class Dispatcher:
             return
         worker.end(attempt)
         if not attempt.reserved:
-            worker.reserve_answered(attempt.decode_blocks, refused=False)
+            worker.await_no_answer(attempt.decode_blocks)
         worker.give_back(attempt.decode_blocks)
         if attempt.decoding_since is not None:
             attempt.request.timing.decode_ms += 1000 * (time.monotonic() - attempt.decoding_since)

@@ -83,10 +83,6 @@ class Request:
     def remaining(self) -> int:
         return self.prompt.max_length - self.length
 
-    @property
-    def over(self) -> bool:
-        return self.state is not State.QUEUED and self.state is not State.DISPATCHED
-
     def add_logprobs(self, logprobs: worker_pb2.Logprobs) -> None:
         """Those of the token that comes next."""
         # As bytes: a message out of another one keeps all of that alive, here the step of a whole batch.

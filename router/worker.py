@@ -122,11 +122,9 @@ class Worker:
         self._room -= blocks
         self._unanswered_blocks += blocks
 
-    def reserve_answered(self, blocks: int, refused: bool) -> None:
+    def await_no_answer(self, blocks: int) -> None:
+        """It answered for blocks that were asked for, or its answer no longer matters: what it reports counts."""
         self._unanswered_blocks -= blocks
-        if refused:
-            self.is_full()
-            self._room += blocks
 
     def give_back(self, blocks: int) -> None:
         """Blocks that a sequence held come free, or will as soon as the worker hears of it."""

@@ -71,9 +71,8 @@ def round_robin() -> Iterator[None]:
         able = [worker for worker in workers if worker.can_hold(request.length + 1) and worker.accepts_prefill]
         return able[next(prefill_turns) % len(able)] if able else None
 
-    def decode_worker(request: Request, workers: Iterable[Worker], tokens: int) -> Worker | None:
-        able = [worker for worker in workers if worker.has_room(worker.new_blocks(request, tokens))]
-        return able[next(decode_turns) % len(able)] if able else None
+    def decode_worker(request: Request, able: list[Worker]) -> Worker:
+        return able[next(decode_turns) % len(able)]
 
     with patch.object(choose, "prefill_worker", prefill_worker), patch.object(choose, "decode_worker", decode_worker):
         yield

@@ -3,7 +3,7 @@
 Between workers that are equal in this, the one whose cache holds less: it has less to lose.
 """
 
-from collections.abc import Container, Iterable
+from collections.abc import Iterable, Mapping
 
 from router.request import Request
 from router.worker import Worker
@@ -27,29 +27,36 @@ def prefill_worker(request: Request, workers: Iterable[Worker]) -> Worker | None
     return min(able, key=cost, default=None)
 
 
-def busy_hosts(request: Request, prefills: Iterable[Worker]) -> set[str]:
-    """Hosts of prefill workers of which none is good for this prompt now."""
-    hosts: dict[str, bool] = {}
-    for worker in prefills:
-        good = worker.accepts_prefill and not worker.circuit.paused and worker.instance not in request.avoid
-        hosts[worker.host] = hosts.get(worker.host, False) or good
-    return {host for host, good in hosts.items() if not good}
+def prefill_workers(request: Request, workers: Iterable[Worker]) -> dict[str, Worker | None]:
+    """That of each host that has any."""
+    hosts: dict[str, list[Worker]] = {}
+    for worker in workers:
+        hosts.setdefault(worker.host, []).append(worker)
+    return {host: prefill_worker(request, those) for host, those in hosts.items()}
 
 
-def decode_worker(
-    request: Request, workers: Iterable[Worker], tokens: int, busy_hosts: Container[str] = ()
-) -> Worker | None:
-    """The one with the most room, blocks found there and blocks to be computed there first counted several times, on a
-    host that is not busy if there is one; None while none has room for so many tokens."""
+def decode_workers(request: Request, workers: Iterable[Worker], tokens: int) -> list[Worker]:
+    """Those that may take it: they have room for so many tokens."""
     trusted = _trusted(worker for worker in workers if worker.can_hold(request.prompt.max_length))
-    able = [worker for worker in trusted if worker.has_room(worker.new_blocks(request, tokens))]
+    return [worker for worker in trusted if worker.has_room(request, tokens)]
+
+
+def decode_worker(request: Request, able: list[Worker], prefill_on: Mapping[str, Worker | None]) -> Worker:
+    """The one with the most room, blocks found there and blocks to be computed there first counted several times, on a
+    host whose prefill worker is good for this prompt now, if there is one."""
+
+    def is_doubtful(host: str) -> bool:
+        prefill = prefill_on[host]
+        return prefill is None or prefill.circuit.paused or prefill.instance in request.avoid
+
+    doubtful = {host for host in prefill_on if is_doubtful(host)}
 
     def cost(worker: Worker) -> tuple[bool, bool, int, int]:
         saved = worker.cache.hits(request.block_hashes) - worker.blocks(worker.pending_tokens)
-        avoided, busy = worker.instance in request.avoid, worker.host in busy_hosts
-        return avoided, busy, -worker.room - HIT_WORTH * saved, len(worker.cache)
+        avoided = worker.instance in request.avoid
+        return avoided, worker.host in doubtful, -worker.room - HIT_WORTH * saved, len(worker.cache)
 
-    return min(able, key=cost, default=None)
+    return min(able, key=cost)
 
 
 def _trusted(workers: Iterable[Worker]) -> list[Worker]:

@@ -124,17 +124,27 @@ class Dispatcher:
         headroom = request.headroom(self._config.headroom_tokens)
         decode = None
         if request.remaining > 1 or not prefills:
-            busy = choose.busy_hosts(request, prefills)
-            decode = choose.decode_worker(request, decodes, request.length + headroom, busy)
-            if decode is None:
+            able = choose.decode_workers(request, decodes, request.length + headroom)
+            if not able:
                 return self._wait(request, DECODE, decodes, request.prompt.max_length)
-            prefills = [worker for worker in prefills if worker.host == decode.host]
-            if not prefills or decode.prefills(request):
+            prefill_on = choose.prefill_workers(request, prefills)
+            waiting = {host for host, worker in prefill_on.items() if worker is None}
+            able = [
+                worker
+                for worker in able
+                if worker.host not in waiting or worker.prefills(request) or worker.helps_out(request)
+            ]
+            if not able:
+                return self._wait(request, PREFILL, prefills, request.length + 1)
+            decode = choose.decode_worker(request, able, prefill_on)
+            prefill = prefill_on.get(decode.host)
+            if prefill is None or decode.prefills(request):
                 self._begin(request, None, decode, headroom)
                 return None
-        prefill = choose.prefill_worker(request, prefills)
-        if prefill is None and (decode is None or not decode.helps_out(request)):
-            return self._wait(request, PREFILL, prefills, request.length + 1)
+        else:
+            prefill = choose.prefill_worker(request, prefills)
+            if prefill is None:
+                return self._wait(request, PREFILL, prefills, request.length + 1)
         self._begin(request, prefill, decode, headroom)
         return None
 

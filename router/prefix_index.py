@@ -1,7 +1,8 @@
 """Which blocks a worker's cache can find, as far as the router knows."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
+from itertools import islice, takewhile
 
 from common.prefix_hash import ROOT_BYTES
 from twostroke.v1 import worker_pb2
@@ -38,16 +39,20 @@ class PrefixIndex:
 
     def hits(self, hashes: Sequence[bytes]) -> int:
         """How many of the leading `hashes` are in the cache, or will be when what is under way is there."""
-        return _leading(name in self.published or name in self._under_way for name in hashes)
+        return _leading_in_either(self.published, self._under_way, hashes)
 
     def computed(self, hashes: Sequence[bytes]) -> int:
         """How many of the leading `hashes` a prompt that is computed here will find: those in the cache, and those of
         prompts before it. What a prefill worker still computes may come much later."""
-        return _leading(name in self.published or name in self._computed_here for name in hashes)
+        return _leading_in_either(self.published, self._computed_here, hashes)
 
     def shared(self, hashes: Sequence[bytes]) -> int:
         """How many of the leading `hashes` are in the cache and in use: a sequence takes no room for these."""
-        return _leading(name in self.published and name in self._under_way for name in hashes)
+        return min(_leading(self.published, hashes), _leading(self._under_way, hashes))
+
+    def may_have_computed(self, name: bytes) -> bool:
+        """False where `computed` is sure to end before this hash."""
+        return name in self.published or name in self._computed_here
 
 
 def _take_away(counter: Counter[bytes], hashes: Iterable[bytes]) -> None:
@@ -57,12 +62,15 @@ def _take_away(counter: Counter[bytes], hashes: Iterable[bytes]) -> None:
             del counter[name]
 
 
-def _leading(found: Iterable[bool]) -> int:
+def _leading(found: Container[bytes], hashes: Sequence[bytes], start: int = 0) -> int:
+    # Thousands of blocks, for each request that waits and each worker: this loop is one that Python does not run.
+    return len(list(takewhile(found.__contains__, islice(hashes, start, None))))
+
+
+def _leading_in_either(one: Container[bytes], other: Container[bytes], hashes: Sequence[bytes]) -> int:
     count = 0
-    for is_found in found:
-        if not is_found:
-            break
-        count += 1
+    while more := _leading(one, hashes, count) or _leading(other, hashes, count):
+        count += more
     return count
 
 

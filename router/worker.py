@@ -87,19 +87,32 @@ class Worker:
 
     def prefills(self, request: Request) -> bool:
         """decode: whether a hand-over of this prompt costs more than it saves."""
-        return self.missing_tokens(request) <= self.hello.prefill_tokens
+        return self._lacks_at_most(request, self.hello.prefill_tokens)
 
     def helps_out(self, request: Request) -> bool:
         """decode: whether it would prefill this prompt before a prefill worker has time. One at a time, so that the
         sequences that it decodes get a few steps between two prompts."""
-        return self.pending_tokens == 0 and self.missing_tokens(request) <= self.hello.prefill_overflow_tokens
+        return self.pending_tokens == 0 and self._lacks_at_most(request, self.hello.prefill_overflow_tokens)
+
+    def _lacks_at_most(self, request: Request, tokens: int) -> bool:
+        """As `missing_tokens` says, but a no mostly comes after one look: whatever waits is asked about again with
+        every message of every worker."""
+        needed = self.blocks(request.length - tokens)
+        if needed > len(request.block_hashes):
+            return False
+        if needed > 0 and not self.cache.may_have_computed(request.block_hashes[needed - 1]):
+            return False
+        return self.missing_tokens(request) <= tokens
 
     def new_blocks(self, request: Request, tokens: int) -> int:
         """Blocks that the request would take from its room, if it grew to so many tokens."""
         return self.blocks(tokens) - self.cache.shared(request.block_hashes)
 
-    def has_room(self, blocks: int) -> bool:
-        return self.room >= blocks and len(self.attempts) < max(self.hello.max_batch, 1)
+    def has_room(self, request: Request, tokens: int) -> bool:
+        """decode: whether the request could come now, and grow to so many tokens."""
+        if len(self.attempts) >= max(self.hello.max_batch, 1):
+            return False
+        return self.room >= self.blocks(tokens) or self.room >= self.new_blocks(request, tokens)
 
     @property
     def room(self) -> int:

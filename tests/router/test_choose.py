@@ -1,3 +1,4 @@
+from random import Random
 from typing import Any
 
 from router import choose
@@ -72,48 +73,64 @@ def test_prefill_avoids_who_failed_and_who_has_enough_to_do() -> None:
 # ------------------------------------------------------------ decode
 
 
+def decode_worker(request: Request, workers: list[Worker], prefills: tuple[Worker, ...] = ()) -> Worker | None:
+    able = choose.decode_workers(request, workers, 9 * BLOCK)
+    return choose.decode_worker(request, able, choose.prefill_workers(request, prefills)) if able else None
+
+
 def test_decode_goes_where_the_prefix_is_unless_the_other_has_much_more_room() -> None:
     holder, other = worker(DECODE, cached=5, free=30), worker(DECODE, free=30 + 5 * choose.HIT_WORTH - 1)
-    assert choose.decode_worker(request(), [other, holder], 9 * BLOCK) is holder
+    assert decode_worker(request(), [other, holder]) is holder
     roomy = worker(DECODE, free=30 + 5 * choose.HIT_WORTH + 1)
-    assert choose.decode_worker(request(), [holder, roomy], 9 * BLOCK) is roomy
+    assert decode_worker(request(), [holder, roomy]) is roomy
 
 
 def test_decode_without_prefix_goes_where_room_is() -> None:
     workers = [worker(DECODE, free=20), worker(DECODE, free=21)]
-    assert choose.decode_worker(request(), workers, 9 * BLOCK) is workers[1]
+    assert decode_worker(request(), workers) is workers[1]
 
 
 def test_blocks_in_use_take_no_room_again() -> None:
     """Cached blocks that nobody holds do: they are counted as room until they are taken."""
     tight = worker(DECODE, cached=8, free=4)
-    assert choose.decode_worker(request(), [tight], 9 * BLOCK) is None
+    assert decode_worker(request(), [tight]) is None
     tight.cache.begin(HASHES[:5], computed_here=False)
-    assert choose.decode_worker(request(), [tight], 9 * BLOCK) is tight
+    assert decode_worker(request(), [tight]) is tight
     tight.cache.end(HASHES[:5], computed_here=False)
-    assert choose.decode_worker(request(), [tight], 9 * BLOCK) is None
+    assert decode_worker(request(), [tight]) is None
 
 
 def test_decode_goes_to_a_host_where_a_prompt_can_be_computed_now() -> None:
     near, far = worker(DECODE, free=90, host="near"), worker(DECODE, free=100, host="far")
     idle, loaded = worker(PREFILL, host="near"), worker(PREFILL, host="far", pending=100, max_batch=50)
-    busy = choose.busy_hosts(request(), [idle, loaded])
-    assert busy == {"far"}
-    assert choose.decode_worker(request(), [near, far], 9 * BLOCK, busy) is near
-    assert choose.decode_worker(request(), [far], 9 * BLOCK, busy) is far
+    assert choose.prefill_workers(request(), [idle, loaded]) == {"near": idle, "far": None}
+    assert decode_worker(request(), [near, far], (idle, loaded)) is near
+    assert decode_worker(request(), [far], (idle, loaded)) is far
+    assert decode_worker(request(), [near, far], (idle,)) is far, "who prefills itself needs no other there"
     failed = request()
     failed.avoid.add(idle.instance)
-    assert choose.busy_hosts(failed, [idle, worker(PREFILL, host="far")]) == {"near"}
+    assert decode_worker(failed, [near, far], (idle, worker(PREFILL, host="far"))) is far
+    assert decode_worker(failed, [near], (idle,)) is near
 
 
 def test_decode_does_not_go_where_the_sequence_could_never_end() -> None:
     small = worker(DECODE, cached=8, max_length=9 * BLOCK - 1)
-    assert choose.decode_worker(request(), [small], 9 * BLOCK) is None
+    assert decode_worker(request(), [small]) is None
 
 
 def test_decode_goes_where_fewer_prompts_are_to_be_computed_first_unless_the_other_is_much_fuller() -> None:
     """Of workers that prefill themselves; one that does not has nothing to compute."""
     waiting, other = worker(DECODE, pending=3 * BLOCK, free=90), worker(DECODE, free=90 - 3 * choose.HIT_WORTH + 1)
-    assert choose.decode_worker(request(), [waiting, other], 9 * BLOCK) is other
+    assert decode_worker(request(), [waiting, other]) is other
     fuller = worker(DECODE, free=90 - 3 * choose.HIT_WORTH - 1)
-    assert choose.decode_worker(request(), [fuller, waiting], 9 * BLOCK) is waiting
+    assert decode_worker(request(), [fuller, waiting]) is waiting
+
+
+def test_whether_it_prefills_is_said_as_by_counting_all_that_it_lacks() -> None:
+    random = Random(5)
+    for _ in range(2_000):
+        made = worker(DECODE, prefill_tokens=random.randrange(9 * BLOCK))
+        made.cache.apply(worker_pb2.CacheChanges(published=b"".join(random.sample(HASHES, random.randrange(9)))))
+        made.cache.begin(HASHES[: random.randrange(9)], computed_here=random.random() < 0.5)
+        asked = request(tokens=random.randrange(1, 8 * BLOCK + 16))
+        assert made.prefills(asked) == (made.missing_tokens(asked) <= made.hello.prefill_tokens)

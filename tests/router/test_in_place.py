@@ -11,6 +11,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from common.prefix_hash import block_hashes, cache_root
+from router.prefix_index import PrefixIndex
 from tests.router.cluster import PROMPT, Cluster, cluster, eventually, expected, request
 from tests.router.fake_worker import DECODE, PREFILL, Ended, FakeWorker, Script
 from tests.router.models import EOS
@@ -167,6 +168,40 @@ async def test_a_decode_worker_helps_out_with_one_prompt_at_a_time(model: Path) 
             assert list((await answer).choices[0].token_ids) == expected(8, prompt)
         assert [reserve.prefill for reserve in helping.reserves] == [False, False, True, True, True]
         assert len(slow.prefills) == 2
+        for call in calls:
+            call.cancel()
+        await eventually(it.nothing_held)
+
+
+async def test_the_decode_worker_with_the_prefix_helps_out_whoever_has_more_room(model: Path) -> None:
+    prompt = long_prompts(1)[0]
+    slow = FakeWorker(PREFILL, Script(silent=True), max_batch=50)
+    roomy, holder = (FakeWorker(DECODE, prefill_overflow_tokens=20, num_blocks=blocks) for blocks in (4096, 200))
+    async with cluster(model, prefills=[slow], decodes=[roomy, holder]) as it:
+        holder.send(
+            cache=worker_pb2.CacheChanges(published=b"".join(block_hashes(cache_root("f" * 32, ""), prompt, 16)))
+        )
+        await eventually(lambda: any(worker.cache for worker in it.router.dispatcher.workers.all()))
+        calls = [it.stub.Generate(request(prompt=(token, *prompt)), timeout=10) for token in (7, 8)]
+        await eventually(lambda: not any(worker.accepts_prefill for worker in it.router.dispatcher.workers.of(PREFILL)))
+        assert list((await it.generate(prompt=prompt)).choices[0].token_ids) == expected(8, prompt)
+        assert [reserve.prefill for reserve in holder.reserves] == [True]
+        for call in calls:
+            call.cancel()
+        await eventually(it.nothing_held)
+
+
+async def test_prompts_that_wait_are_not_looked_up_again_and_again(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = FakeWorker(PREFILL, Script(silent=True), max_batch=50)
+    async with cluster(model, prefills=[slow], decodes=[both(prefill_tokens=20) for _ in range(2)]) as it:
+        calls = [it.stub.Generate(request(prompt=prompt), timeout=10) for prompt in long_prompts(20)]
+        await eventually(lambda: it.router.dispatcher.queued == 18)
+        for name in ("hits", "computed", "shared"):
+            monkeypatch.delattr(PrefixIndex, name)
+        it.router.dispatcher.dispatch()
+        monkeypatch.undo()
         for call in calls:
             call.cancel()
         await eventually(it.nothing_held)

@@ -96,3 +96,25 @@ def test_what_is_under_way_counts_as_found_until_it_ends() -> None:
     index.end(chain[:2], computed_here=True)
     index.apply(worker_pb2.CacheChanges(dropped=chain[1]))
     assert (index.hits(chain), index.computed(chain), index.shared(chain)) == (1, 1, 0)
+
+
+def test_what_is_counted_is_what_a_walk_along_the_chain_finds() -> None:
+    random = Random(7)
+    chain = [name(number) for number in range(6)]
+    for _ in range(500):
+        index = PrefixIndex()
+        published, here, elsewhere = (random.sample(chain, random.randrange(7)) for _ in range(3))
+        index.apply(worker_pb2.CacheChanges(published=b"".join(published)))
+        index.begin(here, computed_here=True)
+        index.begin(elsewhere, computed_here=False)
+        under_way = {*here, *elsewhere}
+        assert index.hits(chain) == walk(chain, {*published, *under_way})
+        assert index.computed(chain) == walk(chain, {*published, *here})
+        assert index.shared(chain) == walk(chain, {*published} & under_way)
+
+
+def walk(chain: list[bytes], found: set[bytes]) -> int:
+    for count, hash in enumerate(chain):
+        if hash not in found:
+            return count
+    return len(chain)

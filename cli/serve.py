@@ -21,7 +21,7 @@ from cyclopts.types import NonNegativeFloat, NonNegativeInt, Port, PositiveFloat
 
 from cli.children import Child
 from common import cluster_secret
-from common.addresses import Listen
+from common.addresses import ANY_HOST, Listen
 from common.security_config import SecurityConfig, SettingsError, TlsConfig
 from common.tls import channel_credentials
 from decode_worker.config import DecodeConfig
@@ -91,7 +91,7 @@ class ServeConfig(SecurityConfig):
     """Most tokens of prompts that a decode worker computes between two decode steps."""
 
     headroom_tokens: NonNegativeInt | None = None
-    """Room for output that a request's first attempt reserves on a decode worker, in tokens."""
+    """Room for output that an attempt reserves on a decode worker, in tokens; doubled with each preemption."""
 
     max_queue: PositiveInt | None = None
     """Most requests that wait for a worker."""
@@ -273,7 +273,7 @@ def _with_port(listen: str) -> str:
 def _reachable(address: str) -> str:
     """Where processes of this machine reach what listens at `address`."""
     host, _, port = address.rpartition(":")
-    return f"127.0.0.1:{port}" if host in ("", "0.0.0.0", "[::]") else address
+    return f"127.0.0.1:{port}" if host in ("", *ANY_HOST) else address
 
 
 def _stop(stages: Iterable[list[Child]], seconds: float, signals: list[int]) -> None:

@@ -4,6 +4,13 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
+ANY_HOST = ("0.0.0.0", "[::]")
+
+
+def is_unix(address: str) -> bool:
+    """Whether it names a socket of this machine, not a host and a port."""
+    return address.startswith(("unix:", "unix-abstract:"))
+
 
 def check_listen(_type: Any, address: str) -> None:
     """Raises ValueError, with a sentence, for what cannot be listened on. Port 0 stands for a free one."""
@@ -17,7 +24,7 @@ def check_target(_type: Any, address: str | None) -> None:
 
 
 def _check(address: str, lowest_port: int) -> None:
-    if address.startswith(("unix:", "unix-abstract:")):
+    if is_unix(address):
         return
     host, _, port = address.rpartition(":")
     if not (host and port.isascii() and port.isdigit() and lowest_port <= int(port[:6]) < 1 << 16):

@@ -5,8 +5,6 @@ import ipaddress
 import socket
 from dataclasses import dataclass
 
-ANY_HOST = ("0.0.0.0", "[::]")
-
 
 @dataclass(frozen=True, slots=True)
 class Way:

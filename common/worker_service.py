@@ -19,10 +19,11 @@ import grpc
 import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from common.addresses import ANY_HOST, is_unix
 from common.cluster_secret import SecretInterceptor
 from common.config import WorkerConfig
 from common.grpc_options import PEERS
-from common.own_address import ANY_HOST, way_to
+from common.own_address import way_to
 from common.peers import Peers, only_local
 from twostroke.v1 import worker_pb2 as pb
 from twostroke.v1 import worker_pb2_grpc
@@ -219,7 +220,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
 
     async def _address_towards(self, router: str) -> tuple[str, bool]:
         """What this router is told, and whether it can reach the worker there."""
-        if router.startswith(("unix:", "unix-abstract:")):
+        if is_unix(router):
             return self.address, True
         way = await way_to(router, socket.AF_INET if self._host == "0.0.0.0" else socket.AF_UNSPEC)
         from_anywhere = self._advertise is None and self._host in ANY_HOST

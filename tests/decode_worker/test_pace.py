@@ -18,7 +18,6 @@ class Played:
 
     step_seconds: Callable[[int], float]  # by the number of the step
     launch_seconds: Callable[[int], float]
-    rows: Callable[[int], int] = lambda _: 64
     now: float = 100.0
     idle: list[float] = field(default_factory=list)  # of the device before each step
     closed: list[float] = field(default_factory=list)  # from a launch's beginning to that of its step
@@ -26,7 +25,7 @@ class Played:
     def run(self) -> None:
         pace = Pace()
         began = self.now
-        pace.begins(began, self.rows(0))
+        pace.begins(began, rows=64)
         for step in range(1, STEPS):
             ends = began + self.step_seconds(step - 1)
             while (spare := pace.spare(self.now)) and self.now < ends:
@@ -38,7 +37,7 @@ class Played:
             began = self.now = max(ends, self.now)
             self.idle.append(began - ends)
             self.closed.append(began - launching)
-            pace.begins(began, self.rows(step))
+            pace.begins(began, rows=64)
 
     @property
     def idle_share(self) -> float:

@@ -108,7 +108,7 @@ async def _router(pipe: Connection, directory: Path, addresses: Sequence[str]) -
         stub = inference_pb2_grpc.InferenceStub(channel)
         request = inference_pb2.GetLoadRequest()
         for _ in range(1_000):
-            if len((await stub.GetLoad(request)).workers) == len(addresses):
+            if sum(worker.ready for worker in (await stub.GetLoad(request)).workers) == len(addresses):
                 break
             await asyncio.sleep(0.01)
     pipe.send(f"127.0.0.1:{port}")

@@ -12,7 +12,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import count
@@ -71,7 +71,7 @@ def round_robin() -> Iterator[None]:
         able = [worker for worker in workers if worker.can_hold(request.length + 1) and worker.accepts_prefill]
         return able[next(prefill_turns) % len(able)] if able else None
 
-    def decode_worker(request: Request, able: list[Worker], prefill_on: Mapping[str, Worker | None]) -> Worker:
+    def decode_worker(request: Request, able: list[Worker], prefill_of: choose.PrefillOf) -> Worker:
         return able[next(decode_turns) % len(able)]
 
     with patch.object(choose, "prefill_worker", prefill_worker), patch.object(choose, "decode_worker", decode_worker):
@@ -94,7 +94,7 @@ def start_worker(role: str, router: str, num_blocks: int) -> subprocess.Popen[by
 
 async def all_connected(client: AsyncClient, workers: int) -> None:
     for _ in range(int(START_SECONDS / 0.2)):
-        if len((await client.load()).workers) == workers:
+        if sum(worker.ready for worker in (await client.load()).workers) == workers:
             return
         await asyncio.sleep(0.2)
     raise RuntimeError(f"not all of {workers} workers came within {START_SECONDS:g} s")

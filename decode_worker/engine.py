@@ -15,6 +15,7 @@ from common.worker_service import WorkerService
 from decode_worker.loop import DecodeLoop, StepTokens, Turn
 from decode_worker.metrics import DecodeMetrics
 from decode_worker.own_prompts import OwnPrompts
+from decode_worker.peer_pools import PeerPools
 from decode_worker.pulls import Pull, Pulled, Puller
 from decode_worker.runner import Runner
 from decode_worker.scheduler import Sequence, State
@@ -47,7 +48,8 @@ class Engine:
         self._loop = DecodeLoop(parts, runner, max_batch)
         self._scheduler = self._loop.scheduler
         self._own_prompts = own_prompts
-        self._puller = Puller(parts.pool, parts.device)
+        self._peers = PeerPools(parts.pool.layout, parts.device, metrics.peer_speed, service.wake)
+        self._puller = Puller(parts.pool, self._peers)
         self._totals = inference_pb2.Totals()
 
     def run(self, lifecycle: Lifecycle) -> None:
@@ -58,10 +60,11 @@ class Engine:
             cache.send()
             load.send_if_due()
             self._service.flush()
-        self._puller.close()
+        self._peers.close()
 
     def turn(self, draining: bool) -> None:
         self._receive(draining)
+        self._tell_opened()
         self._finish_pulls()
         if self._pause() > 0:
             return  # who comes before the next step is launched is in it
@@ -85,6 +88,8 @@ class Engine:
                 for orphan in self._scheduler.of_connection(received.connection):
                     self._drop(orphan)
                 continue
+            for handle in received.message.pools:
+                self._peers.prove(received.connection, handle)
             for reserve in received.message.reserves:
                 self._reserve(received.connection, reserve, draining)
             self._puller.start(
@@ -142,6 +147,10 @@ class Engine:
         if named != blocks or generations != blocks:
             return f"{named} blocks with {generations} generations were named for a prompt of {blocks}"
         return None
+
+    def _tell_opened(self) -> None:
+        for connection, opened in self._peers.answers():
+            self._service.outgoing(connection).opened.append(opened)
 
     def _finish_pulls(self) -> None:
         for pulled in self._puller.poll():

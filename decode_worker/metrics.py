@@ -1,6 +1,6 @@
 """Prometheus metrics of a decode worker."""
 
-from prometheus_client import Counter, Histogram
+from prometheus_client import Counter, Gauge, Histogram
 
 from common.worker_metrics import WorkerMetrics
 
@@ -27,5 +27,11 @@ class DecodeMetrics(WorkerMetrics):
             "twostroke_handover_seconds",
             "From the router's word that KV is ready to its arrival",
             buckets=HANDOVER_BUCKETS,
+            registry=self.registry,
+        )
+        self.peer_speed = Gauge(
+            "twostroke_peer_read_bytes_per_second",
+            "Speed at which a prefill worker's pool was read when it was opened, by the worker's instance",
+            ("instance",),
             registry=self.registry,
         )

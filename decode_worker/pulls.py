@@ -2,21 +2,14 @@
 
 import time
 from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 
-import structlog
-import torch
-
 from common.kv_pool import KvPool
-from common.transport import PeerPool, Transfer, TransportError, open_peer
+from common.transport import PeerPool, Transfer, TransportError
+from decode_worker.peer_pools import PeerPools
 from decode_worker.scheduler import Sequence
 from twostroke.v1 import worker_pb2 as pb
-
-log = structlog.get_logger(__name__)
-
-# How often pools of workers that may be gone are looked after.
-PEER_CHECK_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,19 +32,16 @@ class Pulled:
 
 
 class Puller:
-    """Opens each prefill worker's pool once per instance and reads blocks from it, all of a turn in one transfer.
+    """Reads blocks from prefill workers' pools, all of a turn and a worker in one transfer.
 
     A sequence in here counts as having a step in flight: its blocks are being written.
     """
 
-    def __init__(self, pool: KvPool, device: torch.device) -> None:
+    def __init__(self, pool: KvPool, peers: PeerPools) -> None:
         self._pool = pool
-        self._device = device
-        self._opener = ThreadPoolExecutor(max_workers=1, thread_name_prefix="open-peer")
-        self._peers: dict[str, Future[PeerPool]] = {}
-        self._waiting: list[Pull] = []  # until their peer's pool is open
+        self._peers = peers
+        self._waiting: list[tuple[Future[PeerPool], Pull]] = []  # until their peer's pool is open
         self._under_way: list[tuple[PeerPool, Transfer, list[Pull]]] = []
-        self._next_check = 0.0  # time.monotonic()
 
     @property
     def busy(self) -> bool:
@@ -60,10 +50,7 @@ class Puller:
     def start(self, pulls: Iterable[Pull]) -> None:
         for pull in pulls:
             pull.sequence.steps_in_flight += 1
-            handle = pull.source.pool
-            if handle.instance not in self._peers:
-                self._peers[handle.instance] = self._opener.submit(self._open, handle)
-            self._waiting.append(pull)
+            self._waiting.append((self._peers.open(pull.source.pool), pull))
 
     def poll(self) -> list[Pulled]:
         """What has arrived, or failed, since the last call; starts what could not start before."""
@@ -82,51 +69,29 @@ class Puller:
         self._under_way = still_under_way
         for pulled in over:
             pulled.sequence.steps_in_flight -= 1
-        if (now := time.monotonic()) >= self._next_check:
-            self._next_check = now + PEER_CHECK_SECONDS
-            self._close_gone_peers()
+        self._peers.close_gone(in_use=self._sources())
         return over
 
-    def close(self) -> None:
-        self._opener.shutdown(cancel_futures=True)
-        for opening in self._peers.values():
-            if opening.done() and not opening.cancelled() and opening.exception() is None:
-                opening.result().close()
-
-    def _close_gone_peers(self) -> None:
-        """Closes the pools of workers that are no more, so that their memory can be freed, and forgets those that could
-        not be opened, so that the next pull tries again."""
-        in_use = {pull.source.pool.instance for pull in self._waiting}
-        in_use.update(pull.source.pool.instance for _, _, pulls in self._under_way for pull in pulls)
-        for instance, opening in list(self._peers.items()):
-            if instance in in_use or not opening.done():
-                continue
-            if opening.exception() is not None:
-                del self._peers[instance]
-            elif not (peer := opening.result()).owner_alive():
-                peer.close()
-                del self._peers[instance]
-                log.info("closed the pool of a worker that is gone", instance=instance)
-
-    def _open(self, handle: pb.PoolHandle) -> PeerPool:
-        return open_peer(handle.descriptor, handle.transport, self._pool.layout, self._device)
+    def _sources(self) -> set[str]:
+        """Instances of the workers that are read from, or are about to be."""
+        pulls = [pull for _, pull in self._waiting]
+        pulls += [pull for _, _, together in self._under_way for pull in together]
+        return {pull.source.pool.instance for pull in pulls}
 
     def _read_waiting(self) -> list[Pulled]:
         over: list[Pulled] = []
-        ready: dict[str, list[Pull]] = {}
+        ready: dict[PeerPool, list[Pull]] = {}
         waiting = []
-        for pull in self._waiting:
-            instance = pull.source.pool.instance
-            opening = self._peers[instance]
+        for opening, pull in self._waiting:
             if not opening.done():
-                waiting.append(pull)
+                waiting.append((opening, pull))
             elif (error := opening.exception()) is not None:
+                instance = pull.source.pool.instance
                 over.append(_pulled(pull, problem=f"cannot open the pool of prefill worker {instance}: {error}"))
             else:
-                ready.setdefault(instance, []).append(pull)
+                ready.setdefault(opening.result(), []).append(pull)
         self._waiting = waiting
-        for instance, pulls in ready.items():
-            peer = self._peers[instance].result()
+        for peer, pulls in ready.items():
             source: list[int] = []
             target: list[int] = []
             for pull in pulls:

@@ -4,15 +4,62 @@ Between workers that are equal in this, the one whose cache holds less: it has l
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
 
 from router.request import Request
 from router.worker import Worker
+from router.workers import DECODE, PREFILL, Role, Workers
 
 # A block that decode need not pull is worth so many blocks of room. Pulls are quick, so the emptier worker would nearly
 # always win if it were one, and every prefix would end up in every pool, where it drives out others. A block that is
 # still to be computed there, for prompts that came before, weighs as much: a prompt that waits delays what comes after
 # it by about as much as four running sequences of its length do.
 HIT_WORTH = 4
+
+
+# Of each set of prefill workers that are pairs with the same decode workers, by instance: the one for a prompt, or None
+# while all of them have enough to do.
+PrefillOf: TypeAlias = Mapping[frozenset[str], Worker | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Without a prefill worker decode computes the prompt, too; without a decode worker the first token is all."""
+
+    prefill: Worker | None
+    decode: Worker | None
+
+
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """None of `workers` takes the request now; whoever does must be able to hold so many tokens."""
+
+    role: Role
+    workers: list[Worker]
+    tokens: int
+
+
+def pair(request: Request, workers: Workers, headroom: int) -> Pair | Missing:
+    """For a request with so many tokens of output to reserve room for."""
+    prefills, decodes = workers.of(PREFILL), workers.paired()
+    if request.remaining <= 1 and prefills:
+        prefill = prefill_worker(request, prefills)
+        return Missing(PREFILL, prefills, request.length + 1) if prefill is None else Pair(prefill, None)
+    able = decode_workers(request, decodes, request.length + headroom)
+    if not able:
+        return Missing(DECODE, decodes, request.prompt.max_length)
+    prefill_of = prefill_workers(request, prefills, able)
+    waiting = {reads for reads, prefill in prefill_of.items() if prefill is None}
+    able = [
+        worker
+        for worker in able
+        if worker.reads not in waiting or worker.prefills(request) or worker.helps_out(request)
+    ]
+    if not able:
+        return Missing(PREFILL, prefills, request.length + 1)
+    decode = decode_worker(request, able, prefill_of)
+    return Pair(None if decode.prefills(request) else prefill_of.get(decode.reads), decode)
 
 
 def prefill_worker(request: Request, workers: Iterable[Worker]) -> Worker | None:
@@ -27,12 +74,14 @@ def prefill_worker(request: Request, workers: Iterable[Worker]) -> Worker | None
     return min(able, key=cost, default=None)
 
 
-def prefill_workers(request: Request, workers: Iterable[Worker]) -> dict[str, Worker | None]:
-    """That of each host that has any."""
-    hosts: dict[str, list[Worker]] = {}
-    for worker in workers:
-        hosts.setdefault(worker.host, []).append(worker)
-    return {host: prefill_worker(request, those) for host, those in hosts.items()}
+def prefill_workers(request: Request, prefills: Iterable[Worker], decodes: Iterable[Worker]) -> PrefillOf:
+    """Those for the decode workers that are a pair with any."""
+    prefills = list(prefills)
+    return {
+        reads: prefill_worker(request, [worker for worker in prefills if worker.instance in reads])
+        for reads in {worker.reads for worker in decodes}
+        if reads
+    }
 
 
 def decode_workers(request: Request, workers: Iterable[Worker], tokens: int) -> list[Worker]:
@@ -41,20 +90,19 @@ def decode_workers(request: Request, workers: Iterable[Worker], tokens: int) -> 
     return [worker for worker in trusted if worker.has_room(request, tokens)]
 
 
-def decode_worker(request: Request, able: list[Worker], prefill_on: Mapping[str, Worker | None]) -> Worker:
-    """The one with the most room, blocks found there and blocks to be computed there first counted several times, on a
-    host whose prefill worker is good for this prompt now, if there is one."""
+def decode_worker(request: Request, able: list[Worker], prefill_of: PrefillOf) -> Worker:
+    """The one with the most room, blocks found there and blocks to be computed there first counted several times, whose
+    prefill worker is good for this prompt now, if there is one."""
 
-    def is_doubtful(host: str) -> bool:
-        prefill = prefill_on[host]
+    def is_doubtful(prefill: Worker | None) -> bool:
         return prefill is None or prefill.circuit.paused or prefill.instance in request.avoid
 
-    doubtful = {host for host in prefill_on if is_doubtful(host)}
+    doubtful = {reads for reads, prefill in prefill_of.items() if is_doubtful(prefill)}
 
     def cost(worker: Worker) -> tuple[bool, bool, int, int]:
         saved = worker.cache.hits(request.block_hashes) - worker.blocks(worker.pending_tokens)
         avoided = worker.instance in request.avoid
-        return avoided, worker.host in doubtful, -worker.room - HIT_WORTH * saved, len(worker.cache)
+        return avoided, worker.reads in doubtful, -worker.room - HIT_WORTH * saved, len(worker.cache)
 
     return min(able, key=cost)
 

@@ -20,7 +20,7 @@ from router.request import Attempt, Request, State
 from router.sequence import hash_blocks, sequence_of
 from router.waiting_queue import WaitingQueue
 from router.worker import REFUSAL_PAUSE, Worker
-from router.workers import DECODE, PREFILL, ROLE_NAMES, Role, Workers
+from router.workers import DECODE, ROLE_NAMES, Role, Workers
 from twostroke.v1 import worker_pb2
 
 log = structlog.get_logger(__name__)
@@ -120,32 +120,11 @@ class Dispatcher:
         """None where the request left the queue, else the role that it waits for."""
         for worker in self.workers.all()[:1]:  # they are all alike in this
             hash_blocks(request, worker.hello)
-        prefills, decodes = self.workers.of(PREFILL), self.workers.paired()
         headroom = request.headroom(self._config.headroom_tokens)
-        decode = None
-        if request.remaining > 1 or not prefills:
-            able = choose.decode_workers(request, decodes, request.length + headroom)
-            if not able:
-                return self._wait(request, DECODE, decodes, request.prompt.max_length)
-            prefill_on = choose.prefill_workers(request, prefills)
-            waiting = {host for host, worker in prefill_on.items() if worker is None}
-            able = [
-                worker
-                for worker in able
-                if worker.host not in waiting or worker.prefills(request) or worker.helps_out(request)
-            ]
-            if not able:
-                return self._wait(request, PREFILL, prefills, request.length + 1)
-            decode = choose.decode_worker(request, able, prefill_on)
-            prefill = prefill_on.get(decode.host)
-            if prefill is None or decode.prefills(request):
-                self._begin(request, None, decode, headroom)
-                return None
-        else:
-            prefill = choose.prefill_worker(request, prefills)
-            if prefill is None:
-                return self._wait(request, PREFILL, prefills, request.length + 1)
-        self._begin(request, prefill, decode, headroom)
+        found = choose.pair(request, self.workers, headroom)
+        if isinstance(found, choose.Missing):
+            return self._wait(request, found)
+        self._begin(request, found, headroom)
         return None
 
     def _give_up(self, request: Request) -> None:
@@ -156,7 +135,8 @@ class Dispatcher:
         sentence = "a fault of the router; its log says more"
         request.end(State.FAILED, CallError(grpc.StatusCode.INTERNAL, sentence))
 
-    def _begin(self, request: Request, prefill: Worker | None, decode: Worker | None, headroom: int) -> None:
+    def _begin(self, request: Request, pair: choose.Pair, headroom: int) -> None:
+        prefill, decode = pair.prefill, pair.decode
         computing = prefill or decode
         assert computing is not None
         request.attempts += 1
@@ -193,16 +173,16 @@ class Dispatcher:
                 sequence,
             )
 
-    def _wait(self, request: Request, role: Role, workers: list[Worker], tokens: int) -> Role | None:
-        """None of the workers takes the request now. It waits for them, or ends here where none ever will."""
-        if workers and not any(worker.can_hold(tokens) for worker in workers):
+    def _wait(self, request: Request, missing: choose.Missing) -> Role | None:
+        """It waits for a worker of that role, or ends here where none ever will take it."""
+        if missing.workers and not any(worker.can_hold(missing.tokens) for worker in missing.workers):
             self._take_out(request)
-            sentence = f"no {ROLE_NAMES[role]} worker that is left can hold {tokens} tokens"
+            sentence = f"no {ROLE_NAMES[missing.role]} worker that is left can hold {missing.tokens} tokens"
             request.end(State.FAILED, CallError(grpc.StatusCode.UNAVAILABLE, sentence))
             return None
         if self._retry is None:
             self._retry = asyncio.get_running_loop().call_later(REFUSAL_PAUSE, self._retry_now)
-        return role
+        return missing.role
 
     def _take_out(self, request: Request) -> None:
         self._queue.remove(request)
@@ -244,6 +224,8 @@ class Dispatcher:
             self.workers.retire(worker)
         elif message.HasField("load") and not worker.draining and worker not in self.workers.of(worker.role):
             self.worker_up(worker)  # it said that it was not ready, and is
+        for opened in message.opened:
+            self.workers.opened(worker, opened)
         for reserved in message.reserved:
             self._reserved(worker, reserved)
         for prefilled in message.prefilled:
@@ -254,7 +236,8 @@ class Dispatcher:
             fan_out(worker.decoding, message.tokens)
         for ended in message.ended:
             self._ended(worker, ended)
-        if self._queue and (message.reserved or message.prefilled or message.ended or message.HasField("load")):
+        makes_room = message.reserved or message.prefilled or message.ended or message.opened
+        if self._queue and (makes_room or message.HasField("load")):
             self.dispatch()
 
     def _prefilled(self, worker: Worker, prefilled: worker_pb2.Prefilled) -> None:
@@ -459,9 +442,7 @@ class Dispatcher:
                 request.end(State.FAILED, self._no_worker(role))
 
     def _no_worker(self, role: Role) -> CallError:
-        where = " on a decode worker's host" if self.workers.count(role) else ""
-        sentence = f"no {ROLE_NAMES[role]} worker is connected{where}; it is safe to try again"
-        return CallError(grpc.StatusCode.UNAVAILABLE, sentence)
+        return CallError(grpc.StatusCode.UNAVAILABLE, f"{self.workers.why_missing(role)}; it is safe to try again")
 
 
 def _trace_queued(request: Request) -> None:

@@ -120,9 +120,6 @@ class Registry:
 
     def worker_up(self, worker: Worker) -> None:
         self._dispatcher.worker_up(worker)
-        workers = self._dispatcher.workers
-        if worker in workers.of(DECODE) and worker not in workers.paired():
-            log.info("no prefill worker on its host yet", worker=worker.address, host=worker.host)
 
     def worker_lost(self, worker: Worker) -> None:
         self._dispatcher.worker_lost(worker)

@@ -224,11 +224,11 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
     async def GetLoad(self, request: pb.GetLoadRequest, context: Context) -> pb.GetLoadResponse:
         async with self._call("GetLoad", context):
-            ready = set(self._dispatcher.workers.all())
+            taking = set(self._dispatcher.workers.taking())
             return pb.GetLoadResponse(
                 queued=self._dispatcher.queued,
                 running=self._dispatcher.running,
-                workers=[_load(worker, worker in ready) for worker in self._registry.connected],
+                workers=[_load(worker, worker in taking) for worker in self._registry.connected],
                 answered=self._answered,
             )
 

@@ -35,6 +35,8 @@ class Worker:
         self.attempts: dict[int, Attempt] = {}
         self.decoding: dict[int, Request] = {}
         self.cache = PrefixIndex()
+        self.reads: frozenset[str] = frozenset()  # decode: instances of the prefill workers that it is a pair with
+        self.unreadable: dict[str, str] = {}  # decode: why it is none with those on its host
         self.draining = False  # it said so of an attempt: it takes none any more, whatever else it says
         self.pending_tokens = 0  # to be computed here for prompts that were sent, and not yet answered
         self._unanswered_blocks = 0  # decode: asked for, and not yet answered
@@ -167,6 +169,10 @@ class Worker:
 
     def send_reserve(self, reserve: worker_pb2.Reserve, sequence: worker_pb2.Sequence) -> None:
         _put(self._outgoing.reserves.add(), reserve, sequence)
+        self._has_outgoing.set()
+
+    def send_pool(self, pool: worker_pb2.PoolHandle) -> None:
+        self._outgoing.pools.append(pool)
         self._has_outgoing.set()
 
     def send_start(self, start: worker_pb2.Start) -> None:

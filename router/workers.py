@@ -1,4 +1,4 @@
-"""The workers that take work, by role, and how long a role has had none."""
+"""The workers that take work, by role; which of them are pairs; and how long a role has had none."""
 
 import asyncio
 import time
@@ -6,14 +6,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeAlias
 
+import structlog
+
 from router.worker import Worker
-from twostroke.v1 import inference_pb2
+from twostroke.v1 import inference_pb2, worker_pb2
+
+log = structlog.get_logger(__name__)
 
 Role: TypeAlias = inference_pb2.WorkerRole.ValueType
 
 PREFILL = inference_pb2.WORKER_ROLE_PREFILL
 DECODE = inference_pb2.WORKER_ROLE_DECODE
 ROLE_NAMES: dict[Role, str] = {PREFILL: "prefill", DECODE: "decode"}
+
+# A decode worker that could not read a prefill worker's pool is asked again after so many seconds.
+ASK_AGAIN_SECONDS = 5.0
 
 
 class Workers:
@@ -29,16 +36,19 @@ class Workers:
         # Decode first: where the only worker did both, and is gone, it is a decode worker that is missing.
         self._of_role: dict[Role, list[Worker]] = {DECODE: [], PREFILL: []}
         self._missing_since = dict.fromkeys(self._of_role, time.monotonic())
+        self._asked_again: set[tuple[Worker, Worker]] = set()  # decode, prefill
         self.ready_changed: Callable[[bool], None] = lambda _ready: None
 
     def of(self, role: Role) -> list[Worker]:
         return self._of_role[role]
 
     def paired(self) -> list[Worker]:
-        """Decode workers that requests can go to: KV does not leave a host, so each needs a prefill worker on its own,
-        or prefills itself."""
-        hosts = {worker.host for worker in self._of_role[PREFILL]}
-        return [worker for worker in self._of_role[DECODE] if worker.can_prefill or worker.host in hosts]
+        """Decode workers that requests can go to: each has read the pool of a prefill worker, or prefills itself."""
+        return [worker for worker in self._of_role[DECODE] if worker.can_prefill or worker.reads]
+
+    def taking(self) -> list[Worker]:
+        """All that requests can go to."""
+        return [*self._of_role[PREFILL], *self.paired()]
 
     def all(self) -> list[Worker]:
         return [worker for workers in self._of_role.values() for worker in workers]
@@ -55,7 +65,7 @@ class Workers:
 
     @property
     def ready(self) -> bool:
-        """There is a worker of each role on one host, or one that does both."""
+        """There is a pair, or a worker that does both."""
         return all(self._filled(role) for role in self._of_role)
 
     def gone(self) -> Role | None:
@@ -68,8 +78,17 @@ class Workers:
         self._call_when_gone()
 
     def add(self, worker: Worker) -> None:
+        worker.reads = frozenset()
         with self._change():
             self._of_role[worker.role].append(worker)
+        if worker.role == DECODE:
+            pairs = [(worker, prefill) for prefill in self._of_role[PREFILL] if prefill.host == worker.host]
+            if not (pairs or worker.can_prefill):
+                log.info("no prefill worker on its host yet", worker=worker.address, host=worker.host)
+        else:
+            pairs = [(decode, worker) for decode in self._of_role[DECODE] if decode.host == worker.host]
+        for pair in pairs:
+            self._ask(*pair)
 
     def retire(self, worker: Worker) -> None:
         """Nothing new goes to it."""
@@ -78,6 +97,37 @@ class Workers:
             return
         with self._change():
             workers.remove(worker)
+            for decode in self._of_role[DECODE]:
+                decode.reads -= {worker.instance}
+                decode.unreadable.pop(worker.instance, None)
+
+    def opened(self, decode: Worker, opened: worker_pb2.PoolOpened) -> None:
+        """A decode worker says whether it can read a prefill worker's pool."""
+        prefill = next((worker for worker in self._of_role[PREFILL] if worker.instance == opened.instance), None)
+        if prefill is None or decode not in self._of_role[DECODE]:
+            return
+        if not opened.problem:
+            decode.unreadable.pop(prefill.instance, None)
+            with self._change():
+                decode.reads |= {prefill.instance}
+            return
+        with self._change():
+            decode.reads -= {prefill.instance}
+        if decode.unreadable.get(prefill.instance) != opened.problem:
+            decode.unreadable[prefill.instance] = opened.problem
+            log.error("no pair", decode=decode.address, prefill=prefill.address, reason=opened.problem)
+        if (decode, prefill) not in self._asked_again:
+            self._asked_again.add((decode, prefill))
+            asyncio.get_running_loop().call_later(ASK_AGAIN_SECONDS, self._ask_again, decode, prefill)
+
+    def _ask_again(self, decode: Worker, prefill: Worker) -> None:
+        self._asked_again.remove((decode, prefill))
+        if decode in self._of_role[DECODE] and prefill in self._of_role[PREFILL]:
+            self._ask(decode, prefill)
+
+    def _ask(self, decode: Worker, prefill: Worker) -> None:
+        """Two workers are a pair once the decode worker has read from the other's pool; see `opened`."""
+        decode.send_pool(prefill.hello.pool)
 
     @contextmanager
     def _change(self) -> Iterator[None]:
@@ -96,10 +146,18 @@ class Workers:
         if self.gone() is not None:
             self._role_gone()
 
+    def why_missing(self, role: Role) -> str:
+        """What keeps a role that is not filled from being so."""
+        for decode in self._of_role[DECODE]:
+            for problem in decode.unreadable.values():
+                return f"decode worker {decode.address} cannot read the KV of a prefill worker: {problem}"
+        where = " on a decode worker's host" if self.count(role) else ""
+        return f"no {ROLE_NAMES[role]} worker is connected{where}"
+
     def _filled(self, role: Role) -> bool:
         """Whether somebody does this role's part."""
         if role == PREFILL and self._of_role[DECODE]:
-            return bool(self.paired())  # a decode worker on another host makes it a prefill worker that is missing
+            return bool(self.paired())  # decode workers that are no pair make it a prefill worker that is missing
         return bool(self._of_role[role])
 
     def _is_gone(self, role: Role) -> bool:

@@ -39,6 +39,9 @@ class Wire:
         assert connection == ROUTER
         return self._next
 
+    def wake(self) -> None:
+        """`receive` does not wait."""
+
     def flush(self) -> None:
         self.to_router.append(self._next)
         self._next = pb.WorkerMessage()

@@ -91,13 +91,14 @@ class CudaPeer:
             self._pointer = self._map()
             if self._read_probe() != self._segment.header.probe_digest:
                 raise TransportError(f"the probe of worker {self._segment.header.instance} was not read intact")
+            self.bytes_per_second = self._measure(layout.num_blocks)
             log.info(
                 "opened a peer's pool",
                 transport="cuda_ipc",
                 instance=self._segment.header.instance,
                 gpu=self._segment.extra["gpu"],
                 probe="intact",
-                gigabytes_per_second=round(self._measure(layout.num_blocks), 1),
+                gigabytes_per_second=round(self.bytes_per_second / 1e9, 1),
             )
         except _CUDA_ERRORS as error:
             self.close()
@@ -140,7 +141,7 @@ class CudaPeer:
             for _ in range(2):  # the first finds the mapping's pages
                 copy = self._copier.start(self._pointer, blocks, scratch.data.ptr, blocks, self._block_bytes)
                 copy.wait()
-        return count * self._block_bytes / copy.milliseconds / 1e6
+        return count * self._block_bytes / copy.milliseconds * 1e3
 
     def read(self, src_blocks: Sequence[int], dst: KvPool, dst_blocks: Sequence[int]) -> CudaTransfer:
         if not self._pointer:

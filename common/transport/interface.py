@@ -57,6 +57,10 @@ class Transfer(Protocol):
 class PeerPool(Protocol):
     """Another worker's pool, read-only. One reader thread at a time."""
 
+    @property
+    def bytes_per_second(self) -> float:
+        """Of blocks read when it was opened."""
+
     def read(self, src_blocks: Sequence[int], dst: KvPool, dst_blocks: Sequence[int]) -> Transfer:
         """Starts to copy the peer's `src_blocks` into `dst_blocks` of `dst`, pair by pair, and returns at once.
 

@@ -78,12 +78,13 @@ class ShmPeer:
         if self._read_probe() != self._segment.header.probe_digest:
             self.close()
             raise TransportError(f"the probe of worker {self._segment.header.instance} was not read intact")
+        self.bytes_per_second = self._measure()
         log.info(
             "opened a peer's pool",
             transport="shm",
             instance=self._segment.header.instance,
             probe="intact",
-            gigabytes_per_second=round(self._measure(), 2),
+            gigabytes_per_second=round(self.bytes_per_second / 1e9, 2),
         )
 
     def _read_probe(self) -> str:
@@ -99,7 +100,7 @@ class ShmPeer:
         scratch = np.zeros((count, self._block_bytes), np.uint8)
         for _ in range(2):  # the first finds the mapping's pages
             milliseconds = self._copier.submit(_copy, self._rows, range(count), scratch, range(count)).result()
-        return scratch.nbytes / milliseconds / 1e6
+        return scratch.nbytes / milliseconds * 1e3
 
     def read(self, src_blocks: Sequence[int], dst: KvPool, dst_blocks: Sequence[int]) -> ShmTransfer:
         if self._rows is None:

@@ -100,7 +100,7 @@ def valid() -> pb.RouterMessage:
     ]
     pool = pb.PoolHandle(instance="gone", transport="shm", descriptor=b"{}")
     start = pb.Start(attempt_id=3, first_token=7, kv=pb.KvLocation(pool=pool, block_ids=[0, 1, 2], generations=[0] * 3))
-    return pb.RouterMessage(prefills=[prefill(1), prefill(4)], reserves=reserves, starts=[start])
+    return pb.RouterMessage(prefills=[prefill(1), prefill(4)], reserves=reserves, starts=[start], pools=[pool])
 
 
 def plausible(field: FieldDescriptor) -> st.SearchStrategy[Any] | None:

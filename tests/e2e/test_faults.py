@@ -129,6 +129,24 @@ def test_a_dead_prefill_workers_pool_is_not_kept_in_memory(pair: Cluster) -> Non
     assert_well(pair)
 
 
+def test_a_pair_that_shares_no_memory_is_none_and_says_so(pair: Cluster) -> None:
+    """As in two containers, each of which has a /dev/shm of its own."""
+    (segment,) = mapped_segments(pair.processes["prefill-0"].pid)
+    (SHARED / segment).unlink()
+    pair.kill("decode-0")
+    pair.wait_for(lambda: len(pair.client.load().workers) == 1)
+    pair.start_worker("decode", 0)
+    pair.wait_for(lambda: len(pair.client.load().workers) == 2, seconds=30)
+    with pytest.raises(Unavailable, match=r"cannot read the KV of a prefill worker: .*safe to try again"):
+        pair.client.generate(SHORT, max_tokens=2)
+    with pytest.raises(DeadlineExceeded):
+        pair.client.wait_until_ready(timeout=0.5)
+    pair.kill("prefill-0")
+    pair.start_worker("prefill", 0)
+    pair.wait_until_ready()
+    assert_well(pair)
+
+
 def test_a_stopped_decode_worker_is_noticed_and_its_requests_go_on_elsewhere(pairs: Cluster) -> None:
     asking = Asking(pairs.client, SHORT, max_tokens=60)
     reach(pairs, asking, "decoding")

@@ -44,6 +44,13 @@ class Cluster:
         response: pb.GenerateResponse = await self.stub.Generate(request(**fields), timeout=10)
         return response
 
+    def introduced(self) -> bool:
+        """All workers are there, and the pairs among them are known."""
+        workers = self.router.dispatcher.workers
+        pairs = sum(decode.host == prefill.host for decode in workers.of(DECODE) for prefill in workers.of(PREFILL))
+        answered = sum(len(decode.reads) + len(decode.unreadable) for decode in workers.of(DECODE))
+        return len(workers.all()) == len(self.workers) and answered == pairs
+
     def nothing_held(self) -> bool:
         dispatcher = self.router.dispatcher
         idle = dispatcher.running == 0 and dispatcher.queued == 0
@@ -103,7 +110,7 @@ async def cluster(
         made = Cluster(router, channel, address, *sides)
         try:
             if ready:
-                await eventually(lambda: len(router.dispatcher.workers.all()) == len(made.workers))
+                await eventually(made.introduced)
             yield made
             await eventually(made.nothing_held)
         finally:

@@ -47,6 +47,8 @@ class Script:
     step_seconds: float = 0.0
     prefill_seconds: float = 0.0
     silent_at_prefill: bool = False  # decode: reserves, and never prefills
+    unreadable: dict[str, str] = field(default_factory=dict)  # decode: why it can't read pools, by instance
+    silent_of_pools: bool = False  # decode: never says whether it can
 
 
 @dataclass(slots=True)
@@ -93,6 +95,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         self.prefills: list[worker_pb2.Prefill] = []
         self.reserves: list[worker_pb2.Reserve] = []
         self.starts: list[worker_pb2.Start] = []
+        self.pools: list[worker_pb2.PoolHandle] = []
         self.ended: list[int] = []
         self.ready = True
         self.hung = False  # its gRPC side lives on, and nothing behind it
@@ -182,6 +185,11 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
             self.prefills.append(prefill)
             if self._takes(prefill.attempt_id, prefill.sequence):
                 self._spawn(self._prefill(prefill))
+        for pool in message.pools:
+            self.pools.append(pool)
+            if not self.script.silent_of_pools:
+                problem = self.script.unreadable.get(pool.instance, "")
+                self.send(opened=[worker_pb2.PoolOpened(instance=pool.instance, problem=problem)])
         for reserve in message.reserves:
             self.reserves.append(reserve)
             if self._takes(reserve.attempt_id, reserve.sequence):

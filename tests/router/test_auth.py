@@ -267,7 +267,7 @@ async def test_parts_find_one_another_over_mutual_tls(
             for connection in service.connections:
                 service.outgoing(connection).load.ready = True
             service.flush()
-        await eventually(lambda: it.router.dispatcher.workers.ready)
+        await eventually(lambda: len(it.router.dispatcher.workers.all()) == 2)
         credentials = signed.channel_credentials(own=True)
         async with AsyncClient(it.address, tls=credentials, tls_server_name="cluster.internal") as client:
             assert {load.role for load in (await client.load()).workers} == {PREFILL, DECODE}

@@ -75,7 +75,7 @@ def test_prefill_avoids_who_failed_and_who_has_enough_to_do() -> None:
 
 def decode_worker(request: Request, workers: list[Worker], prefills: tuple[Worker, ...] = ()) -> Worker | None:
     able = choose.decode_workers(request, workers, 9 * BLOCK)
-    return choose.decode_worker(request, able, choose.prefill_workers(request, prefills)) if able else None
+    return choose.decode_worker(request, able, choose.prefill_workers(request, prefills, able)) if able else None
 
 
 def test_decode_goes_where_the_prefix_is_unless_the_other_has_much_more_room() -> None:
@@ -100,16 +100,33 @@ def test_blocks_in_use_take_no_room_again() -> None:
     assert decode_worker(request(), [tight]) is None
 
 
-def test_decode_goes_to_a_host_where_a_prompt_can_be_computed_now() -> None:
-    near, far = worker(DECODE, free=90, host="near"), worker(DECODE, free=100, host="far")
-    idle, loaded = worker(PREFILL, host="near"), worker(PREFILL, host="far", pending=100, max_batch=50)
-    assert choose.prefill_workers(request(), [idle, loaded]) == {"near": idle, "far": None}
+def paired(decode: Worker, *prefills: Worker) -> Worker:
+    decode.reads = frozenset(prefill.instance for prefill in prefills)
+    return decode
+
+
+def test_a_prompt_is_computed_by_who_is_a_pair_with_the_decode_worker() -> None:
+    idle, loaded = worker(PREFILL), worker(PREFILL, pending=100, max_batch=50)
+    with_both, with_one, with_none = (
+        paired(worker(DECODE), idle, loaded),
+        paired(worker(DECODE), loaded),
+        worker(DECODE),
+    )
+    found = choose.prefill_workers(request(), [idle, loaded], [with_both, with_one, with_none])
+    assert found == {with_both.reads: idle, with_one.reads: None}
+
+
+def test_decode_goes_to_a_pair_that_can_compute_the_prompt_now() -> None:
+    idle, loaded = worker(PREFILL), worker(PREFILL, pending=100, max_batch=50)
+    near, far = paired(worker(DECODE, free=90), idle), paired(worker(DECODE, free=100), loaded)
+    alone = worker(DECODE, free=110)
     assert decode_worker(request(), [near, far], (idle, loaded)) is near
     assert decode_worker(request(), [far], (idle, loaded)) is far
-    assert decode_worker(request(), [near, far], (idle,)) is far, "who prefills itself needs no other there"
+    assert decode_worker(request(), [near, alone], (idle,)) is alone, "who prefills itself needs no other"
     failed = request()
     failed.avoid.add(idle.instance)
-    assert decode_worker(failed, [near, far], (idle, worker(PREFILL, host="far"))) is far
+    loaded.pending_tokens = 0
+    assert decode_worker(failed, [near, far], (idle, loaded)) is far
     assert decode_worker(failed, [near], (idle,)) is near
 
 

@@ -82,6 +82,7 @@ class RouterMessage(_message.Message):
     RESERVES_FIELD_NUMBER: _builtins.int
     STARTS_FIELD_NUMBER: _builtins.int
     ENDED_FIELD_NUMBER: _builtins.int
+    POOLS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___RouterHello:
         """in the first message, alone"""
@@ -102,6 +103,10 @@ class RouterMessage(_message.Message):
     def ended(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """attempts to drop, whatever their state: cancelled, or (prefill) their blocks were taken"""
 
+    @_builtins.property
+    def pools(self) -> _containers.RepeatedCompositeFieldContainer[Global___PoolHandle]:
+        """to decode workers: of prefill workers they may come to pull from; each is answered with a PoolOpened"""
+
     def __init__(
         self,
         *,
@@ -110,10 +115,11 @@ class RouterMessage(_message.Message):
         reserves: _abc.Iterable[Global___Reserve] | None = ...,
         starts: _abc.Iterable[Global___Start] | None = ...,
         ended: _abc.Iterable[_builtins.int] | None = ...,
+        pools: _abc.Iterable[Global___PoolHandle] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["hello", b"hello"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ended", b"ended", "hello", b"hello", "prefills", b"prefills", "reserves", b"reserves", "starts", b"starts"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ended", b"ended", "hello", b"hello", "pools", b"pools", "prefills", b"prefills", "reserves", b"reserves", "starts", b"starts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -466,6 +472,7 @@ class WorkerMessage(_message.Message):
     ENDED_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
     CACHE_FIELD_NUMBER: _builtins.int
+    OPENED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___WorkerHello:
         """in the first message, alone"""
@@ -488,6 +495,8 @@ class WorkerMessage(_message.Message):
     def cache(self) -> Global___CacheChanges:
         """with every change"""
 
+    @_builtins.property
+    def opened(self) -> _containers.RepeatedCompositeFieldContainer[Global___PoolOpened]: ...
     def __init__(
         self,
         *,
@@ -499,10 +508,11 @@ class WorkerMessage(_message.Message):
         ended: _abc.Iterable[Global___Ended] | None = ...,
         load: _inference_pb2.WorkerLoad | None = ...,
         cache: Global___CacheChanges | None = ...,
+        opened: _abc.Iterable[Global___PoolOpened] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "hello", b"hello", "load", b"load", "tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "ended", b"ended", "hello", b"hello", "load", b"load", "prefilled", b"prefilled", "reserved", b"reserved", "started", b"started", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "ended", b"ended", "hello", b"hello", "load", b"load", "opened", b"opened", "prefilled", b"prefilled", "reserved", b"reserved", "started", b"started", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -648,6 +658,34 @@ class Prefilled(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__logprobs) -> _WhichOneofReturnType__logprobs | None: ...
 
 Global___Prefilled: _TypeAlias = Prefilled  # noqa: Y015
+
+@_typing.final
+class PoolOpened(_message.Message):
+    """A prefill worker's pool was opened, and known bytes of it were read and compared; or why that is not so. Until it was,
+    the two workers are no pair.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INSTANCE_FIELD_NUMBER: _builtins.int
+    PROBLEM_FIELD_NUMBER: _builtins.int
+    instance: _builtins.str
+    """as in the PoolHandle"""
+    problem: _builtins.str
+    """empty: KV can be pulled from it. Else a sentence that says why not, and what to change"""
+    def __init__(
+        self,
+        *,
+        instance: _builtins.str = ...,
+        problem: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["instance", b"instance", "problem", b"problem"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PoolOpened: _TypeAlias = PoolOpened  # noqa: Y015
 
 @_typing.final
 class Reserved(_message.Message):

@@ -1,0 +1,108 @@
+"""The pools of prefill workers, each opened once and proven on its own thread, and closed when its owner is gone."""
+
+import time
+from collections.abc import Callable, Container
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import structlog
+import torch
+from prometheus_client import Gauge
+
+from common.kv_pool import KvLayout
+from common.transport import PeerPool, TransportError, open_peer
+from twostroke.v1 import worker_pb2 as pb
+
+log = structlog.get_logger(__name__)
+
+# How often pools of workers that may be gone are looked after.
+CHECK_SECONDS = 1.0
+# A router names the prefill workers of this host only; one that names ever new ones gets no more opened.
+MAX_POOLS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    connection: int
+    instance: str
+    opening: Future[PeerPool]
+
+
+class PeerPools:
+    """
+    Args:
+        layout: of the pool that is read into.
+        device: where that lies.
+        speeds: of each open pool, by instance: bytes per second of the first blocks read.
+        wake: called, from any thread, when `answers` has something new.
+    """
+
+    def __init__(self, layout: KvLayout, device: torch.device, speeds: Gauge, wake: Callable[[], None]) -> None:
+        self._layout = layout
+        self._device = device
+        self._speeds = speeds
+        self._wake = wake
+        self._opener = ThreadPoolExecutor(max_workers=1, thread_name_prefix="open-peer")
+        self._pools: dict[str, Future[PeerPool]] = {}
+        self._asked: list[_Asked] = []
+        self._next_check = 0.0  # time.monotonic()
+
+    def open(self, handle: pb.PoolHandle) -> Future[PeerPool]:
+        """Of the worker's one pool, whoever asks."""
+        opening = self._pools.get(handle.instance)
+        if opening is None and len(self._pools) >= MAX_POOLS:
+            opening = Future()
+            opening.set_exception(TransportError(f"the pools of {MAX_POOLS} prefill workers are open here already"))
+        elif opening is None:
+            opening = self._pools[handle.instance] = self._opener.submit(self._open, handle)
+        return opening
+
+    def prove(self, connection: int, handle: pb.PoolHandle) -> None:
+        """Opens it before there is anything to pull; `answers` has the outcome."""
+        opening = self.open(handle)
+        self._asked.append(_Asked(connection, handle.instance, opening))
+        opening.add_done_callback(lambda _: self._wake())
+
+    def answers(self) -> list[tuple[int, pb.PoolOpened]]:
+        """What came of `prove` since the last call, by connection."""
+        if not self._asked:
+            return []
+        over = [asked for asked in self._asked if asked.opening.done()]
+        self._asked = [asked for asked in self._asked if not asked.opening.done()]
+        return [
+            (asked.connection, pb.PoolOpened(instance=asked.instance, problem=_problem(asked.opening)))
+            for asked in over
+        ]
+
+    def close_gone(self, in_use: Container[str]) -> None:
+        """Closes the pools of workers that are no more, so that their memory can be freed, and forgets those that could
+        not be opened, so that who asks next tries again. To be called every turn; it looks every second."""
+        if (now := time.monotonic()) < self._next_check:
+            return
+        self._next_check = now + CHECK_SECONDS
+        for instance, opening in list(self._pools.items()):
+            if instance in in_use or not opening.done():
+                continue
+            if opening.exception() is not None:
+                del self._pools[instance]
+            elif not (peer := opening.result()).owner_alive():
+                peer.close()
+                self._speeds.remove(instance)
+                del self._pools[instance]
+                log.info("closed the pool of a worker that is gone", instance=instance)
+
+    def close(self) -> None:
+        self._opener.shutdown(cancel_futures=True)
+        for opening in self._pools.values():
+            if opening.done() and not opening.cancelled() and opening.exception() is None:
+                opening.result().close()
+
+    def _open(self, handle: pb.PoolHandle) -> PeerPool:
+        peer = open_peer(handle.descriptor, handle.transport, self._layout, self._device)
+        self._speeds.labels(handle.instance).set(peer.bytes_per_second)
+        return peer
+
+
+def _problem(opening: Future[PeerPool]) -> str:
+    error = opening.exception()
+    return "" if error is None else str(error) or repr(error)

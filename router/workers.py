@@ -106,16 +106,19 @@ class Workers:
         prefill = next((worker for worker in self._of_role[PREFILL] if worker.instance == opened.instance), None)
         if prefill is None or decode not in self._of_role[DECODE]:
             return
+        with self._change():
+            decode.reads = decode.reads - {prefill.instance} if opened.problem else decode.reads | {prefill.instance}
         if not opened.problem:
             decode.unreadable.pop(prefill.instance, None)
-            with self._change():
-                decode.reads |= {prefill.instance}
             return
-        with self._change():
-            decode.reads -= {prefill.instance}
         if decode.unreadable.get(prefill.instance) != opened.problem:
             decode.unreadable[prefill.instance] = opened.problem
-            log.error("no pair", decode=decode.address, prefill=prefill.address, reason=opened.problem)
+            log.error(
+                "cannot read a prefill worker's KV",
+                decode=decode.address,
+                prefill=prefill.address,
+                reason=opened.problem,
+            )
         if (decode, prefill) not in self._asked_again:
             self._asked_again.add((decode, prefill))
             asyncio.get_running_loop().call_later(ASK_AGAIN_SECONDS, self._ask_again, decode, prefill)

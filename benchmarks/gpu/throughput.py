@@ -1,5 +1,6 @@
 """Output tokens per second of nano-vLLM's benchmark workload on one GPU: the engine in one process, and over gRPC a
-cluster with one worker that does both, and one with a prefill and a decode worker that share the GPU.
+cluster with one worker that does both, and one with a prefill and a decode worker that share the GPU. First nano-vLLM,
+where it is installed.
 
     python -m benchmarks.gpu.throughput --out throughput.json
 """
@@ -22,7 +23,7 @@ import torch
 from cyclopts import App
 
 from benchmarks.cluster import Cluster, Flags
-from benchmarks.gpu import floors, models
+from benchmarks.gpu import floors, models, nano_vllm
 from benchmarks.gpu.timing import copy_bytes_per_second, gemm_operations_per_second
 from benchmarks.report import Figure, Report
 from common.model_config import load_config
@@ -34,6 +35,7 @@ MAX_LENGTH = 4096
 FLOOR, FLOOR_SHARE = 25_800, 0.8
 CLUSTER_SHARE = 0.97
 HANDOVER_LIMIT_MS = 3.0
+IN_PROCESS, NANO_VLLM = "in process", "nano-vLLM in process"
 
 app = App(name="throughput", help_format="plaintext")
 
@@ -114,21 +116,23 @@ def main(
     longest: of prompts and of outputs, in tokens.
     clients: processes that the cluster's requests come from.
     logs: folder for the cluster's logs; not set: one that is removed.
-    skip: "process" or "cluster".
+    skip: "nano-vllm", "process" or "cluster".
     """
     report = Report(out)
     asks = workload(requests, longest)
     sizes = Sizes(prefill_blocks, decode_blocks, max_batch, max_batch_tokens)
     with tempfile.TemporaryDirectory() as folder:
         directory = models.write(name, Path(folder))
-        in_process: list[float] = []
+        references: dict[str, float] = {}
+        if "nano-vllm" not in skip and nano_vllm.installed():
+            report.section("nano-vLLM", lambda: _nano_vllm(directory, asks, references))
         if "process" not in skip:
-            report.section("in process", lambda: _apart(directory, device, asks, sizes, in_process))
+            report.section("in process", lambda: _apart(directory, device, asks, sizes, references))
         if "cluster" not in skip:
             worker = {**models.worker(directory, device, MAX_LENGTH), "device": device}
             where = logs or Path(folder) / "logs"
             for layout in (_one_worker(worker, sizes), _pair(worker, sizes)):
-                cluster = partial(_in_cluster, layout, directory, asks, clients, in_process, where / layout.name)
+                cluster = partial(_in_cluster, layout, directory, asks, clients, references, where / layout.name)
                 report.section(layout.name, cluster)
     return report.finish()
 
@@ -136,12 +140,24 @@ def main(
 # ------------------------------------------------------------ in one process
 
 
-def _apart(directory: Path, device: str, asks: list[Ask], sizes: Sizes, in_process: list[float]) -> Iterator[Figure]:
+def _nano_vllm(directory: Path, asks: list[Ask], references: dict[str, float]) -> Iterator[Figure]:
+    workload = [(ask.prompt, ask.output_tokens) for ask in asks]
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        runs = pool.submit(nano_vllm.seconds_of, directory, workload, TEMPERATURE, MAX_LENGTH).result()
+    tokens = sum(ask.output_tokens for ask in asks)
+    references[NANO_VLLM] = tokens / min(runs)
+    for seconds in runs:
+        yield _against_floor("nano-vLLM, in process", tokens, seconds, bounded=False)
+
+
+def _apart(
+    directory: Path, device: str, asks: list[Ask], sizes: Sizes, references: dict[str, float]
+) -> Iterator[Figure]:
     """In a process of its own, whose memory is free again for the cluster."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         floor, runs = pool.submit(_run_in_process, directory, device, asks, sizes).result()
     tokens = sum(ask.output_tokens for ask in asks)
-    in_process.append(tokens / min(runs))
+    references[IN_PROCESS] = tokens / min(runs)
     yield Figure("floor of this GPU", f"{tokens / floor:.0f} tok/s", f"{floor:.2f} s for {tokens} tokens")
     for seconds in runs:
         yield _against_floor("in process", tokens, seconds, bounded=False)
@@ -191,7 +207,7 @@ def _run_in_process(directory: Path, device: str, asks: list[Ask], sizes: Sizes)
 
 
 def _in_cluster(
-    layout: Layout, directory: Path, asks: list[Ask], clients: int, in_process: list[float], logs: Path
+    layout: Layout, directory: Path, asks: list[Ask], clients: int, references: dict[str, float], logs: Path
 ) -> Iterator[Figure]:
     started = time.perf_counter()
     with (
@@ -215,11 +231,10 @@ def _in_cluster(
                 what = f"{layout.name}, {kind}"
                 seconds = ask_all(shares, f"{kind} {round_}", stream=kind == "GenerateStream")
                 yield _against_floor(what, tokens, seconds, bounded=layout.bounded)
-                if in_process:
+                for name, reference in references.items():
+                    share = CLUSTER_SHARE if layout.bounded and name == IN_PROCESS else None
                     rate = tokens / seconds
-                    against = f"{in_process[0]:.0f} tok/s in process"
-                    share = CLUSTER_SHARE if layout.bounded else None
-                    yield Figure(what, f"{rate:.0f} tok/s", against, rate / in_process[0], share)
+                    yield Figure(what, f"{rate:.0f} tok/s", f"{reference:.0f} tok/s {name}", rate / reference, share)
 
 
 def _ask_share(target: str, salt: str, stream: bool, asks: list[Ask]) -> None:

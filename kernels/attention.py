@@ -25,7 +25,7 @@ class PrefillAttention:
     query_lens: tuple[int, ...]
     kv_lens: tuple[int, ...]
     cu_query_lens: Tensor  # [B+1] int32, running sums of query_lens from 0
-    cu_kv_lens: Tensor  # [B+1] int32, running sums of kv_lens from 0
+    seq_lens: Tensor  # [B] int32, kv_lens on the device
     block_tables: Tensor  # [B, M] int32, M >= ceil(max(kv_lens) / block_size); entries past a sequence's end: any block
 
 

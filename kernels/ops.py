@@ -57,17 +57,18 @@ REFERENCE = Ops(
 
 
 def select(device: torch.device) -> Ops:
-    """The fastest functions for `device`: the references on a CPU, Triton's on CUDA."""
-    ops = REFERENCE if device.type == "cpu" else _cuda()
+    """The fastest functions for `device`: the references on a CPU, Triton's and FlashAttention-3 on CUDA."""
+    ops = REFERENCE if device.type == "cpu" else _cuda(device)
     structlog.get_logger().info(
         "kernels chosen", **{name: getattr(ops, name).__module__ for name in Ops.__dataclass_fields__}
     )
     return ops
 
 
-def _cuda() -> Ops:
+def _cuda(device: torch.device) -> Ops:
     # imported here: none of this exists on a machine without a GPU
     from kernels import (
+        flash_attention_3,
         triton_decode_attention,
         triton_linear,
         triton_prefill_attention,
@@ -81,7 +82,9 @@ def _cuda() -> Ops:
         norm_gated_linear=triton_linear.norm_gated_linear,
         add_linear=triton_linear.add_linear,
         rope_write_kv=triton_rope.rope_write_kv,
-        prefill_attention=triton_prefill_attention.prefill_attention,
+        prefill_attention=(
+            flash_attention_3 if flash_attention_3.usable(device) else triton_prefill_attention
+        ).prefill_attention,
         plan_decode=triton_decode_attention.plan_decode,
         decode_attention=triton_decode_attention.decode_attention,
         sample=triton_sampling.sample,

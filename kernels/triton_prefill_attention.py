@@ -97,7 +97,7 @@ def _prefill_kernel(
     value_cache,
     block_tables,
     cu_query_lens,
-    cu_kv_lens,
+    seq_lens,
     out,
     scale,
     sequences,
@@ -126,9 +126,7 @@ def _prefill_kernel(
     query_start = tl.load(cu_query_lens + sequence, cache_modifier=".cg")
     query_end = tl.load(cu_query_lens + sequence + 1, cache_modifier=".cg")
     query_len = query_end - query_start
-    kv_start = tl.load(cu_kv_lens + sequence, cache_modifier=".cg")
-    kv_end = tl.load(cu_kv_lens + sequence + 1, cache_modifier=".cg")
-    context_len = kv_end - kv_start - query_len
+    context_len = tl.load(seq_lens + sequence, cache_modifier=".cg") - query_len
     # the tiles that see the most keys start first
     first_query = (query_end // QUERIES + sequence - tile) * QUERIES
     wait_for_previous(DEPENDENT)
@@ -205,7 +203,7 @@ def prefill_attention(
         value_cache,
         batch.block_tables,
         batch.cu_query_lens,
-        batch.cu_kv_lens,
+        batch.seq_lens,
         out,
         scale * math.log2(math.e),
         sequences,

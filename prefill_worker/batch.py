@@ -29,26 +29,30 @@ class BatchShape:
 
     def split(self, array: NDArray[np.int32]) -> list[NDArray[np.int32]]:
         """Views of the parts of an array: tokens, positions, slots, rows that end a prompt, the running sums of query
-        and of KV lengths, block tables."""
+        lengths, KV lengths, block tables."""
         return [array[section] for section in self._sections()]
 
     def views(self, array: Tensor, query_lens: tuple[int, ...] = (), kv_lens: tuple[int, ...] = ()) -> "PackedBatch":
         """The batch in an array [size] int32 that `pack` has written. Lengths: as PrefillAttention wants them."""
-        tokens, positions, slots, last_tokens, cu_query_lens, cu_kv_lens, tables = map(
+        tokens, positions, slots, last_tokens, cu_query_lens, seq_lens, tables = map(
             array.__getitem__, self._sections()
         )
         return PackedBatch(
             tokens,
             positions,
             slots,
-            PrefillAttention(
-                query_lens, kv_lens, cu_query_lens, cu_kv_lens, tables.view(self.chunks, self.table_blocks)
-            ),
+            PrefillAttention(query_lens, kv_lens, cu_query_lens, seq_lens, tables.view(self.chunks, self.table_blocks)),
             last_tokens,
         )
 
     def _sections(self) -> list[slice]:
-        lengths = (*[self.tokens] * 3, self.chunks, *[self.chunks + 1] * 2, self.chunks * self.table_blocks)
+        lengths = (
+            *[self.tokens] * 3,
+            self.chunks,
+            self.chunks + 1,
+            self.chunks,
+            self.chunks * self.table_blocks,
+        )
         starts = accumulate((-(-length // _ALIGNMENT) * _ALIGNMENT for length in lengths), initial=0)
         return [slice(start, start + length) for start, length in zip(starts, lengths, strict=False)]
 
@@ -73,7 +77,7 @@ def exact_shape(chunks: Sequence[Chunk], block_size: int) -> BatchShape:
 def pack(chunks: Sequence[Chunk], block_size: int, shape: BatchShape) -> NDArray[np.int32]:
     """Writes a batch that `shape` has room for. Returns the array up to the last block table that is used."""
     array = np.empty(shape.size, dtype=np.int32)
-    tokens, positions, slots, last_tokens, cu_query_lens, cu_kv_lens, tables = shape.split(array)
+    tokens, positions, slots, last_tokens, cu_query_lens, seq_lens, tables = shape.split(array)
     starts = list(accumulate((chunk.end - chunk.start for chunk in chunks), initial=0))
     for row, (chunk, (start, end)) in enumerate(zip(chunks, pairwise(starts), strict=True)):
         tokens[start:end] = chunk.prompt.spec.token_ids[chunk.start : chunk.end]
@@ -84,14 +88,9 @@ def pack(chunks: Sequence[Chunk], block_size: int, shape: BatchShape) -> NDArray
         blocks[: len(table)], blocks[len(table) :] = table, 0
     tokens[starts[-1] :] = positions[starts[-1] :] = 0
     slots[starts[-1] :] = -1
-    _write_padded(cu_query_lens, starts)
-    _write_padded(cu_kv_lens, list(accumulate((chunk.end for chunk in chunks), initial=0)))
+    cu_query_lens[: len(starts)], cu_query_lens[len(starts) :] = starts, starts[-1]  # who is not there has no length
+    seq_lens[: len(chunks)], seq_lens[len(chunks) :] = [chunk.end for chunk in chunks], 0
     ends = [end - 1 for chunk, end in zip(chunks, starts[1:], strict=True) if chunk.is_last]
     last_tokens[: len(ends)], last_tokens[len(ends) :] = ends, 0
     unused_tables = (shape.chunks - len(chunks)) * shape.table_blocks
     return array[: len(array) - unused_tables]
-
-
-def _write_padded(sums: NDArray[np.int32], values: list[int]) -> None:
-    """Sequences that are not there have no length."""
-    sums[: len(values)], sums[len(values) :] = values, values[-1]

@@ -87,7 +87,7 @@ class PagedSequences:
             query_lens=query_lens,
             kv_lens=kv_lens,
             cu_query_lens=_running_sums(query_lens),
-            cu_kv_lens=_running_sums(kv_lens),
+            seq_lens=torch.tensor(kv_lens, dtype=torch.int32),
             block_tables=self.tables[rows],
         )
 

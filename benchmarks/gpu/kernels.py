@@ -268,14 +268,15 @@ def prefill_case(
         tuple(query_lens),
         tuple(kv_lens),
         torch.tensor([0, *query_lens], device=DEVICE).cumsum(0).int(),
-        torch.tensor([0, *kv_lens], device=DEVICE).cumsum(0).int(),
+        caches.lengths,
         caches.tables,
     )
     tokens = [torch.arange(kv, device=DEVICE) for kv in kv_lens]
     tables = [caches.tables[row, token // BLOCK_SIZE] for row, token in enumerate(tokens)]
     where = (torch.cat(tables), torch.cat(tokens) % BLOCK_SIZE)
     packed_keys, packed_values = key_cache[where], value_cache[where]
-    starts = batch.cu_kv_lens.tolist()
+    cu_kv_lens = torch.tensor([0, *kv_lens], device=DEVICE).cumsum(0).int()
+    starts = cu_kv_lens.tolist()
     new = torch.cat([torch.arange(end - query, end) for end, query in zip(starts[1:], query_lens, strict=True)]).to(
         DEVICE
     )
@@ -286,7 +287,7 @@ def prefill_case(
         return triton_prefill_attention.prefill_attention(q, k, v, key_cache, value_cache, batch, scale)
 
     first = query_lens[0]
-    alone = PrefillAttention((first,), (kv_lens[0],), batch.cu_query_lens[:2], batch.cu_kv_lens[:2], caches.tables[:1])
+    alone = PrefillAttention((first,), (kv_lens[0],), batch.cu_query_lens[:2], batch.seq_lens[:1], caches.tables[:1])
     expected = attention.prefill_attention(
         q[:first].float(), k[:first].float(), v[:first].float(), key_cache.float(), value_cache.float(), alone, scale
     )
@@ -301,7 +302,7 @@ def prefill_case(
                 packed_keys,
                 packed_values,
                 batch.cu_query_lens,
-                batch.cu_kv_lens,
+                cu_kv_lens,
                 max(query_lens),
                 max(kv_lens),
                 softmax_scale=scale,

@@ -246,8 +246,8 @@ def prefill_cases() -> Iterator[Case]:
 
 def prefill_calls(shape: Shape, query_lens: list[int], kv_lens: list[int], _most_sets: int) -> Calls:
     caches = Caches.scattered(shape, kv_lens, 1, BLOCK_SIZE)
-    running = [torch.tensor([0, *lens], device=DEVICE).cumsum(0).int() for lens in (query_lens, kv_lens)]
-    batch = PrefillAttention(tuple(query_lens), tuple(kv_lens), running[0], running[1], caches.tables)
+    cu_query_lens = torch.tensor([0, *query_lens], device=DEVICE).cumsum(0).int()
+    batch = PrefillAttention(tuple(query_lens), tuple(kv_lens), cu_query_lens, caches.lengths, caches.tables)
     tokens = sum(query_lens)
     qkv = randn(tokens, shape.heads + 2 * shape.kv_heads, shape.head_dim)
     q, k, v = torch.split(qkv, [shape.heads, shape.kv_heads, shape.kv_heads], dim=1)

@@ -4,6 +4,7 @@ Outputs are allocated by the kernels' wrappers, so unwritten elements are whatev
 `poison` fills that memory with NaN first.
 """
 
+from collections.abc import Callable
 from statistics import mean, pvariance
 
 import numpy as np
@@ -216,6 +217,7 @@ def check_prefill_attention(
     block_size: int,
     dtype: torch.dtype,
     padding: tuple[int, int] = (0, 0),
+    attend: Callable[..., Tensor] = triton_prefill_attention.prefill_attention,
 ) -> None:
     """`padding`: tokens and sequences that a batch of a fixed size has too many."""
     caches = paged(kv_lens, kv_heads, head_dim, block_size, dtype)
@@ -228,7 +230,7 @@ def check_prefill_attention(
     scale = head_dim**-0.5
     batch = prefill_batch(query_lens, kv_lens, caches.block_tables, padding[1])
     poison(q.numel(), dtype)
-    actual = triton_prefill_attention.prefill_attention(q, k, v, caches.key_cache, caches.value_cache, batch, scale)
+    actual = attend(q, k, v, caches.key_cache, caches.value_cache, batch, scale)
     expected = [
         causal_attention(queries, key, value, scale)
         for queries, key, value in zip(q[:own].split(list(query_lens)), caches.keys, caches.values, strict=True)

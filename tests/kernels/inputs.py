@@ -78,7 +78,6 @@ def prefill_batch(
 ) -> PrefillAttention:
     """`padding`: sequences of no length after the others, without block tables."""
 
-    def running(lengths: tuple[int, ...]) -> Tensor:
-        return torch.tensor([0, *lengths, *[0] * padding]).cumsum(0).int().to(DEVICE)
-
-    return PrefillAttention(query_lens, kv_lens, running(query_lens), running(kv_lens), block_tables)
+    cu_query_lens = torch.tensor([0, *query_lens, *[0] * padding]).cumsum(0).int().to(DEVICE)
+    seq_lens = torch.tensor([*kv_lens, *[0] * padding]).int().to(DEVICE)
+    return PrefillAttention(query_lens, kv_lens, cu_query_lens, seq_lens, block_tables)

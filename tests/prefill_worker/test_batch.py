@@ -45,11 +45,9 @@ def test_a_batch_says_where_each_token_belongs_and_what_it_sees(count: int, padd
     assert batch.positions.tolist() == [p for _, p in spans] + [0] * padding
     slots = [c.prompt.blocks[p // BLOCK] * BLOCK + p % BLOCK for c, p in spans]
     assert batch.slots.tolist() == slots + [-1] * padding
-    for sums, lengths in (
-        (batch.attention.cu_query_lens, [c.end - c.start for c in batch_chunks]),
-        (batch.attention.cu_kv_lens, [c.end for c in batch_chunks]),
-    ):
-        assert sums.tolist() == list(accumulate([0, *lengths, *[0] * padding]))
+    query_lens = [c.end - c.start for c in batch_chunks]
+    assert batch.attention.cu_query_lens.tolist() == list(accumulate([0, *query_lens, *[0] * padding]))
+    assert batch.attention.seq_lens.tolist() == [c.end for c in batch_chunks] + [0] * padding
     ends = [row for row, (c, p) in enumerate(spans) if p == c.prompt.length - 1]
     assert batch.last_tokens.tolist() == ends + [0] * (shape.chunks - len(ends))
     for table, chunk in zip(batch.attention.block_tables.tolist(), batch_chunks, strict=False):

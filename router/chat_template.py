@@ -1,15 +1,12 @@
-"""A model's chat template: Jinja, with the names and filters that templates on the Hugging Face hub count on."""
+"""A model's chat template."""
 
-import json
-from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jinja2
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from common.model_config import ModelError, read_json
+from router import template_environment
 from router.errors import InvalidArgument
 from twostroke.v1 import inference_pb2 as pb
 
@@ -20,10 +17,7 @@ class ChatTemplate:
     """Renders chats to text. A template comes with the model, so it runs in a sandbox."""
 
     def __init__(self, source: str, special_tokens: dict[str, str]) -> None:
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _raise_exception
-        environment.globals["strftime_now"] = _strftime_now
+        environment = template_environment.make()
         self._source = source.replace('"', "'")
         self._template = environment.from_string(source)
         self._special_tokens = special_tokens
@@ -99,15 +93,3 @@ def special_tokens(settings: dict[str, Any]) -> dict[str, str]:
     named = {name: value for name, value in settings.items() if name.endswith("_token")}
     texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in named.items()}
     return {name: text for name, text in texts.items() if isinstance(text, str)}
-
-
-def _to_json(value: object, ensure_ascii: bool = False, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _strftime_now(layout: str) -> str:
-    return datetime.now().strftime(layout)

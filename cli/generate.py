@@ -37,6 +37,8 @@ def generate(
     text = sys.stdin.read() if prompt == "-" else prompt
     question = text if raw else _chat(text, system)
     options = sampling.options()
+    if raw:
+        options.pop("template_variables", None)  # the environment may have them, for the chats
     with errors_as_exit(), connection.client() as client:
         if json:
             print(_as_json(client.generate(question, **options)))

@@ -1,9 +1,10 @@
 """Flags that several commands have."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import TypedDict, cast
+from typing import Annotated, TypedDict, cast
 
 import grpc
 from cyclopts import Parameter
@@ -55,6 +56,15 @@ class _How(TypedDict):
     timeout: float | None
 
 
+def _is_json_object(_type: object, text: str | None) -> None:
+    try:
+        if text is None or isinstance(json.loads(text), dict):
+            return
+    except ValueError:
+        pass
+    raise ValueError('Must be a JSON object, such as {"enable_thinking": false}')
+
+
 @Parameter(name="*")
 @dataclass(frozen=True, slots=True)
 class Sampling:
@@ -91,8 +101,14 @@ class Sampling:
     ignore_eos: bool = False
     """Go on past the model's end of the answer."""
 
+    template_variables: Annotated[str | None, Parameter(validator=_is_json_object)] = None
+    """JSON object of variables for the model's chat template, such as {"enable_thinking": false}."""
+
     def options(self) -> Options:
-        return cast(Options, {name: value for name, value in asdict(self).items() if value is not None})
+        given = {name: value for name, value in asdict(self).items() if value is not None}
+        if self.template_variables is not None:
+            given["template_variables"] = json.loads(self.template_variables)
+        return cast(Options, given)
 
 
 @contextmanager

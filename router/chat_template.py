@@ -1,56 +1,112 @@
-"""A model's chat template: Jinja, with the names and filters that templates on the Hugging Face hub count on."""
+"""A model's chat template, or two of them: one for chats, one for chats with tools."""
 
-import json
-from datetime import datetime
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Self
 
 import jinja2
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2 import meta
 
 from common.model_config import ModelError, read_json
+from router import template_environment, template_input
 from router.errors import InvalidArgument
+from router.template_input import TemplateInput
 from twostroke.v1 import inference_pb2 as pb
 
 COMMON_ROLES = ("system", "user", "assistant")
 
+TOOL_USE = "tool_use"
+
+# What the template is given beside the variables of a chat, which must not hide it.
+OWN_VARIABLES = ("messages", "tools", "add_generation_prompt")
+
+
+@dataclass(frozen=True, slots=True)
+class _Program:
+    source: str  # with single quotes only
+    template: jinja2.Template
+    reads_tools: bool
+
+    @classmethod
+    def of(cls, source: str, environment: jinja2.Environment) -> Self:
+        return cls(
+            source=source.replace('"', "'"),
+            template=environment.from_string(source),
+            reads_tools="tools" in meta.find_undeclared_variables(environment.parse(source)),
+        )
+
+    def knows_role(self, role: str) -> bool:
+        return role in COMMON_ROLES or (role.isidentifier() and f"'{role}'" in self.source)
+
 
 class ChatTemplate:
-    """Renders chats to text. A template comes with the model, so it runs in a sandbox."""
+    """Renders chats to text. A template comes with the model, so it runs in a sandbox.
 
-    def __init__(self, source: str, special_tokens: dict[str, str]) -> None:
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _raise_exception
-        environment.globals["strftime_now"] = _strftime_now
-        self._source = source.replace('"', "'")
-        self._template = environment.from_string(source)
+    Args:
+        tool_use: the template for chats with tools; None where it is the same.
+    """
+
+    def __init__(self, source: str, special_tokens: dict[str, str], tool_use: str | None = None) -> None:
+        environment = template_environment.make()
+        self._without_tools = _Program.of(source, environment)
+        self._with_tools = self._without_tools if tool_use is None else _Program.of(tool_use, environment)
         self._special_tokens = special_tokens
 
-    def render(self, chat: pb.Chat) -> str:
+    def render(self, chat: pb.Chat, most_characters: int) -> str:
         """
         Raises:
-            InvalidArgument: a role is unknown, or the template refuses the messages.
+            InvalidArgument: a field is wrong, the template does not know what is in the chat or refuses it, or makes
+                more than `most_characters` of it.
         """
-        if not chat.messages:
-            raise InvalidArgument("chat.messages", "must not be empty")
-        for place, message in enumerate(chat.messages):
-            if not self._knows(message.role):
+        program = self._with_tools if chat.tools else self._without_tools
+        given = template_input.read(chat)
+        self._check(given, program)
+        variables = {
+            "messages": given.messages,
+            "tools": given.tools,
+            "add_generation_prompt": given.add_generation_prompt,
+            "documents": None,  # and not undefined: templates ask whether they are none
+            **self._special_tokens,
+            **given.variables,
+        }
+        pieces: list[str] = []
+        characters = 0
+        try:
+            for piece in program.template.generate(variables):
+                pieces.append(piece)
+                characters += len(piece)
+                if characters > most_characters:
+                    break
+        except Exception as error:  # the template is somebody's program: what it raises may be anything
+            raise InvalidArgument("chat", f"the model's chat template refuses it: {error}") from error
+        # While it is made, and not after: templates may repeat the tools, and anything else, for every message.
+        if characters > most_characters:
+            raise InvalidArgument(
+                "chat",
+                f"as the model's template writes it, it has more than {most_characters} characters, and the model's "
+                "context has no room for them",
+            )
+        return "".join(pieces)
+
+    def _check(self, given: TemplateInput, program: _Program) -> None:
+        """What a template does not know, it would pass over without a word."""
+        for place, message in enumerate(given.messages):
+            role = message["role"]
+            if not program.knows_role(role):
                 known = ", ".join(repr(role) for role in COMMON_ROLES)
                 raise InvalidArgument(
                     f"chat.messages[{place}].role",
-                    f"{message.role!r} is not one of {known}, nor named in this model's chat template",
+                    f"{role!r} is not one of {known}, nor named in this model's chat template",
                 )
-        messages = [{"role": message.role, "content": message.content} for message in chat.messages]
-        opening = chat.add_generation_prompt if chat.HasField("add_generation_prompt") else True
-        try:
-            return self._template.render(messages=messages, add_generation_prompt=opening, **self._special_tokens)
-        except Exception as error:  # the template is somebody's program: what it raises may be anything
-            raise InvalidArgument("chat.messages", f"the model's chat template refuses them: {error}") from error
-
-    def _knows(self, role: str) -> bool:
-        return role in COMMON_ROLES or (role.isidentifier() and f"'{role}'" in self._source)
+            if "tool_calls" in message and "tool_calls" not in program.source:
+                raise InvalidArgument(
+                    f"chat.messages[{place}].tool_calls", "this model's chat template does not know them"
+                )
+        if given.tools and not program.reads_tools:
+            raise InvalidArgument("chat.tools", "this model's chat template does not know them")
+        for name in given.variables:
+            if name in OWN_VARIABLES or name in self._special_tokens:
+                raise InvalidArgument(f"chat.template_variables.{name}", "is no variable that a chat may set")
 
 
 def load(directory: Path) -> ChatTemplate | None:
@@ -62,15 +118,18 @@ def load(directory: Path) -> ChatTemplate | None:
     settings_file = directory / "tokenizer_config.json"
     settings = read_json(settings_file) if settings_file.exists() else {}
     template_file = directory / "chat_template.jinja"
+    tool_use_file = directory / "additional_chat_templates" / f"{TOOL_USE}.jinja"
     source: str | None
     if template_file.exists():
         source, named = _read(template_file), template_file
+        tool_use = _read(tool_use_file) if tool_use_file.exists() else None
     else:
-        source, named = _default(settings.get("chat_template")), settings_file
-    if source is None:
+        source, named = _of_settings(settings, "default"), settings_file
+        tool_use = _of_settings(settings, TOOL_USE)
+    if not source:
         return None
     try:
-        return ChatTemplate(source, special_tokens(settings))
+        return ChatTemplate(source, special_tokens(settings), tool_use)
     except (jinja2.TemplateError, RecursionError) as error:
         raise ModelError(f"the chat template of {named} is not valid: {error}") from error
 
@@ -82,14 +141,15 @@ def _read(file: Path) -> str:
         raise ModelError(f"{file} is no text: {error}") from error
 
 
-def _default(template: object) -> str | None:
-    """The template, or that which is called "default" of several."""
+def _of_settings(settings: dict[str, Any], name: str) -> str | None:
+    """The template of this name; one that has none is the default."""
+    template = settings.get("chat_template")
     if isinstance(template, list):
-        named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
+        named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == name]
         template = named[0].get("template") if named else None
-    if template is None or template == "":
+    elif name != "default":
         return None
-    if not isinstance(template, str):
+    if template is not None and not isinstance(template, str):
         raise ModelError(f"chat_template is no text, but {type(template).__name__}")
     return template
 
@@ -99,15 +159,3 @@ def special_tokens(settings: dict[str, Any]) -> dict[str, str]:
     named = {name: value for name, value in settings.items() if name.endswith("_token")}
     texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in named.items()}
     return {name: text for name, text in texts.items() if isinstance(text, str)}
-
-
-def _to_json(value: object, ensure_ascii: bool = False, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _strftime_now(layout: str) -> str:
-    return datetime.now().strftime(layout)

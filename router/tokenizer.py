@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import grpc
 import tokenizers
@@ -14,6 +15,8 @@ from router import chat_template, token_bytes
 from router.detokenizer import Detokenizer
 from router.errors import CallError, InvalidArgument
 from twostroke.v1 import inference_pb2 as pb
+
+T = TypeVar("T")
 
 # Below this many bytes of text tokenizing takes less than a millisecond, and a thread would only add to it.
 INLINE_BYTES = 2_000
@@ -71,21 +74,17 @@ class Tokenizer:
     async def encode_chat(self, chat: pb.Chat) -> list[int]:
         """
         Raises:
-            InvalidArgument: the model has no chat template, or it refuses the messages, or they cannot fit the context.
+            InvalidArgument: the model has no chat template, or it refuses the chat, or that cannot fit the context.
             CallError: RESOURCE_EXHAUSTED where too much text waits already.
         """
         template = self._template
         if template is None:
             raise InvalidArgument("chat", "this model has no chat template; send text or token_ids")
 
-        def render_and_encode() -> list[int]:
-            text = template.render(chat)
-            self._check_size(len(text.encode()))
-            return self._encode(text, add_special_tokens=False)
-
         size = chat.ByteSize()
         self._check_size(size)
-        return await self._on_a_thread(size, render_and_encode)
+        text = await self._on_a_thread(size, lambda: template.render(chat, self._most_bytes))
+        return await self.encode(text, add_special_tokens=False)  # it may be much longer than the chat
 
     def detokenizer(self, *, special_tokens: bool, begins_text: bool = True) -> Detokenizer:
         """`begins_text`: nothing comes before, and the space with which some tokenizers begin a text is left out."""
@@ -109,16 +108,16 @@ class Tokenizer:
                 f"than {self._most_bytes}",
             )
 
-    async def _on_a_thread(self, size: int, encode: Callable[[], list[int]]) -> list[int]:
+    async def _on_a_thread(self, size: int, work: Callable[[], T]) -> T:
         if size <= INLINE_BYTES:
-            return encode()
+            return work()
         if self._waiting_bytes + size > MAX_WAITING_BYTES:
             raise CallError(
                 grpc.StatusCode.RESOURCE_EXHAUSTED, "too much text waits to be made into tokens; try again later"
             )
         self._waiting_bytes += size
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, encode)
+            return await asyncio.get_running_loop().run_in_executor(self._threads, work)
         finally:
             self._waiting_bytes -= size
 

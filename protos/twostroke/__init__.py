@@ -1,6 +1,7 @@
 """The client of Twostroke, an LLM inference service with separate prefill and decode workers."""
 
 from twostroke.async_client import AsyncClient
+from twostroke.chat import ChatOptions, Message, Messages, Tool
 from twostroke.client import Client
 from twostroke.errors import (
     DeadlineExceeded,
@@ -10,13 +11,14 @@ from twostroke.errors import (
     Unauthenticated,
     Unavailable,
 )
-from twostroke.request import Message, Messages, Options, Prompt
+from twostroke.request import Options, Prompt
 from twostroke.results import Choice, Finish, FinishReason, Generation, Piece
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AsyncClient",
+    "ChatOptions",
     "Choice",
     "Client",
     "DeadlineExceeded",
@@ -30,6 +32,7 @@ __all__ = [
     "Overloaded",
     "Piece",
     "Prompt",
+    "Tool",
     "TwostrokeError",
     "Unauthenticated",
     "Unavailable",

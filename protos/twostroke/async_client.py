@@ -20,8 +20,9 @@ from twostroke.channel import (
     metadata_of,
     options_of,
 )
+from twostroke.chat import ChatOptions, Messages
 from twostroke.errors import DeadlineExceeded, error_of
-from twostroke.request import Messages, Options, Prompt, as_messages, generate_request, tokenize_request
+from twostroke.request import Options, Prompt, as_messages, generate_request, tokenize_request
 from twostroke.results import Generation, Piece, generation_of, piece_of
 from twostroke.v1 import inference_pb2 as pb
 from twostroke.v1.inference_pb2_grpc import InferenceStub
@@ -120,10 +121,15 @@ class AsyncClient:
         return self.stream(as_messages(messages), timeout=timeout, **options)
 
     async def tokenize(
-        self, prompt: str | Messages, *, add_special_tokens: bool = True, timeout: float | None = None
+        self,
+        prompt: str | Messages,
+        *,
+        add_special_tokens: bool = True,
+        timeout: float | None = None,
+        **options: Unpack[ChatOptions],
     ) -> tuple[int, ...]:
-        """The token ids of a text, or of a chat as the model's template renders it."""
-        request = tokenize_request(prompt, add_special_tokens)
+        """The token ids of a text, or of a chat as the model's template renders it; the options are those of a chat."""
+        request = tokenize_request(prompt, add_special_tokens, options)
         return tuple((await self._unary(self._stub.Tokenize, request, timeout)).token_ids)
 
     async def detokenize(

@@ -1,29 +1,30 @@
 """Requests from Python values."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias, TypedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeAlias
 
 import grpc
 
+from twostroke import chat
+from twostroke.chat import ChatOptions, Messages
 from twostroke.errors import InvalidArgument
 from twostroke.v1 import inference_pb2 as pb
 
-Message: TypeAlias = Mapping[str, str]
-"""One message of a chat, such as `{"role": "user", "content": "Hello"}`."""
-
-Messages: TypeAlias = Sequence[Message]
 Prompt: TypeAlias = str | Messages | Sequence[int]
 """Text, messages of a chat, or token ids."""
 
 
-class Options(TypedDict, total=False):
+class Options(ChatOptions, total=False):
     """Keyword arguments of every call that generates. What is left out takes the router's default.
 
     Sampling: `temperature` (0 is greedy), `top_k`, `top_p`, `min_p`, `repetition_penalty`, `presence_penalty`,
     `frequency_penalty`, `logit_bias` (token id to what is added to its logit), `seed`.
     Stopping: `max_tokens`, `min_tokens`, `stop` (string or strings), `stop_token_ids`, `include_stop`, `ignore_eos`.
     Answer: `n` choices, `logprobs` (alternatives per token), `special_tokens` (left in the text), `return_token_ids`.
-    Request: `request_id` (for logs), `cache_salt` (keeps tenants' prefix caches apart), `add_generation_prompt` (chat).
+    Request: `request_id` (for logs), `cache_salt` (keeps tenants' prefix caches apart).
+    Chats only: `tools` (that the model may call), `template_variables` (such as `{"enable_thinking": False}`),
+    `add_generation_prompt`.
     """
 
     temperature: float
@@ -50,7 +51,6 @@ class Options(TypedDict, total=False):
 
     request_id: str
     cache_salt: str
-    add_generation_prompt: bool
 
 
 def _fields(message: type[pb.Sampling | pb.Stopping | pb.ResponseOptions]) -> frozenset[str]:
@@ -66,22 +66,37 @@ def generate_request(prompt: Prompt, options: Options) -> pb.GenerateRequest:
     """
     Raises:
         TypeError: an option does not exist, or has the wrong type.
-        InvalidArgument: a number does not fit its field.
+        InvalidArgument: a value does not fit its field.
     """
     request = pb.GenerateRequest()
-    try:
+    with _bad_values_are_invalid_arguments():
         _set_prompt(request, prompt)
         for name, value in options.items():
             _set_option(request, name, value)
-    except ValueError as error:
-        raise InvalidArgument(str(error), grpc.StatusCode.INVALID_ARGUMENT) from error
     return request
 
 
-def tokenize_request(prompt: str | Messages, add_special_tokens: bool) -> pb.TokenizeRequest:
-    if isinstance(prompt, str):
-        return pb.TokenizeRequest(text=prompt, add_special_tokens=add_special_tokens)
-    return pb.TokenizeRequest(chat=_chat(prompt), add_special_tokens=add_special_tokens)
+def tokenize_request(prompt: str | Messages, add_special_tokens: bool, options: ChatOptions) -> pb.TokenizeRequest:
+    """Raises as `generate_request`."""
+    request = pb.TokenizeRequest(add_special_tokens=add_special_tokens)
+    with _bad_values_are_invalid_arguments():
+        if isinstance(prompt, str):
+            request.text = prompt
+        else:
+            request.chat.CopyFrom(chat.chat_of(prompt))
+        for name, value in options.items():
+            if not chat.is_option(name):
+                raise TypeError(f"{name!r} is no option; those there are: {', '.join(ChatOptions.__annotations__)}")
+            _set_chat_option(request, name, value)
+    return request
+
+
+@contextmanager
+def _bad_values_are_invalid_arguments() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise InvalidArgument(str(error), grpc.StatusCode.INVALID_ARGUMENT) from error
 
 
 def as_messages(messages: str | Messages) -> Messages:
@@ -93,14 +108,10 @@ def _set_prompt(request: pb.GenerateRequest, prompt: Prompt) -> None:
     if isinstance(prompt, str):
         request.text = prompt
     elif prompt and isinstance(prompt[0], Mapping):
-        request.chat.CopyFrom(_chat(prompt))
+        request.chat.CopyFrom(chat.chat_of(prompt))
     else:
         request.token_ids.SetInParent()
         _assign(request.token_ids, "ids", prompt)
-
-
-def _chat(messages: Sequence[Any]) -> pb.Chat:
-    return pb.Chat(messages=[pb.ChatMessage(**message) for message in messages])
 
 
 def _set_option(request: pb.GenerateRequest, name: str, value: object) -> None:
@@ -112,14 +123,21 @@ def _set_option(request: pb.GenerateRequest, name: str, value: object) -> None:
         _assign(request.response, "token_ids", value)
     elif name in _RESPONSE and name != "token_ids":
         _assign(request.response, name, value)
-    elif name == "add_generation_prompt":
-        if request.WhichOneof("input") != "chat":
-            raise TypeError("add_generation_prompt is for chat messages only")
-        _assign(request.chat, name, value)
+    elif chat.is_option(name):
+        _set_chat_option(request, name, value)
     elif name in ("n", "request_id", "cache_salt"):
         _assign(request, name, value)
     else:
         raise TypeError(f"{name!r} is no option; those there are: {', '.join(Options.__annotations__)}")
+
+
+def _set_chat_option(request: pb.GenerateRequest | pb.TokenizeRequest, name: str, value: object) -> None:
+    if request.WhichOneof("input") != "chat":
+        raise TypeError(f"{name} is for chat messages only")
+    try:
+        chat.set_option(request.chat, name, value)
+    except (TypeError, ValueError) as error:
+        raise _about(name, error) from error
 
 
 def _assign(message: Any, name: str, value: Any) -> None:
@@ -131,4 +149,9 @@ def _assign(message: Any, name: str, value: Any) -> None:
         else:
             setattr(message, name, value)
     except (TypeError, ValueError) as error:
-        raise type(error)(f"{name}: {error}") from error
+        raise _about(name, error) from error
+
+
+def _about(name: str, error: Exception) -> Exception:
+    kind = TypeError if isinstance(error, TypeError) else ValueError
+    return kind(f"{name}: {error}")

@@ -80,6 +80,22 @@ def test_generate_reads_standard_input(router: FakeRouter) -> None:
     assert [message.content for message in chat.chat.messages] == ["Be brief.", "from a pipe"]
 
 
+def test_template_variables(router: FakeRouter) -> None:
+    variables = '{"enable_thinking": false}'
+    twostroke("generate", "Hello", "--template-variables", variables, TWOSTROKE_TARGET=router.address)
+    environment = {"TWOSTROKE_TARGET": router.address, "TWOSTROKE_TEMPLATE_VARIABLES": variables}
+    twostroke("generate", "Hello", **environment)
+    twostroke("generate", "Hello", "--raw", **environment)
+    flag, variable, raw = router.requests
+    assert (flag.chat.template_variables, variable.chat.template_variables) == (variables, variables)
+    assert raw.text == "Hello"
+    for wrong in ("enable_thinking", "[1]"):
+        run = twostroke("generate", "Hello", f"--template-variables={wrong}", TWOSTROKE_TARGET=router.address)
+        assert run.returncode == 2
+        assert "Must be a JSON object" in run.stdout + run.stderr
+    assert len(router.requests) == 3
+
+
 def test_generate_as_json(router: FakeRouter) -> None:
     run = twostroke("generate", "Hello", "--json", "--max-tokens=2", TWOSTROKE_TARGET=router.address)
     answer = json.loads(run.stdout)
@@ -124,7 +140,8 @@ class Terminal:
 
 
 def test_chat(router: FakeRouter) -> None:
-    terminal = Terminal("chat", "--system=Be brief.", "--max-tokens=3", target=router.address)
+    flags = ("--system=Be brief.", "--max-tokens=3", '--template-variables={"x": 1}')
+    terminal = Terminal("chat", *flags, target=router.address)
     terminal.see("> ")
     terminal.type("Hello\n")
     terminal.see("t0 t1 t2 ")
@@ -155,3 +172,4 @@ def test_chat(router: FakeRouter) -> None:
     assert roles == ["system", "user", "assistant", "user", "assistant", "user"]
     assert [message.content for message in last.chat.messages][1:4] == ["Hello", "t0 t1 t2 ", "again"]
     assert last.chat.messages[4].content.startswith("t0 ")
+    assert last.chat.template_variables == '{"x": 1}'

@@ -40,8 +40,10 @@ async def test_many_at_once(client: AsyncClient, router: FakeRouter) -> None:
     assert router.most_running == 16
 
 
-async def test_the_other_calls(client: AsyncClient) -> None:
+async def test_the_other_calls(client: AsyncClient, router: FakeRouter) -> None:
     assert await client.tokenize("Hi") == (72, 105)
+    assert await client.tokenize([{"role": "user", "content": "Hi"}], template_variables={"x": 1}) == (72, 105)
+    assert router.tokenize_requests[1].chat.template_variables == '{"x": 1}'
     assert await client.detokenize([72, 105]) == "Hi"
     assert (await client.model()).name == "fake"
     assert (await client.load()).running == 0

@@ -1,3 +1,4 @@
+import json
 import shutil
 import subprocess
 import threading
@@ -10,7 +11,7 @@ import pytest
 
 import twostroke
 from tests.protos.fake_router import FakeRouter, serving
-from twostroke import Client
+from twostroke import Client, Message
 from twostroke.v1 import inference_pb2 as pb
 
 
@@ -120,6 +121,58 @@ def test_prompts(client: Client, router: FakeRouter) -> None:
     assert empty.WhichOneof("input") == "token_ids"  # and not nothing: the router's answer names the field
 
 
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
+
+
+def test_tools_and_template_variables(client: Client, router: FakeRouter) -> None:
+    messages: list[Message] = [
+        {"role": "user", "content": "How is it?"},
+        {
+            "role": "assistant",
+            "content": None,
+            "reasoning_content": "Hm.",
+            "refusal": None,  # as other libraries' messages have it
+            "tool_calls": [
+                {
+                    "id": "1",
+                    "type": "function",
+                    "function": {"name": "weather", "arguments": {"b": "ü", "a": [2.0]}},
+                },
+                {"function": {"name": "weather", "arguments": '{"a":1}'}},
+                {"id": None, "function": {"name": "weather"}},
+            ],
+        },
+        {"role": "tool", "content": "", "tool_call_id": "1", "name": "weather"},
+    ]
+    variables = {"enable_thinking": False}
+    client.chat(messages, tools=[TOOL], template_variables=variables)
+    client.tokenize(messages, tools=[TOOL], template_variables=variables, add_generation_prompt=False)
+    calls = [
+        pb.ToolCall(id="1", name="weather", arguments='{"b": "ü", "a": [2.0]}'),
+        pb.ToolCall(name="weather", arguments='{"a":1}'),
+        pb.ToolCall(name="weather"),
+    ]
+    chat = pb.Chat(
+        messages=[
+            pb.ChatMessage(role="user", content="How is it?"),
+            pb.ChatMessage(role="assistant", reasoning_content="Hm.", tool_calls=calls),
+            pb.ChatMessage(role="tool", content="", tool_call_id="1", name="weather"),
+        ],
+        template_variables='{"enable_thinking": false}',
+        tools=[json.dumps(TOOL)],
+    )
+    assert router.requests[0].chat == chat
+    chat.add_generation_prompt = False
+    assert router.tokenize_requests[0].chat == chat
+
+
+@pytest.mark.parametrize("call", ["weather", {"name": "weather"}, {"type": "custom", "function": {"name": "weather"}}])
+def test_what_is_no_tool_call(client: Client, call: object) -> None:
+    messages: list[Message] = [{"role": "assistant", "tool_calls": [call]}]
+    with pytest.raises(TypeError, match="a tool call is "):
+        client.chat(messages)
+
+
 def test_wrong_options_are_refused_before_the_call(client: Client, router: FakeRouter) -> None:
     misspelt: Any = {"temprature": 1.0}
     with pytest.raises(TypeError, match="'temprature' is no option"):
@@ -129,11 +182,22 @@ def test_wrong_options_are_refused_before_the_call(client: Client, router: FakeR
         client.stream("Hello", **mistyped)
     with pytest.raises(TypeError, match="chat messages only"):
         client.stream("Hello", add_generation_prompt=True)
+    with pytest.raises(TypeError, match="tools is for chat messages only"):
+        client.tokenize("Hello", tools=[TOOL])
+    with pytest.raises(TypeError, match="'temprature' is no option"):
+        client.tokenize("Hello", **misspelt)
+    with pytest.raises(TypeError, match=r"tools: .*set is not JSON serializable"):
+        client.stream_chat("Hello", tools=[{"name": {1}}])
+    with pytest.raises(twostroke.InvalidArgument, match=r"template_variables: .*JSON"):
+        client.chat("Hello", template_variables={"x": float("nan")})
+    with pytest.raises(twostroke.InvalidArgument, match="colour"):
+        client.tokenize([{"role": "user", "colour": "red"}])
     with pytest.raises(twostroke.InvalidArgument, match=r"max_tokens: .*-1"):
         client.stream("Hello", max_tokens=-1)
     with pytest.raises(twostroke.InvalidArgument, match="ids"):
         client.stream([1, -2])
     assert router.requests == []
+    assert router.tokenize_requests == []
 
 
 def test_tokens(client: Client, router: FakeRouter) -> None:

@@ -1,8 +1,8 @@
 """Every field of the public requests, with values that nobody should send: an answer or a code that says what is wrong,
 within seconds; afterwards nothing is held, and the next request is answered."""
 
+import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 from router.errors import MAX_SENTENCE
 from router.validate import MAX_MESSAGE_BYTES
 from tests import messages
+from tests.damage import JSON
+from tests.router import models
 from tests.router.cluster import Background, background, request
 from tests.router.fake_worker import DECODE, PREFILL, FakeWorker, Script
 from twostroke.v1 import inference_pb2 as pb
@@ -33,9 +35,15 @@ FIELDS = [
 SECONDS = 10
 
 
+# Prints whatever a chat can have.
+CHAT_TEMPLATE = "{{ messages | tojson }}{{ messages }}{{ messages[0].tool_calls }}{{ tools | tojson }}{{ x }}{{ name }}"
+
+
 @pytest.fixture(scope="module")
-def router(model: Path) -> Iterator[Background]:
+def router(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Background]:
     """Its workers hold short sequences only, so that an answer as long as it can be is soon there."""
+    model = models.write(tmp_path_factory.mktemp("model"), models.byte_level())
+    (model / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     workers = [FakeWorker(role, Script(step_seconds=0.001), max_length=64) for role in (PREFILL, DECODE)]
     with background(model, prefills=workers[:1], decodes=workers[1:]) as running:
         yield running
@@ -92,6 +100,8 @@ def plausible(field: FieldDescriptor) -> st.SearchStrategy[Any] | None:
         return st.floats(0.015625, 1, width=32)
     if field.type == FieldDescriptor.TYPE_UINT32:
         return st.integers(1, 16)
+    if field.name in ("template_variables", "tools", "arguments"):
+        return st.builds(json.dumps, st.dictionaries(st.sampled_from(["x", "name", "tools"]), JSON, max_size=3))
     if field.type == FieldDescriptor.TYPE_STRING:
         return st.sampled_from(["user", "a", "the quick brown fox", "<|im_end|>"])
     return None

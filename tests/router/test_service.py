@@ -1,6 +1,7 @@
 """Answers as clients see them, with workers that do nothing wrong."""
 
 import asyncio
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from prometheus_client import generate_latest
 
 from common.prefix_hash import block_hashes, cache_root
+from router.tokenizer import Tokenizer
 from tests.router import models
 from tests.router.cluster import PROMPT, cluster, eventually, expected, request
 from tests.router.fake_worker import Script
@@ -201,7 +203,7 @@ async def test_text_and_chat_are_tokenized(model: Path) -> None:
         ({"prompt": (5,) * 2047, "max_tokens": 2}, "stopping.max_tokens: 2 and .* 2048"),
         ({"chat": pb.Chat()}, "chat.messages: must not be empty"),
         ({"chat": pb.Chat(messages=[pb.ChatMessage(role="boss", content="x")])}, r"chat.messages\[0\].role: 'boss'"),
-        ({"chat": pb.Chat(messages=[pb.ChatMessage(role="user")])}, "chat.messages: .* must say something"),
+        ({"chat": pb.Chat(messages=[pb.ChatMessage(role="user")])}, "chat: .* must say something"),
         ({"n": 17}, "n: 17"),
     ],
 )
@@ -217,9 +219,45 @@ async def test_what_a_chat_template_raises_is_the_chats_fault(tmp_path: Path) ->
     directory = models.write(tmp_path, models.byte_level())
     (directory / "chat_template.jinja").write_text("{{ messages[0]['content'] + 1 }}")
     async with cluster(directory) as it:
-        with pytest.raises(grpc.aio.AioRpcError, match="the model's chat template refuses them") as refused:
+        with pytest.raises(grpc.aio.AioRpcError, match="the model's chat template refuses it") as refused:
             await it.generate(chat=pb.Chat(messages=[pb.ChatMessage(role="user", content="hi")]))
         assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_a_chats_variables_and_tools_reach_its_template(tmp_path: Path) -> None:
+    directory = models.write(tmp_path, models.byte_level())
+    template = "{{ mood }}{% for tool in tools or [] %} {{ tool.name }}{% endfor %}{{ messages[0].content }}"
+    (directory / "chat_template.jinja").write_text(template)
+    asked = [pb.ChatMessage(role="user", content="?")]
+    chat = pb.Chat(messages=asked, template_variables='{"mood": "quick"}', tools=['{"name": "fox"}'])
+    async with cluster(directory) as it:
+        ids = TOKENIZER.encode("quick fox?").ids
+        assert list((await it.stub.Tokenize(pb.TokenizeRequest(chat=chat))).token_ids) == ids
+        await it.generate(chat=chat)
+        assert list(it.prefills[0].prefills[0].sequence.token_ids) == ids
+        for wrong in (pb.Chat(messages=asked, template_variables="{"), pb.Chat(messages=asked, tools=["null"])):
+            for call in (it.stub.Tokenize(pb.TokenizeRequest(chat=wrong)), it.generate(chat=wrong)):
+                with pytest.raises(grpc.aio.AioRpcError) as refused:
+                    await call
+                assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_a_short_chat_that_its_template_makes_long_is_tokenized_on_a_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = models.write(tmp_path, models.byte_level())
+    (directory / "chat_template.jinja").write_text("{{ messages[0].content * 20 }}")
+    encode, threads = Tokenizer._encode, []
+
+    def noted(self: Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
+        threads.append((len(text), threading.current_thread() is threading.main_thread()))
+        return encode(self, text, add_special_tokens)
+
+    monkeypatch.setattr(Tokenizer, "_encode", noted)
+    async with cluster(directory) as it:
+        for content in ("a" * 50, "a" * 500):
+            await it.stub.Tokenize(pb.TokenizeRequest(chat=pb.Chat(messages=[{"role": "user", "content": content}])))
+    assert threads == [(1_000, True), (10_000, False)]
 
 
 async def test_tokens_that_the_model_does_not_have_reach_no_worker(tmp_path: Path) -> None:

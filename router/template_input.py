@@ -1,0 +1,84 @@
+"""What a chat's template is given: messages, tools and variables as plain values, in the form that transformers gives
+them in."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from router import json_object
+from router.errors import InvalidArgument
+from twostroke.v1 import inference_pb2 as pb
+
+MAX_MESSAGES = 16_384
+MAX_TOOLS = 128
+MAX_TOOL_CALLS = 4_096  # of all messages together
+MAX_JSON_BYTES = 1024 * 1024  # likewise, with the tools and the variables
+
+_Optional = Literal["content", "reasoning_content", "tool_call_id", "name"]
+_OPTIONAL: tuple[_Optional, ...] = ("content", "reasoning_content", "tool_call_id", "name")
+
+
+@dataclass(frozen=True, slots=True)
+class TemplateInput:
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None
+    variables: dict[str, Any]
+    add_generation_prompt: bool
+
+
+def read(chat: pb.Chat) -> TemplateInput:
+    """
+    Raises:
+        InvalidArgument: names the first field that is wrong, and its limit.
+    """
+    _check_sizes(chat)
+    tools = [json_object.parse(f"chat.tools[{place}]", tool) for place, tool in enumerate(chat.tools)]
+    return TemplateInput(
+        messages=[_message(f"chat.messages[{place}]", message) for place, message in enumerate(chat.messages)],
+        tools=tools or None,
+        variables=json_object.parse("chat.template_variables", chat.template_variables or "{}"),
+        add_generation_prompt=chat.add_generation_prompt if chat.HasField("add_generation_prompt") else True,
+    )
+
+
+def _check_sizes(chat: pb.Chat) -> None:
+    """Before anything is made of them: many small values take far more time and memory than they have bytes."""
+    if not chat.messages:
+        raise InvalidArgument("chat.messages", "must not be empty")
+    if len(chat.messages) > MAX_MESSAGES:
+        raise InvalidArgument("chat.messages", f"has {len(chat.messages)} messages; at most {MAX_MESSAGES} are allowed")
+    if len(chat.tools) > MAX_TOOLS:
+        raise InvalidArgument("chat.tools", f"has {len(chat.tools)} tools; at most {MAX_TOOLS} are allowed")
+    calls = sum(len(message.tool_calls) for message in chat.messages)
+    if calls > MAX_TOOL_CALLS:
+        raise InvalidArgument("chat.messages", f"have {calls} tool calls; at most {MAX_TOOL_CALLS} are allowed")
+    arguments = (call.arguments for message in chat.messages for call in message.tool_calls)
+    size = sum(len(text.encode()) for text in (*chat.tools, chat.template_variables, *arguments))
+    if size > MAX_JSON_BYTES:
+        raise InvalidArgument(
+            "chat",
+            f"tools, template_variables and the tool calls' arguments have {size} bytes; at most {MAX_JSON_BYTES} are "
+            "allowed",
+        )
+
+
+def _message(field: str, message: pb.ChatMessage) -> dict[str, Any]:
+    """Keys that were not set are not there: templates ask for them."""
+    given: dict[str, Any] = {"role": message.role}
+    if message.HasField("reasoning_content"):
+        given = {"thinking": message.reasoning_content} | given  # what some templates know it by
+    if not message.tool_calls:
+        given["content"] = ""
+    given |= {name: getattr(message, name) for name in _OPTIONAL if message.HasField(name)}
+    if message.tool_calls:
+        given["tool_calls"] = [
+            _tool_call(f"{field}.tool_calls[{place}]", call) for place, call in enumerate(message.tool_calls)
+        ]
+    return given
+
+
+def _tool_call(field: str, call: pb.ToolCall) -> dict[str, Any]:
+    if not call.name:
+        raise InvalidArgument(f"{field}.name", "must not be empty")
+    arguments = json_object.parse(f"{field}.arguments", call.arguments or "{}")
+    given = {"type": "function", "function": {"name": call.name, "arguments": arguments}}
+    return {"id": call.id, **given} if call.HasField("id") else given

@@ -1,0 +1,427 @@
+"""What a chat becomes is what transformers' `apply_chat_template` makes of it with the same template."""
+
+import json
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from common import model_files
+from router import chat_template, template_input
+from router.chat_template import ChatTemplate
+from router.errors import InvalidArgument
+from tests.router import models
+from twostroke import chat as client
+from twostroke.v1 import inference_pb2 as pb
+
+MOST = 100_000
+SPECIAL = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
+
+# Condensed from what Qwen3's template does.
+QWEN = r"""
+{%- if tools %}
+    {{- '<|im_start|>system\n' }}
+    {%- if messages[0].role == 'system' %}{{- messages[0].content + '\n\n' }}{%- endif %}
+    {{- "Tools, in <tools></tools>:\n<tools>" }}
+    {%- for tool in tools %}{{- "\n" }}{{- tool | tojson }}{%- endfor %}
+    {{- "\n</tools><|im_end|>\n" }}
+{%- elif messages[0].role == 'system' %}
+    {{- '<|im_start|>system\n' + messages[0].content + '<|im_end|>\n' }}
+{%- endif %}
+{%- set ns = namespace(searching=true, last_question=messages|length - 1) %}
+{%- for message in messages[::-1] %}
+    {%- set place = (messages|length - 1) - loop.index0 %}
+    {%- if ns.searching and message.role == "user" and message.content is string %}
+        {%- set ns.searching = false %}
+        {%- set ns.last_question = place %}
+    {%- endif %}
+{%- endfor %}
+{%- for message in messages %}
+    {%- set content = message.content if message.content is string else '' %}
+    {%- if message.role == "user" or (message.role == "system" and not loop.first) %}
+        {{- '<|im_start|>' + message.role + '\n' + content + '<|im_end|>\n' }}
+    {%- elif message.role == "assistant" %}
+        {%- set thoughts = '' %}
+        {%- if message.reasoning_content is string %}
+            {%- set thoughts = message.reasoning_content %}
+        {%- elif '</think>' in content %}
+            {%- set thoughts = content.split('</think>')[0].split('<think>')[-1].strip('\n') %}
+            {%- set content = content.split('</think>')[-1].lstrip('\n') %}
+        {%- endif %}
+        {{- '<|im_start|>assistant\n' }}
+        {%- if loop.index0 > ns.last_question and thoughts %}
+            {{- '<think>\n' + thoughts.strip('\n') + '\n</think>\n\n' }}
+        {%- endif %}
+        {{- content }}
+        {%- for call in message.tool_calls or [] %}
+            {%- if (loop.first and content) or not loop.first %}{{- '\n' }}{%- endif %}
+            {%- set call = call.function or call %}
+            {{- '<tool_call>\n{"name": "' + call.name + '", "arguments": ' }}
+            {%- if call.arguments is string %}{{- call.arguments }}{%- else %}{{- call.arguments | tojson }}{%- endif %}
+            {{- '}\n</tool_call>' }}
+        {%- endfor %}
+        {{- '<|im_end|>\n' }}
+    {%- elif message.role == "tool" %}
+        {%- if loop.first or messages[loop.index0 - 1].role != "tool" %}{{- '<|im_start|>user' }}{%- endif %}
+        {{- '\n<tool_response>\n' + content + '\n</tool_response>' }}
+        {%- if loop.last or messages[loop.index0 + 1].role != "tool" %}{{- '<|im_end|>\n' }}{%- endif %}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\n\n</think>\n\n' }}{%- endif %}
+{%- endif %}
+"""
+
+# Condensed from what Llama 3.1's template does.
+LLAMA = r"""
+{{- bos_token }}
+{%- if custom_tools is defined %}{%- set tools = custom_tools %}{%- endif %}
+{%- if not tools_in_user_message is defined %}{%- set tools_in_user_message = true %}{%- endif %}
+{%- if not date_string is defined %}
+    {%- if strftime_now is defined %}
+        {%- set date_string = strftime_now("%Y") %}
+    {%- else %}
+        {%- set date_string = "26 Jul 2024" %}
+    {%- endif %}
+{%- endif %}
+{%- if not tools is defined %}{%- set tools = none %}{%- endif %}
+{%- set system = "" %}
+{%- if messages[0]['role'] == 'system' %}
+    {%- set system = messages[0]['content'] | trim %}
+    {%- set messages = messages[1:] %}
+{%- endif %}
+{{- "<|start_header_id|>system<|end_header_id|>\n\n" }}
+{%- if tools is not none %}{{- "Environment: ipython\n" }}{%- endif %}
+{{- "Today: " + date_string + "\n\n" }}
+{%- if tools is not none and not tools_in_user_message %}
+    {%- for t in tools %}{{- t | tojson(indent=4) + "\n\n" }}{%- endfor %}
+{%- endif %}
+{{- system + "<|eot_id|>" }}
+{%- if tools_in_user_message and not tools is none %}
+    {%- if messages | length == 0 %}{{- raise_exception("No question to put the tools into") }}{%- endif %}
+    {%- set question = messages[0]['content'] | trim %}
+    {%- set messages = messages[1:] %}
+    {{- '<|start_header_id|>user<|end_header_id|>\n\nThese functions may be called:\n' }}
+    {%- for t in tools %}{{- t | tojson(indent=4) + "\n\n" }}{%- endfor %}
+    {{- question + "<|eot_id|>" }}
+{%- endif %}
+{%- for message in messages %}
+    {%- if not (message.role == 'ipython' or message.role == 'tool' or 'tool_calls' in message) %}
+        {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}
+        {{- message['content'] | trim + '<|eot_id|>' }}
+    {%- elif 'tool_calls' in message %}
+        {%- if not message.tool_calls | length == 1 %}{{- raise_exception("One call at once") }}{%- endif %}
+        {%- set call = message.tool_calls[0].function %}
+        {{- '<|start_header_id|>assistant<|end_header_id|>\n\n{"name": "' + call.name + '", "parameters": ' }}
+        {{- call.arguments | tojson + "}<|eot_id|>" }}
+    {%- elif message.role == "tool" or message.role == "ipython" %}
+        {{- "<|start_header_id|>ipython<|end_header_id|>\n\n" }}
+        {%- if message.content is mapping %}{{- message.content | tojson }}{%- else %}{{- message.content }}{%- endif %}
+        {{- "<|eot_id|>" }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif %}
+"""
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "Tells the <weather> of a place & a day – “now” without one.",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "place": {"type": "string", "enum": ["Zürich", "Aarau"]},
+                "day": {"type": ["integer", "null"], "minimum": 0, "maximum": 1e3, "default": None},
+            },
+            "required": ["place"],
+        },
+    },
+}
+TIME = {"type": "function", "function": {"name": "time", "parameters": {"type": "object", "properties": {}}}}
+
+SYSTEM = {"role": "system", "content": " Be brief.\n"}
+QUESTION = {"role": "user", "content": "How is <b>Zürich</b>?"}
+ANSWER = {"role": "assistant", "content": "It rains."}
+
+
+def call(name: str, arguments: Any, id: str | None = None) -> dict[str, Any]:
+    made = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    return made if id is None else {"id": id, **made}
+
+
+CALLS = {
+    "role": "assistant",
+    "reasoning_content": "\nI must look.\n",
+    "tool_calls": [call("weather", {"place": "Zürich", "day": 3, "factor": 2.0, "none": None}, "a1"), call("time", {})],
+}
+RESULTS = [
+    {"role": "tool", "name": "weather", "tool_call_id": "a1", "content": '{"rain": true}'},
+    {"role": "tool", "content": "12:00"},
+]
+
+
+def asked(messages: list[dict[str, Any]], **options: Any) -> pb.Chat:
+    """The chat as the client sends it."""
+    chat = client.chat_of(messages)
+    for name, value in options.items():
+        client.set_option(chat, name, value)
+    return pb.Chat.FromString(chat.SerializeToString())
+
+
+def ours(source: str, messages: list[dict[str, Any]], **options: Any) -> str:
+    return ChatTemplate(source, SPECIAL).render(asked(messages, **options), MOST)
+
+
+def theirs(
+    source: str | None,
+    messages: list[dict[str, Any]],
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    add_generation_prompt: bool = True,
+    tools: list[dict[str, Any]] | None = None,
+    template_variables: dict[str, Any] | None = None,
+) -> str:
+    tokenizer = tokenizer or PreTrainedTokenizerFast(tokenizer_object=models.byte_level(), **SPECIAL)
+    rendered: str = tokenizer.apply_chat_template(
+        messages,
+        chat_template=source,
+        tokenize=False,
+        add_generation_prompt=add_generation_prompt,
+        tools=tools,
+        **(template_variables or {}),
+    )
+    return rendered
+
+
+@pytest.mark.parametrize("options", [{}, {"add_generation_prompt": False}, {"template_variables": {"unknown": 1}}])
+@pytest.mark.parametrize("messages", [[QUESTION], [SYSTEM, QUESTION], [QUESTION, ANSWER, {**QUESTION, "content": ""}]])
+def test_the_embedded_models(messages: list[dict[str, Any]], options: dict[str, Any]) -> None:
+    directory = model_files.resolve(model_files.EMBEDDED)
+    template = chat_template.load(directory)
+    assert template is not None
+    expected = theirs(None, messages, AutoTokenizer.from_pretrained(directory), **options)
+    assert template.render(asked(messages, **options), MOST) == expected
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"add_generation_prompt": False},
+        {"template_variables": {"enable_thinking": False}},
+        {"template_variables": {"enable_thinking": True}, "tools": [WEATHER, TIME]},
+        {"tools": [TIME], "template_variables": {}},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [QUESTION],
+        [SYSTEM, QUESTION],
+        [SYSTEM, QUESTION, CALLS, *RESULTS],
+        [QUESTION, CALLS, *RESULTS, ANSWER, QUESTION],
+        [QUESTION, {**CALLS, "content": "Let me see."}, RESULTS[0], {**ANSWER, "reasoning_content": "Rain, then."}],
+        [QUESTION, {**CALLS, "content": None, "name": None}, RESULTS[1]],
+        [QUESTION, {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nIt rains."}],
+        [QUESTION, {**ANSWER, "reasoning_content": "", "content": "</think>"}],
+        [QUESTION, {"role": "assistant", "tool_calls": [call("time", '{"b": 1,"a": 2}'), call("time", None)]}],
+    ],
+    ids=["question", "system", "results", "earlier", "both", "nulls", "thoughts", "no thoughts", "JSON"],
+)
+def test_one_like_qwen3s(messages: list[dict[str, Any]], options: dict[str, Any]) -> None:
+    as_objects = [with_objects(message) for message in messages]  # where the client takes JSON, too
+    assert ours(QWEN, messages, **options) == theirs(QWEN, as_objects, **options)
+
+
+def with_objects(message: dict[str, Any]) -> dict[str, Any]:
+    if "tool_calls" not in message:
+        return message
+    calls = [made | {"function": dict(made["function"])} for made in message["tool_calls"]]
+    for made in calls:
+        arguments = made["function"]["arguments"]
+        made["function"]["arguments"] = json.loads(arguments) if isinstance(arguments, str) else arguments or {}
+    return message | {"tool_calls": calls}
+
+
+ONE_CALL = {"role": "assistant", "tool_calls": CALLS["tool_calls"][:1]}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"tools": [WEATHER, TIME]},
+        {"tools": [WEATHER], "template_variables": {"tools_in_user_message": False, "date_string": "1 May 2031"}},
+        {"template_variables": {"custom_tools": [TIME, {"n": 1, "x": 1.0, "far": 2**53 + 1}]}},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "messages",
+    [[QUESTION], [SYSTEM, QUESTION, ONE_CALL, *RESULTS], [QUESTION, ANSWER, {"role": "ipython", "content": "x"}]],
+    ids=["question", "results", "ipython"],
+)
+def test_one_like_llama_31s(messages: list[dict[str, Any]], options: dict[str, Any]) -> None:
+    rendered = ours(LLAMA, messages, **options)
+    assert rendered == theirs(LLAMA, messages, **options)
+    assert ("Today: 1 May 2031" if "date_string" in str(options) else f"Today: {datetime.now():%Y}") in rendered
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ messages[0] | tojson(separators=(',', ':'), sort_keys=true) }}{{ '<&é>' | tojson(ensure_ascii=true) }}",
+        "{{ messages | tojson('x', 2) }}",
+        "{% for m in messages %}{% if loop.index == 2 %}{% break %}{% endif %}{{ m.role }}{% endfor %}",
+        "  {% for m in messages %}\n {% generation %}\n {% set x = 1 %}{{ m.content }}\n {% endgeneration %}\n"
+        "[{{ x }}]\n {% endfor %}\n",
+        "{{ documents is none }} {{ tools is none }} {{ nothing is defined }}",
+        "{{ messages[1].thinking }} {{ messages[1] | length }} {{ messages[0] | length }}",
+        "{% set ns = namespace(self=1, a=2) %}{% set ns.b = 3 %}{{ ns.self + ns.a + ns.b }}",
+        "{{ dict(a=1) }} {{ dict([('b', 2)], c=3) | tojson }} {{ dict.fromkeys(['x', 'y'], 0) }}",
+        "{{ bos_token }}{{ eos_token }}[{{ pad_token }}]",
+        "\n{{ messages[0].content }}\n\n",
+    ],
+)
+def test_names_filters_and_tags(source: str) -> None:
+    messages = [QUESTION, {**ANSWER, "reasoning_content": "so"}]
+    assert ours(source, messages) == theirs(source, messages)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ raise_exception('never') }}",
+        "{% set _ = dict.update(messages[0], {'role': 'x'}) %}",
+        "{% set _ = messages.append(1) %}",
+        "{% set ns = namespace() %}{% set ns.__html__ = 1 %}",
+        "{% set ns = namespace(__class__=1) %}",
+        "{{ messages[0].content.no.attribute }}",
+    ],
+)
+def test_what_transformers_template_may_not_do_ours_may_not(source: str) -> None:
+    with pytest.raises(Exception):  # noqa: B017, PT011, of any kind
+        theirs(source, [QUESTION])
+    with pytest.raises(InvalidArgument, match=r"^chat: the model's chat template refuses it: "):
+        ours(source, [QUESTION])
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize("name", ["messages", "tools", "add_generation_prompt", "eos_token"])
+def test_variables_do_not_hide_what_the_chat_has(name: str) -> None:
+    with pytest.raises(InvalidArgument, match=rf"^chat\.template_variables\.{name}: "):
+        ours(QWEN, [QUESTION], template_variables={"enable_thinking": False, name: "x"})
+
+
+@pytest.mark.parametrize("name", ["", "self", "a b", "range", "raise_exception", "__class__", "context", "environment"])
+def test_any_other_name_does_no_harm(name: str) -> None:
+    assert ours(QWEN, [QUESTION], template_variables={name: "x"}) == theirs(QWEN, [QUESTION])
+
+
+@pytest.mark.parametrize(
+    "source", [models.CHAT_TEMPLATE, "tools {{ builtin_tools }}", "{% set tools = 1 %}{{ tools }}"]
+)
+def test_tools_are_not_passed_over(source: str) -> None:
+    assert ours(source, [QUESTION])
+    with pytest.raises(InvalidArgument, match=r"^chat\.tools: this model's chat template does not know them"):
+        ours(source, [QUESTION], tools=[TIME])
+
+
+def test_tool_calls_are_not_passed_over() -> None:
+    with pytest.raises(InvalidArgument, match=r"^chat\.messages\[1\]\.tool_calls: .* does not know them"):
+        ours(models.CHAT_TEMPLATE, [QUESTION, CALLS])
+
+
+def test_a_role_that_the_template_does_not_name() -> None:
+    with pytest.raises(InvalidArgument, match=r"^chat\.messages\[1\]\.role: 'tool' is not one of"):
+        ours(models.CHAT_TEMPLATE, [QUESTION, RESULTS[0]])
+
+
+def message(**fields: Any) -> pb.ChatMessage:
+    return pb.ChatMessage(role="assistant", **fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"messages": []}, "chat.messages: must not be empty"),
+        ({"messages": [message()] * 16_385}, "chat.messages: has 16385 messages; at most 16384 are allowed"),
+        ({"tools": ["{}"] * 129}, "chat.tools: has 129 tools; at most 128 are allowed"),
+        ({"tools": ["{}", "[]"]}, "chat.tools[1]: must be a JSON object"),
+        ({"template_variables": "null"}, "chat.template_variables: must be a JSON object"),
+        ({"template_variables": '{"a": NaN}'}, "chat.template_variables: cannot be read as JSON: NaN"),
+        (
+            {"messages": [message(), message(tool_calls=[pb.ToolCall(arguments="{}")])]},
+            "chat.messages[1].tool_calls[0].name: must not be empty",
+        ),
+        (
+            {"messages": [message(tool_calls=[pb.ToolCall(name="f"), pb.ToolCall(name="f", arguments="7")])]},
+            "chat.messages[0].tool_calls[1].arguments: must be a JSON object",
+        ),
+        (
+            {"messages": [message(tool_calls=[pb.ToolCall(name="f")] * calls) for calls in (4_000, 97)]},
+            "chat.messages: have 4097 tool calls; at most 4096 are allowed",
+        ),
+        (
+            {
+                "messages": [message(tool_calls=[pb.ToolCall(name="f", arguments=" " * 400_000)])],
+                "tools": [" " * 400_000],
+                "template_variables": " " * 248_577,
+            },
+            "chat: tools, template_variables and the tool calls' arguments have 1048577 bytes; at most 1048576 are",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_fields_that_are_wrong(fields: dict[str, Any], sentence: str) -> None:
+    chat = pb.Chat(**{"messages": [message()], **fields})
+    with pytest.raises(InvalidArgument) as refused:
+        ChatTemplate(QWEN, SPECIAL).render(chat, MOST)
+    assert refused.value.message.startswith(sentence)
+
+
+def test_content_that_is_not_set_is_empty_but_beside_tool_calls() -> None:
+    chat = pb.Chat(messages=[pb.ChatMessage(role="user"), pb.ChatMessage(tool_calls=[pb.ToolCall(name="f")])])
+    plain, calls = template_input.read(chat).messages
+    assert plain == {"role": "user", "content": ""}
+    assert calls.keys() == {"role", "tool_calls"}
+
+
+def test_a_template_that_makes_too_much_of_a_chat_is_stopped() -> None:
+    source = (
+        "{% for message in messages %}{% if loop.index == 20 %}{{ raise_exception('went on') }}{% endif %}"
+        "{{ tools | tojson }}{% endfor %}"
+    )
+    template = ChatTemplate(source, SPECIAL)
+    tool = {"description": "x" * 1_000}
+    assert template.render(asked([QUESTION] * 9, tools=[tool]), 10_000)
+    with pytest.raises(InvalidArgument, match="it has more than 10000 characters"):
+        template.render(asked([QUESTION] * 1_000, tools=[tool]), 10_000)
+
+
+# ---------------------------------------------------------------- where it is read from
+
+
+def test_a_template_of_its_own_for_tools(tmp_path: Path) -> None:
+    def written(directory: Path) -> list[str]:
+        template = chat_template.load(directory)
+        assert template is not None
+        return [template.render(asked([QUESTION], tools=tools), MOST) for tools in ([], [TIME])]
+
+    tool_use = "{{ tools[0].function.name }}"
+    settings = [{"name": "tool_use", "template": tool_use}, {"name": "default", "template": "no tools"}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": settings}))
+    assert written(tmp_path) == ["no tools", "time"]
+
+    (tmp_path / "chat_template.jinja").write_text("a file")
+    with pytest.raises(InvalidArgument, match="does not know them"):
+        written(tmp_path)  # the settings' templates count no more
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text(f"a file {tool_use}")
+    assert written(tmp_path) == ["a file", "a file time"]

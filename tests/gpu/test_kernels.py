@@ -7,7 +7,7 @@ from torch import Tensor
 if not torch.cuda.is_available():  # importing the kernels here would keep tests/kernels from interpreting them
     pytest.skip("no CUDA device: torch.cuda.is_available() is False", allow_module_level=True)
 
-from kernels import triton_decode_attention, triton_launch, triton_linear, triton_sampling
+from kernels import flash_attention_3, triton_decode_attention, triton_launch, triton_linear, triton_sampling
 from kernels.rope import Rotation
 from tests.kernels import checks
 from tests.kernels.inputs import DEVICE, assert_close, causal_attention, paged, randn
@@ -168,6 +168,43 @@ def test_prefill_attention(
     dtype: torch.dtype,
 ) -> None:
     checks.check_prefill_attention(query_lens, kv_lens, heads, kv_heads, head_dim, 16, dtype)
+
+
+@pytest.mark.skipif(not flash_attention_3.usable(DEVICE), reason="no FlashAttention-3 for this GPU is installed")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(9, 3, 64), (16, 8, 128), (28, 4, 128), (16, 4, 256)])
+@pytest.mark.parametrize("block_size", [5, 16, 128, 256])
+@pytest.mark.parametrize(
+    ("query_lens", "kv_lens", "padding"),
+    [
+        ((513, 1, 128), (513, 1, 128), (0, 0)),
+        ((300, 1, 64), (1000, 777, 64), (700, 100)),
+        ((16, 7), (3000, 7), (41, 6)),
+        ((0,), (0,), (16, 7)),
+    ],
+    ids=["packed", "paged", "few tokens", "nothing"],
+)
+def test_prefill_attention_by_flash_attention_3(
+    query_lens: tuple[int, ...],
+    kv_lens: tuple[int, ...],
+    padding: tuple[int, int],
+    block_size: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+) -> None:
+    checks.check_prefill_attention(
+        query_lens,
+        kv_lens,
+        heads,
+        kv_heads,
+        head_dim,
+        block_size,
+        dtype,
+        padding=padding,
+        attend=flash_attention_3.prefill_attention,
+    )
 
 
 def test_prefill_attention_in_a_batch_of_fixed_size() -> None:

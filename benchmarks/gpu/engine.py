@@ -125,7 +125,7 @@ def _measure_model(
 
 def _prefill(hardware: Hardware, name: str, loaded: LoadedModel, tokens: int) -> Iterator[Figure]:
     """Batches launched one after another, as the worker's loop does."""
-    parts = worker_parts(loaded, num_blocks=3 * -(-tokens // 16))
+    parts = worker_parts(loaded, num_blocks=8 * -(-tokens // 16))
     runner = PrefillRunner(parts)
     runner.capture(tokens)
     for count in (8, 1):
@@ -145,9 +145,9 @@ def _prefill(hardware: Hardware, name: str, loaded: LoadedModel, tokens: int) ->
             rate / hardware.gemm,
             PREFILL_BOUNDS.get(name),
         )
-    for length in (128, 512, 1024):
-        if length <= tokens:
-            yield _one_prompt(hardware, name, runner, _whole_prompt(parts, length, length))
+    for length, cached in ((128, 0), (512, 0), (1024, 0), (64, tokens - 64), (512, tokens - 512)):
+        if cached >= 0 and length + cached <= tokens:
+            yield _one_prompt(hardware, name, runner, _whole_prompt(parts, length, length + cached, cached))
 
 
 def _one_prompt(hardware: Hardware, name: str, runner: PrefillRunner, chunk: Chunk) -> Figure:
@@ -161,7 +161,7 @@ def _one_prompt(hardware: Hardware, name: str, runner: PrefillRunner, chunk: Chu
     one_by_one = median(hardware.device, first_token, 5)
     runner.graphs = graphs
     return Figure(
-        f"{name}: one prompt of {chunk.end}, alone",
+        f"{name}: one prompt of {chunk.end - chunk.start}" + (f" after {chunk.start} cached" if chunk.start else ""),
         f"{1000 * captured:.2f} ms",
         f"{1000 * one_by_one:.2f} ms launched one by one",
         captured / one_by_one,
@@ -169,10 +169,10 @@ def _one_prompt(hardware: Hardware, name: str, runner: PrefillRunner, chunk: Chu
     )
 
 
-def _whole_prompt(parts: WorkerParts, index: int, length: int) -> Chunk:
+def _whole_prompt(parts: WorkerParts, index: int, length: int, cached: int = 0) -> Chunk:
     tokens = random.Random(index).choices(range(10_000), k=length)
     blocks = parts.blocks.allocate(-(-length // parts.pool.layout.block_size))
-    return Chunk(Prompt(index, 0, spec(tokens, length + 1, temperature=0.6), blocks), 0, length)
+    return Chunk(Prompt(index, 0, spec(tokens, length + 1, temperature=0.6), blocks), cached, length)
 
 
 def _decode(

@@ -1,7 +1,7 @@
 """Attention of packed prompts by FlashAttention-3 (Shah et al., "FlashAttention-3: Fast and Accurate Attention with
 Asynchrony and Low-precision", 2024), where it is installed; `kernels.attention` holds the reference.
 
-Hopper only, 16-bit types. What it is not made for goes to Triton.
+Hopper only, 16-bit types. What it is not made for, or is slower at, goes to Triton.
 """
 
 import importlib
@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from kernels import triton_prefill_attention
-from kernels.attention import PrefillAttention
+from kernels.attention import FEW_TOKENS, SHORT_TOKENS, PrefillAttention
 
 NAME = "flash_attn_interface"
 HEAD_DIMS = (64, 128, 256)
-# Batches of up to so many tokens have so few tiles that a long context is better cut into parts, for all processors; in
-# larger ones, putting parts together costs more than it saves.
-CUT_TOKENS = 128
+# Larger ones it reads whole, by the tensor memory accelerator, with what lies behind a sequence's end. A NaN there, once
+# left by another sequence, would get into the answer.
+MOST_BLOCK_SIZE = 32
 
 
 def _load() -> ModuleType | None:
@@ -45,10 +45,14 @@ def prefill_attention(
 ) -> Tensor:
     """`kernels.attention.prefill_attention` for CUDA tensors, any block size. All keys are read from the cache, also a
     chunk's own. Nothing but shapes is asked of the host, so that a graph captured once serves all lengths that fit."""
-    if q.dtype not in (torch.bfloat16, torch.float16) or q.shape[-1] not in HEAD_DIMS:
+    tokens, _, head_dim = q.shape
+    block_size = key_cache.shape[1]
+    few = tokens <= FEW_TOKENS
+    short = few and batch.block_tables.shape[1] * block_size <= SHORT_TOKENS
+    made_for = q.element_size() == 2 and head_dim in HEAD_DIMS and block_size <= MOST_BLOCK_SIZE
+    if short or not made_for:
         return triton_prefill_attention.prefill_attention(q, k, v, key_cache, value_cache, batch, scale)
     assert _MODULE is not None
-    tokens = q.shape[0]
     out: Tensor = _MODULE.flash_attn_with_kvcache(
         q,
         key_cache,
@@ -59,6 +63,6 @@ def prefill_attention(
         max_seqlen_q=tokens,
         softmax_scale=scale,
         causal=True,
-        num_splits=0 if tokens <= CUT_TOKENS else 1,  # 0: as it sees fit
+        num_splits=0 if few else 1,  # 0: as it sees fit; with many tokens, putting parts together takes too long
     )
     return out

@@ -62,12 +62,12 @@ def _attend(
         else:
             key = tl.load(keys + at)
             value = tl.load(values + at)
-        score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
+        score = tl.dot(query, tl.trans(key), input_precision="ieee")
         if MASKED:
             score = tl.where(token[None, :] < reach[:, None], score, float("-inf"))
         new_largest = tl.maximum(largest, tl.max(score, axis=1))
-        shrink = tl.exp2(largest - new_largest)
-        weight = tl.exp2(score - new_largest[:, None])
+        shrink = tl.exp2((largest - new_largest) * scale)
+        weight = tl.exp2(score * scale - (new_largest * scale)[:, None])
         weight_sum = weight_sum * shrink + tl.sum(weight, axis=1)
         total = tl.dot(weight.to(value.dtype), value, total * shrink[:, None], input_precision="ieee")
         largest = new_largest
@@ -75,17 +75,16 @@ def _attend(
 
 
 @triton.jit
-def _sequence_of_tile(cu_query_lens, tile, sequences, QUERIES: tl.constexpr):
-    """The sequence that a tile of queries belongs to. Sequence s has the tiles from cu_query_lens[s] // QUERIES + s on:
-    as many as it needs, or one more."""
-    low = 0
-    high = sequences - 1
-    while low < high:
-        middle = (low + high + 1) // 2
-        begins_later = tl.load(cu_query_lens + middle, cache_modifier=".cg") // QUERIES + middle > tile
-        low = tl.where(begins_later, low, middle)
-        high = tl.where(begins_later, middle - 1, high)
-    return low
+def _sequence_of_tile(cu_query_lens, tile, sequences, TOKENS: tl.constexpr):
+    """The sequence that a tile of queries belongs to. Sequence s has the tiles from cu_query_lens[s] // TOKENS + s on:
+    as many as it needs, or one more. All are looked at together: one after another, loads take longer than a short
+    prompt's attention."""
+    before = 0
+    for first in range(1, sequences, 128):
+        sequence = first + tl.arange(0, 128)
+        start = tl.load(cu_query_lens + sequence, mask=sequence < sequences, other=0, cache_modifier=".cg")
+        before += tl.sum(((start // TOKENS + sequence <= tile) & (sequence < sequences)).to(tl.int32))
+    return before
 
 
 @triton.jit(do_not_specialize=["sequences"])
@@ -114,42 +113,47 @@ def _prefill_kernel(
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     LANES: tl.constexpr,
-    QUERIES: tl.constexpr,
+    PACK: tl.constexpr,
+    ROWS: tl.constexpr,
     TILE: tl.constexpr,
     STAGES: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """QUERIES tokens of one head of one sequence: first their cached context, block by block, then their own chunk."""
-    head = tl.program_id(0)
+    """ROWS queries of one sequence, of PACK heads that share keys: first their cached context, block by block, then their
+    own chunk."""
+    TOKENS: tl.constexpr = ROWS // PACK
+    first_head = tl.program_id(0) * PACK
     tile = tl.program_id(1)
-    sequence = _sequence_of_tile(cu_query_lens, tile, sequences, QUERIES)
+    sequence = _sequence_of_tile(cu_query_lens, tile, sequences, TOKENS)
     query_start = tl.load(cu_query_lens + sequence, cache_modifier=".cg")
     query_end = tl.load(cu_query_lens + sequence + 1, cache_modifier=".cg")
     query_len = query_end - query_start
     context_len = tl.load(seq_lens + sequence, cache_modifier=".cg") - query_len
     # the tiles that see the most keys start first
-    first_query = (query_end // QUERIES + sequence - tile) * QUERIES
+    first_query = (query_end // TOKENS + sequence - tile) * TOKENS
     wait_for_previous(DEPENDENT)
     if (first_query < 0) | (first_query >= query_len):
         return  # of the tiles' count, which shapes decide, not all are needed
 
-    row = first_query + tl.arange(0, QUERIES)
+    row = first_query + tl.arange(0, ROWS) // PACK
+    head = (first_head + tl.arange(0, ROWS) % PACK)[:, None]
     lane = tl.arange(0, LANES)
     exists = (row < query_len)[:, None] & (lane < HEAD_DIM)[None, :]
     at = (query_start + row).to(tl.int64)[:, None]
     query = tl.load(q + at * q_stride_token + head * q_stride_head + lane[None, :], mask=exists, other=0.0)
     table = block_tables + sequence.to(tl.int64) * table_stride
-    cached_keys = key_cache + head // GROUP * cache_stride_head
-    cached_values = value_cache + head // GROUP * cache_stride_head
-    own = query_start.to(tl.int64) * kv_stride_token + head // GROUP * kv_stride_head
+    kv_head = first_head // GROUP
+    cached_keys = key_cache + kv_head * cache_stride_head
+    cached_values = value_cache + kv_head * cache_stride_head
+    own = query_start.to(tl.int64) * kv_stride_token + kv_head * kv_stride_head
     whole_context = context_len // TILE * TILE
-    whole_context_reach = tl.full((QUERIES,), 0, tl.int32) + context_len
+    whole_context_reach = tl.full((ROWS,), 0, tl.int32) + context_len
     seen_by_all = (first_query + 1) // TILE * TILE
-    seen_by_any = tl.minimum(first_query + QUERIES, query_len)
+    seen_by_any = tl.minimum(first_query + TOKENS, query_len)
 
-    total = tl.zeros((QUERIES, LANES), tl.float32)
-    largest = tl.full((QUERIES,), float("-inf"), tl.float32)
-    weight_sum = tl.zeros((QUERIES,), tl.float32)
+    total = tl.zeros((ROWS, LANES), tl.float32)
+    largest = tl.full((ROWS,), float("-inf"), tl.float32)
+    weight_sum = tl.zeros((ROWS,), tl.float32)
     total, largest, weight_sum = _attend(
         total, largest, weight_sum, query, whole_context_reach, cached_keys, cached_values, table,
         0, whole_context, context_len, cache_stride_block, cache_stride_token, scale,
@@ -178,9 +182,7 @@ def _tile(head_dim: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
     """Queries of a program, keys a step, warps, and pipeline stages of the prefill kernel."""
     if dtype == torch.float32:
         return (32, 32, 4, 2) if head_dim <= 128 else (16, 16, 4, 2)
-    if head_dim <= 64:
-        return 128, 64, 4, 3
-    return (128, 64, 8, 3) if head_dim <= 128 else (64, 32, 4, 2)
+    return (64, 64, 4, 2) if head_dim <= 128 else (64, 32, 4, 2)
 
 
 def prefill_attention(
@@ -191,11 +193,13 @@ def prefill_attention(
     keys where they lie packed. k and v have equal strides, and so have the two caches."""
     tokens, num_heads, head_dim = q.shape
     sequences = batch.cu_query_lens.shape[0] - 1
-    queries, tile, warps, stages = _tile(head_dim, q.dtype)
+    rows, tile, warps, stages = _tile(head_dim, q.dtype)
+    group = num_heads // key_cache.shape[2]
+    pack = math.gcd(group, rows)
     out = torch.empty((tokens, num_heads, head_dim), dtype=q.dtype, device=q.device)
     if not tokens:
         return out
-    _prefill_kernel[(num_heads, tokens // queries + sequences)](
+    _prefill_kernel[(num_heads // pack, tokens * pack // rows + sequences)](
         q,
         k,
         v,
@@ -215,10 +219,11 @@ def prefill_attention(
         batch.block_tables.stride(0),
         BLOCK_SIZE=key_cache.shape[1],
         HEADS=num_heads,
-        GROUP=num_heads // key_cache.shape[2],
+        GROUP=group,
         HEAD_DIM=head_dim,
         LANES=triton.next_power_of_2(head_dim),
-        QUERIES=queries,
+        PACK=pack,
+        ROWS=rows,
         TILE=tile,
         STAGES=stages,
         num_warps=warps,

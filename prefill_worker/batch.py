@@ -22,6 +22,9 @@ class BatchShape:
     chunks: int  # B
     table_blocks: int  # M, of the longest sequence
 
+    def holds(self, other: "BatchShape") -> bool:
+        return self.tokens >= other.tokens and self.chunks >= other.chunks and self.table_blocks >= other.table_blocks
+
     @property
     def size(self) -> int:
         """int32 values of an array with all of it."""

@@ -12,8 +12,9 @@ from common.device_io import copy_to_device
 from common.gpu_memory import Passes
 from common.graph_capture import capture
 from common.sequence import SequenceSpec
+from kernels.attention import FEW_TOKENS, SHORT_TOKENS
 from prefill_worker import draws
-from prefill_worker.batch import BatchShape, pack
+from prefill_worker.batch import BatchShape, exact_shape, pack
 from prefill_worker.forward import Forward
 from prefill_worker.scheduler import Chunk, max_chunks
 
@@ -35,10 +36,22 @@ def row_ladder(most: int) -> tuple[int, ...]:
     return (*(1 << exponent for exponent in range((most - 1).bit_length())), most)
 
 
+def shapes(max_tokens: int, table_blocks: int, block_size: int) -> list[BatchShape]:
+    """Of the batches to capture, the best for any batch before the others that it fits. Those of few tokens are there
+    twice: kernels do otherwise where no sequence is long."""
+    short_blocks = min(SHORT_TOKENS // block_size, table_blocks) or table_blocks
+    return [
+        BatchShape(tokens, max_chunks(tokens), blocks)
+        for tokens in token_ladder(max_tokens)
+        for blocks in sorted({short_blocks, table_blocks} if tokens <= FEW_TOKENS else {table_blocks})
+    ]
+
+
 def passes(max_tokens: int) -> Passes:
     """What graphs for batches of up to so many tokens need memory for."""
     rows = max_chunks(max_tokens)
-    return Passes(max_tokens, rows, len(token_ladder(max_tokens)) + len(row_ladder(rows)))
+    with_both_widths = shapes(max_tokens, table_blocks=2, block_size=SHORT_TOKENS)
+    return Passes(max_tokens, rows, len(with_both_widths) + len(row_ladder(rows)))
 
 
 class PrefillGraphs:
@@ -52,7 +65,7 @@ class PrefillGraphs:
 
     def __init__(self, forward: Forward, max_tokens: int, table_blocks: int, device: torch.device) -> None:
         self._block_size = forward.pool.layout.block_size
-        self._shapes = [BatchShape(tokens, max_chunks(tokens), table_blocks) for tokens in token_ladder(max_tokens)]
+        self._shapes = shapes(max_tokens, table_blocks, self._block_size)
         self._rows = row_ladder(max_chunks(max_tokens))
         self._array = torch.zeros(max(shape.size for shape in self._shapes), dtype=torch.int32, device=device)
         self._hidden = torch.zeros(
@@ -80,8 +93,8 @@ class PrefillGraphs:
         return tokens[: len(specs)]
 
     def _shape(self, chunks: Sequence[Chunk]) -> BatchShape:
-        tokens = sum(chunk.end - chunk.start for chunk in chunks)
-        return next(shape for shape in self._shapes if shape.tokens >= tokens and shape.chunks >= len(chunks))
+        exact = exact_shape(chunks, self._block_size)
+        return next(shape for shape in self._shapes if shape.holds(exact))
 
     def _write(self, chunks: Sequence[Chunk], shape: BatchShape) -> None:
         copy_to_device(pack(chunks, self._block_size, shape), self._array)

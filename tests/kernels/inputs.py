@@ -76,8 +76,9 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 def prefill_batch(
     query_lens: tuple[int, ...], kv_lens: tuple[int, ...], block_tables: Tensor, padding: int = 0
 ) -> PrefillAttention:
-    """`padding`: sequences of no length after the others, without block tables."""
+    """`padding`: sequences of no length after the others."""
 
     cu_query_lens = torch.tensor([0, *query_lens, *[0] * padding]).cumsum(0).int().to(DEVICE)
     seq_lens = torch.tensor([*kv_lens, *[0] * padding]).int().to(DEVICE)
-    return PrefillAttention(query_lens, kv_lens, cu_query_lens, seq_lens, block_tables)
+    tables = torch.cat([block_tables, block_tables.new_zeros(padding, block_tables.shape[1])])
+    return PrefillAttention(query_lens, kv_lens, cu_query_lens, seq_lens, tables)

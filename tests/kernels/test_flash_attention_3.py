@@ -2,12 +2,14 @@
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from kernels import flash_attention_3
+from kernels.attention import FEW_TOKENS, SHORT_TOKENS
 from tests.kernels import checks
 from tests.kernels.inputs import causal_attention
 
@@ -55,38 +57,45 @@ def written(monkeypatch: pytest.MonkeyPatch) -> Written:
     return written
 
 
-@pytest.mark.parametrize("padding", [(0, 0), (7, 3)])
-@pytest.mark.parametrize(("query_lens", "kv_lens"), [((33, 1), (33, 1)), ((20, 1, 5), (52, 40, 5))])
-def test_it_is_told_what_the_batch_attends_to(
-    written: Written, query_lens: tuple[int, ...], kv_lens: tuple[int, ...], padding: tuple[int, int]
+def check(
+    query_lens: tuple[int, ...],
+    kv_lens: tuple[int, ...],
+    *,
+    head_dim: int = 64,
+    block_size: int = 16,
+    dtype: torch.dtype = torch.float16,
+    padding: tuple[int, int] = (0, 0),
 ) -> None:
-    checks.check_prefill_attention(
-        query_lens,
-        kv_lens,
-        4,
-        2,
-        64,
-        16,
-        torch.float16,
-        padding=padding,
-        attend=flash_attention_3.prefill_attention,
-    )
+    attend = flash_attention_3.prefill_attention
+    checks.check_prefill_attention(query_lens, kv_lens, 4, 2, head_dim, block_size, dtype, padding, attend)
+
+
+@pytest.mark.parametrize("padding", [(0, 0), (7, 3)])
+def test_it_is_told_what_the_batch_attends_to(written: Written, padding: tuple[int, int]) -> None:
+    check((120, 1, 50), (120, 40, 90), padding=padding)
+    assert written.splits == [1]
+
+
+def test_few_tokens_with_a_long_context_are_cut_into_parts(written: Written) -> None:
+    check((FEW_TOKENS - 5, 5), (600, 5))
     assert written.splits == [0]
-
-
-def test_only_small_batches_are_cut(written: Written) -> None:
-    for tokens in (flash_attention_3.CUT_TOKENS, flash_attention_3.CUT_TOKENS + 1):
-        checks.check_prefill_attention(
-            (tokens,), (tokens,), 1, 1, 64, 16, torch.float16, attend=flash_attention_3.prefill_attention
-        )
+    check((FEW_TOKENS + 1,), (600,))
     assert written.splits == [0, 1]
 
 
-@pytest.mark.parametrize(("head_dim", "dtype"), [(64, torch.float32), (80, torch.float16)])
-def test_what_it_is_not_made_for_goes_to_triton(written: Written, head_dim: int, dtype: torch.dtype) -> None:
-    checks.check_prefill_attention(
-        (20, 5), (52, 5), 2, 1, head_dim, 16, dtype, attend=flash_attention_3.prefill_attention
-    )
+def test_few_tokens_of_short_sequences_go_to_triton(written: Written) -> None:
+    unused = 2 * 16  # the tables of these tests have two blocks more than the longest sequence
+    check((20, 1), (SHORT_TOKENS - unused, 1))
+    assert not written.splits
+    check((20, 1), (SHORT_TOKENS - unused + 1, 1))
+    assert written.splits == [0]
+
+
+@pytest.mark.parametrize(
+    "other", [{"dtype": torch.float32}, {"head_dim": 80}, {"block_size": 64}], ids=lambda other: next(iter(other))
+)
+def test_what_it_is_not_made_for_goes_to_triton(written: Written, other: dict[str, Any]) -> None:
+    check((129,), (140,), **other)
     assert not written.splits
 
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from common.sampling import SamplingParams
+from kernels.attention import FEW_TOKENS, SHORT_TOKENS
 from prefill_worker import draws
 from prefill_worker.batch import BatchShape, exact_shape, pack
-from prefill_worker.graphs import row_ladder, token_ladder
+from prefill_worker.graphs import row_ladder, shapes, token_ladder
 from prefill_worker.scheduler import Chunk, Prompt, max_chunks
 from tests.specs import spec
 
@@ -95,3 +96,27 @@ def test_every_batch_fits_a_graph_that_is_little_larger(most: int) -> None:
     rows = row_ladder(max_chunks(most))
     assert (rows[0], rows[-1]) == (1, max_chunks(most))
     assert list(rows) == sorted(set(rows))
+
+
+@pytest.mark.parametrize("block_size", [1, 16, 48, 1024])
+@pytest.mark.parametrize("max_length", [100, 512, 4096])
+def test_few_tokens_of_short_sequences_have_graphs_of_their_own(max_length: int, block_size: int) -> None:
+    table_blocks = -(-max_length // block_size)
+    made = shapes(2048, table_blocks, block_size)
+    assert len(set(made)) == len(made)
+
+    def found(tokens: int, length: int) -> BatchShape:
+        return next(shape for shape in made if shape.holds(BatchShape(tokens, 1, -(-length // block_size))))
+
+    for tokens in (1, FEW_TOKENS, FEW_TOKENS + 1, 2048):
+        for length in (tokens, SHORT_TOKENS - block_size, SHORT_TOKENS, max_length):
+            if not tokens <= length <= max_length:
+                continue
+            shape = found(tokens, length)
+            assert shape.tokens < tokens + max(64, tokens / 8)
+            # the table tells that all are short, as far as whole blocks can
+            known_short = shape.table_blocks * block_size <= SHORT_TOKENS
+            if tokens <= FEW_TOKENS and -(-length // block_size) <= SHORT_TOKENS // block_size:
+                assert known_short
+            elif length > SHORT_TOKENS:
+                assert not known_short

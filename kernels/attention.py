@@ -15,10 +15,9 @@ from kernels.rope import Rotation, rope_write_kv
 
 _GATHERED_TOKENS = 4096
 
-# Batches of up to FEW_TOKENS have so few tiles that attention to a long context is better cut into parts, for all of a
-# GPU's processors; where no sequence is longer than SHORT_TOKENS, one quick launch is best. Block tables tell: of a
-# batch of sequences that are all so short, they are no wider.
-FEW_TOKENS = 128
+# Of a batch of up to FEW_TOKENS, block tables tell whether no sequence is longer than SHORT_TOKENS: then they are no
+# wider, and one quick launch is best.
+FEW_TOKENS = 512
 SHORT_TOKENS = 512
 
 

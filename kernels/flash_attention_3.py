@@ -17,9 +17,12 @@ from kernels.attention import FEW_TOKENS, SHORT_TOKENS, PrefillAttention
 
 NAME = "flash_attn_interface"
 HEAD_DIMS = (64, 128, 256)
-# Larger ones it reads whole, by the tensor memory accelerator, with what lies behind a sequence's end. A NaN there, once
+# Larger ones it reads whole, by the tensor memory accelerator, with what lies behind a sequence's end. A NaN there,
 # left by another sequence, would get into the answer.
 MOST_BLOCK_SIZE = 32
+# Batches of up to so many tokens have so few tiles that attention to a long context is cut into parts, for all
+# processors; of larger ones, putting the parts together takes too long.
+CUT_TOKENS = 128
 
 
 def _load() -> ModuleType | None:
@@ -47,8 +50,7 @@ def prefill_attention(
     chunk's own. Nothing but shapes is asked of the host, so that a graph captured once serves all lengths that fit."""
     tokens, _, head_dim = q.shape
     block_size = key_cache.shape[1]
-    few = tokens <= FEW_TOKENS
-    short = few and batch.block_tables.shape[1] * block_size <= SHORT_TOKENS
+    short = tokens <= FEW_TOKENS and batch.block_tables.shape[1] * block_size <= SHORT_TOKENS
     made_for = q.element_size() == 2 and head_dim in HEAD_DIMS and block_size <= MOST_BLOCK_SIZE
     if short or not made_for:
         return triton_prefill_attention.prefill_attention(q, k, v, key_cache, value_cache, batch, scale)
@@ -63,6 +65,6 @@ def prefill_attention(
         max_seqlen_q=tokens,
         softmax_scale=scale,
         causal=True,
-        num_splits=0 if few else 1,  # 0: as it sees fit; with many tokens, putting parts together takes too long
+        num_splits=0 if tokens <= CUT_TOKENS else 1,  # 0: as many as it sees fit
     )
     return out

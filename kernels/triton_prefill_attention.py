@@ -119,8 +119,8 @@ def _prefill_kernel(
     STAGES: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """ROWS queries of one sequence, of PACK heads that share keys: first their cached context, block by block, then their
-    own chunk."""
+    """ROWS queries of one sequence, of PACK heads that share keys: first their cached context, block by block, then
+    their own chunk."""
     TOKENS: tl.constexpr = ROWS // PACK
     first_head = tl.program_id(0) * PACK
     tile = tl.program_id(1)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from kernels import flash_attention_3
-from kernels.attention import FEW_TOKENS, SHORT_TOKENS
+from kernels.attention import SHORT_TOKENS
+from kernels.flash_attention_3 import CUT_TOKENS
 from tests.kernels import checks
 from tests.kernels.inputs import causal_attention
 
@@ -72,14 +73,14 @@ def check(
 
 @pytest.mark.parametrize("padding", [(0, 0), (7, 3)])
 def test_it_is_told_what_the_batch_attends_to(written: Written, padding: tuple[int, int]) -> None:
-    check((120, 1, 50), (120, 40, 90), padding=padding)
+    check((300, 1, 212), (300, 40, 252), padding=padding)
     assert written.splits == [1]
 
 
 def test_few_tokens_with_a_long_context_are_cut_into_parts(written: Written) -> None:
-    check((FEW_TOKENS - 5, 5), (600, 5))
+    check((CUT_TOKENS - 5, 5), (600, 5))
     assert written.splits == [0]
-    check((FEW_TOKENS + 1,), (600,))
+    check((CUT_TOKENS + 1,), (600,))
     assert written.splits == [0, 1]
 
 
@@ -95,7 +96,7 @@ def test_few_tokens_of_short_sequences_go_to_triton(written: Written) -> None:
     "other", [{"dtype": torch.float32}, {"head_dim": 80}, {"block_size": 64}], ids=lambda other: next(iter(other))
 )
 def test_what_it_is_not_made_for_goes_to_triton(written: Written, other: dict[str, Any]) -> None:
-    check((129,), (140,), **other)
+    check((129,), (600,), **other)
     assert not written.splits
 
 

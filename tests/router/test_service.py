@@ -1,6 +1,8 @@
 """Answers as clients see them, with workers that do nothing wrong."""
 
 import asyncio
+import resource
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from prometheus_client import generate_latest
 
 from common.prefix_hash import block_hashes, cache_root
+from router.service import gather
 from tests.router import models
 from tests.router.cluster import PROMPT, cluster, eventually, expected, request
 from tests.router.fake_worker import Script
@@ -303,3 +306,19 @@ async def test_metrics_count_what_happened(model: Path) -> None:
         assert "twostroke_output_tokens_total 8.0" in lines
         assert "twostroke_first_token_seconds_count 1.0" in lines
         assert 'twostroke_workers{role="decode"} 1.0' in lines
+
+
+async def test_a_long_answer_in_one_message_takes_no_more_memory_than_its_text() -> None:
+    async def chunks() -> AsyncIterator[pb.GenerateChunk]:
+        for token in range(tokens):
+            yield pb.GenerateChunk(index=1, delta=pb.Delta(text="word ", token_ids=[token]))
+
+    def resident_bytes() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    tokens = 12_000
+    before = resident_bytes()
+    response = await gather(chunks())
+    assert resident_bytes() - before < 64 << 20
+    assert [choice.text for choice in response.choices] == ["", "word " * tokens]
+    assert list(response.choices[1].token_ids) == list(range(tokens))

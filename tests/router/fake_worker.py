@@ -95,6 +95,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         self.starts: list[worker_pb2.Start] = []
         self.ended: list[int] = []
         self.ready = True
+        self.others = 0  # sequences of another router
         self.hung = False  # its gRPC side lives on, and nothing behind it
         self._out: asyncio.Queue[worker_pb2.WorkerMessage] = asyncio.Queue()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -171,7 +172,8 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         blocks = inference_pb2.Blocks(
             total=self.blocks, free=self.blocks - in_use, in_use=in_use, reserved=min(promised, self.blocks - in_use)
         )
-        self.send(load=inference_pb2.WorkerLoad(role=self.role, ready=self.ready, blocks=blocks))
+        running = len(self.held) + self.others
+        self.send(load=inference_pb2.WorkerLoad(role=self.role, ready=self.ready, running=running, blocks=blocks))
 
     # ------------------------------------------------------------ what it hears
 

@@ -19,7 +19,7 @@ import grpc
 import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from common.addresses import ANY_HOST, is_unix
+from common.addresses import ANY_HOST, is_unix, with_port
 from common.cluster_secret import SecretInterceptor
 from common.config import WorkerConfig
 from common.grpc_options import PEERS
@@ -84,8 +84,8 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         self._port = started.result()
         self._host = config.listen.rpartition(":")[0]
         self._advertise = config.advertise
-        host = socket.gethostname() if self._host in ANY_HOST else self._host
-        self.address = config.advertise or f"{host}:{self._port}"
+        listen = f"{socket.gethostname()}:0" if self._host in ANY_HOST else config.listen
+        self.address = config.advertise or with_port(listen, self._port)
         self._loop.call_soon_threadsafe(self._start_registering)
 
     # ------------------------------------------------------------ called by the engine's loop

@@ -88,6 +88,21 @@ async def test_workers_that_make_themselves_known_are_used(model: Path) -> None:
         assert list((await it.generate()).choices[0].token_ids) == expected(8)
 
 
+async def test_workers_may_listen_on_sockets_of_this_machine(model: Path, tmp_path: Path) -> None:
+    paths = f"unix:{tmp_path}/prefill", f"unix-abstract:{tmp_path}/decode"
+    workers = FakeWorker(PREFILL), FakeWorker(DECODE)
+    for worker, path in zip(workers, paths, strict=True):
+        await worker.start(path)
+    async with cluster(model, prefills=[], decodes=[], worker_grace=5) as it:
+        it.prefills.append(workers[0])
+        it.decodes.append(workers[1])
+        message = worker_pb2.RegisterRequest(address=paths[0], instance=workers[0].instance, role=PREFILL)
+        await worker_pb2_grpc.RegistryStub(it.channel).Register(message)
+        it.router.registry._named.append((paths[1], DECODE))
+        await it.router.registry._look_up()
+        assert list((await it.generate()).choices[0].token_ids) == expected(8)
+
+
 async def test_a_restart_is_noticed_by_its_registration(model: Path) -> None:
     """The old instance's stream may look alive, as after a power cut: the new instance's word ends it."""
     async with cluster(model) as it:
@@ -102,7 +117,10 @@ async def test_a_restart_is_noticed_by_its_registration(model: Path) -> None:
 
 @pytest.mark.parametrize(
     ("address", "role", "sentence"),
-    [("nowhere", PREFILL, "address: 'nowhere' is not host:port"), ("here:1", 0, "role: must be prefill or decode")],
+    [
+        ("nowhere", PREFILL, "address: 'nowhere' is none. Must be host:port"),
+        ("here:1", 0, "role: must be prefill or decode"),
+    ],
 )
 async def test_a_wrong_registration_is_refused(model: Path, address: str, role: int, sentence: str) -> None:
     async with cluster(model) as it:

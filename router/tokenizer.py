@@ -116,11 +116,21 @@ class Tokenizer:
             raise CallError(
                 grpc.StatusCode.RESOURCE_EXHAUSTED, "too much text waits to be made into tokens; try again later"
             )
-        self._waiting_bytes += size
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, encode)
-        finally:
+        wanted = True
+
+        def encode_if_wanted() -> list[int]:
+            return encode() if wanted else []
+
+        def done(_: asyncio.Future[list[int]]) -> None:
             self._waiting_bytes -= size
+
+        self._waiting_bytes += size
+        work = asyncio.get_running_loop().run_in_executor(self._threads, encode_if_wanted)
+        work.add_done_callback(done)
+        try:
+            return await asyncio.shield(work)  # the text of a caller that leaves is there until a thread comes to it
+        finally:
+            wanted = False
 
 
 def _read(file: Path) -> tokenizers.Tokenizer:

@@ -2,6 +2,7 @@
 
 import asyncio
 import resource
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from prometheus_client import generate_latest
 
+from common.model_config import load_config
 from common.prefix_hash import block_hashes, cache_root
+from router.errors import CallError
 from router.service import gather
+from router.tokenizer import Tokenizer
 from tests.router import models
 from tests.router.cluster import PROMPT, cluster, eventually, expected, request
 from tests.router.fake_worker import Script
@@ -246,6 +250,30 @@ async def test_text_that_waits_for_its_tokens_is_limited(model: Path, monkeypatc
         assert 0 < len(refused) < 20
         assert {end.code() for end in refused} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
         assert (await it.stub.Tokenize(pb.TokenizeRequest(text=text))).token_ids
+
+
+async def test_text_counts_until_a_thread_has_come_to_it_though_its_caller_left(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "the lazy dog " * 1_000
+    monkeypatch.setattr("router.tokenizer.MAX_WAITING_BYTES", 4 * len(text))
+    tokenizer = Tokenizer(model, load_config(model))
+    go_on = threading.Event()
+    for _ in range(2):
+        tokenizer._threads.submit(go_on.wait)  # both are busy
+    try:
+        for _ in range(4):
+            left = asyncio.ensure_future(tokenizer.encode(text, add_special_tokens=False))
+            await asyncio.sleep(0)
+            left.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await left
+        with pytest.raises(CallError, match="too much text waits"):
+            await tokenizer.encode(text, add_special_tokens=False)
+    finally:
+        go_on.set()
+    await eventually(lambda: tokenizer._waiting_bytes == 0)
+    assert await tokenizer.encode(text, add_special_tokens=False)
 
 
 async def test_health_is_that_of_the_pair(model: Path) -> None:

@@ -11,7 +11,7 @@ from structlog.testing import capture_logs
 from common import vocabulary
 from router import registry
 from tests.router.cluster import cluster, eventually, expected
-from tests.router.fake_worker import DECODE, PREFILL, FakeWorker
+from tests.router.fake_worker import DECODE, PREFILL, FakeWorker, Script
 from twostroke.v1 import worker_pb2, worker_pb2_grpc
 
 
@@ -113,6 +113,29 @@ async def test_a_restart_is_noticed_by_its_registration(model: Path) -> None:
         instances = it.router.dispatcher.workers.all
         await eventually(lambda: "restarted" in {worker.instance for worker in instances()})
         assert list((await it.generate()).choices[0].token_ids) == expected(8)
+
+
+async def test_a_worker_elsewhere_that_names_the_same_address_ends_its_requests_no_more_than_once(model: Path) -> None:
+    with capture_logs() as logs:
+        async with cluster(model, decodes=[Script(step_seconds=0.02)]) as it:
+            register = worker_pb2_grpc.RegistryStub(it.channel).Register
+            worker = it.decodes[0]
+            answer = asyncio.ensure_future(it.generate(max_tokens=60))
+            while not answer.done():
+                for instance in (worker.instance, "elsewhere"):
+                    message = worker_pb2.RegisterRequest(address=worker.address, instance=instance, role=DECODE)
+                    await register(message)
+                    await asyncio.sleep(0.05)
+            choice = (await answer).choices[0]
+            assert list(choice.token_ids) == expected(60)
+            assert choice.finish.usage.resumes == 1
+            said = [entry for entry in logs if entry["log_level"] == "error"]
+            assert [(entry["worker"], entry["other"]) for entry in said] == [(worker.address, "elsewhere")]
+            await worker.die()
+            it.decodes[0] = FakeWorker(DECODE, instance="elsewhere")  # now it is here
+            await it.decodes[0].start(worker.address)
+            instances = it.router.dispatcher.workers.all
+            await eventually(lambda: "elsewhere" in {worker.instance for worker in instances()})
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from common import causes
 from common.tracing import Span
 from router import choose
 from router.config import RouterConfig
-from router.errors import CallError
+from router.errors import CallError, InvalidArgument
 from router.fan_out import fan_out
 from router.metrics import Metrics
 from router.request import Attempt, Request, State
@@ -62,9 +62,13 @@ class Dispatcher:
     def check_admission(self, requests: int = 1) -> None:
         """
         Raises:
-            CallError: RESOURCE_EXHAUSTED where the queue has no place for so many more, UNAVAILABLE where a role
-                has had no worker for a while.
+            CallError: RESOURCE_EXHAUSTED where the queue has no place for so many more, INVALID_ARGUMENT where it never
+                has, UNAVAILABLE where a role has had no worker for a while.
         """
+        if requests > self._config.max_queue:
+            raise InvalidArgument(
+                "n", f"{requests} answers are more than the router's queue of {self._config.max_queue}"
+            )
         if (role := self.workers.gone()) is not None:
             raise self._no_worker(role)
         if len(self._queue) + requests > self._config.max_queue:

@@ -206,7 +206,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                 max_prompt_tokens=longest - 1,
                 max_total_tokens=longest,
                 max_queue=self._config.max_queue,
-                max_n=validate.MAX_N,
+                max_n=min(validate.MAX_N, self._config.max_queue),
                 max_logprobs=validate.MAX_LOGPROBS,
                 max_stop_strings=validate.MAX_STOP_STRINGS,
                 max_stop_tokens=validate.MAX_STOP_TOKENS,

@@ -138,7 +138,12 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
 
     def _run(self, listen: str, started: "Future[int]") -> None:
         asyncio.set_event_loop(self._loop)
-        self._loop.run_until_complete(self._serve(listen, started))
+        try:
+            self._loop.run_until_complete(self._serve(listen, started))
+        except Exception as error:
+            if started.done():
+                raise
+            started.set_exception(error)
 
     async def _serve(self, listen: str, started: "Future[int]") -> None:
         secret = self._peers.secret
@@ -148,11 +153,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         )
         worker_pb2_grpc.add_WorkerServicer_to_server(self, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        try:
-            port = self._peers.listen(server, listen)
-        except OSError as error:
-            started.set_exception(error)
-            return
+        port = self._peers.listen(server, listen)
         await self._update_health()
         await server.start()
         started.set_result(port)

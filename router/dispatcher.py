@@ -4,7 +4,7 @@ import asyncio
 import itertools
 import random
 import time
-from collections.abc import Container
+from collections.abc import Container, Sequence
 
 import grpc
 import structlog
@@ -235,7 +235,7 @@ class Dispatcher:
                 self._leave_prefill(attempt, tell=False)
             else:
                 self._leave_decode(attempt, tell=False)
-            self._resume(attempt, worker, "worker lost", fault=True)
+            self._resume(attempt, worker, "worker lost", (worker,))
         self.dispatch()
 
     def received(self, worker: Worker, message: worker_pb2.WorkerMessage) -> None:
@@ -281,13 +281,12 @@ class Dispatcher:
         if request.wants_logprobs:
             request.add_logprobs(prefilled.logprobs)
         request.add(prefilled.first_token)
-        if not attempt.in_place:
-            self._did_well(worker, attempt)
-        else:
+        if attempt.in_place:
             attempt.decode_cached_tokens = prefilled.cached_tokens
             worker.decoding[attempt.id] = request
             _decoding(attempt)
         if request.complete:
+            self._did_well(worker, attempt)
             self._close(attempt, "finished")
             request.end(State.FINISHED)
         elif attempt.reserved and not attempt.in_place:
@@ -340,6 +339,8 @@ class Dispatcher:
         attempt.request.timing.transfer_ms += started.transfer_ms
         attempt.trace.record("transfer", time.monotonic() - started.transfer_ms / 1000, {})
         _decoding(attempt)
+        if attempt.prefill is not None:
+            self._did_well(attempt.prefill, attempt)  # its KV can be read, too
         self._leave_prefill(attempt, tell=True)
 
     def _ended(self, worker: Worker, ended: worker_pb2.Ended) -> None:
@@ -349,10 +350,12 @@ class Dispatcher:
         if ended.cause == worker_pb2.Ended.CAUSE_DRAINING:
             worker.draining = True
             self.workers.retire(worker)
+        suspects = _suspects(worker, attempt)
         if attempt.request.complete or ended.cause == worker_pb2.Ended.CAUSE_PREEMPTED:
             self._did_well(worker, attempt)
         elif ended.cause not in HARMLESS | ANYBODYS:
-            self._did_badly(worker, (attempt.id,))
+            for suspect in suspects:
+                self._did_badly(suspect, (attempt.id,))
         if attempt.prefill is worker:
             self._leave_prefill(attempt, tell=False)
         else:
@@ -373,7 +376,7 @@ class Dispatcher:
             return
         # A worker that calls an attempt finished whose last token does not say so is at fault, and treated so.
         cause = causes.name_of(ended.cause)
-        self._resume(attempt, worker, cause, fault=ended.cause not in HARMLESS, detail=ended.detail)
+        self._resume(attempt, worker, cause, suspects if ended.cause not in HARMLESS else (), detail=ended.detail)
 
     # ------------------------------------------------------------ how workers do
 
@@ -418,14 +421,17 @@ class Dispatcher:
         if tell:
             worker.send_ended(attempt.id)
 
-    def _resume(self, attempt: Attempt, worker: Worker, cause: str, *, fault: bool, detail: str = "") -> None:
-        """Another attempt goes on behind the last token that arrived, unless that was the last one anyway."""
+    def _resume(
+        self, attempt: Attempt, worker: Worker, cause: str, suspects: Sequence[Worker], detail: str = ""
+    ) -> None:
+        """Another attempt goes on behind the last token that arrived, unless that was the last one anyway. `suspects`:
+        whose fault it may be that this one ended, who told of it first; nobody's where it is none."""
         request = attempt.request
         if request.complete:
             self._close(attempt, "finished")
             request.end(State.FINISHED)
             return
-        self._close(attempt, cause, f"{cause} ({worker.address}) {detail}".rstrip() if fault else "")
+        self._close(attempt, cause, f"{cause} ({worker.address}) {detail}".rstrip() if suspects else "")
         request.resumes += 1
         self._metrics.resumes.labels(cause).inc()
         log.info(
@@ -437,9 +443,10 @@ class Dispatcher:
             worker=worker.address,
             tokens_so_far=len(request.output),
         )
-        if fault:
+        if suspects:
             request.faults += 1
-            request.avoid.add(worker.instance)
+            # At first only who told of it: one of two that does well elsewhere is not suspected any longer.
+            request.avoid.update(suspect.instance for suspect in suspects[: request.faults])
             if request.faults > self._config.max_resumes:
                 sentence = (
                     f"gave up after {request.faults} faults; the last: {cause} ({worker.address}) {detail}".rstrip()
@@ -466,6 +473,15 @@ class Dispatcher:
         where = " on a decode worker's host" if self.workers.count(role) else ""
         sentence = f"no {ROLE_NAMES[role]} worker is connected{where}; it is safe to try again"
         return CallError(grpc.StatusCode.UNAVAILABLE, sentence)
+
+
+def _suspects(worker: Worker, attempt: Attempt) -> list[Worker]:
+    """Whose fault it may be that the worker ended the attempt: while KV is handed over, also that of whom it is read
+    from."""
+    handing_over = attempt.prefilled is not None and attempt.decoding_since is None
+    if worker is attempt.decode and attempt.prefill is not None and handing_over:
+        return [worker, attempt.prefill]
+    return [worker]
 
 
 def _trace_queued(request: Request) -> None:

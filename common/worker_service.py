@@ -189,7 +189,8 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
     async def _register(self, router: str) -> None:
         """Tells a router where this worker is, again and again: a router that restarts learns it within seconds."""
         request = pb.RegisterRequest(instance=self._hello.instance, role=self._hello.role)
-        failing = warned = False
+        warned = False
+        failures: set[object] = set()  # kinds of, since it was registered: each is told once
         while True:
             # A new channel for each try: one that failed waits up to two minutes before it looks the name up again.
             async with self._peers.channel(router, REGISTRATION) as channel:
@@ -208,15 +209,19 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
                         response = await stub.Register(
                             request, timeout=5, wait_for_ready=True, metadata=self._peers.metadata
                         )
-                        if failing:
+                        if failures:
                             log.info("registered", router=router)
-                        failing = False
+                        failures.clear()
                         await asyncio.sleep(max(response.interval_ms, 100) / 1000)
                 except (grpc.aio.AioRpcError, OSError) as error:
-                    if not failing:
-                        detail = error.details() if isinstance(error, grpc.aio.AioRpcError) else str(error)
+                    kind, detail = (
+                        (error.code(), error.details())
+                        if isinstance(error, grpc.aio.AioRpcError)
+                        else (type(error), str(error))
+                    )
+                    if kind not in failures:
                         log.warning("cannot register yet; trying on", router=router, detail=detail)
-                    failing = True
+                    failures.add(kind)
             await asyncio.sleep(0.5)
 
     async def _address_towards(self, router: str) -> tuple[str, bool]:

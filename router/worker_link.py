@@ -78,7 +78,7 @@ class WorkerLink:
             self._hurry.set()
 
     async def run(self) -> None:
-        pause = FIRST_PAUSE
+        pause, told = FIRST_PAUSE, ""
         while True:
             self._hurry.clear()
             problem, broke_off = "", False
@@ -101,9 +101,10 @@ class WorkerLink:
                 worker, self.worker = self.worker, None
                 self._events.worker_lost(worker)
                 log.warning("worker lost", worker=self.address, instance=worker.instance, reason=problem)
-                pause = LONGEST_PAUSE if broke_off else FIRST_PAUSE
-            elif pause == FIRST_PAUSE:
+                pause, told = LONGEST_PAUSE if broke_off else FIRST_PAUSE, ""
+            elif problem != told:
                 log.info("no worker yet; trying on", worker=self.address, reason=problem)
+                told = problem
             try:
                 async with asyncio.timeout(pause * random.uniform(0.8, 1.2)):
                     await self._hurry.wait()

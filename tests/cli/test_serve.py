@@ -74,7 +74,12 @@ def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0", "[::1]", "[::]"])
 def test_port_0_becomes_a_free_one_that_the_parts_can_reach(host: str) -> None:
-    listen = _with_port(f"{host}:0")
+    try:
+        listen = _with_port(f"{host}:0")
+    except OSError:
+        if not host.startswith("["):
+            raise
+        pytest.skip("this machine has no IPv6")
     assert int(listen.removeprefix(f"{host}:")) > 0
     assert _reachable(listen).startswith("127.0.0.1:" if host in ("0.0.0.0", "[::]") else f"{host}:")
 

@@ -266,7 +266,8 @@ def _with_port(listen: str) -> str:
     host, _, port = listen.rpartition(":")
     if port != "0":
         return listen
-    with socket.create_server((host.strip("[]"), 0)) as server:
+    family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
+    with socket.create_server((host.strip("[]"), 0), family=family) as server:
         return f"{host}:{server.getsockname()[1]}"
 
 

@@ -12,6 +12,11 @@ def is_unix(address: str) -> bool:
     return address.startswith(("unix:", "unix-abstract:"))
 
 
+def with_port(listen: str, port: int) -> str:
+    """`listen` with the port that it got, which is another where it asked for a free one."""
+    return listen if is_unix(listen) else f"{listen.rpartition(':')[0]}:{port}"
+
+
 def check_listen(_type: Any, address: str) -> None:
     """Raises ValueError, with a sentence, for what cannot be listened on. Port 0 stands for a free one."""
     _check(address, lowest_port=0)

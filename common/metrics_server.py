@@ -4,21 +4,22 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry, start_http_server
 
+from common.addresses import is_unix
 from common.security_config import SecurityConfig
 from common.start_error import AddressError
 
 
 def serve(registry: CollectorRegistry, listen: str, port: int | None, config: SecurityConfig) -> None:
-    """Serves the metrics at `port` on the host of `listen`, from now on; nothing where there is no port. With a
-    certificate it speaks TLS only, with `tls_client_ca` only to callers with a certificate. Its files must be right:
-    `Peers.of` has looked at them.
+    """Serves the metrics at `port` on the host of `listen` (where that is a socket's path, on loopback), from now on;
+    nothing where there is no port. With a certificate it speaks TLS only, with `tls_client_ca` only to callers with a
+    certificate. Its files must be right: `Peers.of` has looked at them.
 
     Raises:
         AddressError: the address cannot be listened on.
     """
     if port is None:
         return
-    host = listen.rpartition(":")[0].strip("[]") or "0.0.0.0"
+    host = "127.0.0.1" if is_unix(listen) else listen.rpartition(":")[0].strip("[]")
     try:
         start_http_server(
             port,

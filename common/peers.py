@@ -8,6 +8,7 @@ from typing import Self
 import grpc
 
 from common import cluster_secret, tls
+from common.addresses import is_unix
 from common.config import WorkerConfig
 from common.security_config import SecurityConfig, SettingsError
 from common.start_error import AddressError
@@ -79,7 +80,7 @@ def of_worker(config: WorkerConfig) -> Peers:
 def only_local(listen: str) -> bool:
     """Whether what listens at this address is reached from the same machine only."""
     host = listen.rpartition(":")[0].strip("[]")
-    if host in ("localhost", "unix", "unix-abstract") or listen.startswith("unix:"):
+    if is_unix(listen) or host == "localhost":
         return True
     try:
         return ipaddress.ip_address(host).is_loopback

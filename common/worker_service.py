@@ -19,7 +19,7 @@ import grpc
 import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from common.addresses import ANY_HOST, is_unix
+from common.addresses import ANY_HOST, is_unix, with_port
 from common.cluster_secret import SecretInterceptor
 from common.config import WorkerConfig
 from common.grpc_options import PEERS
@@ -84,8 +84,8 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         self._port = started.result()
         self._host = config.listen.rpartition(":")[0]
         self._advertise = config.advertise
-        host = socket.gethostname() if self._host in ANY_HOST else self._host
-        self.address = config.advertise or f"{host}:{self._port}"
+        listen = f"{socket.gethostname()}:0" if self._host in ANY_HOST else config.listen
+        self.address = config.advertise or with_port(listen, self._port)
         self._loop.call_soon_threadsafe(self._start_registering)
 
     # ------------------------------------------------------------ called by the engine's loop
@@ -138,7 +138,12 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
 
     def _run(self, listen: str, started: "Future[int]") -> None:
         asyncio.set_event_loop(self._loop)
-        self._loop.run_until_complete(self._serve(listen, started))
+        try:
+            self._loop.run_until_complete(self._serve(listen, started))
+        except Exception as error:
+            if started.done():
+                raise
+            started.set_exception(error)
 
     async def _serve(self, listen: str, started: "Future[int]") -> None:
         secret = self._peers.secret
@@ -148,11 +153,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         )
         worker_pb2_grpc.add_WorkerServicer_to_server(self, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        try:
-            port = self._peers.listen(server, listen)
-        except OSError as error:
-            started.set_exception(error)
-            return
+        port = self._peers.listen(server, listen)
         await self._update_health()
         await server.start()
         started.set_result(port)
@@ -188,7 +189,8 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
     async def _register(self, router: str) -> None:
         """Tells a router where this worker is, again and again: a router that restarts learns it within seconds."""
         request = pb.RegisterRequest(instance=self._hello.instance, role=self._hello.role)
-        failing = warned = False
+        warned = False
+        failures: set[object] = set()  # kinds of, since it was registered: each is told once
         while True:
             # A new channel for each try: one that failed waits up to two minutes before it looks the name up again.
             async with self._peers.channel(router, REGISTRATION) as channel:
@@ -207,15 +209,19 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
                         response = await stub.Register(
                             request, timeout=5, wait_for_ready=True, metadata=self._peers.metadata
                         )
-                        if failing:
+                        if failures:
                             log.info("registered", router=router)
-                        failing = False
+                        failures.clear()
                         await asyncio.sleep(max(response.interval_ms, 100) / 1000)
                 except (grpc.aio.AioRpcError, OSError) as error:
-                    if not failing:
-                        detail = error.details() if isinstance(error, grpc.aio.AioRpcError) else str(error)
+                    kind, detail = (
+                        (error.code(), error.details())
+                        if isinstance(error, grpc.aio.AioRpcError)
+                        else (type(error), str(error))
+                    )
+                    if kind not in failures:
                         log.warning("cannot register yet; trying on", router=router, detail=detail)
-                    failing = True
+                    failures.add(kind)
             await asyncio.sleep(0.5)
 
     async def _address_towards(self, router: str) -> tuple[str, bool]:

@@ -4,7 +4,7 @@ import asyncio
 import itertools
 import random
 import time
-from collections.abc import Container
+from collections.abc import Container, Sequence
 
 import grpc
 import structlog
@@ -13,7 +13,7 @@ from common import causes
 from common.tracing import Span
 from router import choose
 from router.config import RouterConfig
-from router.errors import CallError
+from router.errors import CallError, InvalidArgument
 from router.fan_out import fan_out
 from router.metrics import Metrics
 from router.request import Attempt, Request, State
@@ -62,9 +62,13 @@ class Dispatcher:
     def check_admission(self, requests: int = 1) -> None:
         """
         Raises:
-            CallError: RESOURCE_EXHAUSTED where the queue has no place for so many more, UNAVAILABLE where a role
-                has had no worker for a while.
+            CallError: RESOURCE_EXHAUSTED where the queue has no place for so many more, INVALID_ARGUMENT where it never
+                has, UNAVAILABLE where a role has had no worker for a while.
         """
+        if requests > self._config.max_queue:
+            raise InvalidArgument(
+                "n", f"{requests} answers are more than the router's queue of {self._config.max_queue}"
+            )
         if (role := self.workers.gone()) is not None:
             raise self._no_worker(role)
         if len(self._queue) + requests > self._config.max_queue:
@@ -211,7 +215,7 @@ class Dispatcher:
                 self._leave_prefill(attempt, tell=False)
             else:
                 self._leave_decode(attempt, tell=False)
-            self._resume(attempt, worker, "worker lost", fault=True)
+            self._resume(attempt, worker, "worker lost", (worker,))
         self.dispatch()
 
     def received(self, worker: Worker, message: worker_pb2.WorkerMessage) -> None:
@@ -260,13 +264,12 @@ class Dispatcher:
         if request.wants_logprobs:
             request.add_logprobs(prefilled.logprobs)
         request.add(prefilled.first_token)
-        if not attempt.in_place:
-            self._did_well(worker, attempt)
-        else:
+        if attempt.in_place:
             attempt.decode_cached_tokens = prefilled.cached_tokens
             worker.decoding[attempt.id] = request
             _decoding(attempt)
         if request.complete:
+            self._did_well(worker, attempt)
             self._close(attempt, "finished")
             request.end(State.FINISHED)
         elif attempt.reserved and not attempt.in_place:
@@ -319,6 +322,8 @@ class Dispatcher:
         attempt.request.timing.transfer_ms += started.transfer_ms
         attempt.trace.record("transfer", time.monotonic() - started.transfer_ms / 1000, {})
         _decoding(attempt)
+        if attempt.prefill is not None:
+            self._did_well(attempt.prefill, attempt)  # its KV can be read, too
         self._leave_prefill(attempt, tell=True)
 
     def _ended(self, worker: Worker, ended: worker_pb2.Ended) -> None:
@@ -328,10 +333,12 @@ class Dispatcher:
         if ended.cause == worker_pb2.Ended.CAUSE_DRAINING:
             worker.draining = True
             self.workers.retire(worker)
+        suspects = _suspects(worker, attempt)
         if attempt.request.complete or ended.cause == worker_pb2.Ended.CAUSE_PREEMPTED:
             self._did_well(worker, attempt)
         elif ended.cause not in HARMLESS | ANYBODYS:
-            self._did_badly(worker, (attempt.id,))
+            for suspect in suspects:
+                self._did_badly(suspect, (attempt.id,))
         if attempt.prefill is worker:
             self._leave_prefill(attempt, tell=False)
         else:
@@ -352,7 +359,7 @@ class Dispatcher:
             return
         # A worker that calls an attempt finished whose last token does not say so is at fault, and treated so.
         cause = causes.name_of(ended.cause)
-        self._resume(attempt, worker, cause, fault=ended.cause not in HARMLESS, detail=ended.detail)
+        self._resume(attempt, worker, cause, suspects if ended.cause not in HARMLESS else (), detail=ended.detail)
 
     # ------------------------------------------------------------ how workers do
 
@@ -397,14 +404,17 @@ class Dispatcher:
         if tell:
             worker.send_ended(attempt.id)
 
-    def _resume(self, attempt: Attempt, worker: Worker, cause: str, *, fault: bool, detail: str = "") -> None:
-        """Another attempt goes on behind the last token that arrived, unless that was the last one anyway."""
+    def _resume(
+        self, attempt: Attempt, worker: Worker, cause: str, suspects: Sequence[Worker], detail: str = ""
+    ) -> None:
+        """Another attempt goes on behind the last token that arrived, unless that was the last one anyway. `suspects`:
+        whose fault it may be that this one ended, who told of it first; nobody's where it is none."""
         request = attempt.request
         if request.complete:
             self._close(attempt, "finished")
             request.end(State.FINISHED)
             return
-        self._close(attempt, cause, f"{cause} ({worker.address}) {detail}".rstrip() if fault else "")
+        self._close(attempt, cause, f"{cause} ({worker.address}) {detail}".rstrip() if suspects else "")
         request.resumes += 1
         self._metrics.resumes.labels(cause).inc()
         log.info(
@@ -416,9 +426,10 @@ class Dispatcher:
             worker=worker.address,
             tokens_so_far=len(request.output),
         )
-        if fault:
+        if suspects:
             request.faults += 1
-            request.avoid.add(worker.instance)
+            # At first only who told of it: one of two that does well elsewhere is not suspected any longer.
+            request.avoid.update(suspect.instance for suspect in suspects[: request.faults])
             if request.faults > self._config.max_resumes:
                 sentence = (
                     f"gave up after {request.faults} faults; the last: {cause} ({worker.address}) {detail}".rstrip()
@@ -443,6 +454,15 @@ class Dispatcher:
 
     def _no_worker(self, role: Role) -> CallError:
         return CallError(grpc.StatusCode.UNAVAILABLE, f"{self.workers.why_missing(role)}; it is safe to try again")
+
+
+def _suspects(worker: Worker, attempt: Attempt) -> list[Worker]:
+    """Whose fault it may be that the worker ended the attempt: while KV is handed over, also that of whom it is read
+    from."""
+    handing_over = attempt.prefilled is not None and attempt.decoding_since is None
+    if worker is attempt.decode and attempt.prefill is not None and handing_over:
+        return [worker, attempt.prefill]
+    return [worker]
 
 
 def _trace_queued(request: Request) -> None:

@@ -6,6 +6,7 @@ import signal
 import structlog
 
 from common import garbage, logs, open_files
+from common.addresses import with_port
 from common.model_config import load_config
 from common.model_files import resolve
 from common.peers import only_local
@@ -32,8 +33,7 @@ async def _serve(config: RouterConfig) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, signals.put_nowait, number)
     garbage.forget_start()
-    host = config.listen.rpartition(":")[0]
-    log.info("router listening", address=f"{host}:{port}", model=config.model)
+    log.info("router listening", address=with_port(config.listen, port), model=config.model)
     if not (config.api_keys or config.tls_client_ca or only_local(config.listen)):
         log.warning("whoever reaches this address is served; --api-keys or --tls-client-ca would change that")
     await signals.get()

@@ -5,10 +5,12 @@ import ipaddress
 import secrets
 import socket
 import time
+from contextlib import suppress
 from importlib.metadata import version
 
 import structlog
 
+from common.addresses import check_target, is_unix
 from common.model_config import ModelConfig
 from common.peers import Peers
 from router.config import RouterConfig
@@ -71,9 +73,12 @@ class Registry:
         Raises:
             InvalidArgument: the address or role is none, or there are too many workers.
         """
-        host, _, port = request.address.rpartition(":")
-        if not host or not (port.isascii() and port.isdigit()) or len(request.address) > MAX_ADDRESS:
-            raise InvalidArgument("address", f"{request.address!r} is not host:port")
+        if len(request.address) > MAX_ADDRESS:
+            raise InvalidArgument("address", f"must have at most {MAX_ADDRESS} characters")
+        try:
+            check_target(str, request.address)
+        except ValueError as error:
+            raise InvalidArgument("address", f"{request.address!r} is none. {error}") from error
         if request.role not in ROLE_NAMES:
             raise InvalidArgument("role", "must be prefill or decode")
         key = (request.address, request.role)
@@ -174,12 +179,11 @@ def _difference(hello: worker_pb2.WorkerHello, other: Worker) -> str | None:
 async def _addresses(name: str) -> list[str]:
     """Every address behind a name now; the name itself where it is an address, local, or not to be resolved here."""
     host, _, port = name.rpartition(":")
-    try:
+    if is_unix(name) or host == "localhost" or "/" in host:
+        return [name]
+    with suppress(ValueError):
         ipaddress.ip_address(host.strip("[]"))
         return [name]
-    except ValueError:
-        if host in ("localhost", "unix", "") or "/" in host:
-            return [name]
     try:
         found = await asyncio.get_running_loop().getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
     except (OSError, ValueError) as error:  # a name that cannot even be asked for is a UnicodeError

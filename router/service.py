@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import time
+from collections import defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
@@ -68,14 +69,12 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     # ------------------------------------------------------------ generating
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
-        response, mailbox, trace = pb.GenerateResponse(), self._mailbox(), self._trace("Generate", context)
+        mailbox, trace = self._mailbox(), self._trace("Generate", context)
         async with (
             self._call("Generate", context, mailbox, trace),
             aclosing(self._chunks(request, mailbox, trace)) as chunks,
         ):
-            async for chunk in chunks:
-                _gather(response, chunk)
-        return response
+            return await gather(chunks)
 
     # A coroutine that writes, where the stubs know only generators: a generator that is cancelled while its message is
     # being sent is not closed until it is collected.
@@ -207,7 +206,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                 max_prompt_tokens=longest - 1,
                 max_total_tokens=longest,
                 max_queue=self._config.max_queue,
-                max_n=validate.MAX_N,
+                max_n=min(validate.MAX_N, self._config.max_queue),
                 max_logprobs=validate.MAX_LOGPROBS,
                 max_stop_strings=validate.MAX_STOP_STRINGS,
                 max_stop_tokens=validate.MAX_STOP_TOKENS,
@@ -286,19 +285,26 @@ class RegistryService(worker_pb2_grpc.RegistryServicer):
             await context.abort(error.code, error.message)
 
 
-def _gather(response: pb.GenerateResponse, chunk: pb.GenerateChunk) -> None:
-    """Adds a chunk of the stream to the whole answer."""
-    if chunk.HasField("prompt"):
-        response.prompt.CopyFrom(chunk.prompt)
-        return
-    while len(response.choices) <= chunk.index:
-        response.choices.add(index=len(response.choices))
-    choice = response.choices[chunk.index]
-    choice.text += chunk.delta.text
-    choice.token_ids.extend(chunk.delta.token_ids)
-    choice.logprobs.extend(chunk.delta.logprobs)
-    if chunk.HasField("finish"):
-        choice.finish.CopyFrom(chunk.finish)
+async def gather(chunks: AsyncIterator[pb.GenerateChunk]) -> pb.GenerateResponse:
+    """The stream's chunks as one answer."""
+    response = pb.GenerateResponse()
+    texts: defaultdict[int, list[str]] = defaultdict(list)
+    async for chunk in chunks:
+        if chunk.HasField("prompt"):
+            response.prompt.CopyFrom(chunk.prompt)
+            continue
+        while len(response.choices) <= chunk.index:
+            response.choices.add(index=len(response.choices))
+        choice = response.choices[chunk.index]
+        texts[chunk.index].append(chunk.delta.text)
+        choice.token_ids.extend(chunk.delta.token_ids)
+        choice.logprobs.extend(chunk.delta.logprobs)
+        if chunk.HasField("finish"):
+            choice.finish.CopyFrom(chunk.finish)
+    for index, pieces in texts.items():
+        # Once: a message keeps every text that its field has ever had, so that adding to one takes its length squared.
+        response.choices[index].text = "".join(pieces)
+    return response
 
 
 def _load(worker: Worker, ready: bool) -> pb.WorkerLoad:

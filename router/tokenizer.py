@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import grpc
 import tokenizers
@@ -115,11 +115,22 @@ class Tokenizer:
             raise CallError(
                 grpc.StatusCode.RESOURCE_EXHAUSTED, "too much text waits to be made into tokens; try again later"
             )
-        self._waiting_bytes += size
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, work)
-        finally:
+        wanted = True
+
+        def work_if_wanted() -> T | None:
+            return work() if wanted else None
+
+        def done(_: asyncio.Future[T | None]) -> None:
             self._waiting_bytes -= size
+
+        self._waiting_bytes += size
+        working = asyncio.get_running_loop().run_in_executor(self._threads, work_if_wanted)
+        working.add_done_callback(done)
+        try:
+            # the text of a caller that leaves is there until a thread comes to it
+            return cast(T, await asyncio.shield(working))
+        finally:
+            wanted = False
 
 
 def _read(file: Path) -> tokenizers.Tokenizer:

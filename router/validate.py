@@ -102,7 +102,7 @@ def check_length(prompt_tokens: int, job: Job, model: ModelConfig, smallest_pool
     """
     limit, whose = model.context_length, "the model's context"
     if smallest_pool is not None and smallest_pool < limit:
-        limit, whose = smallest_pool, "the workers' KV pools"
+        limit, whose = smallest_pool, "the smallest worker"
     if prompt_tokens == 0:
         raise InvalidArgument("input", "the prompt has no tokens")
     if prompt_tokens >= limit:
@@ -113,12 +113,13 @@ def check_length(prompt_tokens: int, job: Job, model: ModelConfig, smallest_pool
         if job.min_tokens > limit - prompt_tokens:
             raise InvalidArgument(
                 "stopping.min_tokens",
-                f"{job.min_tokens} and the prompt's {prompt_tokens} are more than {limit}, {whose}",
+                f"{job.min_tokens} and the prompt's {prompt_tokens} are more than {limit}, for which {whose} has room",
             )
         return limit
     if prompt_tokens + job.max_tokens > limit:
         raise InvalidArgument(
-            "stopping.max_tokens", f"{job.max_tokens} and the prompt's {prompt_tokens} are more than {limit}, {whose}"
+            "stopping.max_tokens",
+            f"{job.max_tokens} and the prompt's {prompt_tokens} are more than {limit}, for which {whose} has room",
         )
     return prompt_tokens + job.max_tokens
 

@@ -41,6 +41,7 @@ class Worker:
         self.pending_tokens = 0  # to be computed here for prompts that were sent, and not yet answered
         self._unanswered_blocks = 0  # decode: asked for, and not yet answered
         self._room = hello.pool.layout.num_blocks  # decode: blocks that can still be asked for, as far as is known
+        self._others = 0  # decode: sequences that other routers have there
         self._refused_at = 0.0
         self._outgoing = worker_pb2.RouterMessage()
         self._has_outgoing = asyncio.Event()
@@ -112,7 +113,7 @@ class Worker:
 
     def has_room(self, request: Request, tokens: int) -> bool:
         """decode: whether the request could come now, and grow to so many tokens."""
-        if len(self.attempts) >= max(self.hello.max_batch, 1):
+        if len(self.attempts) + self._others >= max(self.hello.max_batch, 1):
             return False
         return self.room >= self.blocks(tokens) or self.room >= self.new_blocks(request, tokens)
 
@@ -160,6 +161,13 @@ class Worker:
             self.load = message.load
             blocks = message.load.blocks
             self._room = blocks.free + blocks.cached - blocks.reserved - self._unanswered_blocks
+            self._others = max(message.load.waiting + message.load.running - self._held(message), 0)
+
+    def _held(self, message: worker_pb2.WorkerMessage) -> int:
+        """decode: attempts of this router that were there when the worker wrote the message."""
+        held = {attempt.id for attempt in self.attempts.values() if attempt.reserved}
+        held.update(reserved.attempt_id for reserved in message.reserved if not reserved.refused)
+        return len(held.difference(ended.attempt_id for ended in message.ended))
 
     # ------------------------------------------------------------ sending
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from collections import deque
 from typing import Protocol
 
 import grpc
@@ -20,6 +21,7 @@ log = structlog.get_logger(__name__)
 HELLO_SECONDS = 5.0
 FIRST_PAUSE, LONGEST_PAUSE = 0.05, 2.0
 PAUSE_AFTER_REFUSAL = 5.0
+MOST_ELSEWHERE = 64
 
 Connect = grpc.aio.StreamStreamCall[worker_pb2.RouterMessage, worker_pb2.WorkerMessage]
 
@@ -61,18 +63,22 @@ class WorkerLink:
         self._circuit = Circuit()
         self._hurry = asyncio.Event()
         self._stream: Connect | None = None
+        self._last = ""  # instance that was here last
+        self._said_to_be_here: str | None = None  # another one, and so the stream was cut off
+        self._elsewhere: deque[str] = deque(maxlen=MOST_ELSEWHERE)  # instances that name this address, and are not here
 
     def announced(self, instance: str) -> None:
         """The worker says that it is there, as `instance`: no need to wait longer, and another instance is gone."""
         if self.worker is None:
             self._hurry.set()
-        elif self.worker.instance != instance and self._stream is not None:
+        elif instance not in (self.worker.instance, *self._elsewhere) and self._stream is not None:
             log.info("worker restarted", worker=self.address, was=self.worker.instance, now=instance)
+            self._said_to_be_here = instance
             self._stream.cancel()
             self._hurry.set()
 
     async def run(self) -> None:
-        pause = FIRST_PAUSE
+        pause, told = FIRST_PAUSE, ""
         while True:
             self._hurry.clear()
             problem, broke_off = "", False
@@ -95,9 +101,10 @@ class WorkerLink:
                 worker, self.worker = self.worker, None
                 self._events.worker_lost(worker)
                 log.warning("worker lost", worker=self.address, instance=worker.instance, reason=problem)
-                pause = LONGEST_PAUSE if broke_off else FIRST_PAUSE
-            elif pause == FIRST_PAUSE:
+                pause, told = LONGEST_PAUSE if broke_off else FIRST_PAUSE, ""
+            elif problem != told:
                 log.info("no worker yet; trying on", worker=self.address, reason=problem)
+                told = problem
             try:
                 async with asyncio.timeout(pause * random.uniform(0.8, 1.2)):
                     await self._hurry.wait()
@@ -139,6 +146,7 @@ class WorkerLink:
             await asyncio.sleep(PAUSE_AFTER_REFUSAL)
             return reason
         self.worker = worker
+        self._note_who_is_here(worker.instance)
         worker.report(first)
         log.info("worker connected", worker=self.address, instance=worker.instance)
         self._events.worker_up(worker)
@@ -151,6 +159,22 @@ class WorkerLink:
         finally:
             writer.cancel()
         return "the worker closed the stream"
+
+    def _note_who_is_here(self, instance: str) -> None:
+        """Were two workers to name one address, the one elsewhere would end the requests of the one that is here with
+        every registration; so it does that once."""
+        other, self._said_to_be_here = self._said_to_be_here, None
+        if instance != self._last:
+            self._last = instance
+            self._elsewhere.clear()
+        elif other is not None:
+            self._elsewhere.append(other)
+            log.error(
+                "another worker registers with this one's address: set --listen or --advertise on it",
+                worker=self.address,
+                instance=instance,
+                other=other,
+            )
 
     async def _write(self, stream: Connect, worker: Worker) -> None:
         try:

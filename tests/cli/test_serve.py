@@ -12,7 +12,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import pytest
 
-from cli.serve import ServeConfig, part
+from cli.serve import ServeConfig, _reachable, _with_port, part
 from decode_worker.config import DecodeConfig
 from prefill_worker.config import PrefillConfig
 from router.config import RouterConfig
@@ -70,6 +70,18 @@ def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
     while not (held := condition()) and time.monotonic() < deadline:
         time.sleep(0.02)
     return held
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0", "[::1]", "[::]"])
+def test_port_0_becomes_a_free_one_that_the_parts_can_reach(host: str) -> None:
+    try:
+        listen = _with_port(f"{host}:0")
+    except OSError:
+        if not host.startswith("["):
+            raise
+        pytest.skip("this machine has no IPv6")
+    assert int(listen.removeprefix(f"{host}:")) > 0
+    assert _reachable(listen).startswith("127.0.0.1:" if host in ("0.0.0.0", "[::]") else f"{host}:")
 
 
 def test_ready_when_it_says_so_and_one_ctrl_c_stops_all(tmp_path: Path) -> None:

@@ -48,6 +48,10 @@ def test_plain_where_nothing_is_set() -> None:
     assert "things_total 3.0" in get(f"http://127.0.0.1:{serve(SecurityConfig())}/metrics")
 
 
+def test_beside_a_socket_it_is_on_loopback() -> None:
+    assert "things_total 3.0" in get(f"http://127.0.0.1:{serve(SecurityConfig(), 'unix:/run/router')}/metrics")
+
+
 def test_without_a_port_nothing_is_served() -> None:
     before = threading.active_count()
     metrics_server.serve(CollectorRegistry(), "127.0.0.1:8600", None, SecurityConfig())

@@ -5,6 +5,7 @@ import queue
 import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import grpc
 import pytest
@@ -80,6 +81,15 @@ def test_each_of_two_routers_is_told_its_own(registry: tuple[Registry, int]) -> 
     try:
         told = {registry[0].told.get(timeout=10).rpartition(":")[0] for _ in range(6)}
         assert told == hosts
+    finally:
+        service.stop()
+
+
+def test_a_worker_on_a_socket_tells_its_path(registry: tuple[Registry, int], tmp_path: Path) -> None:
+    path = f"unix:{tmp_path}/worker"
+    service = started(listen=path, router=(f"127.0.0.1:{registry[1]}",))
+    try:
+        assert registry[0].told.get(timeout=10) == service.address == path
     finally:
         service.stop()
 

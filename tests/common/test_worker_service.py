@@ -10,6 +10,7 @@ import pytest
 
 from common import peers, worker_service
 from common.config import WorkerConfig
+from common.peers import Peers
 from common.probe import probe
 from common.worker_service import WorkerService
 from tests.raw_calls import NO_UTF8, call
@@ -28,6 +29,15 @@ def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[WorkerService]:
     service = WorkerService(hello, config, peers.of_worker(config))
     yield service
     service.stop()
+
+
+def test_whatever_keeps_it_from_serving_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    def listen(*_: object) -> int:
+        raise ValueError("what nobody thought of")
+
+    monkeypatch.setattr(Peers, "listen", listen)
+    with pytest.raises(ValueError, match="what nobody thought of"):
+        WorkerService(worker_pb2.WorkerHello(), WorkerConfig(), peers.of_worker(WorkerConfig()))
 
 
 def test_a_router_is_held_up_while_the_engine_takes_nothing(service: WorkerService) -> None:

@@ -41,6 +41,7 @@ class Script:
         default_factory=dict
     )  # decode: tokens -> causes to use up
     lose_lease: int = 0  # decode: at Start
+    unreadable: str = ""  # decode: instance of a prefill worker whose pool it cannot open
     silent: bool = False  # takes everything and answers nothing
     silent_at_start: bool = False  # decode: reserves, and never starts
     stop_after: int | None = None  # decode: goes silent after so many tokens of a sequence
@@ -98,6 +99,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         self.pools: list[worker_pb2.PoolHandle] = []
         self.ended: list[int] = []
         self.ready = True
+        self.others = 0  # sequences of another router
         self.hung = False  # its gRPC side lives on, and nothing behind it
         self._out: asyncio.Queue[worker_pb2.WorkerMessage] = asyncio.Queue()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -174,7 +176,8 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         blocks = inference_pb2.Blocks(
             total=self.blocks, free=self.blocks - in_use, in_use=in_use, reserved=min(promised, self.blocks - in_use)
         )
-        self.send(load=inference_pb2.WorkerLoad(role=self.role, ready=self.ready, blocks=blocks))
+        running = len(self.held) + self.others
+        self.send(load=inference_pb2.WorkerLoad(role=self.role, ready=self.ready, running=running, blocks=blocks))
 
     # ------------------------------------------------------------ what it hears
 
@@ -267,6 +270,9 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         if self.script.lose_lease > 0:
             self.script.lose_lease -= 1
             self.end(start.attempt_id, Ended.CAUSE_LEASE_LOST)
+            return
+        if self.script.unreadable == start.kv.pool.instance:
+            self.end(start.attempt_id, Ended.CAUSE_FAILED)
             return
         self.send(started=[worker_pb2.Started(attempt_id=start.attempt_id, transfer_ms=1.5)])
         self._run(start.attempt_id, self.held[start.attempt_id])

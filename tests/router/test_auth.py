@@ -1,7 +1,8 @@
 """Who is served: API keys, certificates and the cluster's secret at the router's port."""
 
 import asyncio
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client import generate_latest
 from structlog.testing import capture_logs
 
+from benchmarks.ports import free_port
 from common import peers
 from common.cluster_secret import METADATA_KEY
 from common.config import WorkerConfig
+from common.own_address import Way
 from common.prefix_hash import cache_root
 from common.worker_service import WorkerService
 from router.api_keys import make
@@ -192,6 +195,37 @@ async def test_only_workers_with_the_secret_register(model: Path, secret: Path) 
         assert not it.router.dispatcher.workers.all()
         await register(it, worker, SECRET)
         await eventually(lambda: len(it.router.dispatcher.workers.all()) == 1)
+
+
+async def test_a_wrong_secret_is_told_of_where_something_else_was_wrong_before(
+    model: Path, secret: Path, worker: Callable[..., WorkerService], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parts start in any order: there is always something else first."""
+    tries = 0
+
+    async def later(*_: object) -> Way:
+        nonlocal tries
+        tries += 1
+        if tries == 1:
+            raise OSError("Name or service not known")
+        return Way("127.0.0.1", True)
+
+    def told(logs: Sequence[Any], sentence: str) -> bool:
+        return any("trying on" in entry["event"] and sentence in str(entry) for entry in logs)
+
+    monkeypatch.setattr("common.worker_service.way_to", later)
+    with capture_logs() as logs:
+        async with cluster(model, prefills=[], decodes=[], ready=False, cluster_secret_file=secret) as it:
+            await asyncio.to_thread(worker, DECODE, router=(it.address,))
+            await eventually(lambda: told(logs, "Name or service not known"))
+            await eventually(lambda: told(logs, "set --cluster-secret-file on the worker"))
+        async with cluster(model, prefills=[], decodes=[], ready=False) as it:
+            address = f"127.0.0.1:{free_port()}"
+            it.router.registry._keep_link((address, DECODE))
+            it.router.registry._heard_of[address, DECODE] = time.monotonic()
+            await eventually(lambda: told(logs, "onnection refused"))
+            await asyncio.to_thread(worker, DECODE, listen=address, cluster_secret_file=secret)
+            await eventually(lambda: told(logs, "set --cluster-secret-file on the router"), seconds=10)
 
 
 async def test_with_api_keys_and_no_secret_nobody_registers(model: Path, keys: Keys) -> None:

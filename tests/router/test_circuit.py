@@ -179,6 +179,20 @@ async def test_a_prefill_worker_that_keeps_failing_is_left_alone(model: Path) ->
         assert paused(it, "prefill") == 1
 
 
+async def test_a_prefill_worker_whose_kv_nobody_can_read_is_left_alone(model: Path) -> None:
+    """The decode workers say so, and it could be their own fault as well; but with another one they do well."""
+    unreadable = FakeWorker(PREFILL)
+    script = Script(unreadable=unreadable.instance)
+    async with cluster(model, prefills=[unreadable], decodes=[script, script]) as it:
+        readable = FakeWorker(PREFILL)
+        it.prefills.append(readable)
+        it.router.registry._keep_link((await readable.start(), PREFILL))
+        await eventually(lambda: len(it.router.dispatcher.workers.all()) == 4)
+        resumes = [(await it.generate()).choices[0].finish.usage.resumes for _ in range(8)]
+        assert sum(resumes) == FAILURES
+        assert (paused(it, "prefill"), paused(it, "decode")) == (1, 0)
+
+
 async def test_a_worker_that_breaks_off_again_and_again_is_left_alone(model: Path) -> None:
     """Also where every start makes a new instance of it, and the stream is a new one."""
     async with cluster(model, decodes=bad_and_good(Script(stop_after=3)), worker_grace=5) as it:

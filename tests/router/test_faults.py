@@ -77,6 +77,14 @@ async def _read_all(call: Any) -> None:
         pass
 
 
+async def test_more_answers_than_the_queue_ever_takes_are_refused_for_good(model: Path) -> None:
+    async with cluster(model, max_queue=3) as it:
+        error = await failing(it, n=4)
+        assert error.code() == grpc.StatusCode.INVALID_ARGUMENT
+        assert error.details() == "n: 4 answers are more than the router's queue of 3"
+        assert len((await it.generate(n=3)).choices) == 3
+
+
 @pytest.mark.parametrize("state", STATES)
 async def test_a_deadline_frees_both_workers(model: Path, state: str) -> None:
     prefills, decodes = STATES[state]

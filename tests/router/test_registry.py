@@ -11,7 +11,7 @@ from structlog.testing import capture_logs
 from common import vocabulary
 from router import registry
 from tests.router.cluster import cluster, eventually, expected
-from tests.router.fake_worker import DECODE, PREFILL, FakeWorker
+from tests.router.fake_worker import DECODE, PREFILL, FakeWorker, Script
 from twostroke.v1 import worker_pb2, worker_pb2_grpc
 
 
@@ -88,6 +88,21 @@ async def test_workers_that_make_themselves_known_are_used(model: Path) -> None:
         assert list((await it.generate()).choices[0].token_ids) == expected(8)
 
 
+async def test_workers_may_listen_on_sockets_of_this_machine(model: Path, tmp_path: Path) -> None:
+    paths = f"unix:{tmp_path}/prefill", f"unix-abstract:{tmp_path}/decode"
+    workers = FakeWorker(PREFILL), FakeWorker(DECODE)
+    for worker, path in zip(workers, paths, strict=True):
+        await worker.start(path)
+    async with cluster(model, prefills=[], decodes=[], worker_grace=5) as it:
+        it.prefills.append(workers[0])
+        it.decodes.append(workers[1])
+        message = worker_pb2.RegisterRequest(address=paths[0], instance=workers[0].instance, role=PREFILL)
+        await worker_pb2_grpc.RegistryStub(it.channel).Register(message)
+        it.router.registry._named.append((paths[1], DECODE))
+        await it.router.registry._look_up()
+        assert list((await it.generate()).choices[0].token_ids) == expected(8)
+
+
 async def test_a_restart_is_noticed_by_its_registration(model: Path) -> None:
     """The old instance's stream may look alive, as after a power cut: the new instance's word ends it."""
     async with cluster(model) as it:
@@ -100,9 +115,35 @@ async def test_a_restart_is_noticed_by_its_registration(model: Path) -> None:
         assert list((await it.generate()).choices[0].token_ids) == expected(8)
 
 
+async def test_a_worker_elsewhere_that_names_the_same_address_ends_its_requests_no_more_than_once(model: Path) -> None:
+    with capture_logs() as logs:
+        async with cluster(model, decodes=[Script(step_seconds=0.02)]) as it:
+            register = worker_pb2_grpc.RegistryStub(it.channel).Register
+            worker = it.decodes[0]
+            answer = asyncio.ensure_future(it.generate(max_tokens=60))
+            while not answer.done():
+                for instance in (worker.instance, "elsewhere"):
+                    message = worker_pb2.RegisterRequest(address=worker.address, instance=instance, role=DECODE)
+                    await register(message)
+                    await asyncio.sleep(0.05)
+            choice = (await answer).choices[0]
+            assert list(choice.token_ids) == expected(60)
+            assert choice.finish.usage.resumes == 1
+            said = [entry for entry in logs if entry["log_level"] == "error"]
+            assert [(entry["worker"], entry["other"]) for entry in said] == [(worker.address, "elsewhere")]
+            await worker.die()
+            it.decodes[0] = FakeWorker(DECODE, instance="elsewhere")  # now it is here
+            await it.decodes[0].start(worker.address)
+            instances = it.router.dispatcher.workers.all
+            await eventually(lambda: "elsewhere" in {worker.instance for worker in instances()})
+
+
 @pytest.mark.parametrize(
     ("address", "role", "sentence"),
-    [("nowhere", PREFILL, "address: 'nowhere' is not host:port"), ("here:1", 0, "role: must be prefill or decode")],
+    [
+        ("nowhere", PREFILL, "address: 'nowhere' is none. Must be host:port"),
+        ("here:1", 0, "role: must be prefill or decode"),
+    ],
 )
 async def test_a_wrong_registration_is_refused(model: Path, address: str, role: int, sentence: str) -> None:
     async with cluster(model) as it:

@@ -1,7 +1,9 @@
 """Answers as clients see them, with workers that do nothing wrong."""
 
 import asyncio
+import resource
 import threading
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from prometheus_client import generate_latest
 
+from common.model_config import load_config
 from common.prefix_hash import block_hashes, cache_root
+from router.errors import CallError
+from router.service import gather
 from router.tokenizer import Tokenizer
 from tests.router import models
 from tests.router.cluster import PROMPT, cluster, eventually, expected, request
@@ -283,6 +288,30 @@ async def test_text_that_waits_for_its_tokens_is_limited(model: Path, monkeypatc
         assert (await it.stub.Tokenize(pb.TokenizeRequest(text=text))).token_ids
 
 
+async def test_text_counts_until_a_thread_has_come_to_it_though_its_caller_left(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "the lazy dog " * 1_000
+    monkeypatch.setattr("router.tokenizer.MAX_WAITING_BYTES", 4 * len(text))
+    tokenizer = Tokenizer(model, load_config(model))
+    go_on = threading.Event()
+    for _ in range(2):
+        tokenizer._threads.submit(go_on.wait)  # both are busy
+    try:
+        for _ in range(4):
+            left = asyncio.ensure_future(tokenizer.encode(text, add_special_tokens=False))
+            await asyncio.sleep(0)
+            left.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await left
+        with pytest.raises(CallError, match="too much text waits"):
+            await tokenizer.encode(text, add_special_tokens=False)
+    finally:
+        go_on.set()
+    await eventually(lambda: tokenizer._waiting_bytes == 0)
+    assert await tokenizer.encode(text, add_special_tokens=False)
+
+
 async def test_health_is_that_of_the_pair(model: Path) -> None:
     async with cluster(model) as it:
         health = health_pb2_grpc.HealthStub(it.channel)
@@ -341,3 +370,19 @@ async def test_metrics_count_what_happened(model: Path) -> None:
         assert "twostroke_output_tokens_total 8.0" in lines
         assert "twostroke_first_token_seconds_count 1.0" in lines
         assert 'twostroke_workers{role="decode"} 1.0' in lines
+
+
+async def test_a_long_answer_in_one_message_takes_no_more_memory_than_its_text() -> None:
+    async def chunks() -> AsyncIterator[pb.GenerateChunk]:
+        for token in range(tokens):
+            yield pb.GenerateChunk(index=1, delta=pb.Delta(text="word ", token_ids=[token]))
+
+    def resident_bytes() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    tokens = 12_000
+    before = resident_bytes()
+    response = await gather(chunks())
+    assert resident_bytes() - before < 64 << 20
+    assert [choice.text for choice in response.choices] == ["", "word " * tokens]
+    assert list(response.choices[1].token_ids) == list(range(tokens))

@@ -104,7 +104,7 @@ def test_length_is_bounded_by_request_context_and_pool(
     [
         (0, {}, None, "input", "no tokens"),
         (4096, {}, None, "input", "4096"),
-        (100, {}, 100, "input", "pools"),
+        (100, {}, 100, "input", "the smallest worker has room for 100"),
         (10, {"max_tokens": 4087}, None, "stopping.max_tokens", "4096"),
         (10, {"max_tokens": 91}, 100, "stopping.max_tokens", "100"),
         (10, {"min_tokens": 91}, 100, "stopping.min_tokens", "100"),

@@ -41,7 +41,7 @@ class Script:
         default_factory=dict
     )  # decode: tokens -> causes to use up
     lose_lease: int = 0  # decode: at Start
-    unreadable: str = ""  # decode: instance of a prefill worker whose pool it cannot open
+    fails_to_pull_from: str = ""  # decode: instance of a prefill worker
     silent: bool = False  # takes everything and answers nothing
     silent_at_start: bool = False  # decode: reserves, and never starts
     stop_after: int | None = None  # decode: goes silent after so many tokens of a sequence
@@ -271,7 +271,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
             self.script.lose_lease -= 1
             self.end(start.attempt_id, Ended.CAUSE_LEASE_LOST)
             return
-        if self.script.unreadable == start.kv.pool.instance:
+        if self.script.fails_to_pull_from == start.kv.pool.instance:
             self.end(start.attempt_id, Ended.CAUSE_FAILED)
             return
         self.send(started=[worker_pb2.Started(attempt_id=start.attempt_id, transfer_ms=1.5)])

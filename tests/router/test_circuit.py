@@ -182,12 +182,12 @@ async def test_a_prefill_worker_that_keeps_failing_is_left_alone(model: Path) ->
 async def test_a_prefill_worker_whose_kv_nobody_can_read_is_left_alone(model: Path) -> None:
     """The decode workers say so, and it could be their own fault as well; but with another one they do well."""
     unreadable = FakeWorker(PREFILL)
-    script = Script(unreadable=unreadable.instance)
+    script = Script(fails_to_pull_from=unreadable.instance)
     async with cluster(model, prefills=[unreadable], decodes=[script, script]) as it:
         readable = FakeWorker(PREFILL)
         it.prefills.append(readable)
         it.router.registry._keep_link((await readable.start(), PREFILL))
-        await eventually(lambda: len(it.router.dispatcher.workers.all()) == 4)
+        await eventually(it.introduced)
         resumes = [(await it.generate()).choices[0].finish.usage.resumes for _ in range(8)]
         assert sum(resumes) == FAILURES
         assert (paused(it, "prefill"), paused(it, "decode")) == (1, 0)

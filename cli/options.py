@@ -9,6 +9,7 @@ from typing import Annotated, TypedDict, cast
 import grpc
 from cyclopts import Parameter
 
+from common import pem
 from common.security_config import TlsConfig
 from common.tls import channel_credentials
 from twostroke import AsyncClient, Client, Options, TwostrokeError
@@ -43,7 +44,7 @@ class Connection(TlsConfig):
     def _how(self) -> "_How":
         return {
             "api_key": self.api_key,
-            "tls": channel_credentials(self) or self.tls,
+            "tls": channel_credentials(pem.read(self)) or self.tls,
             "tls_server_name": self.tls_server_name,
             "timeout": self.timeout,
         }

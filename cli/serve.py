@@ -20,7 +20,7 @@ from cyclopts import Parameter
 from cyclopts.types import NonNegativeFloat, NonNegativeInt, Port, PositiveFloat, PositiveInt
 
 from cli.children import Child
-from common import cluster_secret
+from common import cluster_secret, pem
 from common.addresses import ANY_HOST, Listen
 from common.security_config import SecurityConfig, SettingsError, TlsConfig
 from common.tls import channel_credentials
@@ -250,7 +250,7 @@ def _client(config: ServeConfig, target: str) -> Client:
     return Client(
         target,
         api_key=secret if config.api_keys else None,  # the router takes it for one
-        tls=channel_credentials(config) or False,
+        tls=channel_credentials(pem.read(config)) or False,
         tls_server_name=config.tls_server_name,
     )
 

@@ -1,18 +1,28 @@
 """A part's Prometheus metrics over HTTP, as protected as its other port."""
 
-from pathlib import Path
+import math
+import socket
+import sys
+import threading
+from wsgiref.simple_server import WSGIRequestHandler
 
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry, Gauge, make_wsgi_app
+from prometheus_client.exposition import ThreadingWSGIServer
 
 from common.addresses import is_unix
-from common.security_config import SecurityConfig
+from common.certificates import Certificates
 from common.start_error import AddressError
 
+Request = socket.socket | tuple[bytes, socket.socket]
 
-def serve(registry: CollectorRegistry, listen: str, port: int | None, config: SecurityConfig) -> None:
+# How long a caller may say nothing.
+SILENCE_SECONDS = 10.0
+
+
+def serve(registry: CollectorRegistry, listen: str, port: int | None, certificates: Certificates) -> None:
     """Serves the metrics at `port` on the host of `listen` (where that is a socket's path, on loopback), from now on;
-    nothing where there is no port. With a certificate it speaks TLS only, with `tls_client_ca` only to callers with a
-    certificate. Its files must be right: `Peers.of` has looked at them.
+    nothing where there is no port. With a certificate it speaks TLS only, with authorities for clients only to callers
+    with a certificate, and tells when its own expires.
 
     Raises:
         AddressError: the address cannot be listened on.
@@ -20,19 +30,50 @@ def serve(registry: CollectorRegistry, listen: str, port: int | None, config: Se
     if port is None:
         return
     host = "127.0.0.1" if is_unix(listen) else listen.rpartition(":")[0].strip("[]")
-    try:
-        start_http_server(
-            port,
-            host,
-            registry,
-            certfile=_name(config.tls_cert),
-            keyfile=_name(config.tls_key),
-            client_cafile=_name(config.tls_client_ca),
-            client_auth_required=config.tls_client_ca is not None,
+    if certificates.now().own is not None:
+        expires = Gauge(
+            "twostroke_certificate_expiry_timestamp_seconds",
+            "When the certificate that this part shows expires, in seconds since 1970",
+            registry=registry,
         )
+        expires.set_function(lambda: _expiry(certificates))
+    try:
+        server = _Server(host, port, certificates)
     except OSError as error:
         raise AddressError(f"cannot serve metrics at {host}:{port}: {error.strerror}. Is the port taken?") from error
+    server.set_app(make_wsgi_app(registry))
+    threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
 
 
-def _name(path: Path | None) -> str | None:
-    return None if path is None else str(path)
+def _expiry(certificates: Certificates) -> float:
+    own = certificates.now().own
+    return math.nan if own is None or own.expires is None else own.expires
+
+
+class _Handler(WSGIRequestHandler):
+    def log_message(self, format: str, *args: object) -> None:
+        """Scrapes are no news."""
+
+
+class _Server(ThreadingWSGIServer):
+    """Each connection has a thread of its own, for its handshake, too: none waits for another's."""
+
+    def __init__(self, host: str, port: int, certificates: Certificates) -> None:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        self.address_family, _, _, _, address = found[0]
+        self._certificates = certificates
+        super().__init__((str(address[0]), port), _Handler)
+
+    def finish_request(self, request: Request, client_address: object) -> None:
+        assert isinstance(request, socket.socket)
+        request.settimeout(SILENCE_SECONDS)
+        context = self._certificates.now().context
+        if context is None:
+            return super().finish_request(request, client_address)
+        with context.wrap_socket(request, server_side=True) as secured:
+            super().finish_request(secured, client_address)
+
+    def handle_error(self, request: Request, client_address: object) -> None:
+        """Callers that go, stall or are not let in are no news, either."""
+        if not isinstance(sys.exception(), OSError):
+            super().handle_error(request, client_address)

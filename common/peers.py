@@ -9,6 +9,7 @@ import grpc
 
 from common import cluster_secret, tls
 from common.addresses import is_unix
+from common.certificates import Certificates
 from common.config import WorkerConfig
 from common.security_config import SecurityConfig, SettingsError
 from common.start_error import AddressError
@@ -19,8 +20,7 @@ Options = Sequence[tuple[str, int | str]]
 @dataclass(frozen=True, slots=True)
 class Peers:
     secret: str | None
-    server_credentials: grpc.ServerCredentials | None
-    channel_credentials: grpc.ChannelCredentials | None
+    certificates: Certificates
     channel_options: Options
 
     @classmethod
@@ -31,8 +31,7 @@ class Peers:
         """
         return cls(
             secret=None if config.cluster_secret_file is None else cluster_secret.read(config.cluster_secret_file),
-            server_credentials=tls.server_credentials(config),
-            channel_credentials=tls.channel_credentials(config),
+            certificates=Certificates(config),
             channel_options=tls.channel_options(config),
         )
 
@@ -42,18 +41,21 @@ class Peers:
         Raises:
             OSError: the address cannot be listened on.
         """
+        credentials = tls.server_credentials(self.certificates)
         try:
-            if self.server_credentials is None:
+            if credentials is None:
                 return server.add_insecure_port(address)
-            return server.add_secure_port(address, self.server_credentials)
+            return server.add_secure_port(address, credentials)
         except RuntimeError as error:
             raise AddressError(f"cannot listen on {address}: {error}. Is the port taken?") from error
 
     def channel(self, target: str, options: Options) -> grpc.aio.Channel:
+        """For one connection: a channel that connects anew does so with the certificates of its making."""
         options = [*options, *self.channel_options]
-        if self.channel_credentials is None:
+        credentials = tls.channel_credentials(self.certificates.now())
+        if credentials is None:
             return grpc.aio.insecure_channel(target, options=options)
-        return grpc.aio.secure_channel(target, self.channel_credentials, options=options)
+        return grpc.aio.secure_channel(target, credentials, options=options)
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:

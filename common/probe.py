@@ -12,7 +12,7 @@ from pathlib import Path
 import grpc
 from grpc_health.v1 import health_pb2
 
-from common import tls
+from common import pem, tls
 from common.security_config import SettingsError, TlsConfig
 
 TIMEOUT_SECONDS = 3
@@ -21,7 +21,7 @@ PLAIN_TEXT = TlsConfig()
 
 def probe(address: str, service: str, config: TlsConfig = PLAIN_TEXT) -> str | None:
     """None when the service at `address` ("host:port") is serving, else a sentence."""
-    credentials, options = tls.channel_credentials(config), tls.channel_options(config)
+    credentials, options = tls.channel_credentials(pem.read(config)), tls.channel_options(config)
     with (
         grpc.secure_channel(address, credentials, options) if credentials else grpc.insecure_channel(address)
     ) as channel:

@@ -1,41 +1,49 @@
-"""gRPC credentials from PEM files that were checked before: gRPC itself says little about a file that is wrong."""
+"""gRPC credentials from a part's PEM files."""
 
-import ssl
-from pathlib import Path
+import time
 
 import grpc
 
-from common.security_config import SecurityConfig, SettingsError, TlsConfig
+from common.certificates import Certificates
+from common.pem import Own, Pem
+from common.security_config import TlsConfig
+
+# gRPC frees what it had made of the files of before as soon as it is told of new ones, though a connection that another
+# thread has accepted may be about to use it, which ends the process: https://github.com/grpc/grpc/issues/36693.
+# So such connections first have time to get on. New ones wait meanwhile; streams do not.
+PAUSE_SECONDS = 0.5
 
 
-def server_credentials(config: SecurityConfig) -> grpc.ServerCredentials | None:
-    """What to listen with; None for plain text.
-
-    Raises:
-        SettingsError: a file is missing, unreadable or not what it should be, or one is given without another.
-    """
-    pair = _own_certificate(config)
-    if pair is None:
-        if config.tls_client_ca is not None:
-            raise SettingsError("--tls-client-ca asks callers for certificates: set --tls-cert and --tls-key, too")
+def server_credentials(certificates: Certificates) -> grpc.ServerCredentials | None:
+    """What to listen with at one port, each connection with the certificates of its time; None for plain text."""
+    given = certificates.now()
+    if given.own is None:
         return None
-    certificate, key = pair
-    authorities = None if config.tls_client_ca is None else _authorities("--tls-client-ca", config.tls_client_ca)
-    return grpc.ssl_server_credentials([(key, certificate)], authorities, require_client_auth=authorities is not None)
+
+    def renewed() -> grpc.ServerCertificateConfiguration | None:
+        # gRPC calls this before a connection's handshake, on a thread of its own, for one connection after the other.
+        nonlocal given
+        found = certificates.now()
+        if found is given or found.own is None:
+            return None
+        given = found
+        time.sleep(PAUSE_SECONDS)
+        return _configuration(found.own, found.client_ca)
+
+    return grpc.dynamic_ssl_server_credentials(
+        _configuration(given.own, given.client_ca),
+        renewed,  # type: ignore[arg-type]  # its stub does not know that None means no change
+        require_client_authentication=given.client_ca is not None,
+    )
 
 
-def channel_credentials(config: TlsConfig) -> grpc.ChannelCredentials | None:
-    """What to call others with; None for plain text.
-
-    Raises:
-        SettingsError: as `server_credentials`.
-    """
-    pair = _own_certificate(config)
-    if config.tls_ca is None:
+def channel_credentials(pem: Pem) -> grpc.ChannelCredentials | None:
+    """What to call others with; None for plain text."""
+    if pem.ca is None:
         return None
-    authorities = _authorities("--tls-ca", config.tls_ca)
-    certificate, key = pair or (None, None)
-    return grpc.ssl_channel_credentials(authorities, key, certificate)
+    if pem.own is None:
+        return grpc.ssl_channel_credentials(pem.ca)
+    return grpc.ssl_channel_credentials(pem.ca, pem.own.key, pem.own.certificate)
 
 
 def channel_options(config: TlsConfig) -> tuple[tuple[str, str], ...]:
@@ -45,37 +53,5 @@ def channel_options(config: TlsConfig) -> tuple[tuple[str, str], ...]:
     return (("grpc.ssl_target_name_override", config.tls_server_name),)
 
 
-def _own_certificate(config: TlsConfig) -> tuple[bytes, bytes] | None:
-    """Certificate and key, found to belong together."""
-    match config.tls_cert, config.tls_key:
-        case None, None:
-            return None
-        case Path() as certificate, Path() as key:
-            content = _read("--tls-cert", certificate), _read("--tls-key", key)
-            try:
-                # The password is for keys that are encrypted, for which Python would ask at the terminal.
-                ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password="")
-            except ssl.SSLError as error:
-                reason = error.reason or "is there a password on the key?"
-                raise SettingsError(
-                    f"--tls-cert {certificate} and --tls-key {key} are no PEM files of a certificate and its key: "
-                    f"{reason}"
-                ) from error
-            return content
-    raise SettingsError("--tls-cert and --tls-key belong together: set both or none")
-
-
-def _authorities(flag: str, path: Path) -> bytes:
-    content = _read(flag, path)
-    try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
-    except ssl.SSLError as error:
-        raise SettingsError(f"{flag} {path} is no PEM file of certificates: {error.reason}") from error
-    return content
-
-
-def _read(flag: str, path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise SettingsError(f"{flag}: cannot read {path}: {error.strerror}") from error
+def _configuration(own: Own, client_ca: bytes | None) -> grpc.ServerCertificateConfiguration:
+    return grpc.ssl_server_certificate_configuration([(own.key, own.certificate)], client_ca)

@@ -3,6 +3,7 @@
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from common import causes, metrics_server
+from common.certificates import Certificates
 from common.config import WorkerConfig
 from twostroke.v1 import inference_pb2
 from twostroke.v1 import worker_pb2 as pb
@@ -34,9 +35,9 @@ class WorkerMetrics:
         for state, gauge in self._blocks.items():
             gauge.set(getattr(load.blocks, state))
 
-    def serve(self, config: WorkerConfig) -> None:
+    def serve(self, config: WorkerConfig, certificates: Certificates) -> None:
         """
         Raises:
             AddressError: the port that was asked for is taken.
         """
-        metrics_server.serve(self.registry, config.listen, config.metrics_port, config)
+        metrics_server.serve(self.registry, config.listen, config.metrics_port, certificates)

@@ -39,7 +39,7 @@ def main(config: DecodeConfig) -> None:
         service = WorkerService(parts.hello, config, known)
         lifecycle = Lifecycle(lambda: service.set_serving(False), service.wake, config.drain_seconds)
         metrics = DecodeMetrics()
-        metrics.serve(config)
+        metrics.serve(config, known.certificates)
         garbage.forget_start()
         service.set_serving(True)
         log.info("decode worker ready", address=service.address, instance=parts.hello.instance)

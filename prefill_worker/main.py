@@ -28,7 +28,7 @@ def main(config: PrefillConfig) -> None:
         service = WorkerService(parts.hello, config, known)
         lifecycle = Lifecycle(lambda: service.set_serving(False), service.wake, config.drain_seconds)
         metrics = PrefillMetrics()
-        metrics.serve(config)
+        metrics.serve(config, known.certificates)
         garbage.forget_start()
         service.set_serving(True)
         log.info("prefill worker ready", address=service.address, instance=parts.hello.instance)

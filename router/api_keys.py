@@ -7,7 +7,6 @@ fast the hash is. Its salt keeps equal keys, in this file or another, from being
 
 import asyncio
 import hmac
-import os
 import re
 import secrets
 import tomllib
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import structlog
 
+from common import file_state
 from common.security_config import SettingsError
 from router.limits import Caller, Limits, Usage
 
@@ -62,7 +62,7 @@ class ApiKeys:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._usage: dict[str, Usage] = {}
-        self._seen = _state(path)
+        self._seen = file_state.of(path)
         self._entries = self._read()
 
     def __len__(self) -> int:
@@ -77,7 +77,7 @@ class ApiKeys:
         """Reads the file again whenever it changes, until cancelled. One that is wrong changes nothing."""
         while True:
             await asyncio.sleep(LOOK_SECONDS)
-            if (state := _state(self._path)) != self._seen:
+            if (state := file_state.of(self._path)) != self._seen:
                 self._seen = state
                 try:
                     self._entries = self._read()
@@ -125,12 +125,3 @@ def _entry(name: str, table: object, usage: Usage) -> Entry:
 
 def _digest(key: str, salt: bytes) -> bytes:
     return blake2b(key.encode(), salt=salt, digest_size=DIGEST_BYTES).digest()
-
-
-def _state(path: Path) -> tuple[int, int, int] | None:
-    """Differs whenever the file does; None while there is none."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    return status.st_ino, status.st_size, status.st_mtime_ns

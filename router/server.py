@@ -79,7 +79,7 @@ class Router:
         port = self._peers.listen(self._server, self._config.listen)
         self._watch()
         config = self._config
-        metrics_server.serve(self.metrics.registry, config.listen, config.metrics_port, config)
+        metrics_server.serve(self.metrics.registry, config.listen, config.metrics_port, self._peers.certificates)
         await self._health.set(REGISTRY, health_pb2.HealthCheckResponse.SERVING)
         await self._set_health(self.dispatcher.workers.ready)
         await self._server.start()

@@ -1,11 +1,13 @@
 """Metrics over HTTP and HTTPS, and to whom they are shown."""
 
 import os
+import re
 import socket
 import ssl
 import subprocess
 import sys
 import threading
+from datetime import UTC, datetime
 from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
@@ -13,7 +15,8 @@ from urllib.request import urlopen
 import pytest
 from prometheus_client import CollectorRegistry, Counter
 
-from common import metrics_server
+from common import certificates, metrics_server
+from common.certificates import Certificates
 from common.security_config import SecurityConfig
 from common.start_error import AddressError
 from tests.certificates import Signed, sign
@@ -21,8 +24,13 @@ from tests.router import models
 
 ROOT = Path(__file__).parents[2]
 
+EXPIRY = "twostroke_certificate_expiry_timestamp_seconds"
+
 # What a caller sees of a server that does not speak with it depends on how far it had come.
 CUT_OFF = (URLError, ConnectionError, ssl.SSLError)
+
+
+PLAIN = Certificates(SecurityConfig())
 
 
 def serve(config: SecurityConfig, listen: str = "127.0.0.1:8600") -> int:
@@ -30,7 +38,7 @@ def serve(config: SecurityConfig, listen: str = "127.0.0.1:8600") -> int:
     Counter("things", "Things", registry=registry).inc(3)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port: int = free.getsockname()[1]
-    metrics_server.serve(registry, listen, port, config)
+    metrics_server.serve(registry, listen, port, Certificates(config))
     return port
 
 
@@ -45,7 +53,9 @@ def signed(tmp_path: Path) -> Signed:
 
 
 def test_plain_where_nothing_is_set() -> None:
-    assert "things_total 3.0" in get(f"http://127.0.0.1:{serve(SecurityConfig())}/metrics")
+    exported = get(f"http://127.0.0.1:{serve(SecurityConfig())}/metrics")
+    assert "things_total 3.0" in exported
+    assert EXPIRY not in exported
 
 
 def test_beside_a_socket_it_is_on_loopback() -> None:
@@ -54,7 +64,7 @@ def test_beside_a_socket_it_is_on_loopback() -> None:
 
 def test_without_a_port_nothing_is_served() -> None:
     before = threading.active_count()
-    metrics_server.serve(CollectorRegistry(), "127.0.0.1:8600", None, SecurityConfig())
+    metrics_server.serve(CollectorRegistry(), "127.0.0.1:8600", None, PLAIN)
     assert threading.active_count() == before
 
 
@@ -82,12 +92,56 @@ def test_mutual_tls_asks_for_a_certificate(signed: Signed, tmp_path: Path) -> No
     assert "things_total 3.0" in get(f"https://127.0.0.1:{port}/metrics", context)
 
 
+def expiry(exported: str) -> datetime:
+    (seconds,) = re.findall(rf"^{EXPIRY} (\S+)$", exported, re.MULTILINE)
+    return datetime.fromtimestamp(float(seconds), UTC)
+
+
+def test_renewed_files_count_from_the_next_scrape(
+    signed: Signed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For who may scrape, too."""
+    monkeypatch.setattr(certificates, "LOOK_SECONDS", 0.0)
+    port = serve(SecurityConfig(tls_cert=signed.cert, tls_key=signed.key, tls_client_ca=signed.ca))
+    before = ssl.create_default_context(cafile=signed.ca)
+    before.load_cert_chain(signed.cert, signed.key)
+    assert expiry(get(f"https://127.0.0.1:{port}/metrics", before)).year == 3000
+    then = datetime(2031, 2, 3, 4, 5, 6)
+    renewed = sign(tmp_path / "renewed", not_after=then)
+    signed.become(renewed)
+    now = ssl.create_default_context(cafile=renewed.ca)
+    now.load_cert_chain(renewed.cert, renewed.key)
+    assert expiry(get(f"https://127.0.0.1:{port}/metrics", now)) == then.replace(tzinfo=UTC)
+    before.load_verify_locations(renewed.ca)
+    with pytest.raises(CUT_OFF):
+        get(f"https://127.0.0.1:{port}/metrics", before)
+
+
+def test_a_caller_that_stalls_keeps_nobody_waiting_and_is_left(
+    signed: Signed, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """In its handshake, or after it."""
+    monkeypatch.setattr(metrics_server, "SILENCE_SECONDS", 1.0)
+    plain, port = serve(SecurityConfig()), serve(SecurityConfig(tls_cert=signed.cert, tls_key=signed.key))
+    context = ssl.create_default_context(cafile=signed.ca)
+    address = ("127.0.0.1", port)
+    with (
+        socket.create_connection(("127.0.0.1", plain), timeout=10) as in_plain_text,
+        socket.create_connection(address, timeout=10) as says_nothing,
+        socket.create_connection(address, timeout=10) as connection,
+        context.wrap_socket(connection, server_hostname="127.0.0.1") as asks_nothing,
+    ):
+        assert "things_total 3.0" in get(f"https://127.0.0.1:{port}/metrics", context)
+        assert in_plain_text.recv(1) == says_nothing.recv(1) == asks_nothing.recv(1) == b""
+    assert capfd.readouterr().err == ""
+
+
 def test_a_port_that_is_taken() -> None:
     with (
         socket.create_server(("127.0.0.1", 0)) as taken,
         pytest.raises(AddressError, match=r"cannot serve metrics at 127\.0\.0\.1:\d+: .* Is the port taken\?"),
     ):
-        metrics_server.serve(CollectorRegistry(), "127.0.0.1:8600", taken.getsockname()[1], SecurityConfig())
+        metrics_server.serve(CollectorRegistry(), "127.0.0.1:8600", taken.getsockname()[1], PLAIN)
 
 
 @pytest.mark.parametrize("part", ["router", "prefill_worker", "decode_worker"])

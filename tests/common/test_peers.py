@@ -7,11 +7,12 @@ from typing import Any
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from common import cluster_secret, peers
+from common import certificates, cluster_secret, peers
 from common.config import WorkerConfig
 from common.probe import main, probe
-from common.security_config import SettingsError, TlsConfig
+from common.security_config import SecurityConfig, SettingsError, TlsConfig
 from common.worker_service import WorkerService
 from tests.certificates import Signed, sign
 from twostroke.v1 import inference_pb2, worker_pb2, worker_pb2_grpc
@@ -90,6 +91,23 @@ def test_a_worker_with_mutual_tls_lets_in_who_its_authority_signed(signed: Signe
         assert probe(address, "", TlsConfig(tls_ca=signed.ca, tls_cert=signed.cert, tls_key=signed.key)) is None
 
 
+async def test_a_part_calls_with_renewed_files(signed: Signed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(certificates, "LOOK_SECONDS", 0.0)
+    mine = sign(tmp_path / "mine")
+    part = peers.Peers.of(SecurityConfig(tls_ca=mine.ca, tls_cert=mine.cert, tls_key=mine.key))
+
+    async def asked(address: str) -> int:
+        async with part.channel(address, ()) as channel:
+            check = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=5)
+            return int((await check).status)
+
+    with worker(tls_cert=signed.cert, tls_key=signed.key, tls_client_ca=signed.ca) as address:
+        with pytest.raises(grpc.aio.AioRpcError, match="UNAVAILABLE"):
+            await asked(address)
+        mine.become(signed)
+        assert await asked(address) == health_pb2.HealthCheckResponse.SERVING
+
+
 def test_the_health_check_has_its_settings_from_the_environment(
     signed: Signed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -115,7 +133,7 @@ def test_a_worker_that_anyone_could_use_does_not_start(listen: str, secret: Path
         peers.of_worker(WorkerConfig(listen=listen, tls_cert=signed.cert, tls_key=signed.key))
     assert peers.of_worker(WorkerConfig(listen=listen, cluster_secret_file=secret)).secret == SECRET
     mutual = WorkerConfig(listen=listen, tls_cert=signed.cert, tls_key=signed.key, tls_client_ca=signed.ca)
-    assert peers.of_worker(mutual).server_credentials is not None
+    assert peers.of_worker(mutual).certificates.now().client_ca == signed.ca.read_bytes()
     assert peers.of_worker(WorkerConfig(listen=listen, insecure=True)).secret is None
 
 

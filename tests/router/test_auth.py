@@ -13,7 +13,7 @@ from prometheus_client import generate_latest
 from structlog.testing import capture_logs
 
 from benchmarks.ports import free_port
-from common import peers
+from common import certificates, peers
 from common.cluster_secret import METADATA_KEY
 from common.config import WorkerConfig
 from common.own_address import Way
@@ -308,6 +308,53 @@ async def test_parts_find_one_another_over_mutual_tls(
         async with AsyncClient(it.address, tls=credentials) as client:
             with pytest.raises(Unavailable):
                 await client.load()
+
+
+async def test_a_renewed_certificate_ends_no_answer(
+    model: Path, signed: Signed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(certificates, "LOOK_SECONDS", 0.0)
+    of_before, renewed = signed.channel_credentials(), sign(tmp_path / "renewed")
+    async with (
+        cluster(model, decodes=[Script(step_seconds=0.01)], tls_cert=signed.cert, tls_key=signed.key) as it,
+        AsyncClient(it.address, tls=of_before) as client,
+    ):
+        answer, tokens = client.stream(PROMPT, max_tokens=100), list[int]()
+        async for piece in answer:
+            tokens += piece.token_ids
+            if len(tokens) == 1:
+                signed.become(renewed)
+                async with AsyncClient(it.address, tls=renewed.channel_credentials()) as other:
+                    assert (await other.generate(PROMPT, max_tokens=4)).token_ids == tuple(expected(4))
+                async with AsyncClient(it.address, tls=of_before) as other:
+                    with pytest.raises(Unavailable):
+                        await other.generate(PROMPT, max_tokens=4)
+        assert tokens == expected(100)
+
+
+async def test_parts_go_on_with_renewed_certificates(
+    model: Path,
+    signed: Signed,
+    tmp_path: Path,
+    worker: Callable[..., WorkerService],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(certificates, "LOOK_SECONDS", 0.0)
+    mutual = {"tls_ca": signed.ca, "tls_cert": signed.cert, "tls_key": signed.key, "tls_client_ca": signed.ca}
+    async with cluster(model, prefills=[], decodes=[], ready=False, **mutual) as it:
+        first = await asyncio.to_thread(worker, DECODE, router=(it.address,), **mutual)
+        await eventually(lambda: first.connections == (0,))
+        first.outgoing(0).load.ready = True
+        first.flush()
+        await eventually(lambda: len(it.router.dispatcher.workers.all()) == 1)
+        signed.become(sign(tmp_path / "renewed"))
+        second = await asyncio.to_thread(worker, PREFILL, router=(it.address,), **mutual)
+        await eventually(lambda: second.connections == (0,))
+        assert first.connections == (0,)
+        assert len(it.router.dispatcher.workers.all()) == 1
+        # The router takes the first one for restarted, and connects to it anew.
+        it.router.registry.register(worker_pb2.RegisterRequest(address=first.address, instance="new", role=DECODE))
+        await eventually(lambda: first.connections == (1,))
 
 
 async def test_a_router_with_another_authority_gets_no_worker(

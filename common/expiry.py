@@ -1,0 +1,27 @@
+"""When a certificate expires. Python's ssl tells that of one which a handshake has shown it, and of no other."""
+
+import ssl
+from contextlib import suppress
+from pathlib import Path
+
+# OpenSSL's X509_V_FLAG_NO_CHECK_TIME, which ssl has no name for: that of an expired certificate is told, too.
+NO_CHECK_TIME = 0x200000
+
+
+def of(own: ssl.SSLContext, certificate: Path) -> float | None:
+    """Seconds since 1970; None for a certificate that callers would refuse at any time. `own` has it loaded, with its
+    key, and asks callers for none."""
+    caller = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    caller.check_hostname = False
+    caller.load_verify_locations(certificate)
+    caller.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN | NO_CHECK_TIME
+    there, back = ssl.MemoryBIO(), ssl.MemoryBIO()
+    calling, called = caller.wrap_bio(back, there), own.wrap_bio(there, back, server_side=True)
+    try:
+        for side in (calling, called) * 3:
+            with suppress(ssl.SSLWantReadError):
+                side.do_handshake()
+    except ssl.SSLError:
+        return None
+    shown = calling.getpeercert()
+    return ssl.cert_time_to_seconds(str(shown["notAfter"])) if shown else None

@@ -124,6 +124,13 @@ class Terminal:
     def type(self, keys: str) -> None:
         os.write(self._terminal, keys.encode())
 
+    def enter(self, line: str) -> None:
+        """As a person does: the line, and once it is there, the key. Of both at once readline may keep the key until
+        another one comes."""
+        self.type(line)
+        self.see(line)
+        self.type("\n")
+
     def see(self, words: str) -> str:
         """What appeared up to and with `words` since the last time."""
         deadline = time.monotonic() + 20
@@ -143,13 +150,13 @@ def test_chat(router: FakeRouter) -> None:
     flags = ("--system=Be brief.", "--max-tokens=3", '--template-variables={"x": 1}')
     terminal = Terminal("chat", *flags, target=router.address)
     terminal.see("> ")
-    terminal.type("Hello\n")
+    terminal.enter("Hello")
     terminal.see("t0 t1 t2 ")
     terminal.see("3 tokens")
     terminal.see("> ")
 
     router.step_seconds = 0.05
-    terminal.type("again\n")
+    terminal.enter("again")
     terminal.see("t0 ")
     terminal.type("\x03")  # Ctrl-C: the answer ends, the program does not
     terminal.see("…")
@@ -161,7 +168,7 @@ def test_chat(router: FakeRouter) -> None:
     terminal.see("half a thought")
     terminal.type("\x03")  # Ctrl-C at the prompt: a new line
     terminal.see("> ")
-    terminal.type("and now\n")
+    terminal.enter("and now")
     terminal.see("3 tokens")
     terminal.see("> ")
     terminal.type("\x04")  # Ctrl-D

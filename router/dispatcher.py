@@ -122,8 +122,13 @@ class Dispatcher:
 
     def _place(self, request: Request) -> Role | None:
         """None where the request left the queue, else the role that it waits for."""
-        for worker in self.workers.all()[:1]:  # they are all alike in this
-            hash_blocks(request, worker.hello)
+        try:
+            for worker in self.workers.all()[:1]:  # they are all alike in this
+                hash_blocks(request, worker.kind)
+        except CallError as error:
+            self._take_out(request)
+            request.end(State.FAILED, error)
+            return None
         headroom = request.headroom(self._config.headroom_tokens)
         found = choose.pair(request, self.workers, headroom)
         if isinstance(found, choose.Missing):
@@ -155,7 +160,7 @@ class Dispatcher:
             length=request.length,
             trace=_trace_attempt(request, prefill, decode),
         )
-        sequence, traceparent = sequence_of(request, self.workers.all()[0].hello), attempt.trace.traceparent
+        sequence, traceparent = sequence_of(request), attempt.trace.traceparent
         self._take_out(request)
         request.attempt = attempt
         request.state = State.DISPATCHED

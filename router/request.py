@@ -3,7 +3,7 @@
 import time
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from common.tracing import OFF, Span
 from router.errors import CallError
@@ -27,6 +27,21 @@ class State(Enum):
     DROPPED = auto()  # the client went, or a stop string ended the answer
 
 
+class Kind(NamedTuple):
+    """What hashes of blocks depend on, and all workers that are there together have in common."""
+
+    fingerprint: str
+    block_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """A prompt as workers of one kind are told of it."""
+
+    block_hashes: list[bytes]
+    packed: worker_pb2.Sequence = field(default_factory=worker_pb2.Sequence)
+
+
 @dataclass(frozen=True, slots=True)
 class Prompt:
     token_ids: tuple[int, ...]
@@ -35,8 +50,7 @@ class Prompt:
     stop_token_ids: frozenset[int]
     cache_salt: str
     # Made with the first attempt of the first choice, and shared by all: a long prompt takes milliseconds.
-    block_hashes: list[bytes] = field(default_factory=list, init=False, compare=False)
-    packed: worker_pb2.Sequence = field(default_factory=worker_pb2.Sequence, init=False, compare=False)
+    told: dict[Kind, Told] = field(default_factory=dict, init=False, compare=False)
 
 
 @dataclass(slots=True, eq=False)
@@ -58,6 +72,7 @@ class Request:
     taken: int = 0  # tokens of the output that are in messages to the client
     complete: bool = False  # the last token is one that ends it
     logprobs: list[bytes] = field(default_factory=list)  # where asked for: of the tokens that were not yet taken out
+    kind: Kind | None = None  # of the workers that the hashes are for
     block_hashes: list[bytes] = field(default_factory=list)
     attempts: int = 0  # begun
     resumes: int = 0  # after preemptions and faults

@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 import pytest
 
+from common.prefix_hash import cache_root
 from router import choose, dispatcher
 from router.worker import REFUSAL_PAUSE
 from tests.router.cluster import PROMPT, Cluster, cluster, eventually, expected, request
@@ -476,3 +477,32 @@ async def test_a_fault_of_the_router_costs_one_request_and_no_block(
         assert error.code() == grpc.StatusCode.INTERNAL
         await eventually(it.nothing_held)
         assert list((await it.generate()).choices[0].token_ids) == expected(8)
+
+
+@pytest.mark.parametrize("hello", [{"fingerprint": "e" * 32}, {"block_size": 32}])
+async def test_workers_that_come_back_as_another_kind_serve_what_has_no_output_yet(
+    model: Path, hello: dict[str, Any]
+) -> None:
+    busy = FakeWorker(DECODE, Script(stop_after=3), max_batch=1)
+    async with cluster(model, decodes=[busy], worker_grace=10) as it:
+        begun = asyncio.ensure_future(it.generate(max_tokens=100, prompt=tuple(range(40, 104))))
+        await eventually(lambda: stuck(it, "decode"))
+        waiting = asyncio.ensure_future(it.generate(max_tokens=100))
+        await eventually(lambda: it.router.dispatcher.queued == 1)
+        for worker in it.workers:
+            await worker.die()
+        await eventually(lambda: not it.router.registry.connected)
+        it.prefills[:], it.decodes[:] = [FakeWorker(PREFILL, **hello)], [FakeWorker(DECODE, **hello)]
+        for worker in it.workers:
+            it.router.registry._keep_link((await worker.start(), worker.role))
+        assert list((await waiting).choices[0].token_ids) == expected(100)
+        if "block_size" in hello:
+            assert list((await begun).choices[0].token_ids) == expected(100, range(40, 104))
+            assert {len(p.sequence.block_hashes) // 16 for p in it.prefills[0].prefills} == {0, 2}
+        else:
+            with pytest.raises(grpc.aio.AioRpcError) as failed:
+                await begun
+            assert failed.value.code() == grpc.StatusCode.UNAVAILABLE
+            assert "other weights" in str(failed.value.details())
+            roots = {cache_root("e" * 32, "")}
+            assert {prefill.sequence.cache_root for prefill in it.prefills[0].prefills} == roots

@@ -157,7 +157,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         prompt = Prompt(
             token_ids=tuple(token_ids),
             max_length=validate.check_length(
-                len(token_ids), job, self._model, self._dispatcher.workers.smallest_pool()
+                len(token_ids), job, self._model, self._dispatcher.workers.max_length()
             ),
             min_length=len(token_ids) + job.min_tokens,
             stop_token_ids=job.stop_token_ids,
@@ -195,7 +195,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
     def _described(self) -> pb.GetModelResponse:
         model, dispatcher = self._model, self._dispatcher
-        longest = min(model.context_length, dispatcher.workers.smallest_pool() or model.context_length)
+        longest = min(model.context_length, dispatcher.workers.max_length() or model.context_length)
         response = pb.GetModelResponse(
             name=self._config.model,
             architecture=model.architecture,

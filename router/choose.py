@@ -47,7 +47,7 @@ def pair(request: Request, workers: Workers, headroom: int) -> Pair | Missing:
         return _for_one_token(request, prefills, decodes, headroom)
     able = decode_workers(request, decodes, request.length + headroom)
     if not able:
-        return Missing(DECODE, decodes, request.prompt.max_length)
+        return Missing(DECODE, decodes, request.max_length)
     prefill_of = prefill_workers(request, prefills, able)
     waiting = {reads for reads, prefill in prefill_of.items() if prefill is None}
     able = [worker for worker in able if worker.reads not in waiting or _computes(worker, request)]
@@ -100,7 +100,7 @@ def prefill_workers(request: Request, prefills: Iterable[Worker], decodes: Itera
 
 def decode_workers(request: Request, workers: Iterable[Worker], tokens: int) -> list[Worker]:
     """Those that may take it: they have room for so many tokens."""
-    trusted = _trusted(worker for worker in workers if worker.can_hold(request.prompt.max_length))
+    trusted = _trusted(worker for worker in workers if worker.can_hold(request.max_length))
     return [worker for worker in trusted if worker.has_room(request, tokens)]
 
 

@@ -123,8 +123,7 @@ class Dispatcher:
     def _place(self, request: Request) -> Role | None:
         """None where the request left the queue, else the role that it waits for."""
         try:
-            for worker in self.workers.all()[:1]:  # they are all alike in this
-                hash_blocks(request, worker.kind)
+            self._prepare(request)
         except CallError as error:
             self._take_out(request)
             request.end(State.FAILED, error)
@@ -135,6 +134,17 @@ class Dispatcher:
             return self._wait(request, found)
         self._begin(request, found, headroom)
         return None
+
+    def _prepare(self, request: Request) -> None:
+        """What can't be done before there are workers.
+
+        Raises:
+            CallError: they can't serve it.
+        """
+        for worker in self.workers.all()[:1]:  # they are all alike in this
+            hash_blocks(request, worker.kind)
+        if request.settle is not None:
+            request.limit(request.settle(self.workers.max_length()))
 
     def _give_up(self, request: Request) -> None:
         if request.attempt is not None:
@@ -164,6 +174,7 @@ class Dispatcher:
         self._take_out(request)
         request.attempt = attempt
         request.state = State.DISPATCHED
+        request.settle = None
         request.timing.queued_ms += 1000 * (attempt.dispatched_at - request.queued_at)
         self._running += 1
         if prefill is not None:

@@ -1,6 +1,7 @@
 """One choice of a client's request, and the attempts at it. The event loop owns both; nothing else touches them."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import TYPE_CHECKING, NamedTuple
@@ -45,7 +46,6 @@ class Told:
 @dataclass(frozen=True, slots=True)
 class Prompt:
     token_ids: tuple[int, ...]
-    max_length: int  # tokens, prompt and output, at which a sequence ends
     min_length: int
     stop_token_ids: frozenset[int]
     cache_salt: str
@@ -61,6 +61,9 @@ class Request:
     prompt: Prompt
     sampling: worker_pb2.SamplingParams
     mailbox: Mailbox["Request"]
+    max_length: int  # tokens, prompt and output, at which the sequence ends
+    # That, once it is known how long a sequence the workers hold: of a request that came before them, until it begins.
+    settle: Callable[[int | None], int] | None = None
     trace: Span = OFF  # of the call
     arrived_at: float = field(default_factory=time.monotonic)
     queued_at: float = field(default_factory=time.monotonic)
@@ -83,12 +86,16 @@ class Request:
     decode_cached_tokens: int | None = None
     timing: inference_pb2.Timing = field(default_factory=inference_pb2.Timing)
 
-    most_tokens: int = field(init=False)  # of the output
+    most_tokens: int = field(init=False)  # of the output, by `max_length`
     wants_logprobs: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        self.most_tokens = self.prompt.max_length - len(self.prompt.token_ids)
+        self.limit(self.max_length)
         self.wants_logprobs = self.sampling.HasField("logprobs")
+
+    def limit(self, max_length: int) -> None:
+        self.max_length = max_length
+        self.most_tokens = max_length - len(self.prompt.token_ids)
 
     @property
     def length(self) -> int:
@@ -96,7 +103,7 @@ class Request:
 
     @property
     def remaining(self) -> int:
-        return self.prompt.max_length - self.length
+        return self.max_length - self.length
 
     def add_logprobs(self, logprobs: worker_pb2.Logprobs) -> None:
         """Those of the token that comes next."""

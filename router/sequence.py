@@ -42,6 +42,7 @@ def sequence_of(request: Request) -> worker_pb2.Sequence:
     sequence = worker_pb2.Sequence()
     sequence.CopyFrom(_packed(request.prompt, request.kind, told))
     sequence.token_ids.extend(request.output)
+    sequence.max_length = request.max_length
     if request.block_hashes is not told.block_hashes:
         sequence.block_hashes = b"".join(request.block_hashes)
     sequence.sampling.CopyFrom(request.sampling)
@@ -64,7 +65,6 @@ def _packed(prompt: Prompt, kind: Kind, told: Told) -> worker_pb2.Sequence:
         packed.token_ids.extend(prompt.token_ids)
         packed.prompt_length = len(prompt.token_ids)
         packed.block_hashes = b"".join(told.block_hashes)
-        packed.max_length = prompt.max_length
         packed.min_length = prompt.min_length
         packed.stop_token_ids.extend(sorted(prompt.stop_token_ids))
         packed.cache_root = _cache_root(prompt, kind)

@@ -18,9 +18,9 @@ ROOT = prefix_hash.cache_root("f" * 32, "salt")
 
 
 def choices(count: int, tokens: int) -> list[Request]:
-    prompt = Prompt(tuple(range(tokens)), 1000, tokens + 3, frozenset([7, 5]), "salt")
+    prompt = Prompt(tuple(range(tokens)), tokens + 3, frozenset([7, 5]), "salt")
     sampling = [worker_pb2.SamplingParams(temperature=1, top_p=1, seed=place) for place in range(count)]
-    return [Request("id", place, place, prompt, sampling[place], Mailbox(Turnstile())) for place in range(count)]
+    return [Request("id", place, place, prompt, sampling[place], Mailbox(Turnstile()), 1000) for place in range(count)]
 
 
 def told(request: Request, kind: Kind = KIND) -> worker_pb2.Sequence:

@@ -214,25 +214,25 @@ class Dispatcher:
 
     # ------------------------------------------------------------ from workers
 
-    def worker_up(self, worker: Worker) -> None:
-        """It said hello, and how it is: one that is draining already gets nothing."""
-        if not worker.load.ready:
-            return
-        self.workers.add(worker)
-        self.dispatch()
-
     def worker_lost(self, worker: Worker) -> None:
         """Its stream ended, and with it everything that it did."""
         if worker.attempts and worker.load.ready:  # else nobody was let down, or it had said that it would go
             self._did_badly(worker, worker.attempts)
         self.workers.retire(worker)
         for attempt in list(worker.attempts.values()):
-            if attempt.prefill is worker:
-                self._leave_prefill(attempt, tell=False)
-            else:
-                self._leave_decode(attempt, tell=False)
-            self._resume(attempt, worker, "worker lost", (worker,))
+            try:
+                self._lost(worker, attempt)
+            except Exception:  # a fault of the router: it costs this request, and no other
+                log.exception("cannot be resumed", request_id=attempt.request.id, choice=attempt.request.index)
+                self._give_up(attempt.request)
         self.dispatch()
+
+    def _lost(self, worker: Worker, attempt: Attempt) -> None:
+        if attempt.prefill is worker:
+            self._leave_prefill(attempt, tell=False)
+        else:
+            self._leave_decode(attempt, tell=False)
+        self._resume(attempt, worker, "worker lost", (worker,))
 
     def received(self, worker: Worker, message: worker_pb2.WorkerMessage) -> None:
         """
@@ -243,7 +243,7 @@ class Dispatcher:
         if not worker.load.ready:
             self.workers.retire(worker)
         elif message.HasField("load") and not worker.draining and worker not in self.workers.of(worker.role):
-            self.worker_up(worker)  # it said that it was not ready, and is
+            self.workers.add(worker)  # it is new, or said that it was not ready
         for opened in message.opened:
             self.workers.opened(worker, opened)
         for reserved in message.reserved:

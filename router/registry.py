@@ -123,9 +123,6 @@ class Registry:
                 )
         return None
 
-    def worker_up(self, worker: Worker) -> None:
-        self._dispatcher.worker_up(worker)
-
     def worker_lost(self, worker: Worker) -> None:
         self._dispatcher.worker_lost(worker)
 

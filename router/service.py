@@ -242,6 +242,10 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                 running=self._dispatcher.running,
                 workers=[_load(worker, worker in taking) for worker in self._registry.connected],
                 answered=self._answered,
+                problems=[
+                    pb.WorkerProblem(address=address, role=role, reason=reason)
+                    for address, role, reason in self._registry.problems()
+                ],
             )
 
     # ------------------------------------------------------------ how calls end

@@ -54,6 +54,7 @@ class WorkerLink:
         self.address = address
         self.role = role
         self.worker: Worker | None = None
+        self.refused: str | None = None  # why the worker that is there cannot be used
         self._router = router
         self._peers = peers
         self._silence_seconds = silence_seconds
@@ -95,6 +96,8 @@ class WorkerLink:
             except Exception as error:  # a fault of the router must not lose it the worker for good
                 log.exception("link failed", worker=self.address)
                 problem = repr(error)
+            if problem != self.refused:
+                self.refused = None
             if self.worker is not None:
                 worker, self.worker = self.worker, None
                 self._tell_lost(worker)
@@ -143,7 +146,7 @@ class WorkerLink:
         first = await stream.read()
         if not isinstance(first, worker_pb2.WorkerMessage):
             return "the worker closed the stream"
-        reason = self._events.refusal(worker, self.role)
+        self.refused = reason = self._events.refusal(worker, self.role)
         if reason is not None:
             log.error("worker refused", worker=self.address, instance=worker.instance, reason=reason)
             silence.reschedule(None)

@@ -12,6 +12,7 @@ from common import vocabulary
 from router import registry
 from tests.router.cluster import PROMPT, Cluster, cluster, eventually, expected
 from tests.router.fake_worker import DECODE, PREFILL, FakeWorker, Script
+from twostroke.v1 import inference_pb2 as pb
 from twostroke.v1 import worker_pb2, worker_pb2_grpc
 
 
@@ -35,6 +36,9 @@ async def test_a_worker_that_does_not_fit_is_refused_with_both_values(
             it.router.registry._keep_link((await odd.start(), DECODE))
             await eventually(lambda: any(entry["event"] == "worker refused" for entry in logs))
             assert len(it.router.dispatcher.workers.all()) == 2
+            (problem,) = (await it.stub.GetLoad(pb.GetLoadRequest())).problems
+            assert (problem.address, problem.role) == (odd.address, DECODE)
+            assert problem.reason.startswith(f"refused: {sentence}")
             await odd.die()
     refusal = next(entry for entry in logs if entry["event"] == "worker refused")
     assert refusal["reason"].startswith(sentence)

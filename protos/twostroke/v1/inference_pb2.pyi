@@ -393,7 +393,9 @@ class Stopping(_message.Message):
     max_tokens: _builtins.int
     """Most tokens to generate; as many as fit the context when not set."""
     min_tokens: _builtins.int
-    """No end-of-sequence, stop token or stop string ends the answer before this many tokens."""
+    """No end-of-sequence, stop token or stop string ends the answer before this many tokens. A stop string counts where it
+    is complete with this token or a later one, wherever it begins.
+    """
     include_stop: _builtins.bool
     """Leaves a stop string in the text it ended."""
     ignore_eos: _builtins.bool

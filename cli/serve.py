@@ -272,7 +272,7 @@ def _with_port(listen: str) -> str:
 def _reachable(address: str) -> str:
     """Where processes of this machine reach what listens at `address`."""
     host, _, port = address.rpartition(":")
-    return f"127.0.0.1:{port}" if host in ("", *ANY_HOST) else address
+    return f"127.0.0.1:{port}" if host in ANY_HOST else address
 
 
 def _stop(stages: Iterable[list[Child]], seconds: float, signals: list[int]) -> None:

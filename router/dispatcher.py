@@ -131,7 +131,7 @@ class Dispatcher:
         headroom = request.headroom(self._config.headroom_tokens)
         found = choose.pair(request, self.workers, headroom)
         if isinstance(found, choose.Missing):
-            return self._wait(request, found)
+            return self._wait_or_end(request, found)
         self._begin(request, found, headroom)
         return None
 
@@ -193,8 +193,8 @@ class Dispatcher:
                 sequence,
             )
 
-    def _wait(self, request: Request, missing: choose.Missing) -> Role | None:
-        """It waits for a worker of that role, or ends here where none ever will take it."""
+    def _wait_or_end(self, request: Request, missing: choose.Missing) -> Role | None:
+        """The role of which it waits for a worker; None where none will ever take it, and it ended here."""
         if missing.workers and not any(worker.can_hold(missing.tokens) for worker in missing.workers):
             self._take_out(request)
             sentence = f"no {ROLE_NAMES[missing.role]} worker that is left can hold {missing.tokens} tokens"

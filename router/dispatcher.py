@@ -4,7 +4,8 @@ import asyncio
 import itertools
 import random
 import time
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
+from typing import TypeVar
 
 import grpc
 import structlog
@@ -25,6 +26,7 @@ from twostroke.v1 import worker_pb2
 
 log = structlog.get_logger(__name__)
 
+OfAttempt = TypeVar("OfAttempt", worker_pb2.Reserved, worker_pb2.Prefilled, worker_pb2.Started, worker_pb2.Ended)
 
 # Causes that say nothing against the worker or the request: they are not counted as faults.
 HARMLESS = {worker_pb2.Ended.CAUSE_PREEMPTED, worker_pb2.Ended.CAUSE_DRAINING, worker_pb2.Ended.CAUSE_FULL}
@@ -246,23 +248,32 @@ class Dispatcher:
             self.workers.add(worker)  # it is new, or said that it was not ready
         for opened in message.opened:
             self.workers.opened(worker, opened)
-        for reserved in message.reserved:
-            self._reserved(worker, reserved)
-        for prefilled in message.prefilled:
-            self._prefilled(worker, prefilled)
-        for started in message.started:
-            self._started(worker, started)
+        self._take_in(self._reserved, worker, message.reserved)
+        self._take_in(self._prefilled, worker, message.prefilled)
+        self._take_in(self._started, worker, message.started)
         if message.HasField("tokens"):
             fan_out(worker.decoding, message.tokens)
-        for ended in message.ended:
-            self._ended(worker, ended)
+        self._take_in(self._ended, worker, message.ended)
         makes_room = message.reserved or message.prefilled or message.ended or message.opened
         if self._queue and (makes_room or message.HasField("load")):
             self.dispatch()
 
-    def _prefilled(self, worker: Worker, prefilled: worker_pb2.Prefilled) -> None:
-        attempt = worker.attempts.get(prefilled.attempt_id)
-        if attempt is None or attempt.prefilled is not None:
+    def _take_in(
+        self, hear: Callable[[Worker, Attempt, OfAttempt], None], worker: Worker, said: Iterable[OfAttempt]
+    ) -> None:
+        """What is said of attempts that are over is passed over."""
+        for word in said:
+            attempt = worker.attempts.get(word.attempt_id)
+            if attempt is None:
+                continue
+            try:
+                hear(worker, attempt, word)
+            except Exception:  # a fault of the router: it costs this request, and neither the others nor the worker
+                log.exception("cannot go on", request_id=attempt.request.id, choice=attempt.request.index)
+                self._give_up(attempt.request)
+
+    def _prefilled(self, worker: Worker, attempt: Attempt, prefilled: worker_pb2.Prefilled) -> None:
+        if attempt.prefilled is not None:
             return
         if worker is not (attempt.decode if attempt.in_place else attempt.prefill):
             return
@@ -291,9 +302,8 @@ class Dispatcher:
         elif attempt.reserved and not attempt.in_place:
             self._start(attempt)
 
-    def _reserved(self, worker: Worker, reserved: worker_pb2.Reserved) -> None:
-        attempt = worker.attempts.get(reserved.attempt_id)
-        if attempt is None or attempt.decode is not worker or attempt.reserved:
+    def _reserved(self, worker: Worker, attempt: Attempt, reserved: worker_pb2.Reserved) -> None:
+        if attempt.decode is not worker or attempt.reserved:
             return
         worker.await_no_answer(attempt.decode_blocks)
         attempt.request.timing.reserved_ms += 1000 * (time.monotonic() - attempt.dispatched_at)
@@ -329,9 +339,8 @@ class Dispatcher:
             worker_pb2.Start(attempt_id=attempt.id, first_token=attempt.prefilled.first_token, kv=attempt.prefilled.kv)
         )
 
-    def _started(self, worker: Worker, started: worker_pb2.Started) -> None:
-        attempt = worker.attempts.get(started.attempt_id)
-        if attempt is None or attempt.decode is not worker or attempt.id not in worker.decoding:
+    def _started(self, worker: Worker, attempt: Attempt, started: worker_pb2.Started) -> None:
+        if attempt.decode is not worker or attempt.id not in worker.decoding:
             return
         if attempt.decoding_since is not None:
             return
@@ -342,10 +351,7 @@ class Dispatcher:
             self._did_well(attempt.prefill, attempt)  # its KV can be read, too
         self._leave_prefill(attempt, tell=True)
 
-    def _ended(self, worker: Worker, ended: worker_pb2.Ended) -> None:
-        attempt = worker.attempts.get(ended.attempt_id)
-        if attempt is None:
-            return
+    def _ended(self, worker: Worker, attempt: Attempt, ended: worker_pb2.Ended) -> None:
         if ended.cause == worker_pb2.Ended.CAUSE_DRAINING:
             worker.draining = True
             self.workers.retire(worker)

@@ -504,6 +504,25 @@ async def test_a_fault_of_the_router_while_a_worker_is_lost_costs_one_request(
         assert len(reborn.starts) == 2
 
 
+async def test_a_fault_of_the_router_over_what_a_worker_says_costs_one_request(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with cluster(model, decodes=[Script(end_after={3: [Ended.CAUSE_PREEMPTED] * 2})]) as it:
+        resume, calls = dispatcher.Dispatcher._resume, itertools.count()
+
+        def faulty(*arguments: Any, **detail: str) -> None:
+            assert next(calls), "the first is not resumed"
+            resume(*arguments, **detail)
+
+        monkeypatch.setattr(dispatcher.Dispatcher, "_resume", faulty)
+        ends = await asyncio.gather(*(it.generate(max_tokens=20) for _ in range(3)), return_exceptions=True)
+        failed = [end for end in ends if isinstance(end, grpc.aio.AioRpcError)]
+        assert [error.code() for error in failed] == [grpc.StatusCode.INTERNAL]
+        answers = [end for end in ends if isinstance(end, inference_pb2.GenerateResponse)]
+        resumes = [answer.choices[0].finish.usage.resumes for answer in answers]
+        assert sorted(resumes) == [0, 1], "the worker is not lost"
+
+
 async def test_a_fault_of_the_router_does_not_lose_it_the_worker_that_comes_next(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

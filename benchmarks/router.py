@@ -279,10 +279,11 @@ def _p50_p99(values: Sequence[float]) -> tuple[float, float]:
 
 def fan_out_rate(streams: int = 256, steps: int = 400) -> float:
     """Tokens/s from a packed message's bytes to the requests' buffers."""
-    prompt = Prompt(PROMPT, 1 << 30, 0, frozenset(), "")
+    prompt = Prompt(PROMPT, 0, frozenset(), "")
     mailbox: Mailbox[Request] = Mailbox(Turnstile())
     decoding = {
-        attempt: Request("", 0, attempt, prompt, worker_pb2.SamplingParams(), mailbox) for attempt in range(streams)
+        attempt: Request("", 0, attempt, prompt, worker_pb2.SamplingParams(), mailbox, 1 << 30)
+        for attempt in range(streams)
     }
     tokens = worker_pb2.StepTokens(attempt_ids=list(decoding), token_ids=[40_000] * streams)
     packed = worker_pb2.WorkerMessage(tokens=tokens).SerializeToString()

@@ -20,6 +20,7 @@ from cyclopts import Parameter
 from cyclopts.types import NonNegativeFloat, NonNegativeInt, Port, PositiveFloat, PositiveInt
 
 from cli.children import Child
+from cli.readiness import Readiness
 from common import cluster_secret, pem
 from common.addresses import ANY_HOST, Listen
 from common.security_config import SecurityConfig, SettingsError, TlsConfig
@@ -27,7 +28,7 @@ from common.tls import channel_credentials
 from decode_worker.config import DecodeConfig
 from prefill_worker.config import PrefillConfig
 from router.config import RouterConfig, Silence
-from twostroke import Client, TwostrokeError
+from twostroke import Client
 
 POLL_SECONDS = 0.1
 STOP_SECONDS = 5.0
@@ -168,7 +169,7 @@ def serve(
 
 
 class _GivenUp(Exception):
-    """A part died, and a new start would not mend it."""
+    """A part died, and a new start would not mend it, or a worker is of no use to the others."""
 
 
 def _supervise(
@@ -176,7 +177,8 @@ def _supervise(
 ) -> int:
     """Runs until a signal or the command's end; returns the exit code. Ctrl-C at the terminal reaches the command too,
     and what it means is then for the command to say: in `twostroke chat` it ends an answer, and nothing else."""
-    began, model = time.monotonic(), None
+    began, readiness = time.monotonic(), Readiness(client, workers=len(cluster) - 1)
+    model: str | None = None
     running: subprocess.Popen[bytes] | None = None
     try:
         while signal.SIGTERM not in signals and (running or not signals):
@@ -186,11 +188,17 @@ def _supervise(
                         raise _GivenUp(f"{child.name} {death}")
                     _say(f"{child.name} {death}; starting it again")
                     child.start()
-            if model is None and (model := _served_model(client, workers=len(cluster) - 1)):
-                client.close()  # it has no more to ask, and would only see the router go
-                _say(f"ready at {environment['TWOSTROKE_TARGET']} after {time.monotonic() - began:.1f} s: {model}")
-                if command:
-                    running = subprocess.Popen(command, env=environment)
+            if model is None:
+                model, problems = readiness.look()
+                for problem in problems:
+                    _say(f"not ready yet: {problem}")
+                if model is not None:
+                    client.close()  # it has no more to ask, and would only see the router go
+                    _say(f"ready at {environment['TWOSTROKE_TARGET']} after {time.monotonic() - began:.1f} s: {model}")
+                    if command:
+                        running = subprocess.Popen(command, env=environment)
+                elif (lasting := readiness.lasting_problem()) is not None:
+                    raise _GivenUp(lasting)
             if running and (code := running.poll()) is not None:
                 return code if code >= 0 else 128 - code
             time.sleep(POLL_SECONDS)
@@ -199,16 +207,6 @@ def _supervise(
         if running:
             _end(running)
         raise
-
-
-def _served_model(client: Client, workers: int) -> str | None:
-    """The model's name, once the router's health is SERVING and every worker takes requests."""
-    try:
-        client.wait_until_ready(timeout=1)
-        ready = sum(worker.ready for worker in client.load(timeout=1).workers)
-        return client.model(timeout=1).name if ready == workers else None
-    except TwostrokeError:
-        return None
 
 
 def _cluster(config: ServeConfig, listen: str) -> list[Child]:
@@ -274,7 +272,7 @@ def _with_port(listen: str) -> str:
 def _reachable(address: str) -> str:
     """Where processes of this machine reach what listens at `address`."""
     host, _, port = address.rpartition(":")
-    return f"127.0.0.1:{port}" if host in ("", *ANY_HOST) else address
+    return f"127.0.0.1:{port}" if host in ANY_HOST else address
 
 
 def _stop(stages: Iterable[list[Child]], seconds: float, signals: list[int]) -> None:

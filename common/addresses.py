@@ -32,7 +32,7 @@ def _check(address: str, lowest_port: int) -> None:
     if is_unix(address):
         return
     host, _, port = address.rpartition(":")
-    if not (host and port.isascii() and port.isdigit() and lowest_port <= int(port[:6]) < 1 << 16):
+    if not (host and port.isascii() and port.isdigit() and len(port) <= 5 and lowest_port <= int(port) < 1 << 16):
         raise ValueError(f"Must be host:port, with a port from {lowest_port} to 65535.")
     if ":" in host and "/" not in host and not (host.startswith("[") and host.endswith("]")):
         raise ValueError("Must be host:port, with brackets around an IPv6 address: [::1]:8600.")

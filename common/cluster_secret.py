@@ -1,9 +1,12 @@
 """The secret by which routers and workers of a cluster know one another: metadata of the calls between them."""
 
 import hmac
+import time
 from collections.abc import Awaitable, Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
+from urllib.parse import unquote
 
 import grpc
 import structlog
@@ -16,6 +19,10 @@ log = structlog.get_logger(__name__)
 
 METADATA_KEY = "twostroke-cluster-secret"
 MIN_LENGTH = 16
+
+# Whoever is refused tries on, each worker about twice a second; of those of one host the log hears once in so long.
+TELL_AGAIN_SECONDS = 600.0
+MAX_HOSTS = 1024
 
 _Request = TypeVar("_Request")
 _Response = TypeVar("_Response")
@@ -61,6 +68,7 @@ class SecretInterceptor(grpc.aio.ServerInterceptor):
         self._prefix = f"/{service}/"
         self._secret = secret
         self._refusal = refusal
+        self._told: dict[str, float] = {}  # time.monotonic() by host, the latest last
 
     async def intercept_service(
         self,
@@ -70,6 +78,16 @@ class SecretInterceptor(grpc.aio.ServerInterceptor):
         if details.method.startswith(self._prefix):
             given = metadata_value(details.invocation_metadata, METADATA_KEY)
             if self._secret is None or not same(given, self._secret):
-                log.warning("call refused", method=details.method, reason=self._refusal)
-                return refuse(grpc.StatusCode.UNAUTHENTICATED, self._refusal)
+                return refuse(grpc.StatusCode.UNAUTHENTICATED, self._refusal, partial(self._tell, details.method))
         return await continuation(details)
+
+    def _tell(self, method: str, peer: str) -> None:
+        host = unquote(peer.rpartition(":")[0])  # each try may come from another port
+        now = time.monotonic()
+        if now - self._told.get(host, -TELL_AGAIN_SECONDS) < TELL_AGAIN_SECONDS:
+            return
+        self._told.pop(host, None)
+        if len(self._told) >= MAX_HOSTS:
+            del self._told[next(iter(self._told))]
+        self._told[host] = now
+        log.warning("call refused", method=method, peer=host, reason=self._refusal)

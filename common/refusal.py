@@ -1,14 +1,19 @@
 """How an interceptor turns a call away."""
 
+from collections.abc import Callable
 from typing import Any
 
 import grpc
 
 
-def refuse(code: grpc.StatusCode, sentence: str) -> "grpc.RpcMethodHandler[Any, Any]":
-    """A handler for a call of any kind that ends it before its messages are read."""
+def refuse(
+    code: grpc.StatusCode, sentence: str, told: Callable[[str], None] = lambda _peer: None
+) -> "grpc.RpcMethodHandler[Any, Any]":
+    """A handler for a call of any kind that ends it before its messages are read. `told` hears of whom, as gRPC has
+    it."""
 
     async def end(_requests: object, context: "grpc.aio.ServicerContext[Any, Any]") -> None:
+        told(context.peer())
         await context.abort(code, sentence)
 
     return grpc.stream_stream_rpc_method_handler(end)

@@ -36,8 +36,12 @@ WRONG_SECRET = "the worker has a cluster secret, and this call not the same: set
 
 REGISTRATION = (*PEERS, ("grpc.use_local_subchannel_pool", 1))
 
-# A router that reads nothing for this many messages is cut off: its sequences end, and memory stays bounded.
+# A router that reads nothing for this many messages, or bytes of them, is cut off: its sequences end, and memory stays
+# bounded. To tell a message's size takes as long as to send it, so those that nearly all routers keep up with are not
+# measured.
 MAX_UNSENT_MESSAGES = 10_000
+MAX_UNSENT_BYTES = 64 << 20
+UNMEASURED_MESSAGES = 100
 
 # Messages that wait for the engine. No more are read until it takes some: gRPC then holds the routers up.
 MAX_UNREAD_MESSAGES = 1_000
@@ -256,8 +260,8 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         try:
             while await unsent.ready.wait() and not reader.done():
                 unsent.ready.clear()
-                while unsent.messages:
-                    yield unsent.messages.popleft()
+                while (message := unsent.take()) is not None:
+                    yield message
         finally:
             reader.cancel()
 
@@ -284,14 +288,26 @@ class _Unsent:
     """Messages on their way to one router."""
 
     def __init__(self, cut_off: Callable[[], object]) -> None:
-        self.messages: deque[pb.WorkerMessage] = deque()
         self.ready = asyncio.Event()
+        self._messages: deque[tuple[pb.WorkerMessage, int]] = deque()  # with the bytes of each that was measured
+        self._bytes = 0
         self._cut_off = cut_off
 
     def put(self, message: pb.WorkerMessage) -> None:
-        if len(self.messages) >= MAX_UNSENT_MESSAGES:
-            log.error("a router does not read; cutting it off", unsent=len(self.messages))
+        count = len(self._messages)
+        size = message.ByteSize() if count >= UNMEASURED_MESSAGES else 0
+        if count >= MAX_UNSENT_MESSAGES or self._bytes + size > MAX_UNSENT_BYTES:
+            log.error("a router does not read; cutting it off", unsent=count, mebibytes=self._bytes >> 20)
             self._cut_off()
             return
-        self.messages.append(message)
+        self._messages.append((message, size))
+        self._bytes += size
         self.ready.set()
+
+    def take(self) -> pb.WorkerMessage | None:
+        """The next one to be sent; None where there is none."""
+        if not self._messages:
+            return None
+        message, size = self._messages.popleft()
+        self._bytes -= size
+        return message

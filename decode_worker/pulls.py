@@ -92,17 +92,29 @@ class Puller:
                 ready.setdefault(opening.result(), []).append(pull)
         self._waiting = waiting
         for peer, pulls in ready.items():
-            source: list[int] = []
-            target: list[int] = []
-            for pull in pulls:
-                cached = pull.sequence.cached_blocks
-                source += pull.source.block_ids[cached:]
-                target += pull.sequence.blocks[cached : len(pull.source.block_ids)]
             try:
-                self._under_way.append((peer, peer.read(source, self._pool, target), pulls))
-            except TransportError as error:
-                over += [_pulled(pull, problem=str(error)) for pull in pulls]
+                self._read(peer, pulls)
+            except TransportError:  # of one of them, it may be: the others need not fail with it
+                over += self._read_each(peer, pulls)
         return over
+
+    def _read_each(self, peer: PeerPool, pulls: Iterable[Pull]) -> list[Pulled]:
+        over = []
+        for pull in pulls:
+            try:
+                self._read(peer, [pull])
+            except TransportError as error:
+                over.append(_pulled(pull, problem=str(error)))
+        return over
+
+    def _read(self, peer: PeerPool, pulls: list[Pull]) -> None:
+        source: list[int] = []
+        target: list[int] = []
+        for pull in pulls:
+            cached = pull.sequence.cached_blocks
+            source += pull.source.block_ids[cached:]
+            target += pull.sequence.blocks[cached : len(pull.source.block_ids)]
+        self._under_way.append((peer, peer.read(source, self._pool, target), pulls))
 
 
 def _pulled(pull: Pull, problem: str = "", lease_lost: bool = False) -> Pulled:

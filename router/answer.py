@@ -83,11 +83,7 @@ class Answer:
         text = ""
         for token in tokens:
             self.tokens += 1
-            piece = self._text((token,))
-            if self.tokens < self._job.min_tokens:
-                text += piece
-                continue
-            certain, stop = stops.feed(piece)
+            certain, stop = stops.feed(self._text((token,)), may_end=self.tokens >= self._job.min_tokens)
             text += certain
             if stop is not None:
                 return text + (stop if self._job.include_stop else ""), stop

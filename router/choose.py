@@ -44,22 +44,36 @@ def pair(request: Request, workers: Workers, headroom: int) -> Pair | Missing:
     """For a request with so many tokens of output to reserve room for."""
     prefills, decodes = workers.of(PREFILL), workers.paired()
     if request.remaining <= 1 and prefills:
-        prefill = prefill_worker(request, prefills)
-        return Missing(PREFILL, prefills, request.length + 1) if prefill is None else Pair(prefill, None)
+        return _for_one_token(request, prefills, decodes, headroom)
     able = decode_workers(request, decodes, request.length + headroom)
     if not able:
-        return Missing(DECODE, decodes, request.prompt.max_length)
+        return Missing(DECODE, decodes, request.max_length)
     prefill_of = prefill_workers(request, prefills, able)
     waiting = {reads for reads, prefill in prefill_of.items() if prefill is None}
-    able = [
-        worker
-        for worker in able
-        if worker.reads not in waiting or worker.prefills(request) or worker.helps_out(request)
-    ]
+    able = [worker for worker in able if worker.reads not in waiting or _computes(worker, request)]
     if not able:
         return Missing(PREFILL, prefills, request.length + 1)
     decode = decode_worker(request, able, prefill_of)
     return Pair(None if decode.prefills(request) else prefill_of.get(decode.reads), decode)
+
+
+def _for_one_token(
+    request: Request, prefills: list[Worker], decodes: Iterable[Worker], headroom: int
+) -> Pair | Missing:
+    """Nothing is to be handed over: a decode worker is needed only where no prefill worker has time for the prompt."""
+    prefill = prefill_worker(request, prefills)
+    if prefill is not None:
+        return Pair(prefill, None)
+    able = decode_workers(request, decodes, request.length + headroom)
+    able = [worker for worker in able if _computes(worker, request)]
+    if not able:
+        return Missing(PREFILL, prefills, request.length + 1)
+    return Pair(None, decode_worker(request, able, {}))
+
+
+def _computes(decode: Worker, request: Request) -> bool:
+    """Whether it would prefill the prompt while all prefill workers are busy."""
+    return decode.prefills(request) or decode.helps_out(request)
 
 
 def prefill_worker(request: Request, workers: Iterable[Worker]) -> Worker | None:
@@ -86,7 +100,7 @@ def prefill_workers(request: Request, prefills: Iterable[Worker], decodes: Itera
 
 def decode_workers(request: Request, workers: Iterable[Worker], tokens: int) -> list[Worker]:
     """Those that may take it: they have room for so many tokens."""
-    trusted = _trusted(worker for worker in workers if worker.can_hold(request.prompt.max_length))
+    trusted = _trusted(worker for worker in workers if worker.can_hold(request.max_length))
     return [worker for worker in trusted if worker.has_room(request, tokens)]
 
 

@@ -4,7 +4,8 @@ import asyncio
 import itertools
 import random
 import time
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
+from typing import TypeVar
 
 import grpc
 import structlog
@@ -25,6 +26,7 @@ from twostroke.v1 import worker_pb2
 
 log = structlog.get_logger(__name__)
 
+OfAttempt = TypeVar("OfAttempt", worker_pb2.Reserved, worker_pb2.Prefilled, worker_pb2.Started, worker_pb2.Ended)
 
 # Causes that say nothing against the worker or the request: they are not counted as faults.
 HARMLESS = {worker_pb2.Ended.CAUSE_PREEMPTED, worker_pb2.Ended.CAUSE_DRAINING, worker_pb2.Ended.CAUSE_FULL}
@@ -122,14 +124,29 @@ class Dispatcher:
 
     def _place(self, request: Request) -> Role | None:
         """None where the request left the queue, else the role that it waits for."""
-        for worker in self.workers.all()[:1]:  # they are all alike in this
-            hash_blocks(request, worker.hello)
+        try:
+            self._prepare(request)
+        except CallError as error:
+            self._take_out(request)
+            request.end(State.FAILED, error)
+            return None
         headroom = request.headroom(self._config.headroom_tokens)
         found = choose.pair(request, self.workers, headroom)
         if isinstance(found, choose.Missing):
-            return self._wait(request, found)
+            return self._wait_or_end(request, found)
         self._begin(request, found, headroom)
         return None
+
+    def _prepare(self, request: Request) -> None:
+        """What can't be done before there are workers.
+
+        Raises:
+            CallError: they can't serve it.
+        """
+        for worker in self.workers.all()[:1]:  # they are all alike in this
+            hash_blocks(request, worker.kind)
+        if request.settle is not None:
+            request.limit(request.settle(self.workers.max_length()))
 
     def _give_up(self, request: Request) -> None:
         if request.attempt is not None:
@@ -155,10 +172,11 @@ class Dispatcher:
             length=request.length,
             trace=_trace_attempt(request, prefill, decode),
         )
-        sequence, traceparent = sequence_of(request, self.workers.all()[0].hello), attempt.trace.traceparent
+        sequence, traceparent = sequence_of(request), attempt.trace.traceparent
         self._take_out(request)
         request.attempt = attempt
         request.state = State.DISPATCHED
+        request.settle = None
         request.timing.queued_ms += 1000 * (attempt.dispatched_at - request.queued_at)
         self._running += 1
         if prefill is not None:
@@ -177,8 +195,8 @@ class Dispatcher:
                 sequence,
             )
 
-    def _wait(self, request: Request, missing: choose.Missing) -> Role | None:
-        """It waits for a worker of that role, or ends here where none ever will take it."""
+    def _wait_or_end(self, request: Request, missing: choose.Missing) -> Role | None:
+        """The role of which it waits for a worker; None where none will ever take it, and it ended here."""
         if missing.workers and not any(worker.can_hold(missing.tokens) for worker in missing.workers):
             self._take_out(request)
             sentence = f"no {ROLE_NAMES[missing.role]} worker that is left can hold {missing.tokens} tokens"
@@ -198,25 +216,25 @@ class Dispatcher:
 
     # ------------------------------------------------------------ from workers
 
-    def worker_up(self, worker: Worker) -> None:
-        """It said hello, and how it is: one that is draining already gets nothing."""
-        if not worker.load.ready:
-            return
-        self.workers.add(worker)
-        self.dispatch()
-
     def worker_lost(self, worker: Worker) -> None:
         """Its stream ended, and with it everything that it did."""
         if worker.attempts and worker.load.ready:  # else nobody was let down, or it had said that it would go
             self._did_badly(worker, worker.attempts)
         self.workers.retire(worker)
         for attempt in list(worker.attempts.values()):
-            if attempt.prefill is worker:
-                self._leave_prefill(attempt, tell=False)
-            else:
-                self._leave_decode(attempt, tell=False)
-            self._resume(attempt, worker, "worker lost", (worker,))
+            try:
+                self._lost(worker, attempt)
+            except Exception:  # a fault of the router: it costs this request, and no other
+                log.exception("cannot be resumed", request_id=attempt.request.id, choice=attempt.request.index)
+                self._give_up(attempt.request)
         self.dispatch()
+
+    def _lost(self, worker: Worker, attempt: Attempt) -> None:
+        if attempt.prefill is worker:
+            self._leave_prefill(attempt, tell=False)
+        else:
+            self._leave_decode(attempt, tell=False)
+        self._resume(attempt, worker, "worker lost", (worker,))
 
     def received(self, worker: Worker, message: worker_pb2.WorkerMessage) -> None:
         """
@@ -227,26 +245,35 @@ class Dispatcher:
         if not worker.load.ready:
             self.workers.retire(worker)
         elif message.HasField("load") and not worker.draining and worker not in self.workers.of(worker.role):
-            self.worker_up(worker)  # it said that it was not ready, and is
+            self.workers.add(worker)  # it is new, or said that it was not ready
         for opened in message.opened:
             self.workers.opened(worker, opened)
-        for reserved in message.reserved:
-            self._reserved(worker, reserved)
-        for prefilled in message.prefilled:
-            self._prefilled(worker, prefilled)
-        for started in message.started:
-            self._started(worker, started)
+        self._take_in(self._reserved, worker, message.reserved)
+        self._take_in(self._prefilled, worker, message.prefilled)
+        self._take_in(self._started, worker, message.started)
         if message.HasField("tokens"):
             fan_out(worker.decoding, message.tokens)
-        for ended in message.ended:
-            self._ended(worker, ended)
+        self._take_in(self._ended, worker, message.ended)
         makes_room = message.reserved or message.prefilled or message.ended or message.opened
         if self._queue and (makes_room or message.HasField("load")):
             self.dispatch()
 
-    def _prefilled(self, worker: Worker, prefilled: worker_pb2.Prefilled) -> None:
-        attempt = worker.attempts.get(prefilled.attempt_id)
-        if attempt is None or attempt.prefilled is not None:
+    def _take_in(
+        self, hear: Callable[[Worker, Attempt, OfAttempt], None], worker: Worker, said: Iterable[OfAttempt]
+    ) -> None:
+        """What is said of attempts that are over is passed over."""
+        for word in said:
+            attempt = worker.attempts.get(word.attempt_id)
+            if attempt is None:
+                continue
+            try:
+                hear(worker, attempt, word)
+            except Exception:  # a fault of the router: it costs this request, and neither the others nor the worker
+                log.exception("cannot go on", request_id=attempt.request.id, choice=attempt.request.index)
+                self._give_up(attempt.request)
+
+    def _prefilled(self, worker: Worker, attempt: Attempt, prefilled: worker_pb2.Prefilled) -> None:
+        if attempt.prefilled is not None:
             return
         if worker is not (attempt.decode if attempt.in_place else attempt.prefill):
             return
@@ -275,9 +302,8 @@ class Dispatcher:
         elif attempt.reserved and not attempt.in_place:
             self._start(attempt)
 
-    def _reserved(self, worker: Worker, reserved: worker_pb2.Reserved) -> None:
-        attempt = worker.attempts.get(reserved.attempt_id)
-        if attempt is None or attempt.decode is not worker or attempt.reserved:
+    def _reserved(self, worker: Worker, attempt: Attempt, reserved: worker_pb2.Reserved) -> None:
+        if attempt.decode is not worker or attempt.reserved:
             return
         worker.await_no_answer(attempt.decode_blocks)
         attempt.request.timing.reserved_ms += 1000 * (time.monotonic() - attempt.dispatched_at)
@@ -313,9 +339,8 @@ class Dispatcher:
             worker_pb2.Start(attempt_id=attempt.id, first_token=attempt.prefilled.first_token, kv=attempt.prefilled.kv)
         )
 
-    def _started(self, worker: Worker, started: worker_pb2.Started) -> None:
-        attempt = worker.attempts.get(started.attempt_id)
-        if attempt is None or attempt.decode is not worker or attempt.id not in worker.decoding:
+    def _started(self, worker: Worker, attempt: Attempt, started: worker_pb2.Started) -> None:
+        if attempt.decode is not worker or attempt.id not in worker.decoding:
             return
         if attempt.decoding_since is not None:
             return
@@ -326,10 +351,7 @@ class Dispatcher:
             self._did_well(attempt.prefill, attempt)  # its KV can be read, too
         self._leave_prefill(attempt, tell=True)
 
-    def _ended(self, worker: Worker, ended: worker_pb2.Ended) -> None:
-        attempt = worker.attempts.get(ended.attempt_id)
-        if attempt is None:
-            return
+    def _ended(self, worker: Worker, attempt: Attempt, ended: worker_pb2.Ended) -> None:
         if ended.cause == worker_pb2.Ended.CAUSE_DRAINING:
             worker.draining = True
             self.workers.retire(worker)

@@ -5,6 +5,7 @@ import ipaddress
 import secrets
 import socket
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from importlib.metadata import version
 
@@ -55,6 +56,15 @@ class Registry:
     @property
     def connected(self) -> list[Worker]:
         return [link.worker for link in self._links.values() if link.worker is not None]
+
+    def problems(self) -> Iterator[tuple[str, Role, str]]:
+        """Address and role of workers that are there and not of full use, and why."""
+        for link in self._links.values():
+            if link.refused is not None:
+                yield link.address, link.role, f"refused: {link.refused}"
+            if link.worker is not None:
+                for problem in link.worker.unreadable.values():
+                    yield link.address, link.role, f"cannot read the KV of a prefill worker: {problem}"
 
     async def run(self) -> None:
         """Looks names up and forgets addresses that are gone, until cancelled."""
@@ -122,9 +132,6 @@ class Registry:
                     f"{self._model_name!r} is {here!r}: start both with the same --model"
                 )
         return None
-
-    def worker_up(self, worker: Worker) -> None:
-        self._dispatcher.worker_up(worker)
 
     def worker_lost(self, worker: Worker) -> None:
         self._dispatcher.worker_lost(worker)

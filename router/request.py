@@ -1,9 +1,10 @@
 """One choice of a client's request, and the attempts at it. The event loop owns both; nothing else touches them."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from common.tracing import OFF, Span
 from router.errors import CallError
@@ -27,16 +28,29 @@ class State(Enum):
     DROPPED = auto()  # the client went, or a stop string ended the answer
 
 
+class Kind(NamedTuple):
+    """What hashes of blocks depend on, and all workers that are there together have in common."""
+
+    fingerprint: str
+    block_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """A prompt as workers of one kind are told of it."""
+
+    block_hashes: list[bytes]
+    packed: worker_pb2.Sequence = field(default_factory=worker_pb2.Sequence)
+
+
 @dataclass(frozen=True, slots=True)
 class Prompt:
     token_ids: tuple[int, ...]
-    max_length: int  # tokens, prompt and output, at which a sequence ends
     min_length: int
     stop_token_ids: frozenset[int]
     cache_salt: str
     # Made with the first attempt of the first choice, and shared by all: a long prompt takes milliseconds.
-    block_hashes: list[bytes] = field(default_factory=list, init=False, compare=False)
-    packed: worker_pb2.Sequence = field(default_factory=worker_pb2.Sequence, init=False, compare=False)
+    told: dict[Kind, Told] = field(default_factory=dict, init=False, compare=False)
 
 
 @dataclass(slots=True, eq=False)
@@ -47,6 +61,9 @@ class Request:
     prompt: Prompt
     sampling: worker_pb2.SamplingParams
     mailbox: Mailbox["Request"]
+    max_length: int  # tokens, prompt and output, at which the sequence ends
+    # That, once it is known how long a sequence the workers hold: of a request that came before them, until it begins.
+    settle: Callable[[int | None], int] | None = None
     trace: Span = OFF  # of the call
     arrived_at: float = field(default_factory=time.monotonic)
     queued_at: float = field(default_factory=time.monotonic)
@@ -58,6 +75,7 @@ class Request:
     taken: int = 0  # tokens of the output that are in messages to the client
     complete: bool = False  # the last token is one that ends it
     logprobs: list[bytes] = field(default_factory=list)  # where asked for: of the tokens that were not yet taken out
+    kind: Kind | None = None  # of the workers that the hashes are for
     block_hashes: list[bytes] = field(default_factory=list)
     attempts: int = 0  # begun
     resumes: int = 0  # after preemptions and faults
@@ -68,12 +86,16 @@ class Request:
     decode_cached_tokens: int | None = None
     timing: inference_pb2.Timing = field(default_factory=inference_pb2.Timing)
 
-    most_tokens: int = field(init=False)  # of the output
+    most_tokens: int = field(init=False)  # of the output, by `max_length`
     wants_logprobs: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        self.most_tokens = self.prompt.max_length - len(self.prompt.token_ids)
+        self.limit(self.max_length)
         self.wants_logprobs = self.sampling.HasField("logprobs")
+
+    def limit(self, max_length: int) -> None:
+        self.max_length = max_length
+        self.most_tokens = max_length - len(self.prompt.token_ids)
 
     @property
     def length(self) -> int:
@@ -81,7 +103,7 @@ class Request:
 
     @property
     def remaining(self) -> int:
-        return self.prompt.max_length - self.length
+        return self.max_length - self.length
 
     def add_logprobs(self, logprobs: worker_pb2.Logprobs) -> None:
         """Those of the token that comes next."""

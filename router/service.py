@@ -6,6 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
+from functools import partial
 from typing import Any
 
 import grpc
@@ -154,11 +155,11 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         return token_ids
 
     def _requests(self, job: Job, token_ids: list[int], mailbox: Mailbox[Request], trace: Span) -> list[Request]:
+        workers = self._dispatcher.workers
+        settle = partial(validate.check_length, len(token_ids), job, self._model)
+        max_length = settle(workers.max_length())
         prompt = Prompt(
             token_ids=tuple(token_ids),
-            max_length=validate.check_length(
-                len(token_ids), job, self._model, self._dispatcher.workers.smallest_pool()
-            ),
             min_length=len(token_ids) + job.min_tokens,
             stop_token_ids=job.stop_token_ids,
             cache_salt=CALLER.get().cache_salt(job.cache_salt),
@@ -168,7 +169,19 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             sampling = worker_pb2.SamplingParams()
             sampling.CopyFrom(job.sampling)
             sampling.seed = (job.seed + index) % (validate.MAX_SEED + 1)
-            requests.append(Request(job.request_id, index, next(self._serials), prompt, sampling, mailbox, trace))
+            requests.append(
+                Request(
+                    id=job.request_id,
+                    index=index,
+                    serial=next(self._serials),
+                    prompt=prompt,
+                    sampling=sampling,
+                    mailbox=mailbox,
+                    max_length=max_length,
+                    settle=None if workers.ready else settle,
+                    trace=trace,
+                )
+            )
         return requests
 
     # ------------------------------------------------------------ tokens
@@ -195,7 +208,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
     def _described(self) -> pb.GetModelResponse:
         model, dispatcher = self._model, self._dispatcher
-        longest = min(model.context_length, dispatcher.workers.smallest_pool() or model.context_length)
+        longest = min(model.context_length, dispatcher.workers.max_length() or model.context_length)
         response = pb.GetModelResponse(
             name=self._config.model,
             architecture=model.architecture,
@@ -229,6 +242,10 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                 running=self._dispatcher.running,
                 workers=[_load(worker, worker in taking) for worker in self._registry.connected],
                 answered=self._answered,
+                problems=[
+                    pb.WorkerProblem(address=address, role=role, reason=reason)
+                    for address, role, reason in self._registry.problems()
+                ],
             )
 
     # ------------------------------------------------------------ how calls end

@@ -18,8 +18,9 @@ class StopStrings:
         self._states = [0] * len(self._stops)
         self._held = ""
 
-    def feed(self, text: str) -> tuple[str, str | None]:
-        """Returns the text that is certain now (without the stop string), and the stop string where one is complete."""
+    def feed(self, text: str, may_end: bool = True) -> tuple[str, str | None]:
+        """Returns the text that is certain now (without the stop string), and the stop string where one is complete.
+        One that is complete before the text may end is passed over."""
         pending = self._held + text
         states = self._states
         for place, character in enumerate(text, len(self._held) + 1):
@@ -30,7 +31,9 @@ class StopStrings:
                     state = failure[state - 1]
                 if stop[state] == character:
                     state += 1
-                if state == len(stop):
+                if state == len(stop) and not may_end:
+                    state = failure[-1]
+                elif state == len(stop):
                     self._held = ""
                     return pending[: place - len(stop)], stop
                 states[number] = state

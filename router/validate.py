@@ -92,17 +92,17 @@ def check_tokens(field: str, token_ids: Sequence[int], model: ModelConfig) -> No
         )
 
 
-def check_length(prompt_tokens: int, job: Job, model: ModelConfig, smallest_pool: int | None) -> int:
+def check_length(prompt_tokens: int, job: Job, model: ModelConfig, held_by_all: int | None) -> int:
     """Returns the length, prompt and output together, at which the sequence ends.
 
-    `smallest_pool`: tokens of the longest sequence that every connected worker can hold; None while there is none.
+    `held_by_all`: tokens of the longest sequence that every connected worker can hold; None while there is none.
 
     Raises:
         InvalidArgument: prompt and output do not fit.
     """
     limit, whose = model.context_length, "the model's context"
-    if smallest_pool is not None and smallest_pool < limit:
-        limit, whose = smallest_pool, "the smallest worker"
+    if held_by_all is not None and held_by_all < limit:
+        limit, whose = held_by_all, "the smallest worker"
     if prompt_tokens == 0:
         raise InvalidArgument("input", "the prompt has no tokens")
     if prompt_tokens >= limit:

@@ -33,4 +33,5 @@ class WaitingQueue:
 
 
 def _order(request: Request) -> tuple[bool, int]:
+    """The same for as long as the request is in here: only an attempt that ends is a resume."""
     return request.resumes == 0, request.serial

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from router.circuit import Circuit
 from router.prefix_index import PrefixIndex
-from router.request import Attempt, Request
+from router.request import Attempt, Kind, Request
 from router.worker_faults import WorkerFault
 from twostroke.v1 import inference_pb2, worker_pb2
 
@@ -29,6 +29,7 @@ class Worker:
         self.hello = hello
         self.circuit = circuit
         self.instance = hello.instance
+        self.kind = Kind(hello.fingerprint, hello.pool.layout.block_size)
         self.role = hello.role
         self.host = hello.host
         self.load = inference_pb2.WorkerLoad(role=hello.role)

@@ -32,8 +32,6 @@ class Events(Protocol):
     def refusal(self, worker: Worker, expected: Role) -> str | None:
         """Why this worker cannot be used; None where it can."""
 
-    def worker_up(self, worker: Worker) -> None: ...
-
     def worker_lost(self, worker: Worker) -> None: ...
 
     def received(self, worker: Worker, message: worker_pb2.WorkerMessage) -> None:
@@ -56,6 +54,7 @@ class WorkerLink:
         self.address = address
         self.role = role
         self.worker: Worker | None = None
+        self.refused: str | None = None  # why the worker that is there cannot be used
         self._router = router
         self._peers = peers
         self._silence_seconds = silence_seconds
@@ -97,9 +96,11 @@ class WorkerLink:
             except Exception as error:  # a fault of the router must not lose it the worker for good
                 log.exception("link failed", worker=self.address)
                 problem = repr(error)
+            if problem != self.refused:
+                self.refused = None
             if self.worker is not None:
                 worker, self.worker = self.worker, None
-                self._events.worker_lost(worker)
+                self._tell_lost(worker)
                 log.warning("worker lost", worker=self.address, instance=worker.instance, reason=problem)
                 pause, told = LONGEST_PAUSE if broke_off else FIRST_PAUSE, ""
             elif problem != told:
@@ -110,6 +111,12 @@ class WorkerLink:
                     await self._hurry.wait()
             except TimeoutError:
                 pause = min(2 * pause, LONGEST_PAUSE)
+
+    def _tell_lost(self, worker: Worker) -> None:
+        try:
+            self._events.worker_lost(worker)
+        except Exception:  # a fault of the router must not lose it the worker that comes next
+            log.exception("link failed", worker=self.address)
 
     async def _connect(self) -> str:
         """One stream, from hello to its end; returns why it ended."""
@@ -139,7 +146,7 @@ class WorkerLink:
         first = await stream.read()
         if not isinstance(first, worker_pb2.WorkerMessage):
             return "the worker closed the stream"
-        reason = self._events.refusal(worker, self.role)
+        self.refused = reason = self._events.refusal(worker, self.role)
         if reason is not None:
             log.error("worker refused", worker=self.address, instance=worker.instance, reason=reason)
             silence.reschedule(None)
@@ -147,12 +154,11 @@ class WorkerLink:
             return reason
         self.worker = worker
         self._note_who_is_here(worker.instance)
-        worker.report(first)
         log.info("worker connected", worker=self.address, instance=worker.instance)
-        self._events.worker_up(worker)
         writer = asyncio.create_task(self._write(stream, worker))
         now = asyncio.get_running_loop().time
         try:
+            self._events.received(worker, first)
             while isinstance(message := await stream.read(), worker_pb2.WorkerMessage):
                 silence.reschedule(now() + self._silence_seconds)
                 self._events.received(worker, message)
@@ -181,6 +187,10 @@ class WorkerLink:
             while True:
                 await stream.write(await worker.next_message())
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            pass  # the stream is over
+        except Exception:
+            log.exception("cannot write", worker=self.address)
+        finally:
             stream.cancel()  # so that the reader sees the end, too
 
 

@@ -59,7 +59,7 @@ class Workers:
     def count_paused(self, role: Role) -> int:
         return sum(worker.circuit.paused for worker in self._of_role[role])
 
-    def smallest_pool(self) -> int | None:
+    def max_length(self) -> int | None:
         """Tokens of the longest sequence that every worker can hold; None while there is no worker."""
         return min((worker.hello.max_length for worker in self.all()), default=None)
 

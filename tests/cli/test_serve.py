@@ -179,6 +179,17 @@ def test_a_part_that_cannot_start_ends_it_at_once(tmp_path: Path, command: tuple
     assert errors.splitlines()[-1] == "twostroke serve: prefill_worker ended with exit code 1; giving up"
 
 
+@pytest.mark.parametrize("command", [(), ("echo", "never")])
+def test_a_worker_that_cannot_be_used_ends_it_with_the_reason(tmp_path: Path, command: tuple[str, ...]) -> None:
+    (tmp_path / "problem").write_text("refused: its dtype is 'bfloat16', and that of host:2 is 'float32'")
+    with serve(tmp_path, *command) as process:
+        output, errors = process.communicate(timeout=30)
+    assert (process.returncode, output) == (1, "")
+    said = [line.removeprefix("twostroke serve: ") for line in errors.splitlines() if line.startswith("twostroke")]
+    problem = "decode worker host:1 refused: its dtype is 'bfloat16', and that of host:2 is 'float32'"
+    assert said == [f"not ready yet: {problem}", f"{problem}; giving up"]
+
+
 def test_log_lines_do_not_break_into_the_command(tmp_path: Path) -> None:
     with serve(tmp_path, "echo", "answer") as process:
         output, errors = process.communicate(timeout=30)

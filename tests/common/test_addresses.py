@@ -24,6 +24,7 @@ def test_addresses_to_listen_on(address: str) -> None:
         ("", "with a port from 1 to 65535"),
         ("foo:0", "with a port from 1 to 65535"),
         ("foo:65536", "with a port from 1 to 65535"),
+        ("foo:0080000", "with a port from 1 to 65535"),
         ("foo:-1", "with a port from 1 to 65535"),
         (f"foo:{'9' * 5000}", "with a port from 1 to 65535"),
         ("::1:8600", "brackets around an IPv6 address"),

@@ -112,3 +112,26 @@ def test_health_says_when_the_engine_hangs(service: WorkerService, monkeypatch: 
     while time.monotonic() < until:
         service.receive(timeout=0)
         assert probe(service.address, "") is not None
+
+
+@pytest.mark.parametrize(("most_messages", "most_bytes", "taken"), [(7, 1 << 30, 7), (1_000, 4_500, 6)])
+def test_a_router_that_reads_nothing_is_cut_off_by_messages_and_by_bytes(
+    monkeypatch: pytest.MonkeyPatch, most_messages: int, most_bytes: int, taken: int
+) -> None:
+    """Of messages of about 1,000 bytes, the first two are not measured."""
+    monkeypatch.setattr(worker_service, "MAX_UNSENT_MESSAGES", most_messages)
+    monkeypatch.setattr(worker_service, "MAX_UNSENT_BYTES", most_bytes)
+    monkeypatch.setattr(worker_service, "UNMEASURED_MESSAGES", 2)
+    message = worker_pb2.WorkerMessage(cache=worker_pb2.CacheChanges(published=b"x" * 1_000))
+    cut_off: list[None] = []
+    unsent = worker_service._Unsent(lambda: cut_off.append(None))
+    for _ in range(3):  # what was read does not count
+        for _ in range(taken):
+            unsent.put(message)
+        while unsent.take() is not None:
+            pass
+    for _ in range(taken):
+        unsent.put(message)
+    assert not cut_off
+    unsent.put(message)
+    assert cut_off

@@ -21,8 +21,8 @@ def test_tokens_that_come_together_end_one_gap(model: Path, monkeypatch: pytest.
     config, metrics, now = load_config(model), Metrics(), 100.0
     monkeypatch.setattr(answer, "time", SimpleNamespace(monotonic=lambda: now))
     job = validate.check(request(max_tokens=50), config)
-    prompt = Prompt((40,), 51, 0, frozenset(), "")
-    choice = Request("", 0, 0, prompt, job.sampling, Mailbox(Turnstile()))
+    prompt = Prompt((40,), 0, frozenset(), "")
+    choice = Request("", 0, 0, prompt, job.sampling, Mailbox(Turnstile()), 51)
     reader = Answer(choice, job, Tokenizer(model, config), config.eos_token_ids, metrics, begins_text=True)
     for gap, tokens in ((0.0, 1), (0.125, 1), (2.0, 20), (0.25, 0), (0.25, 2)):
         now += gap

@@ -15,8 +15,8 @@ HASHES = [number.to_bytes(16, "little") for number in range(8)]
 
 
 def request(tokens: int = 8 * BLOCK + 5, max_length: int = 9 * BLOCK) -> Request:
-    prompt = Prompt(tuple(range(tokens)), max_length, 0, frozenset(), "")
-    made = Request("", 0, 0, prompt, worker_pb2.SamplingParams(), Mailbox(Turnstile()))
+    prompt = Prompt(tuple(range(tokens)), 0, frozenset(), "")
+    made = Request("", 0, 0, prompt, worker_pb2.SamplingParams(), Mailbox(Turnstile()), max_length)
     made.block_hashes = HASHES[: tokens // BLOCK]
     return made
 

@@ -11,8 +11,9 @@ BATCH, ALTERNATIVES = 64, 20
 
 
 def asking() -> Request:
-    prompt = Prompt((1,), 1_000_000, 0, frozenset(), "")
-    return Request("", 0, 0, prompt, worker_pb2.SamplingParams(logprobs=ALTERNATIVES), Mailbox(Turnstile()))
+    prompt = Prompt((1,), 0, frozenset(), "")
+    sampling = worker_pb2.SamplingParams(logprobs=ALTERNATIVES)
+    return Request("", 0, 0, prompt, sampling, Mailbox(Turnstile()), 1_000_000)
 
 
 def step() -> worker_pb2.StepTokens:

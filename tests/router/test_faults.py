@@ -2,6 +2,7 @@
 happened, and nobody holds anything afterwards (`cluster` checks that at its end)."""
 
 import asyncio
+import itertools
 import sys
 import time
 from collections.abc import Sequence
@@ -10,9 +11,11 @@ from typing import Any
 
 import grpc
 import pytest
+from structlog.testing import capture_logs
 
+from common.prefix_hash import cache_root
 from router import choose, dispatcher
-from router.worker import REFUSAL_PAUSE
+from router.worker import REFUSAL_PAUSE, Worker
 from tests.router.cluster import PROMPT, Cluster, cluster, eventually, expected, request
 from tests.router.fake_worker import DECODE, PREFILL, Ended, FakeWorker, Script
 from twostroke.v1 import inference_pb2, worker_pb2
@@ -476,3 +479,120 @@ async def test_a_fault_of_the_router_costs_one_request_and_no_block(
         assert error.code() == grpc.StatusCode.INTERNAL
         await eventually(it.nothing_held)
         assert list((await it.generate()).choices[0].token_ids) == expected(8)
+
+
+async def test_a_fault_of_the_router_while_a_worker_is_lost_costs_one_request(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with cluster(model, decodes=[Script(stop_after=3)], worker_grace=10) as it:
+        answers = [asyncio.ensure_future(it.generate(max_tokens=20)) for _ in range(3)]
+        await eventually(lambda: stuck(it, "decode", requests=3))
+        resume, calls = dispatcher.Dispatcher._resume, itertools.count()
+
+        def faulty(*arguments: Any, **detail: str) -> None:
+            assert next(calls), "the first is not resumed"
+            resume(*arguments, **detail)
+
+        monkeypatch.setattr(dispatcher.Dispatcher, "_resume", faulty)
+        await it.decodes[0].die()
+        reborn = FakeWorker(DECODE)
+        await reborn.start(it.decodes[0].address)
+        it.decodes[:] = [reborn]
+        ends = await asyncio.gather(*answers, return_exceptions=True)
+        failed = [end for end in ends if isinstance(end, grpc.aio.AioRpcError)]
+        assert [error.code() for error in failed] == [grpc.StatusCode.INTERNAL]
+        assert len(reborn.starts) == 2
+
+
+async def test_a_fault_of_the_router_over_what_a_worker_says_costs_one_request(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with cluster(model, decodes=[Script(end_after={3: [Ended.CAUSE_PREEMPTED] * 2})]) as it:
+        resume, calls = dispatcher.Dispatcher._resume, itertools.count()
+
+        def faulty(*arguments: Any, **detail: str) -> None:
+            assert next(calls), "the first is not resumed"
+            resume(*arguments, **detail)
+
+        monkeypatch.setattr(dispatcher.Dispatcher, "_resume", faulty)
+        ends = await asyncio.gather(*(it.generate(max_tokens=20) for _ in range(3)), return_exceptions=True)
+        failed = [end for end in ends if isinstance(end, grpc.aio.AioRpcError)]
+        assert [error.code() for error in failed] == [grpc.StatusCode.INTERNAL]
+        answers = [end for end in ends if isinstance(end, inference_pb2.GenerateResponse)]
+        resumes = [answer.choices[0].finish.usage.resumes for answer in answers]
+        assert sorted(resumes) == [0, 1], "the worker is not lost"
+
+
+async def test_a_fault_of_the_router_does_not_lose_it_the_worker_that_comes_next(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with cluster(model, worker_grace=10) as it:
+        lost = it.router.dispatcher.worker_lost
+
+        def faulty(worker: Worker) -> None:
+            lost(worker)
+            raise RuntimeError
+
+        monkeypatch.setattr(it.router.dispatcher, "worker_lost", faulty)
+        await it.decodes[0].die()
+        reborn = FakeWorker(DECODE)
+        await reborn.start(it.decodes[0].address)
+        it.decodes[:] = [reborn]
+        assert list((await it.generate()).choices[0].token_ids) == expected(8)
+
+
+async def test_a_stream_that_cannot_be_written_to_is_opened_again(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with cluster(model, worker_grace=10) as it:
+        next_message, calls = Worker.next_message, itertools.count()
+
+        async def faulty(worker: Worker) -> worker_pb2.RouterMessage:
+            assert next(calls), "the first fails"
+            return await next_message(worker)
+
+        monkeypatch.setattr(Worker, "next_message", faulty)
+        choice = (await it.generate()).choices[0]
+        assert list(choice.token_ids) == expected(8)
+        assert choice.finish.usage.resumes == 1
+
+
+async def test_the_first_message_of_a_worker_is_checked_as_all_are(model: Path) -> None:
+    class Odd(FakeWorker):
+        async def _beat(self) -> None:
+            self.send(cache=worker_pb2.CacheChanges(published=b"short"))
+            await super()._beat()
+
+    with capture_logs() as logs:
+        async with cluster(model, prefills=[Odd(PREFILL)], ready=False) as it:
+            await eventually(lambda: any(entry["event"] == "worker lost" for entry in logs))
+            assert it.router.dispatcher.workers.count(PREFILL) == 0
+    reason = next(entry["reason"] for entry in logs if entry["event"] == "worker lost")
+    assert reason == "it broke the protocol: hashes of 16 bytes came as 5 bytes"
+
+
+@pytest.mark.parametrize("hello", [{"fingerprint": "e" * 32}, {"block_size": 32}])
+async def test_workers_that_come_back_as_another_kind_serve_what_has_no_output_yet(
+    model: Path, hello: dict[str, Any]
+) -> None:
+    busy = FakeWorker(DECODE, Script(stop_after=3), max_batch=1)
+    async with cluster(model, decodes=[busy], worker_grace=10) as it:
+        begun = asyncio.ensure_future(it.generate(max_tokens=100, prompt=tuple(range(40, 104))))
+        await eventually(lambda: stuck(it, "decode"))
+        waiting = asyncio.ensure_future(it.generate(max_tokens=100))
+        await eventually(lambda: it.router.dispatcher.queued == 1)
+        for worker in it.workers:
+            await worker.die()
+        await eventually(lambda: not it.router.registry.connected)
+        it.prefills[:], it.decodes[:] = [FakeWorker(PREFILL, **hello)], [FakeWorker(DECODE, **hello)]
+        for worker in it.workers:
+            it.router.registry._keep_link((await worker.start(), worker.role))
+        assert list((await waiting).choices[0].token_ids) == expected(100)
+        if "block_size" in hello:
+            assert list((await begun).choices[0].token_ids) == expected(100, range(40, 104))
+            assert {len(p.sequence.block_hashes) // 16 for p in it.prefills[0].prefills} == {0, 2}
+        else:
+            with pytest.raises(grpc.aio.AioRpcError) as failed:
+                await begun
+            assert failed.value.code() == grpc.StatusCode.UNAVAILABLE
+            assert "other weights" in str(failed.value.details())
+            roots = {cache_root("e" * 32, "")}
+            assert {prefill.sequence.cache_root for prefill in it.prefills[0].prefills} == roots

@@ -173,6 +173,24 @@ async def test_a_decode_worker_helps_out_with_one_prompt_at_a_time(model: Path) 
         await eventually(it.nothing_held)
 
 
+@pytest.mark.parametrize("allowed", ["prefill_tokens", "prefill_overflow_tokens"])
+async def test_a_single_token_is_computed_by_a_decode_worker_while_all_prefill_workers_are_busy(
+    model: Path, allowed: str
+) -> None:
+    prompts = long_prompts(3)
+    slow = FakeWorker(PREFILL, Script(silent=True), max_batch=50)
+    helping = FakeWorker(DECODE, **{allowed: len(PROMPT)})
+    async with cluster(model, prefills=[slow], decodes=[helping]) as it:
+        calls = [it.stub.Generate(request(prompt=prompt, max_tokens=1), timeout=10) for prompt in prompts]
+        await eventually(lambda: it.router.dispatcher.queued == 1)
+        assert list((await it.generate(max_tokens=1)).choices[0].token_ids) == expected(1)
+        assert [reserve.prefill for reserve in helping.reserves] == [True]
+        assert (len(slow.prefills), it.router.dispatcher.queued) == (2, 1), "the long one waits on"
+        for call in calls:
+            call.cancel()
+        await eventually(it.nothing_held)
+
+
 async def test_the_decode_worker_with_the_prefix_helps_out_whoever_has_more_room(model: Path) -> None:
     prompt = long_prompts(1)[0]
     slow = FakeWorker(PREFILL, Script(silent=True), max_batch=50)

@@ -98,6 +98,8 @@ async def test_workers_of_which_one_cannot_read_the_other_serve_nobody_until_it_
             prefill.address: True,
             decode.address: False,
         }
+        reason = f"cannot read the KV of a prefill worker: {PROBLEM}"
+        assert list(load.problems) == [pb.WorkerProblem(address=decode.address, role=DECODE, reason=reason)]
         await eventually(lambda: it.router.dispatcher.workers.gone() is not None)
         with pytest.raises(grpc.aio.AioRpcError) as failed:
             await it.generate()
@@ -112,6 +114,7 @@ async def test_workers_of_which_one_cannot_read_the_other_serve_nobody_until_it_
         decode.script.unreadable.clear()
         await eventually(lambda: it.router.dispatcher.workers.ready)
         assert await health(it) == SERVING
+        assert not (await it.stub.GetLoad(pb.GetLoadRequest())).problems
         assert list((await it.generate()).choices[0].token_ids) == expected(8)
 
 

@@ -10,8 +10,9 @@ from structlog.testing import capture_logs
 
 from common import vocabulary
 from router import registry
-from tests.router.cluster import cluster, eventually, expected
+from tests.router.cluster import PROMPT, Cluster, cluster, eventually, expected
 from tests.router.fake_worker import DECODE, PREFILL, FakeWorker, Script
+from twostroke.v1 import inference_pb2 as pb
 from twostroke.v1 import worker_pb2, worker_pb2_grpc
 
 
@@ -35,6 +36,9 @@ async def test_a_worker_that_does_not_fit_is_refused_with_both_values(
             it.router.registry._keep_link((await odd.start(), DECODE))
             await eventually(lambda: any(entry["event"] == "worker refused" for entry in logs))
             assert len(it.router.dispatcher.workers.all()) == 2
+            (problem,) = (await it.stub.GetLoad(pb.GetLoadRequest())).problems
+            assert (problem.address, problem.role) == (odd.address, DECODE)
+            assert problem.reason.startswith(f"refused: {sentence}")
             await odd.die()
     refusal = next(entry for entry in logs if entry["event"] == "worker refused")
     assert refusal["reason"].startswith(sentence)
@@ -86,6 +90,39 @@ async def test_workers_that_make_themselves_known_are_used(model: Path) -> None:
             message = worker_pb2.RegisterRequest(address=await worker.start(), instance=worker.instance, role=role)
             assert (await stub.Register(message)).interval_ms == 2000
         assert list((await it.generate()).choices[0].token_ids) == expected(8)
+
+
+@pytest.mark.parametrize(
+    ("limits", "answer"),
+    [
+        ({"max_tokens": None}, [*expected(80 - len(PROMPT))]),
+        ({"max_tokens": 60}, [*expected(60)]),
+        ({"max_tokens": 61}, "stopping.max_tokens: 61 and the prompt's 20 are more than 80, for"),
+        ({"max_tokens": None, "prompt": range(40, 120)}, "input: the prompt has 80 tokens; the smallest worker"),
+    ],
+)
+async def test_what_comes_before_the_workers_is_answered_as_what_comes_after(
+    model: Path, limits: dict[str, Any], answer: list[int] | str
+) -> None:
+    async def ask(it: Cluster) -> list[int] | str:
+        try:
+            return list((await it.generate(**limits)).choices[0].token_ids)
+        except grpc.aio.AioRpcError as error:
+            return f"{error.code().name} {error.details()}"
+
+    async with cluster(model, prefills=[], decodes=[], worker_grace=10) as it:
+        early = asyncio.ensure_future(ask(it))
+        await eventually(lambda: it.router.dispatcher.queued == 1)
+        it.prefills.append(FakeWorker(PREFILL))
+        it.router.registry._keep_link((await it.prefills[0].start(), PREFILL))
+        await eventually(lambda: len(it.router.dispatcher.workers.all()) == 1)
+        it.decodes.append(FakeWorker(DECODE, max_length=80))
+        it.router.registry._keep_link((await it.decodes[0].start(), DECODE))
+        answers = [await early, await ask(it)]
+        if isinstance(answer, str):
+            assert all(got.startswith(f"INVALID_ARGUMENT {answer}") for got in answers), answers
+        else:
+            assert answers == [answer, answer]
 
 
 async def test_workers_may_listen_on_sockets_of_this_machine(model: Path, tmp_path: Path) -> None:

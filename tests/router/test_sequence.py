@@ -1,31 +1,31 @@
 """Requests as workers are told of them: what choices share, and what each has of its own."""
 
+import grpc
 import pytest
 
 from common import prefix_hash
 from common.sequence import sequence_from_proto
+from router.errors import CallError
 from router.mailbox import Mailbox
-from router.request import Prompt, Request
+from router.request import Kind, Prompt, Request
 from router.sequence import hash_blocks, sequence_of
 from router.turnstile import Turnstile
 from twostroke.v1 import worker_pb2
 
 BLOCK = 16
-HELLO = worker_pb2.WorkerHello(
-    fingerprint="f" * 32, pool=worker_pb2.PoolHandle(layout=worker_pb2.KvLayout(block_size=BLOCK))
-)
+KIND = Kind("f" * 32, BLOCK)
 ROOT = prefix_hash.cache_root("f" * 32, "salt")
 
 
 def choices(count: int, tokens: int) -> list[Request]:
-    prompt = Prompt(tuple(range(tokens)), 1000, tokens + 3, frozenset([7, 5]), "salt")
+    prompt = Prompt(tuple(range(tokens)), tokens + 3, frozenset([7, 5]), "salt")
     sampling = [worker_pb2.SamplingParams(temperature=1, top_p=1, seed=place) for place in range(count)]
-    return [Request("id", place, place, prompt, sampling[place], Mailbox(Turnstile())) for place in range(count)]
+    return [Request("id", place, place, prompt, sampling[place], Mailbox(Turnstile()), 1000) for place in range(count)]
 
 
-def told(request: Request) -> worker_pb2.Sequence:
-    hash_blocks(request, HELLO)
-    return sequence_of(request, HELLO)
+def told(request: Request, kind: Kind = KIND) -> worker_pb2.Sequence:
+    hash_blocks(request, kind)
+    return sequence_of(request)
 
 
 @pytest.mark.parametrize("tokens", [5, 16, 100])
@@ -60,3 +60,32 @@ def test_choices_share_the_hashes_of_their_prompt(monkeypatch: pytest.MonkeyPatc
         told(request)
     assert hashed == 100
     assert all(request.block_hashes is requests[0].block_hashes for request in requests)
+
+
+@pytest.mark.parametrize(
+    ("fingerprint", "block_size", "output"),
+    [("e" * 32, BLOCK, 0), ("e" * 32, 32, 0), ("f" * 32, 32, 0), ("f" * 32, 32, 40)],
+)
+def test_workers_of_another_kind_are_told_hashes_of_their_own(fingerprint: str, block_size: int, output: int) -> None:
+    requests = choices(2, 100)
+    for request in requests:
+        request.output += range(output)
+        told(request)
+    old = requests[1].block_hashes
+    root = prefix_hash.cache_root(fingerprint, "salt")
+    for request in requests:
+        spec = sequence_from_proto(told(request, Kind(fingerprint, block_size)))
+        assert spec.cache_root == root
+        whole = (*range(100), *range(output))
+        assert list(spec.block_hashes) == prefix_hash.block_hashes(root, whole, block_size) == request.block_hashes
+    assert old == prefix_hash.block_hashes(ROOT, whole, BLOCK), "somebody may still go by them"
+
+
+@pytest.mark.parametrize("tokens", [5, 100])
+def test_an_answer_does_not_go_on_under_other_weights(tokens: int) -> None:
+    (request,) = choices(1, tokens)
+    told(request)
+    request.output.append(7)
+    with pytest.raises(CallError) as raised:
+        told(request, Kind("e" * 32, BLOCK))
+    assert raised.value.code == grpc.StatusCode.UNAVAILABLE

@@ -148,6 +148,17 @@ async def test_stop_strings_wait_for_min_tokens(model: Path) -> None:
         assert choice.text == whole[: whole.index(whole[2], 19)]
 
 
+@pytest.mark.parametrize(("min_tokens", "found"), [(19, True), (20, True), (21, False)])
+async def test_a_stop_string_counts_where_it_ends(model: Path, min_tokens: int, found: bool) -> None:
+    """It begins with the 16th token and is complete with the 20th."""
+    whole = text_of(expected(40))
+    stop = text_of(expected(20)).removeprefix(text_of(expected(15)))
+    async with cluster(model) as it:
+        stopping = {"stop": [stop], "min_tokens": min_tokens}
+        choice = (await it.generate(max_tokens=40, stopping=stopping)).choices[0]
+        assert choice.text == (whole[: whole.index(stop)] if found else whole)
+
+
 async def test_logprobs_come_with_the_tokens_bytes(model: Path) -> None:
     async with cluster(model) as it:
         choice = (await it.generate(response=pb.ResponseOptions(logprobs=2))).choices[0]

@@ -39,6 +39,23 @@ def test_the_first_complete_stop_string_ends_the_text_however_it_is_cut(
     assert run(text, stops, cuts) == by_definition(text, stops)
 
 
+@given(LETTERS, STOPS, st.integers(0, 40))
+@example("aab", ["aab"], 2)
+@example("aaa", ["aa"], 2)
+def test_what_is_complete_before_the_text_may_end_is_passed_over(text: str, stops: list[str], before: int) -> None:
+    def by_its_end(end: int) -> tuple[str, str] | None:
+        complete = [stop for stop in stops if text[:end].endswith(stop)]
+        return (text[: end - len(max(complete, key=len))], max(complete, key=len)) if complete else None
+
+    ends = (by_its_end(end) for end in range(before + 1, len(text) + 1))
+    watcher = StopStrings(stops)
+    out, stop = watcher.feed(text[:before], may_end=False)
+    assert stop is None
+    certain, stop = watcher.feed(text[before:])
+    out += certain if stop is not None else certain + watcher.finish()
+    assert (out, stop) == next((end for end in ends if end), (text, None))
+
+
 def test_no_more_is_held_back_than_may_become_a_stop_string() -> None:
     watcher = StopStrings(["\n\nUser:"])
     assert watcher.feed("Hello\n") == ("Hello", None)

@@ -7,11 +7,11 @@ from router.turnstile import Turnstile
 from router.waiting_queue import WaitingQueue
 from twostroke.v1 import worker_pb2
 
-PROMPT = Prompt((1,), 2, 1, frozenset(), "")
+PROMPT = Prompt((1,), 1, frozenset(), "")
 
 
 def new(serial: int, resumes: int = 0) -> Request:
-    made: Request = Request("", 0, serial, PROMPT, worker_pb2.SamplingParams(), Mailbox(Turnstile()))
+    made: Request = Request("", 0, serial, PROMPT, worker_pb2.SamplingParams(), Mailbox(Turnstile()), 2)
     made.resumes = resumes
     return made
 

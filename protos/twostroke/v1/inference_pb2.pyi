@@ -393,7 +393,9 @@ class Stopping(_message.Message):
     max_tokens: _builtins.int
     """Most tokens to generate; as many as fit the context when not set."""
     min_tokens: _builtins.int
-    """No end-of-sequence, stop token or stop string ends the answer before this many tokens."""
+    """No end-of-sequence, stop token or stop string ends the answer before this many tokens. A stop string counts where it
+    is complete with this token or a later one, wherever it begins.
+    """
     include_stop: _builtins.bool
     """Leaves a stop string in the text it ended."""
     ignore_eos: _builtins.bool
@@ -1016,6 +1018,7 @@ class GetLoadResponse(_message.Message):
     RUNNING_FIELD_NUMBER: _builtins.int
     WORKERS_FIELD_NUMBER: _builtins.int
     ANSWERED_FIELD_NUMBER: _builtins.int
+    PROBLEMS_FIELD_NUMBER: _builtins.int
     queued: _builtins.int
     """requests that no worker has yet"""
     running: _builtins.int
@@ -1024,6 +1027,8 @@ class GetLoadResponse(_message.Message):
     """requests answered since the router started; each choice counts"""
     @_builtins.property
     def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerLoad]: ...
+    @_builtins.property
+    def problems(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerProblem]: ...
     def __init__(
         self,
         *,
@@ -1031,14 +1036,43 @@ class GetLoadResponse(_message.Message):
         running: _builtins.int = ...,
         workers: _abc.Iterable[Global___WorkerLoad] | None = ...,
         answered: _builtins.int = ...,
+        problems: _abc.Iterable[Global___WorkerProblem] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answered", b"answered", "queued", b"queued", "running", b"running", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answered", b"answered", "problems", b"problems", "queued", b"queued", "running", b"running", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetLoadResponse: _TypeAlias = GetLoadResponse  # noqa: Y015
+
+@_typing.final
+class WorkerProblem(_message.Message):
+    """Why a worker that is there takes no requests, or takes them from fewer prefill workers than there are."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    address: _builtins.str
+    role: Global___WorkerRole.ValueType
+    reason: _builtins.str
+    """a sentence"""
+    def __init__(
+        self,
+        *,
+        address: _builtins.str = ...,
+        role: Global___WorkerRole.ValueType = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "reason", b"reason", "role", b"role"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WorkerProblem: _TypeAlias = WorkerProblem  # noqa: Y015
 
 @_typing.final
 class WorkerLoad(_message.Message):

@@ -1,0 +1,45 @@
+"""Whether a cluster that was started is ready, and what keeps it from being so."""
+
+import time
+
+from twostroke import Client, TwostrokeError
+from twostroke.v1 import inference_pb2 as pb
+
+# The router tries a worker that does not fit, or that cannot read another's KV, again every five seconds. What stands
+# for so long is not about to change.
+LASTING_SECONDS = 15.0
+
+ROLES = {pb.WORKER_ROLE_PREFILL: "prefill", pb.WORKER_ROLE_DECODE: "decode"}
+
+
+class Readiness:
+    """Of the router that `client` calls, and of so many workers."""
+
+    def __init__(self, client: Client, workers: int) -> None:
+        self._client = client
+        self._workers = workers
+        self._since: dict[str, float] = {}  # of each problem that there is: time.monotonic()
+
+    def look(self) -> tuple[str | None, list[str]]:
+        """The model's name, once the router's health is SERVING and every worker takes requests; problems that were not
+        there when it looked last."""
+        try:
+            self._client.wait_until_ready(timeout=1)
+            serving = True
+        except TwostrokeError:
+            serving = False
+        try:
+            load = self._client.load(timeout=1)
+            if serving and sum(worker.ready for worker in load.workers) == self._workers:
+                return self._client.model(timeout=1).name, []
+        except TwostrokeError:
+            return None, []
+        known, now = self._since, time.monotonic()
+        problems = [f"{ROLES.get(problem.role)} worker {problem.address} {problem.reason}" for problem in load.problems]
+        self._since = {problem: known.get(problem, now) for problem in problems}
+        return None, [problem for problem in self._since if problem not in known]
+
+    def lasting_problem(self) -> str | None:
+        """A problem that has been there for too long to go away."""
+        long_ago = time.monotonic() - LASTING_SECONDS
+        return next((problem for problem, since in self._since.items() if since < long_ago), None)

@@ -90,6 +90,8 @@ def main(command: str | None = None) -> None:
         app([command, *sys.argv[1:]] if command else None)
     except StartError as error:
         raise SystemExit(f"twostroke: {error}") from error
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cli.main import app
+from cli.main import app, main
 from tests.protos.fake_router import FakeRouter, serving
 
 ROOT = Path(__file__).parents[2]
@@ -103,6 +103,32 @@ def test_generate_as_json(router: FakeRouter) -> None:
     assert answer["usage"]["completion_tokens"] == 2
 
 
+def test_a_misspelt_flag_is_no_prompt(router: FakeRouter) -> None:
+    for arguments in (["--jsno"], ["--jsno", "Hello"], ["--temprature=0", "Hello"], ["-x"]):
+        run = twostroke("generate", *arguments, TWOSTROKE_TARGET=router.address)
+        assert run.returncode == 2
+        assert f'Invalid value "{arguments[0]}" for PROMPT. There is no such flag' in run.stdout + run.stderr
+    assert router.requests == []
+    assert twostroke("generate", "- a list", TWOSTROKE_TARGET=router.address).returncode == 0
+
+
+def test_generate_says_where_an_answer_was_cut_off(router: FakeRouter) -> None:
+    chat = twostroke("generate", "Hello", "--max-tokens=2", TWOSTROKE_TARGET=router.address)
+    assert chat.stderr == "twostroke: cut off after 2 tokens; --max-tokens is the limit\n"
+    raw = twostroke("generate", "Hello", "--raw", "--max-tokens=2", TWOSTROKE_TARGET=router.address)
+    assert raw.stderr == ""
+
+
+def test_ctrl_c_at_the_start_is_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(_tokens: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cli.main.app", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 130
+
+
 def test_errors_are_sentences() -> None:
     run = twostroke("generate", "Hello", "--target=127.0.0.1:1")
     assert run.returncode == 1
@@ -145,7 +171,7 @@ def test_chat(router: FakeRouter) -> None:
     terminal.see("> ")
     terminal.type("Hello\n")
     terminal.see("t0 t1 t2 ")
-    terminal.see("3 tokens")
+    terminal.see("3 tokens, cut off by --max-tokens")
     terminal.see("> ")
 
     router.step_seconds = 0.05

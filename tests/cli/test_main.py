@@ -103,6 +103,14 @@ def test_generate_as_json(router: FakeRouter) -> None:
     assert answer["usage"]["completion_tokens"] == 2
 
 
+def test_bench_says_at_once_that_it_cannot_write_its_results(router: FakeRouter) -> None:
+    for flag in ("--json", "--plot"):
+        run = twostroke("bench", f"{flag}=/no/such/folder/run", TWOSTROKE_TARGET=router.address)
+        assert run.returncode == 2
+        assert "There is no folder /no/such/folder" in run.stdout + run.stderr
+    assert router.requests == []
+
+
 def test_a_misspelt_flag_is_no_prompt(router: FakeRouter) -> None:
     for arguments in (["--jsno"], ["--jsno", "Hello"], ["--temprature=0", "Hello"], ["-x"]):
         run = twostroke("generate", *arguments, TWOSTROKE_TARGET=router.address)

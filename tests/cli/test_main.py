@@ -148,11 +148,21 @@ class Terminal:
     """A program on a terminal of its own: what a person types, and what they see."""
 
     def __init__(self, *arguments: str, target: str) -> None:
-        environment = ENVIRONMENT | {"TWOSTROKE_TARGET": target}
-        self.pid, self._terminal = pty.fork()
-        if self.pid == 0:
-            os.chdir(ROOT)
-            os.execve(sys.executable, [sys.executable, "-m", "cli.main", *arguments], environment)
+        # pty.fork() would fork a process with gRPC's threads, which may hang before it comes to exec.
+        take_it = (
+            "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+        )
+        self._terminal, its_end = pty.openpty()
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", take_it, sys.executable, "-m", "cli.main", *arguments],
+            stdin=its_end,
+            stdout=its_end,
+            stderr=its_end,
+            env=ENVIRONMENT | {"TWOSTROKE_TARGET": target},
+            cwd=ROOT,
+            start_new_session=True,
+        )
+        os.close(its_end)
         self._seen = ""
 
     def type(self, keys: str) -> None:
@@ -168,7 +178,7 @@ class Terminal:
         return before + words
 
     def exit_code(self) -> int:
-        code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        code = self._process.wait(timeout=20)
         os.close(self._terminal)
         return code
 

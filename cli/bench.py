@@ -2,6 +2,7 @@
 
 import asyncio
 import json as json_format
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -17,12 +18,23 @@ from benchmarks.load.summary import summarize
 from cli.options import Connection, errors_as_exit
 
 
+def _is_in_a_folder(_type: object, path: Path | None) -> None:
+    if path is not None and not path.parent.is_dir():
+        raise ValueError(f"There is no folder {path.parent}")
+
+
+def _can_be_drawn(_type: object, path: Path | None) -> None:
+    _is_in_a_folder(_type, path)
+    if path is not None and find_spec("matplotlib") is None:
+        raise ValueError("It needs matplotlib: pip install 'twostroke[plot]'")
+
+
 def bench(
     *,
     load: Annotated[LoadConfig, Parameter(name="*", validator=lambda _, load: check(load))] = LoadConfig(),
     limits: Annotated[Limits, Parameter(name="*")] = Limits(),
-    json: Path | None = None,
-    plot_file: Annotated[Path | None, Parameter(name="plot")] = None,
+    json: Annotated[Path | None, Parameter(validator=_is_in_a_folder)] = None,
+    plot_file: Annotated[Path | None, Parameter(name="plot", validator=_can_be_drawn)] = None,
     connection: Connection = Connection(),
 ) -> None:
     """

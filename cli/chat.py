@@ -50,13 +50,15 @@ def _read_question() -> str | None:
 
 def _answer(client: Client, messages: list[Message], sampling: Sampling, console: Console) -> str | None:
     """Prints the answer while it comes, and returns as much of it as came; None where there is none to go on with."""
-    text, tokens, began, first = "", 0, time.monotonic(), None
+    text, tokens, began, first, cut = "", 0, time.monotonic(), None, ""
     try:
         for piece in client.stream_chat(messages, **sampling.options()):
             if piece.token_ids and first is None:
                 first = time.monotonic()
             tokens += len(piece.token_ids)
             text += piece.text
+            if piece.finish and piece.finish.reason == "length":
+                cut = ", cut off by --max-tokens"
             print(piece.text, end="", flush=True)
     except KeyboardInterrupt:
         print(" …", end="")
@@ -68,5 +70,5 @@ def _answer(client: Client, messages: list[Message], sampling: Sampling, console
     if first is not None and tokens > 1:
         rate = (tokens - 1) / max(time.monotonic() - first, 1e-9)
         milliseconds = (first - began) * 1000
-        console.print(f"[dim]{tokens} tokens, the first after {milliseconds:.0f} ms, then {rate:.0f} tokens/s[/]")
+        console.print(f"[dim]{tokens} tokens{cut}, the first after {milliseconds:.0f} ms, then {rate:.0f} tokens/s[/]")
     return text or None

@@ -1,5 +1,6 @@
 """`twostroke generate`: one question, one answer."""
 
+import re
 import sys
 from json import dumps
 from typing import Annotated
@@ -11,9 +12,16 @@ from google.protobuf.message import Message
 from cli.options import Connection, Sampling, errors_as_exit
 from twostroke import Generation, Prompt
 
+FLAG = re.compile(r"--?[A-Za-z][\w-]*(=\S*)?")
+
+
+def _is_no_flag(_type: object, prompt: str) -> None:
+    if FLAG.fullmatch(prompt):
+        raise ValueError("There is no such flag; a prompt like it goes through standard input, with -")
+
 
 def generate(
-    prompt: Annotated[str, Parameter(allow_leading_hyphen=True, show_env_var=False)],
+    prompt: Annotated[str, Parameter(allow_leading_hyphen=True, show_env_var=False, validator=_is_no_flag)],
     /,
     *,
     system: str | None = None,
@@ -43,9 +51,14 @@ def generate(
         if json:
             print(_as_json(client.generate(question, **options)))
             return
+        finish = None
         for piece in client.stream(question, **options):
             print(piece.text, end="", flush=True)
+            finish = piece.finish
         print()
+    if finish and finish.reason == "length" and not raw:
+        tokens = finish.usage.completion_tokens
+        print(f"twostroke: cut off after {tokens} tokens; --max-tokens is the limit", file=sys.stderr)
 
 
 def _chat(question: str, system: str | None) -> Prompt:

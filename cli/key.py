@@ -1,9 +1,12 @@
 """`twostroke key`: a new API key."""
 
 import sys
+from typing import Annotated
+
+from cyclopts import Parameter
 
 
-def key(name: str, /) -> None:
+def key(name: Annotated[str, Parameter(show_env_var=False)], /) -> None:
     """
     Parameters
     ----------

@@ -9,6 +9,14 @@ from cyclopts.config import Env
 
 from common.start_error import StartError
 
+
+def _default(value: object) -> str | None:
+    """A default as it would be typed; None where help shows none."""
+    if value is None or value == ():
+        return None
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
 app = App(
     name="twostroke",
     help="LLM inference with prefill and decode in separate workers.",
@@ -17,7 +25,7 @@ app = App(
     version=lambda: import_module("importlib.metadata").version("twostroke"),
     help_format="plaintext",
     config=Env("TWOSTROKE_", command=False),
-    default_parameter=Parameter(negative=()),
+    default_parameter=Parameter(negative=(), show_default=_default),
 )
 
 app.command(
@@ -90,6 +98,8 @@ def main(command: str | None = None) -> None:
         app([command, *sys.argv[1:]] if command else None)
     except StartError as error:
         raise SystemExit(f"twostroke: {error}") from error
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from twostroke import Client, TwostrokeError
 from twostroke.v1 import inference_pb2 as pb
 
 BAR_CELLS = 24
+UNLIMITED = 10_000
 ROLES = {pb.WORKER_ROLE_PREFILL: "prefill", pb.WORKER_ROLE_DECODE: "decode"}
 
 
@@ -44,7 +45,8 @@ def top(
             with errors_as_exit():
                 before = _sample(client)
                 time.sleep(interval)
-                Console().print(frame(before, _sample(client)))
+                console = Console()
+                console.print(frame(before, _sample(client), console))
             return
         try:
             _watch(client, interval)
@@ -59,7 +61,7 @@ def _watch(client: Client, interval: float) -> None:
         while True:
             try:
                 now = _sample(client)
-                live.update(frame(before or now, now), refresh=True)
+                live.update(frame(before or now, now, live.console), refresh=True)
                 before = now
             except TwostrokeError as error:
                 live.update(Text(f"{error.code.name}: {error.message}", style="red"), refresh=True)
@@ -75,16 +77,24 @@ def _sample(client: Client) -> Sample:
 # ---------------------------------------------------------------- one frame
 
 
-def frame(before: Sample, now: Sample) -> RenderableType:
-    """The cluster at `now`, with rates since `before`."""
+def frame(before: Sample, now: Sample, console: Console) -> RenderableType:
+    """The cluster at `now`, with rates since `before`; blocks stand below where the console is too narrow for them."""
+    wide = _frame(before, now, blocks_beside=True)
+    wanted = console.measure(wide, options=console.options.update(width=UNLIMITED)).maximum
+    return wide if wanted <= console.width else _frame(before, now, blocks_beside=False)
+
+
+def _frame(before: Sample, now: Sample, *, blocks_beside: bool) -> RenderableType:
     seconds = now.at - before.at
     known = {worker.instance: worker.totals for worker in before.load.workers}
-    table = Table(box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False, padding=(0, 1) if blocks_beside else (0, 1, 0, 0))
+    below = Table("worker", "blocks", box=None, pad_edge=False)
     for heading in ("role", "worker", "state"):
-        table.add_column(heading)
+        table.add_column(heading, no_wrap=True)
     for heading in ("waiting", "running", "leases", "in tok/s", "out tok/s", "hits"):
         table.add_column(heading, justify="right")
-    table.add_column("blocks")
+    if blocks_beside:
+        table.add_column("blocks")
     tokens_in = tokens_out = 0.0
     for worker in sorted(now.load.workers, key=lambda worker: (worker.role, worker.address)):
         totals = worker.totals
@@ -103,14 +113,16 @@ def frame(before: Sample, now: Sample) -> RenderableType:
             f"{taken:,.0f}",
             f"{made:,.0f}",
             f"{totals.cached_tokens / totals.prompt_tokens:.0%}" if totals.prompt_tokens else "",
-            _blocks(worker.blocks),
+            *([_blocks(worker.blocks)] if blocks_beside else []),
         )
+        below.add_row(worker.address, _blocks(worker.blocks))
     answered = _rate(max(now.load.answered - before.load.answered, 0), seconds)  # a router that restarted counts anew
     summary = (
         f"{now.load.queued:,} queued, {now.load.running:,} running; {answered:,.1f} requests/s, "
         f"{tokens_in:,.0f} tokens/s in, {tokens_out:,.0f} out"
     )
-    return Group(Text(summary, style="bold"), Text(), table, Text(), LEGEND)
+    tables = [table] if blocks_beside else [table, Text(), below]
+    return Group(Text(summary, style="bold"), Text(), *tables, Text(), LEGEND)
 
 
 def _rate(count: int, seconds: float) -> float:

@@ -1,12 +1,21 @@
 """Settings that both kinds of worker have; their docstrings are the help of the command line."""
 
+import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Any, Literal
 
+from cyclopts import Parameter
 from cyclopts.types import NonNegativeFloat, Port, PositiveInt
 
 from common.addresses import Listen, Target
 from common.security_config import SecurityConfig
+
+DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
+
+
+def _is_device(_type: Any, device: str) -> None:
+    if not DEVICE.fullmatch(device):
+        raise ValueError("Must be auto, cpu, cuda or cuda:N.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +28,7 @@ class WorkerConfig(SecurityConfig):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of weights and KV. auto: the model's own on a GPU, float32 on a CPU."""
 
-    device: str = "auto"
+    device: Annotated[str, Parameter(validator=_is_device)] = "auto"
     """cpu, cuda or cuda:N. auto: cuda where there is one."""
 
     load_format: Literal["auto", "dummy"] = "auto"

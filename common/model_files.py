@@ -26,7 +26,10 @@ def resolve(model: str) -> Path:
         return _embedded()
     directory = Path(model).expanduser()
     if not (directory / "config.json").is_file():
-        raise ModelError(f"{model!r} is neither the embedded model {EMBEDDED} nor a directory that holds a config.json")
+        raise ModelError(
+            f"{model!r} is neither the embedded model {EMBEDDED} nor a directory that holds a config.json; "
+            "`hf download ORGANIZATION/NAME --local-dir DIRECTORY` makes one of a model on Hugging Face"
+        )
     return directory.resolve()
 
 

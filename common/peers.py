@@ -46,8 +46,10 @@ class Peers:
             if credentials is None:
                 return server.add_insecure_port(address)
             return server.add_secure_port(address, credentials)
-        except RuntimeError as error:
-            raise AddressError(f"cannot listen on {address}: {error}. Is the port taken?") from error
+        except RuntimeError as error:  # which says no more; gRPC's own line before it has the reason
+            raise AddressError(
+                f"cannot listen on {address}: the port is taken, or the host is not this machine"
+            ) from error
 
     def channel(self, target: str, options: Options) -> grpc.aio.Channel:
         """For one connection: a channel that connects anew does so with the certificates of its making."""

@@ -55,6 +55,9 @@ def _own(config: TlsConfig) -> tuple[Own, ssl.SSLContext] | tuple[None, None]:
             return None, None
         case Path() as certificate, Path() as key:
             content = _read("--tls-cert", certificate), _read("--tls-key", key)
+            for flag, path, text in zip(("--tls-cert", "--tls-key"), (certificate, key), content, strict=True):
+                if b"-----BEGIN " not in text:
+                    raise SettingsError(f"{flag} {path} is no PEM file")
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             try:
                 # The password is for keys that are encrypted, for which Python would ask at the terminal.

@@ -169,7 +169,6 @@ def _difference(hello: worker_pb2.WorkerHello, other: Worker) -> str | None:
     """What keeps two workers from working together, with both values."""
     mine, theirs = hello.pool, other.hello.pool
     for what, here, there in (
-        ("fingerprint", hello.fingerprint, other.hello.fingerprint),
         ("dtype", hello.dtype, other.hello.dtype),
         ("transport", mine.transport, theirs.transport),
         ("block_size", mine.layout.block_size, theirs.layout.block_size),
@@ -177,6 +176,7 @@ def _difference(hello: worker_pb2.WorkerHello, other: Worker) -> str | None:
         ("num_kv_heads", mine.layout.num_kv_heads, theirs.layout.num_kv_heads),
         ("head_dim", mine.layout.head_dim, theirs.layout.head_dim),
         ("KV dtype", mine.layout.dtype, theirs.layout.dtype),
+        ("fingerprint", hello.fingerprint, other.hello.fingerprint),  # last: it differs with each of those above, too
     ):
         if here != there:
             return f"its {what} is {here!r}, and that of {other.address} is {there!r}"

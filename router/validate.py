@@ -214,7 +214,11 @@ def _stopping(stopping: pb.Stopping, model: ModelConfig) -> int | None:
 
 def _within(field: str, value: float, least: float, most: float, or_else: str = "") -> None:
     if not math.isfinite(value) or not least <= value <= most:
-        raise InvalidArgument(field, f"{value:g} is not {or_else}within [{least:g}, {most:g}]")
+        raise InvalidArgument(field, f"{_plain(value)} is not {or_else}within [{_plain(least)}, {_plain(most)}]")
+
+
+def _plain(value: float) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _at_most_bytes(field: str, text: str, most: int) -> None:

@@ -23,7 +23,8 @@ class LoadConfig:
     """Requests sent before, and not measured."""
 
     prompt_tokens: str = "256"
-    """Tokens of a prompt, without its shared prefix: N, uniform:LOW,HIGH or lognormal:MEDIAN,SIGMA."""
+    """Tokens of a prompt, without its shared prefix: N, uniform:LOW,HIGH or lognormal:MEDIAN,SIGMA. Where prompt
+    and answer are longer than the cluster takes, they are cut, the answer first."""
 
     output_tokens: str = "64"
     """Tokens of an answer, in the same words. The model's own end of the answer is ignored."""

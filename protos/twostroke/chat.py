@@ -61,6 +61,9 @@ def set_option(chat: pb.Chat, name: str, value: Any) -> None:
 def _message(message: Mapping[str, Any]) -> pb.ChatMessage:
     fields = {key: value for key, value in message.items() if value is not None}
     calls = fields.pop("tool_calls", ())
+    for key, value in fields.items():
+        if key in pb.ChatMessage.DESCRIPTOR.fields_by_name and not isinstance(value, str):
+            raise TypeError(f"a message's {key} is text, not {type(value).__name__}")
     return pb.ChatMessage(tool_calls=[_tool_call(call) for call in calls], **fields)
 
 

@@ -107,6 +107,8 @@ def as_messages(messages: str | Messages) -> Messages:
 def _set_prompt(request: pb.GenerateRequest, prompt: Prompt) -> None:
     if isinstance(prompt, str):
         request.text = prompt
+    elif not isinstance(prompt, Sequence):
+        raise TypeError(f"a prompt is text, messages of a chat or a list of token ids, not {type(prompt).__name__}")
     elif prompt and isinstance(prompt[0], Mapping):
         request.chat.CopyFrom(chat.chat_of(prompt))
     else:

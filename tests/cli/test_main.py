@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cli.main import app
+from cli.main import app, main
 from tests.protos.fake_router import FakeRouter, serving
 
 ROOT = Path(__file__).parents[2]
@@ -103,6 +103,40 @@ def test_generate_as_json(router: FakeRouter) -> None:
     assert answer["usage"]["completion_tokens"] == 2
 
 
+def test_bench_says_at_once_that_it_cannot_write_its_results(router: FakeRouter) -> None:
+    for flag in ("--json", "--plot"):
+        run = twostroke("bench", f"{flag}=/no/such/folder/run", TWOSTROKE_TARGET=router.address)
+        assert run.returncode == 2
+        assert "There is no folder /no/such/folder" in run.stdout + run.stderr
+    assert router.requests == []
+
+
+def test_a_misspelt_flag_is_no_prompt(router: FakeRouter) -> None:
+    for arguments in (["--jsno"], ["--jsno", "Hello"], ["--temprature=0", "Hello"], ["-x"]):
+        run = twostroke("generate", *arguments, TWOSTROKE_TARGET=router.address)
+        assert run.returncode == 2
+        assert f'Invalid value "{arguments[0]}" for PROMPT. There is no such flag' in run.stdout + run.stderr
+    assert router.requests == []
+    assert twostroke("generate", "- a list", TWOSTROKE_TARGET=router.address).returncode == 0
+
+
+def test_generate_says_where_an_answer_was_cut_off(router: FakeRouter) -> None:
+    chat = twostroke("generate", "Hello", "--max-tokens=2", TWOSTROKE_TARGET=router.address)
+    assert chat.stderr == "twostroke: cut off after 2 tokens; --max-tokens is the limit\n"
+    raw = twostroke("generate", "Hello", "--raw", "--max-tokens=2", TWOSTROKE_TARGET=router.address)
+    assert raw.stderr == ""
+
+
+def test_ctrl_c_at_the_start_is_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(_tokens: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cli.main.app", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 130
+
+
 def test_errors_are_sentences() -> None:
     run = twostroke("generate", "Hello", "--target=127.0.0.1:1")
     assert run.returncode == 1
@@ -114,11 +148,21 @@ class Terminal:
     """A program on a terminal of its own: what a person types, and what they see."""
 
     def __init__(self, *arguments: str, target: str) -> None:
-        environment = ENVIRONMENT | {"TWOSTROKE_TARGET": target}
-        self.pid, self._terminal = pty.fork()
-        if self.pid == 0:
-            os.chdir(ROOT)
-            os.execve(sys.executable, [sys.executable, "-m", "cli.main", *arguments], environment)
+        # pty.fork() would fork a process with gRPC's threads, which may hang before it comes to exec.
+        take_it = (
+            "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+        )
+        self._terminal, its_end = pty.openpty()
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", take_it, sys.executable, "-m", "cli.main", *arguments],
+            stdin=its_end,
+            stdout=its_end,
+            stderr=its_end,
+            env=ENVIRONMENT | {"TWOSTROKE_TARGET": target},
+            cwd=ROOT,
+            start_new_session=True,
+        )
+        os.close(its_end)
         self._seen = ""
 
     def type(self, keys: str) -> None:
@@ -141,7 +185,7 @@ class Terminal:
         return before + words
 
     def exit_code(self) -> int:
-        code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        code = self._process.wait(timeout=20)
         os.close(self._terminal)
         return code
 
@@ -152,7 +196,7 @@ def test_chat(router: FakeRouter) -> None:
     terminal.see("> ")
     terminal.enter("Hello")
     terminal.see("t0 t1 t2 ")
-    terminal.see("3 tokens")
+    terminal.see("3 tokens, cut off by --max-tokens")
     terminal.see("> ")
 
     router.step_seconds = 0.05

@@ -44,6 +44,7 @@ def test_a_model_that_is_not_there(part: str) -> None:
         ("prefill-worker", "max-batch-tokens", ("0",)),
         ("prefill-worker", "lease-seconds", ("0",)),
         ("prefill-worker", "drain-seconds", ("-1",)),
+        ("decode-worker", "device", ("gpu", "cuda:x", "0")),
         ("decode-worker", "router", ("router:x",)),
         ("decode-worker", "advertise", ("here",)),
         ("decode-worker", "num-blocks", ("0", "-1")),

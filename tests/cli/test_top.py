@@ -51,10 +51,10 @@ def load(answered: int, prompt: int, cached: int, output: int) -> pb.GetLoadResp
     )
 
 
-def text(before: Sample, now: Sample) -> list[str]:
-    console = Console(file=StringIO(), width=200)
+def text(before: Sample, now: Sample, width: int = 200) -> list[str]:
+    console = Console(file=StringIO(), width=width)
     with console.capture() as capture:
-        console.print(frame(before, now))
+        console.print(frame(before, now, console))
     return capture.get().splitlines()
 
 
@@ -81,6 +81,14 @@ def test_the_bar_has_a_cell_for_every_share() -> None:
     assert sum(counts) == BAR_CELLS
     assert counts == [6, 2, 9, 7]  # 25, 10, 35 and 40 - 10 of 100
     assert line.endswith(" 25/10/35/40")
+
+
+def test_nothing_is_cut_off_on_a_terminal_of_80_columns() -> None:
+    lines = text(Sample(0.0, load(0, 0, 0, 0)), Sample(1.0, load(0, 100_000, 0, 1000)), width=80)
+    assert not any("…" in line for line in lines)
+    (row,) = (line for line in lines if line.startswith("prefill"))
+    assert row.split() == ["prefill", "10.0.0.1:1", "ready", "0", "0", "7", "100,000", "1,000", "0%"]
+    assert [line.split()[-1] for line in lines if "█" in line and "/" in line][:2] == ["25/10/35/40"] * 2
 
 
 @pytest.fixture

@@ -154,5 +154,7 @@ def test_the_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_local_directories(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="neither the embedded model SmolLM2-135M-Instruct nor a directory"):
         model_files.resolve(str(tmp_path))
+    with pytest.raises(ModelError, match=r"'Qwen/Qwen3-0\.6B' is neither .* `hf download .* --local-dir"):
+        model_files.resolve("Qwen/Qwen3-0.6B")
     (tmp_path / "config.json").write_text("{}")
     assert model_files.resolve(str(tmp_path)) == tmp_path

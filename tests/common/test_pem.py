@@ -29,6 +29,8 @@ def signed(tmp_path: Path) -> Signed:
         ({"tls_cert": "nowhere", "tls_key": "key"}, "--tls-cert: cannot read .*nowhere.*: No such file"),
         ({"tls_cert": "cert", "tls_key": "nowhere"}, "--tls-key: cannot read .*nowhere"),
         ({"tls_cert": "key", "tls_key": "cert"}, "are no PEM files of a certificate and its key"),
+        ({"tls_cert": "no pem", "tls_key": "key"}, "--tls-cert .*no pem is no PEM file$"),
+        ({"tls_cert": "cert", "tls_key": "no pem"}, "--tls-key .*no pem is no PEM file$"),
         ({"tls_cert": "cert", "tls_key": "other key"}, "KEY_VALUES_MISMATCH"),
         ({"tls_cert": "cert", "tls_key": "locked"}, "and its key: (is there a password on the key|BAD_PASSWORD_READ)"),
         ({"tls_cert": "cert", "tls_key": "key", "tls_client_ca": "key"}, "--tls-client-ca .* is no PEM file of cert"),
@@ -38,6 +40,7 @@ def signed(tmp_path: Path) -> Signed:
 )
 def test_what_is_wrong_is_said(signed: Signed, tmp_path: Path, given: dict[str, str], sentence: str) -> None:
     other = sign(tmp_path / "other")
+    (tmp_path / "no pem").write_text("[alice]\n")
     (tmp_path / "locked").write_bytes(locked(signed.key.read_bytes()))
     files = {"ca": signed.ca, "cert": signed.cert, "key": signed.key, "other key": other.key}
     paths = {flag: files.get(name, tmp_path / name) for flag, name in given.items()}

@@ -173,6 +173,16 @@ def test_what_is_no_tool_call(client: Client, call: object) -> None:
         client.chat(messages)
 
 
+def test_what_is_no_prompt_is_named(client: Client, router: FakeRouter) -> None:
+    parts: list[Message] = [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
+    with pytest.raises(TypeError, match="a message's content is text, not list"):
+        client.chat(parts)
+    nothing: Any = None
+    with pytest.raises(TypeError, match="a prompt is text, messages of a chat or a list of token ids, not NoneType"):
+        client.generate(nothing)
+    assert router.requests == []
+
+
 def test_wrong_options_are_refused_before_the_call(client: Client, router: FakeRouter) -> None:
     misspelt: Any = {"temprature": 1.0}
     with pytest.raises(TypeError, match="'temprature' is no option"):

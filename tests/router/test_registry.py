@@ -21,6 +21,7 @@ from twostroke.v1 import worker_pb2, worker_pb2_grpc
     [
         ({"fingerprint": "0" * 32}, f"its fingerprint is '{'0' * 32}', and that of"),
         ({"dtype": "bfloat16"}, "its dtype is 'bfloat16', and that of"),
+        ({"dtype": "bfloat16", "fingerprint": "0" * 32}, "its dtype is 'bfloat16', and that of"),
         ({"block_size": 32}, "its block_size is 32, and that of"),
         ({"vocab_size": 151936}, "the vocab_size of its model 'fake' is 151936, and that of the router's '"),
         ({"eos_token_ids": [7]}, "the eos_token_ids of its model 'fake' is [7], and that of the router's '"),

@@ -28,6 +28,7 @@ def checked(**fields: Any) -> validate.Job:
         ({"sampling": pb.Sampling(temperature=-1)}, "sampling.temperature", "0 (greedy)"),
         ({"sampling": pb.Sampling(temperature=nan)}, "sampling.temperature", "nan"),
         ({"sampling": pb.Sampling(temperature=inf)}, "sampling.temperature", "inf"),
+        ({"stopping": pb.Stopping(max_tokens=1_000_000)}, "stopping.max_tokens", "1000000 is not within [1, "),
         ({"sampling": pb.Sampling(top_p=0)}, "sampling.top_p", "0"),
         ({"sampling": pb.Sampling(top_p=1.01)}, "sampling.top_p", "[0, 1]"),
         ({"sampling": pb.Sampling(top_p=nan)}, "sampling.top_p", "nan"),

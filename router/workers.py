@@ -47,8 +47,9 @@ class Workers:
         return [worker for worker in self._of_role[DECODE] if worker.can_prefill or worker.reads]
 
     def taking(self) -> list[Worker]:
-        """All that requests can go to."""
-        return [*self._of_role[PREFILL], *self.paired()]
+        """All that requests can go to: those that are of a pair, or do both."""
+        read = {instance for decode in self._of_role[DECODE] for instance in decode.reads}
+        return [*(worker for worker in self._of_role[PREFILL] if worker.instance in read), *self.paired()]
 
     def all(self) -> list[Worker]:
         return [worker for workers in self._of_role.values() for worker in workers]

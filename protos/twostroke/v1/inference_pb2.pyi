@@ -1092,7 +1092,7 @@ class WorkerLoad(_message.Message):
     """new for every start of the worker"""
     role: Global___WorkerRole.ValueType
     ready: _builtins.bool
-    """takes requests: a decode worker only with a prefill worker that it is a pair with, or if it prefills itself"""
+    """takes requests: it is of a pair, or a decode worker that prefills itself"""
     waiting: _builtins.int
     """attempts in the worker's waiting queue"""
     running: _builtins.int

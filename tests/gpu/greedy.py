@@ -10,6 +10,9 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
+from common.sampling import SamplingParams
+from kernels.sampling import philox_uniform
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LENGTHS = (1, 2, 3, 5, 8, 15, 16, 17, 31, 32, 33, 47, 48, 63, 64, 65, 80, 100, 127, 128, 129, 150, 200, 255, 256)
 LENGTHS += (300, 400, 511, 512, 700, 1_000, 1_500)
@@ -56,3 +59,23 @@ def assert_greedy(
         assert len(output) == count
         gap = gaps(directory, prompt, output)
         assert not gap.any(), f"prompt of {len(prompt)}: first wrong at {int(gap.nonzero()[0])}, by {gap.max():.2e}"
+
+
+@torch.inference_mode()
+def assert_same_draws(
+    directory: Path, prompt: Sequence[int], sampling: SamplingParams, one: Sequence[int], other: Sequence[int]
+) -> None:
+    """The same tokens, up to one, if there is one, where the draw lies nearer to what divides the two tokens than sums
+    over the vocabulary in float32 can tell, which differ between batches of different sizes."""
+    assert len(one) == len(other)
+    place = next((place for place, pair in enumerate(zip(one, other, strict=True)) if pair[0] != pair[1]), None)
+    if place is None:
+        return
+    tokens = torch.tensor([[*prompt, *one[:place]]], device=DEVICE)
+    logits = reference(directory)(tokens, logits_to_keep=1).logits[0, 0].double()
+    running = (logits / sampling.temperature).softmax(-1).cumsum(-1)
+    position = torch.tensor([len(prompt) + place])
+    draw = float(philox_uniform(torch.tensor([sampling.seed]), position))
+    for token in (one[place], other[place]):
+        first, last = float(running[token - 1]) if token else 0.0, float(running[token])
+        assert first - 1e-5 <= draw <= last + 1e-5, f"token {place} is {token}, and that of the draw is another"

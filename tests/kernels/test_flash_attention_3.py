@@ -1,5 +1,6 @@
 """What FlashAttention-3 is asked for, of one that is written out here; `tests/gpu` asks the real one."""
 
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -112,4 +113,5 @@ def test_it_is_for_hopper_where_it_is_installed(
 def test_one_that_cannot_be_loaded_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "flash_attn_interface.py").write_text("raise OSError('undefined symbol')")
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, flash_attention_3.NAME, raising=False)
     assert flash_attention_3._load() is None

@@ -4,15 +4,14 @@ import asyncio
 import itertools
 import random
 import time
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 import grpc
 import structlog
 
 from common import causes
-from common.tracing import Span
-from router import choose
+from router import blame, choose, request_trace
 from router.config import RouterConfig
 from router.errors import CallError, InvalidArgument
 from router.fan_out import fan_out
@@ -27,11 +26,6 @@ from twostroke.v1 import worker_pb2
 log = structlog.get_logger(__name__)
 
 OfAttempt = TypeVar("OfAttempt", worker_pb2.Reserved, worker_pb2.Prefilled, worker_pb2.Started, worker_pb2.Ended)
-
-# Causes that say nothing against the worker or the request: they are not counted as faults.
-HARMLESS = {worker_pb2.Ended.CAUSE_PREEMPTED, worker_pb2.Ended.CAUSE_DRAINING, worker_pb2.Ended.CAUSE_FULL}
-# Faults that may well be another's than the worker's that tells of them: its circuit does not count them.
-ANYBODYS = {worker_pb2.Ended.CAUSE_LEASE_LOST, worker_pb2.Ended.CAUSE_REJECTED}
 
 # Requests that wait for a prefill worker and are passed over, at most, in search of one that needs none.
 MOST_PASSED = 64
@@ -98,7 +92,7 @@ class Dispatcher:
             attempt = request.attempt
             assert attempt is not None
             if attempt.decode is not None and attempt.decoding_since is not None:
-                self._did_well(attempt.decode, attempt)  # as far as anybody wanted to know
+                blame.did_well(attempt.decode, attempt)  # as far as anybody wanted to know
             self._close(attempt, "dropped")
             request.state = State.DROPPED
             self.dispatch()
@@ -170,7 +164,7 @@ class Dispatcher:
             decode_blocks=decode.new_blocks(request, request.length + headroom) if decode else 0,
             in_place=prefill is None,
             length=request.length,
-            trace=_trace_attempt(request, prefill, decode),
+            trace=request_trace.attempt(request, prefill, decode),
         )
         sequence, traceparent = sequence_of(request), attempt.trace.traceparent
         self._take_out(request)
@@ -208,7 +202,7 @@ class Dispatcher:
 
     def _take_out(self, request: Request) -> None:
         self._queue.remove(request)
-        _trace_queued(request)
+        request_trace.queued(request)
 
     def _retry_now(self) -> None:
         self._retry = None
@@ -219,7 +213,7 @@ class Dispatcher:
     def worker_lost(self, worker: Worker) -> None:
         """Its stream ended, and with it everything that it did."""
         if worker.attempts and worker.load.ready:  # else nobody was let down, or it had said that it would go
-            self._did_badly(worker, worker.attempts)
+            blame.did_badly(worker, worker.attempts)
         self.workers.retire(worker)
         for attempt in list(worker.attempts.values()):
             try:
@@ -296,7 +290,7 @@ class Dispatcher:
             worker.decoding[attempt.id] = request
             _decoding(attempt)
         if request.complete:
-            self._did_well(worker, attempt)
+            blame.did_well(worker, attempt)
             self._close(attempt, "finished")
             request.end(State.FINISHED)
         elif attempt.reserved and not attempt.in_place:
@@ -348,19 +342,19 @@ class Dispatcher:
         attempt.trace.record("transfer", time.monotonic() - started.transfer_ms / 1000, {})
         _decoding(attempt)
         if attempt.prefill is not None:
-            self._did_well(attempt.prefill, attempt)  # its KV can be read, too
+            blame.did_well(attempt.prefill, attempt)  # its KV can be read, too
         self._leave_prefill(attempt, tell=True)
 
     def _ended(self, worker: Worker, attempt: Attempt, ended: worker_pb2.Ended) -> None:
         if ended.cause == worker_pb2.Ended.CAUSE_DRAINING:
             worker.draining = True
             self.workers.retire(worker)
-        suspects = _suspects(worker, attempt)
+        suspects = blame.suspects(worker, attempt)
         if attempt.request.complete or ended.cause == worker_pb2.Ended.CAUSE_PREEMPTED:
-            self._did_well(worker, attempt)
-        elif ended.cause not in HARMLESS | ANYBODYS:
+            blame.did_well(worker, attempt)
+        elif ended.cause not in blame.HARMLESS | blame.ANYBODYS:
             for suspect in suspects:
-                self._did_badly(suspect, (attempt.id,))
+                blame.did_badly(suspect, (attempt.id,))
         if attempt.prefill is worker:
             self._leave_prefill(attempt, tell=False)
         else:
@@ -381,17 +375,7 @@ class Dispatcher:
             return
         # A worker that calls an attempt finished whose last token does not say so is at fault, and treated so.
         cause = causes.name_of(ended.cause)
-        self._resume(attempt, worker, cause, suspects if ended.cause not in HARMLESS else (), detail=ended.detail)
-
-    # ------------------------------------------------------------ how workers do
-
-    def _did_well(self, worker: Worker, attempt: Attempt) -> None:
-        if worker.circuit.succeeded(attempt.id):
-            log.info("worker does well again", worker=worker.address)
-
-    def _did_badly(self, worker: Worker, attempt_ids: Container[int]) -> None:
-        if pause := worker.circuit.failed(attempt_ids):
-            log.warning("worker keeps failing; others are preferred for a while", worker=worker.address, seconds=pause)
+        self._resume(attempt, worker, cause, suspects if ended.cause not in blame.HARMLESS else (), detail=ended.detail)
 
     # ------------------------------------------------------------ how attempts end
 
@@ -471,39 +455,11 @@ class Dispatcher:
     def _give_up_waiting(self) -> None:
         if (role := self.workers.gone()) is not None:
             for request in self._queue.clear():
-                _trace_queued(request)
+                request_trace.queued(request)
                 request.end(State.FAILED, self._no_worker(role))
 
     def _no_worker(self, role: Role) -> CallError:
         return CallError(grpc.StatusCode.UNAVAILABLE, f"{self.workers.why_missing(role)}; it is safe to try again")
-
-
-def _suspects(worker: Worker, attempt: Attempt) -> list[Worker]:
-    """Whose fault it may be that the worker ended the attempt: while KV is handed over, also that of whom it is read
-    from."""
-    handing_over = attempt.prefilled is not None and attempt.decoding_since is None
-    if worker is attempt.decode and attempt.prefill is not None and handing_over:
-        return [worker, attempt.prefill]
-    return [worker]
-
-
-def _trace_queued(request: Request) -> None:
-    """The request leaves the queue."""
-    request.trace.record("queued", request.queued_at, {"twostroke.choice": request.index})
-
-
-def _trace_attempt(request: Request, prefill: Worker | None, decode: Worker | None) -> Span:
-    attributes: dict[str, str | int] = {
-        "twostroke.request_id": request.id,
-        "twostroke.choice": request.index,
-        "twostroke.attempt": request.attempts,
-        "twostroke.input_tokens": request.length,
-    }
-    if prefill is not None:
-        attributes["twostroke.prefill_worker"] = prefill.address
-    if decode is not None:
-        attributes["twostroke.decode_worker"] = decode.address
-    return request.trace.child("attempt", attributes)
 
 
 def _decoding(attempt: Attempt) -> None:

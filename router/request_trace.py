@@ -1,12 +1,14 @@
-"""What a call's span says, in the words of OpenTelemetry's conventions for RPCs and for generative AI where they have
-some. No text and no token is among them."""
+"""What the spans of a call and of its attempts say, in the words of OpenTelemetry's conventions for RPCs and for
+generative AI where they have some. No text and no token is among them."""
 
 from collections.abc import Sequence
 
 import grpc
 
-from common.tracing import Attributes
+from common.tracing import Attributes, Span
+from router.request import Request
 from router.validate import Job
+from router.worker import Worker
 from twostroke.v1 import inference_pb2 as pb
 
 # Codes that say that the service failed, and not its caller.
@@ -46,3 +48,22 @@ def of_answer(output_tokens: int, resumes: int, finishes: Sequence[pb.Finish]) -
 
 def finish_reason(finish: pb.Finish) -> str:
     return pb.FinishReason.Name(finish.reason).removeprefix("FINISH_REASON_").lower()
+
+
+def queued(request: Request) -> None:
+    """The request leaves the queue."""
+    request.trace.record("queued", request.queued_at, {"twostroke.choice": request.index})
+
+
+def attempt(request: Request, prefill: Worker | None, decode: Worker | None) -> Span:
+    attributes: dict[str, str | int] = {
+        "twostroke.request_id": request.id,
+        "twostroke.choice": request.index,
+        "twostroke.attempt": request.attempts,
+        "twostroke.input_tokens": request.length,
+    }
+    if prefill is not None:
+        attributes["twostroke.prefill_worker"] = prefill.address
+    if decode is not None:
+        attributes["twostroke.decode_worker"] = decode.address
+    return request.trace.child("attempt", attributes)

@@ -119,6 +119,15 @@ def test_a_signal_stops_the_command_too(tmp_path: Path) -> None:
     assert not alive(pid_of(tmp_path, "command"))
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_command_that_never_ran_did_not_do_well(tmp_path: Path, number: signal.Signals) -> None:
+    (tmp_path / "problem").write_text("is not ready")  # so that the command has to wait
+    with serve(tmp_path, "true") as process:
+        line_with(process, "not ready yet")
+        process.send_signal(number)
+        assert process.wait(timeout=10) == 128 + number
+
+
 def test_ctrl_c_is_for_the_command(tmp_path: Path) -> None:
     program = f"trap 'echo cut short; exit 5' INT; echo $$ > {tmp_path}/command; while true; do sleep 0.05; done"
     with serve(tmp_path, "sh", "-c", program) as process:

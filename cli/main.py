@@ -69,6 +69,8 @@ app.command(
     help="""Talk with the model of a running cluster.
 
     Ctrl-C cuts an answer short (what came of it stays in the conversation), Ctrl-D ends the program.
+
+    When the context is full, the oldest questions and answers are left out.
     """,
 )
 app.command(

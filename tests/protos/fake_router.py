@@ -30,6 +30,7 @@ class FakeRouter(inference_pb2_grpc.InferenceServicer):
     tokens_per_delta: int = 1
     api_key: str | None = None
     longest: int = 1_000_000
+    finish_reason: int = pb.FINISH_REASON_LENGTH
     load: pb.GetLoadResponse | None = None
     requests: list[pb.GenerateRequest] = field(default_factory=list)
     deadlines: list[float | None] = field(default_factory=list)
@@ -117,7 +118,7 @@ class FakeRouter(inference_pb2_grpc.InferenceServicer):
                         delta.logprobs.extend(pb.TokenLogprob(token_id=token, logprob=-1.0) for token in ids)
                     yield pb.GenerateChunk(index=index, delta=delta)
                 usage = pb.Usage(prompt_tokens=prompt_tokens, completion_tokens=tokens)
-                finish = pb.Finish(reason=pb.FINISH_REASON_LENGTH, usage=usage)
+                finish = pb.Finish(reason=self.finish_reason, usage=usage)  # type: ignore[arg-type]
                 yield pb.GenerateChunk(index=index, finish=finish)
         except asyncio.CancelledError:
             self.cancelled.set()

@@ -44,6 +44,12 @@ def test_stream(client: Client) -> None:
     assert [logprob.token_id for piece in pieces for logprob in piece.logprobs] == [0, 1, 2]
 
 
+def test_a_newer_router_may_have_other_reasons_to_finish(client: Client, router: FakeRouter) -> None:
+    router.finish_reason = 99
+    assert client.generate("Hello", max_tokens=1).finish.reason == "unknown"
+    assert [piece.finish.reason for piece in client.stream("Hello", max_tokens=1) if piece.finish] == ["unknown"]
+
+
 def test_several_choices(client: Client) -> None:
     answer = client.generate("Hello", n=2, max_tokens=1)
     assert [(choice.index, choice.text) for choice in answer.choices] == [(0, "t0 "), (1, "t0 ")]

@@ -10,6 +10,7 @@ import grpc
 from cyclopts import Parameter
 
 from common import pem
+from common.addresses import Target
 from common.security_config import TlsConfig
 from common.tls import channel_credentials
 from twostroke import AsyncClient, Client, Options, TwostrokeError
@@ -18,7 +19,7 @@ from twostroke import AsyncClient, Client, Options, TwostrokeError
 @Parameter(name="*")
 @dataclass(frozen=True, slots=True)
 class Connection(TlsConfig):
-    target: str = "localhost:8600"
+    target: Target = "localhost:8600"
     """The router, host:port."""
 
     api_key: str | None = None

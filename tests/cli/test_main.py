@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from cyclopts import CycloptsError
 
 from cli.main import app, main
 from tests.protos.fake_router import FakeRouter, serving
@@ -161,6 +162,14 @@ def test_errors_are_sentences() -> None:
     assert run.returncode == 1
     assert run.stderr.startswith("twostroke: UNAVAILABLE: ")
     assert "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize("command", [("generate", "Hello"), ("chat",), ("top",), ("bench",)])
+def test_a_target_that_is_no_address_is_named(command: tuple[str, ...]) -> None:
+    with pytest.raises(CycloptsError, match=r'Invalid value "http://localhost:8600" for --target. Must be host:port'):
+        app.parse_args([*command, "--target=http://localhost:8600"], exit_on_error=False, print_error=False)
+    with pytest.raises(CycloptsError, match=r'Invalid value "localhost:99999" for --target. Must be host:port'):
+        app.parse_args([*command, "--target=localhost:99999"], exit_on_error=False, print_error=False)
 
 
 class Terminal:

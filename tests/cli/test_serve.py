@@ -143,8 +143,8 @@ def test_ctrl_c_is_for_the_command(tmp_path: Path) -> None:
 def test_somebody_must_prefill(tmp_path: Path) -> None:
     with serve(tmp_path, TWOSTROKE_PREFILL_WORKERS="0") as process:
         assert process.communicate(timeout=30)[1] == (
-            "twostroke: with --prefill-workers 0 nobody prefills: let decode workers do it, with --prefill-tokens 1 or "
-            "more\n"
+            "twostroke serve: with --prefill-workers 0 nobody prefills: let decode workers do it, with "
+            "--prefill-tokens 1 or more\n"
         )
     assert process.returncode == 1
     assert not (tmp_path / "router").exists()

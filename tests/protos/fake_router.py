@@ -28,6 +28,7 @@ class FakeRouter(inference_pb2_grpc.InferenceServicer):
 
     step_seconds: float = 0.0
     tokens_per_delta: int = 1
+    stalls_after: int | None = None  # tokens of an answer, of which no more come
     api_key: str | None = None
     longest: int = 1_000_000
     finish_reason: int = pb.FINISH_REASON_LENGTH
@@ -111,7 +112,7 @@ class FakeRouter(inference_pb2_grpc.InferenceServicer):
             tokens = request.stopping.max_tokens or DEFAULT_MAX_TOKENS
             for index in range(request.n or 1):
                 for first in range(0, tokens, self.tokens_per_delta):
-                    await asyncio.sleep(self.step_seconds)
+                    await asyncio.sleep(3600 if first == self.stalls_after else self.step_seconds)
                     ids = range(first, min(first + self.tokens_per_delta, tokens))
                     delta = pb.Delta(text="".join(f"t{token} " for token in ids), token_ids=ids)
                     if request.response.HasField("logprobs"):

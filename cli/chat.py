@@ -1,13 +1,15 @@
 """`twostroke chat`: a conversation in the terminal."""
 
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from importlib import import_module
 
 from rich.console import Console
 
 from cli.options import Connection, Sampling
-from twostroke import Client, Message, TwostrokeError
+from cli.room import fit
+from twostroke import Client, InvalidArgument, Message, Piece, TwostrokeError
 
 
 def chat(*, system: str | None = None, connection: Connection = Connection(), sampling: Sampling = Sampling()) -> None:
@@ -30,7 +32,7 @@ def chat(*, system: str | None = None, connection: Connection = Connection(), sa
             if not question.strip():
                 continue
             messages.append({"role": "user", "content": question})
-            answer = _answer(client, messages, sampling, console)
+            answer, messages = _answer(client, messages, sampling, console)
             if answer is None:
                 messages.pop()
             else:
@@ -48,23 +50,48 @@ def _read_question() -> str | None:
             print()
 
 
-def _answer(client: Client, messages: list[Message], sampling: Sampling, console: Console) -> str | None:
-    """Prints the answer while it comes, and returns as much of it as came; None where there is none to go on with."""
+def _answer(
+    client: Client, messages: list[Message], sampling: Sampling, console: Console
+) -> tuple[str | None, list[Message]]:
+    """Prints the answer while it comes. Returns as much of it as came, None where there is none to go on with; and the
+    messages that it answers: where the context is full, the oldest turns are left out."""
+    options = sampling.options()
+    try:
+        try:
+            return _print(client.stream_chat(messages, **options), "cut off by --max-tokens", console), messages
+        except InvalidArgument:
+            if (fitting := fit(client, messages, sampling)) is None:
+                raise
+        cut = "cut off by --max-tokens"
+        if (left_out := len(messages) - len(fitting.messages)) > 0:
+            console.print(f"[dim]the context is full: the oldest {left_out} messages are left out from here on[/]")
+        if fitting.max_tokens < sampling.most_tokens:
+            cut = "cut off where the context is full"
+        options["max_tokens"] = fitting.max_tokens
+        return _print(client.stream_chat(fitting.messages, **options), cut, console), fitting.messages
+    except TwostrokeError as error:
+        _print_error(error, console)
+        return None, messages
+
+
+def _print(pieces: Iterable[Piece], cut_off: str, console: Console) -> str | None:
+    """Raises InvalidArgument, which comes before any text; other errors are printed, after what came of the answer."""
     text, tokens, began, first, cut = "", 0, time.monotonic(), None, ""
     try:
-        for piece in client.stream_chat(messages, **sampling.options()):
+        for piece in pieces:
             if piece.token_ids and first is None:
                 first = time.monotonic()
             tokens += len(piece.token_ids)
             text += piece.text
             if piece.finish and piece.finish.reason == "length":
-                cut = ", cut off by --max-tokens"
+                cut = f", {cut_off}"
             print(piece.text, end="", flush=True)
     except KeyboardInterrupt:
         print(" …", end="")
+    except InvalidArgument:
+        raise
     except TwostrokeError as error:
-        console.print(f"\n[red]{error.code.name}:[/] ", end="")
-        console.print(error.message, markup=False)
+        _print_error(error, console)
         return text or None
     print()
     if first is not None and tokens > 1:
@@ -72,3 +99,8 @@ def _answer(client: Client, messages: list[Message], sampling: Sampling, console
         milliseconds = (first - began) * 1000
         console.print(f"[dim]{tokens} tokens{cut}, the first after {milliseconds:.0f} ms, then {rate:.0f} tokens/s[/]")
     return text or None
+
+
+def _print_error(error: TwostrokeError, console: Console) -> None:
+    console.print(f"\n[red]{error.code.name}:[/] ", end="")
+    console.print(error.message, markup=False)

@@ -10,7 +10,8 @@ from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 
 from cli.options import Connection, Sampling, errors_as_exit
-from twostroke import Generation, Prompt
+from cli.room import room_for_answer
+from twostroke import Client, Finish, Generation, InvalidArgument, Messages, Options, Prompt
 
 FLAG = re.compile(r"--?[A-Za-z][\w-]*(=\S*)?")
 
@@ -43,25 +44,41 @@ def generate(
         Print one JSON object at the end: text, token ids, finish reason, usage and timing.
     """
     text = sys.stdin.read() if prompt == "-" else prompt
-    question = text if raw else _chat(text, system)
+    question: str | Messages = text if raw else _chat(text, system)
     options = sampling.options()
     if raw:
         options.pop("template_variables", None)  # the environment may have them, for the chats
     with errors_as_exit(), connection.client() as client:
-        if json:
-            print(_as_json(client.generate(question, **options)))
-            return
-        finish = None
-        for piece in client.stream(question, **options):
-            print(piece.text, end="", flush=True)
-            finish = piece.finish
-        print()
-    if finish and finish.reason == "length" and not raw:
-        tokens = finish.usage.completion_tokens
-        print(f"twostroke: cut off after {tokens} tokens; --max-tokens is the limit", file=sys.stderr)
+        answer = _print_json if json else _print_as_it_comes
+        limit = "--max-tokens is the limit"
+        try:
+            finish = answer(client, question, options)
+        except InvalidArgument:
+            if (left := room_for_answer(client, question, sampling)) is None:
+                raise
+            options["max_tokens"] = left
+            limit = "the context has room for no more"
+            finish = answer(client, question, options)
+    if finish and finish.reason == "length" and not (raw or json):
+        print(f"twostroke: cut off after {finish.usage.completion_tokens} tokens; {limit}", file=sys.stderr)
 
 
-def _chat(question: str, system: str | None) -> Prompt:
+def _print_json(client: Client, question: Prompt, options: Options) -> Finish:
+    answer = client.generate(question, **options)
+    print(_as_json(answer))
+    return answer.finish
+
+
+def _print_as_it_comes(client: Client, question: Prompt, options: Options) -> Finish | None:
+    finish = None
+    for piece in client.stream(question, **options):
+        print(piece.text, end="", flush=True)
+        finish = piece.finish
+    print()
+    return finish
+
+
+def _chat(question: str, system: str | None) -> Messages:
     messages = [{"role": "user", "content": question}]
     return [{"role": "system", "content": system}, *messages] if system else messages
 

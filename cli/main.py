@@ -69,6 +69,8 @@ app.command(
     help="""Talk with the model of a running cluster.
 
     Ctrl-C cuts an answer short (what came of it stays in the conversation), Ctrl-D ends the program.
+
+    When the context is full, the oldest questions and answers are left out.
     """,
 )
 app.command(
@@ -92,12 +94,13 @@ app.command(
 
 
 def main(command: str | None = None) -> None:
-    """Runs the command line; `command` is what `python -m router` and its like put in front of their flags."""
+    """Runs the command line; `command` is what `python -m router` and its like put in front of their flags; it is
+    named in what the part says where it cannot start, which in `serve` several may do."""
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # else gRPC tells of every connection that ends
     try:
         app([command, *sys.argv[1:]] if command else None)
     except StartError as error:
-        raise SystemExit(f"twostroke: {error}") from error
+        raise SystemExit(f"twostroke{f' {command}' if command else ''}: {error}") from error
     except KeyboardInterrupt:
         raise SystemExit(130) from None
 

@@ -10,6 +10,7 @@ import grpc
 from cyclopts import Parameter
 
 from common import pem
+from common.addresses import Target
 from common.security_config import TlsConfig
 from common.tls import channel_credentials
 from twostroke import AsyncClient, Client, Options, TwostrokeError
@@ -18,7 +19,7 @@ from twostroke import AsyncClient, Client, Options, TwostrokeError
 @Parameter(name="*")
 @dataclass(frozen=True, slots=True)
 class Connection(TlsConfig):
-    target: str = "localhost:8600"
+    target: Target = "localhost:8600"
     """The router, host:port."""
 
     api_key: str | None = None
@@ -66,11 +67,14 @@ def _is_json_object(_type: object, text: str | None) -> None:
     raise ValueError('Must be a JSON object, such as {"enable_thinking": false}')
 
 
+USUAL_TOKENS = 512
+
+
 @Parameter(name="*")
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    max_tokens: int = 512
-    """Most tokens of the answer."""
+    max_tokens: int | None = None
+    """Most tokens of the answer. Not set: 512, or what the context has room for where that is less."""
 
     temperature: float | None = None
     """0 is greedy; the router's default is 1."""
@@ -105,8 +109,13 @@ class Sampling:
     template_variables: Annotated[str | None, Parameter(validator=_is_json_object)] = None
     """JSON object of variables for the model's chat template, such as {"enable_thinking": false}."""
 
+    @property
+    def most_tokens(self) -> int:
+        return USUAL_TOKENS if self.max_tokens is None else self.max_tokens
+
     def options(self) -> Options:
         given = {name: value for name, value in asdict(self).items() if value is not None}
+        given["max_tokens"] = self.most_tokens
         if self.template_variables is not None:
             given["template_variables"] = json.loads(self.template_variables)
         return cast(Options, given)

@@ -12,6 +12,11 @@ LASTING_SECONDS = 15.0
 ROLES = {pb.WORKER_ROLE_PREFILL: "prefill", pb.WORKER_ROLE_DECODE: "decode"}
 
 
+def problems_of(load: pb.GetLoadResponse) -> list[str]:
+    """Workers that are there and of no full use, and why: a sentence for each."""
+    return [f"{ROLES.get(problem.role)} worker {problem.address} {problem.reason}" for problem in load.problems]
+
+
 class Readiness:
     """Of the router that `client` calls, and of so many workers."""
 
@@ -35,8 +40,7 @@ class Readiness:
         except TwostrokeError:
             return None, []
         known, now = self._since, time.monotonic()
-        problems = [f"{ROLES.get(problem.role)} worker {problem.address} {problem.reason}" for problem in load.problems]
-        self._since = {problem: known.get(problem, now) for problem in problems}
+        self._since = {problem: known.get(problem, now) for problem in problems_of(load)}
         return None, [problem for problem in self._since if problem not in known]
 
     def lasting_problem(self) -> str | None:

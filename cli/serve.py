@@ -202,7 +202,9 @@ def _supervise(
             if running and (code := running.poll()) is not None:
                 return code if code >= 0 else 128 - code
             time.sleep(POLL_SECONDS)
-        return _end(running) if running else 0
+        if running:
+            return _end(running)
+        return 128 + signals[-1] if command else 0  # the command that never ran must not look like one that did well
     except _GivenUp:
         if running:
             _end(running)

@@ -12,12 +12,12 @@ from rich.table import Table
 from rich.text import Text
 
 from cli.options import Connection, errors_as_exit
+from cli.readiness import ROLES, problems_of
 from twostroke import Client, TwostrokeError
 from twostroke.v1 import inference_pb2 as pb
 
 BAR_CELLS = 24
 UNLIMITED = 10_000
-ROLES = {pb.WORKER_ROLE_PREFILL: "prefill", pb.WORKER_ROLE_DECODE: "decode"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +78,13 @@ def _sample(client: Client) -> Sample:
 
 
 def frame(before: Sample, now: Sample, console: Console) -> RenderableType:
-    """The cluster at `now`, with rates since `before`; blocks stand below where the console is too narrow for them."""
+    """The cluster at `now`, with rates since `before`; blocks stand below where the console is too narrow for them.
+    Problems come first: what does not fit the screen is cut off at its end."""
     wide = _frame(before, now, blocks_beside=True)
     wanted = console.measure(wide, options=console.options.update(width=UNLIMITED)).maximum
-    return wide if wanted <= console.width else _frame(before, now, blocks_beside=False)
+    shown = wide if wanted <= console.width else _frame(before, now, blocks_beside=False)
+    problems = [Text(problem, style="yellow") for problem in problems_of(now.load)]
+    return Group(*problems, Text(), shown) if problems else shown
 
 
 def _frame(before: Sample, now: Sample, *, blocks_beside: bool) -> RenderableType:

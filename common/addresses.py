@@ -31,6 +31,8 @@ def check_target(_type: Any, address: str | None) -> None:
 def _check(address: str, lowest_port: int) -> None:
     if is_unix(address):
         return
+    if address.startswith(("http://", "https://")):
+        raise ValueError("Must be host:port, without http:// or https://.")
     host, _, port = address.rpartition(":")
     if not (host and port.isascii() and port.isdigit() and len(port) <= 5 and lowest_port <= int(port) < 1 << 16):
         raise ValueError(f"Must be host:port, with a port from {lowest_port} to 65535.")

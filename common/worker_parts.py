@@ -119,6 +119,14 @@ def load(
         pool_mib=layout.pool_bytes >> 20,
         max_length=max_length,
     )
+    if max_length < model.context_length:
+        log.warning(
+            "the pool is smaller than the longest sequence that the model allows; longer requests are refused: set "
+            "--num-blocks, or --max-length where that is meant",
+            tokens=max_length,
+            context_length=model.context_length,
+            num_blocks_for_all=-(-model.context_length // config.block_size),
+        )
     ops = select(device)
     return WorkerParts(
         model=Model(model, loaded, ops),

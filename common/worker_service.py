@@ -76,6 +76,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         self._outgoing: dict[int, pb.WorkerMessage] = {}
         self._connections: dict[int, _Unsent] = {}
         self._next_connection = 0
+        self._refusals: dict[str, set[str]] = {}  # by router: its reasons, each of which is told once
         self._health = health.aio.HealthServicer()
         self._serving = self._hangs = self._stopped = False
         self._healthy: bool | None = None  # as health says it now
@@ -271,9 +272,18 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         self._next_connection += 1
         self._connections[connection] = unsent
         self._inbox.put(Received(connection, pb.RouterMessage()))
-        log.info("router connected", router=router)
+        told = router not in self._refusals  # a router that refuses comes again every few seconds
+        if told:
+            log.info("router connected", router=router)
         try:
             async for message in requests:
+                if message.refused:
+                    self._tell_refusal(router, message.refused)
+                    continue
+                if not told:
+                    told = True
+                    self._refusals.pop(router, None)
+                    log.info("router connected", router=router)
                 self._inbox.put(Received(connection, message))
                 while self._inbox.qsize() >= MAX_UNREAD_MESSAGES:  # noqa: ASYNC110 - the engine is of another thread
                     await asyncio.sleep(UNREAD_PAUSE)
@@ -281,7 +291,14 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             del self._connections[connection]
             self._inbox.put(Received(connection, None))
             unsent.ready.set()
-            log.info("router gone", router=router)
+            if told:
+                log.info("router gone", router=router)
+
+    def _tell_refusal(self, router: str, reason: str) -> None:
+        reasons = self._refusals.setdefault(router, set())
+        if reason not in reasons:
+            reasons.add(reason)
+            log.error("the router refuses this worker, which gets no requests", router=router, reason=reason)
 
 
 class _Unsent:

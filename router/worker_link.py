@@ -149,6 +149,7 @@ class WorkerLink:
         self.refused = reason = self._events.refusal(worker, self.role)
         if reason is not None:
             log.error("worker refused", worker=self.address, instance=worker.instance, reason=reason)
+            await stream.write(worker_pb2.RouterMessage(refused=reason))
             silence.reschedule(None)
             await asyncio.sleep(PAUSE_AFTER_REFUSAL)
             return reason

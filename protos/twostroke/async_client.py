@@ -16,6 +16,7 @@ from twostroke.channel import (
     HEALTH_TO_BYTES,
     HEALTH_WATCH,
     SERVING,
+    checked,
     credentials_of,
     metadata_of,
     options_of,
@@ -57,7 +58,7 @@ class AsyncClient:
         self._options = options_of(tls_server_name)
         self._metadata = metadata_of(api_key)
         self._timeout = timeout
-        self._target = target
+        self._target = checked(target)
 
     # Channels of grpc.aio belong to the event loop that runs when they are made, and clients are often made before it.
     @cached_property

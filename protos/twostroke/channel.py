@@ -1,7 +1,11 @@
 """What the sync and the async client's channels have in common."""
 
+import re
+
 import grpc
 from google.protobuf.wrappers_pb2 import Int32Value, StringValue
+
+from twostroke.errors import InvalidArgument
 
 DEFAULT_TARGET = "localhost:8600"
 
@@ -22,6 +26,24 @@ HEALTH_OF_INFERENCE = StringValue(value="twostroke.v1.Inference")
 HEALTH_TO_BYTES = StringValue.SerializeToString
 HEALTH_FROM_BYTES = Int32Value.FromString
 SERVING = 1
+
+_SCHEMES = ("dns:", "ipv4:", "ipv6:", "unix:", "unix-abstract:", "vsock:", "xds:")
+_HOST_AND_PORT = re.compile(r"(\[[^\[\]]+\]|[^:/\[\]]+):([0-9]{1,5})")
+
+
+def checked(target: str) -> str:
+    """The target, which gRPC itself would not check: it takes port 443 where there is none, 34463 for 99999, and
+    http://host for a name.
+
+    Raises:
+        InvalidArgument: it is neither host:port nor has a scheme that gRPC knows.
+    """
+    if not target.startswith(_SCHEMES):
+        parts = _HOST_AND_PORT.fullmatch(target)
+        if parts is None or not 0 < int(parts[2]) < 1 << 16:
+            message = f"target: {target!r} is not host:port, such as {DEFAULT_TARGET}, with a port from 1 to 65535"
+            raise InvalidArgument(message, grpc.StatusCode.INVALID_ARGUMENT)
+    return target
 
 
 def credentials_of(tls: bool | grpc.ChannelCredentials) -> grpc.ChannelCredentials | None:

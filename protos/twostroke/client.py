@@ -13,6 +13,7 @@ from twostroke.channel import (
     HEALTH_TO_BYTES,
     HEALTH_WATCH,
     SERVING,
+    checked,
     credentials_of,
     metadata_of,
     options_of,
@@ -42,6 +43,9 @@ class Client:
         tls: True for TLS with the system's certificate authorities, or credentials of your own.
         tls_server_name: the name in the router's certificate, where it is not the target's host.
         timeout: seconds that a call may take where it names none; None is for ever.
+
+    Raises:
+        InvalidArgument: the target is no such thing.
     """
 
     def __init__(
@@ -53,6 +57,7 @@ class Client:
         tls_server_name: str | None = None,
         timeout: float | None = None,
     ) -> None:
+        self._target = checked(target)
         credentials, channel_options = credentials_of(tls), options_of(tls_server_name)
         self._channel = (
             grpc.secure_channel(target, credentials, options=channel_options)
@@ -63,7 +68,6 @@ class Client:
         self._watch = self._channel.unary_stream(HEALTH_WATCH, HEALTH_TO_BYTES, HEALTH_FROM_BYTES)
         self._metadata = metadata_of(api_key)
         self._timeout = timeout
-        self._target = target
 
     def close(self) -> None:
         """Cancels what is under way and closes the connection."""

@@ -5,7 +5,8 @@ from typing import Literal, TypeAlias
 
 from twostroke.v1 import inference_pb2 as pb
 
-FinishReason: TypeAlias = Literal["length", "eos", "stop"]
+FinishReason: TypeAlias = Literal["length", "eos", "stop", "unknown"]
+"""Why an answer ended. unknown: for a reason that a newer router has, and this client does not know."""
 
 _REASONS: dict[int, FinishReason] = {
     pb.FINISH_REASON_LENGTH: "length",
@@ -97,7 +98,7 @@ def generation_of(response: pb.GenerateResponse) -> Generation:
 
 def _finish_of(finish: pb.Finish) -> Finish:
     return Finish(
-        reason=_REASONS[finish.reason],
+        reason=_REASONS.get(finish.reason, "unknown"),
         stop=finish.stop,
         stop_token_id=finish.stop_token_id if finish.HasField("stop_token_id") else None,
         usage=finish.usage,

@@ -7,9 +7,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from cyclopts import CycloptsError
 
 from cli.main import app, main
 from tests.protos.fake_router import FakeRouter, serving
@@ -127,6 +129,25 @@ def test_generate_says_where_an_answer_was_cut_off(router: FakeRouter) -> None:
     assert raw.stderr == ""
 
 
+@pytest.mark.parametrize("raw", [(), ("--raw",)])
+@pytest.mark.parametrize("json", [(), ("--json",)])
+def test_an_answer_has_the_room_that_is_left(router: FakeRouter, raw: tuple[str, ...], json: tuple[str, ...]) -> None:
+    router.longest = len("Hello") + 3
+    run = twostroke("generate", "Hello", *raw, *json, TWOSTROKE_TARGET=router.address)
+    assert (run.returncode, "t0 t1 t2 " in run.stdout) == (0, True), run.stderr
+    assert [request.stopping.max_tokens for request in router.requests] == [512, 3]
+    if not (raw or json):
+        assert run.stderr == "twostroke: cut off after 3 tokens; the context has room for no more\n"
+
+
+def test_what_was_asked_for_and_does_not_fit_is_an_error(router: FakeRouter) -> None:
+    router.longest = 8
+    for arguments in (("Hello", "--max-tokens=4"), ("Hello all",)):
+        run = twostroke("generate", *arguments, TWOSTROKE_TARGET=router.address)
+        assert (run.returncode, run.stderr) == (1, "twostroke: INVALID_ARGUMENT: it does not fit\n")
+    assert len(router.requests) == 2
+
+
 def test_ctrl_c_at_the_start_is_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(_tokens: object) -> None:
         raise KeyboardInterrupt
@@ -142,6 +163,14 @@ def test_errors_are_sentences() -> None:
     assert run.returncode == 1
     assert run.stderr.startswith("twostroke: UNAVAILABLE: ")
     assert "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize("command", [("generate", "Hello"), ("chat",), ("top",), ("bench",)])
+def test_a_target_that_is_no_address_is_named(command: tuple[str, ...]) -> None:
+    with pytest.raises(CycloptsError, match=r'Invalid value "http://localhost:8600" for --target. Must be host:port'):
+        app.parse_args([*command, "--target=http://localhost:8600"], exit_on_error=False, print_error=False)
+    with pytest.raises(CycloptsError, match=r'Invalid value "localhost:99999" for --target. Must be host:port'):
+        app.parse_args([*command, "--target=localhost:99999"], exit_on_error=False, print_error=False)
 
 
 class Terminal:
@@ -175,9 +204,18 @@ class Terminal:
         self.see(line)
         self.type("\n")
 
-    def see(self, words: str) -> str:
+    def interrupt(self, words: str) -> None:
+        """Ctrl-C until `words` appear: Python's readline sees one that comes while it handles a key with the next."""
+        for _ in range(20):
+            self.type("\x03")
+            with suppress(AssertionError):
+                self.see(words, seconds=1)
+                return
+        raise AssertionError(self._seen)
+
+    def see(self, words: str, seconds: float = 20) -> str:
         """What appeared up to and with `words` since the last time."""
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + seconds
         while words not in self._seen:
             assert select.select([self._terminal], [], [], max(0.0, deadline - time.monotonic()))[0], self._seen
             self._seen += os.read(self._terminal, 4096).decode()
@@ -199,7 +237,7 @@ def test_chat(router: FakeRouter) -> None:
     terminal.see("3 tokens, cut off by --max-tokens")
     terminal.see("> ")
 
-    router.step_seconds = 0.05
+    router.stalls_after = 1
     terminal.enter("again")
     terminal.see("t0 ")
     terminal.type("\x03")  # Ctrl-C: the answer ends, the program does not
@@ -207,11 +245,10 @@ def test_chat(router: FakeRouter) -> None:
     terminal.see("> ")
     assert router.cancelled.wait(timeout=5)
 
-    router.step_seconds = 0.0
+    router.stalls_after = None
     terminal.type("half a thought")
     terminal.see("half a thought")
-    terminal.type("\x03")  # Ctrl-C at the prompt: a new line
-    terminal.see("> ")
+    terminal.interrupt("> ")  # at the prompt: a new line
     terminal.enter("and now")
     terminal.see("3 tokens")
     terminal.see("> ")
@@ -224,3 +261,41 @@ def test_chat(router: FakeRouter) -> None:
     assert [message.content for message in last.chat.messages][1:4] == ["Hello", "t0 t1 t2 ", "again"]
     assert last.chat.messages[4].content.startswith("t0 ")
     assert last.chat.template_variables == '{"x": 1}'
+
+
+def test_chat_goes_on_when_the_context_is_full(router: FakeRouter) -> None:
+    router.longest = 40
+    terminal = Terminal("chat", "--system=Be brief.", target=router.address)
+    terminal.see("> ")
+    terminal.enter("first")
+    terminal.see("26 tokens, cut off where the context is full")
+    terminal.see("> ")
+    terminal.enter("second")
+    seen = terminal.see("25 tokens, cut off where the context is full")
+    assert "the context is full: the oldest 2 messages are left out from here on" in seen
+    terminal.see("> ")
+    terminal.enter("a question that alone is longer than the context")
+    terminal.see("it does not fit")
+    terminal.see("> ")
+    terminal.enter("third")
+    terminal.see("26 tokens, cut off")
+    terminal.see("> ")
+    terminal.type("\x04")
+    assert terminal.exit_code() == 0
+    *_, last = router.requests
+    assert [message.content for message in last.chat.messages] == ["Be brief.", "third"]
+
+
+def test_chat_leaves_out_no_more_than_it_must(router: FakeRouter) -> None:
+    router.longest = 57
+    terminal = Terminal("chat", "--max-tokens=6", target=router.address)
+    terminal.see("> ")
+    for question, seen in (("first", "6 tokens"), ("second", "6 tokens"), ("third", "the oldest 2 messages")):
+        terminal.enter(question)
+        terminal.see(seen)
+        terminal.see("> ")
+    terminal.type("\x04")
+    assert terminal.exit_code() == 0
+    *_, last = router.requests
+    answer = "".join(f"t{token} " for token in range(6))
+    assert [message.content for message in last.chat.messages] == ["second", answer, "third"]

@@ -119,6 +119,15 @@ def test_a_signal_stops_the_command_too(tmp_path: Path) -> None:
     assert not alive(pid_of(tmp_path, "command"))
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_command_that_never_ran_did_not_do_well(tmp_path: Path, number: signal.Signals) -> None:
+    (tmp_path / "problem").write_text("is not ready")  # so that the command has to wait
+    with serve(tmp_path, "true") as process:
+        line_with(process, "not ready yet")
+        process.send_signal(number)
+        assert process.wait(timeout=10) == 128 + number
+
+
 def test_ctrl_c_is_for_the_command(tmp_path: Path) -> None:
     program = f"trap 'echo cut short; exit 5' INT; echo $$ > {tmp_path}/command; while true; do sleep 0.05; done"
     with serve(tmp_path, "sh", "-c", program) as process:
@@ -134,8 +143,8 @@ def test_ctrl_c_is_for_the_command(tmp_path: Path) -> None:
 def test_somebody_must_prefill(tmp_path: Path) -> None:
     with serve(tmp_path, TWOSTROKE_PREFILL_WORKERS="0") as process:
         assert process.communicate(timeout=30)[1] == (
-            "twostroke: with --prefill-workers 0 nobody prefills: let decode workers do it, with --prefill-tokens 1 or "
-            "more\n"
+            "twostroke serve: with --prefill-workers 0 nobody prefills: let decode workers do it, with "
+            "--prefill-tokens 1 or more\n"
         )
     assert process.returncode == 1
     assert not (tmp_path / "router").exists()

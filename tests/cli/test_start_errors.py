@@ -25,7 +25,7 @@ def test_a_model_that_is_not_there(part: str) -> None:
     )
     assert started.returncode == 1
     (line,) = started.stderr.splitlines()
-    assert line.startswith("twostroke: '/no/such/model' is neither the embedded model")
+    assert line.startswith(f"twostroke {part.replace('_', '-')}: '/no/such/model' is neither the embedded model")
 
 
 @pytest.mark.parametrize(

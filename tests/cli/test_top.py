@@ -75,6 +75,15 @@ def test_a_restarted_worker_and_router_count_from_nothing() -> None:
     assert summary.strip() == "3 queued, 1,234 running; 0.0 requests/s, 0 tokens/s in, 0 out"
 
 
+def test_a_worker_that_is_of_no_use_is_told_with_the_reason() -> None:
+    now = load(0, 0, 0, 0)
+    reason = "refused: its dtype is 'bfloat16', and that of 10.0.0.2:1 is 'float32'" + ", as long as it is" * 5
+    now.problems.add(address="10.0.0.3:1", role=DECODE, reason=reason)
+    lines = text(Sample(0.0, load(0, 0, 0, 0)), Sample(1.0, now))
+    assert lines[0].strip() == f"decode worker 10.0.0.3:1 {reason}"
+    assert lines[2:] == text(Sample(0.0, load(0, 0, 0, 0)), Sample(1.0, load(0, 0, 0, 0)))
+
+
 def test_the_bar_has_a_cell_for_every_share() -> None:
     line = text(Sample(0.0, load(0, 0, 0, 0)), Sample(1.0, load(0, 0, 0, 0)))[3]
     counts = [line.count(sign) for sign in "█▓▒░"]

@@ -27,6 +27,8 @@ def test_addresses_to_listen_on(address: str) -> None:
         ("foo:0080000", "with a port from 1 to 65535"),
         ("foo:-1", "with a port from 1 to 65535"),
         (f"foo:{'9' * 5000}", "with a port from 1 to 65535"),
+        ("http://foo:8600", "without http://"),
+        ("https://foo:8600", "without http://"),
         ("::1:8600", "brackets around an IPv6 address"),
         (":8600", "with a port from 1 to 65535"),
         (".svc:8601", "no host can have this name"),

@@ -161,5 +161,7 @@ def test_a_part_whose_metrics_port_is_taken_says_so_in_a_line(part: str, tmp_pat
             timeout=60,
         )
     assert started.returncode == 1
-    assert started.stderr.splitlines()[-1].startswith(f"twostroke: cannot serve metrics at 127.0.0.1:{port}: ")
+    assert started.stderr.splitlines()[-1].startswith(
+        f"twostroke {part.replace('_', '-')}: cannot serve metrics at 127.0.0.1:{port}: "
+    )
     assert "Traceback" not in started.stderr

@@ -51,7 +51,9 @@ def test_what_is_missing_is_said_in_one_line(part: str, tmp_path: Path) -> None:
     started = _run(code)
     assert started.returncode == 1
     (line,) = started.stderr.splitlines()
-    assert line.startswith("twostroke: --otlp-endpoint needs OpenTelemetry, which is not installed (")
+    assert line.startswith(
+        f"twostroke {part.replace('_', '-')}: --otlp-endpoint needs OpenTelemetry, which is not installed ("
+    )
     assert line.endswith("): pip install 'twostroke[tracing]'")
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import grpc
 import pytest
+from structlog.testing import capture_logs
 
 from common import peers, worker_service
 from common.config import WorkerConfig
@@ -73,6 +74,44 @@ def test_a_router_is_held_up_while_the_engine_takes_nothing(service: WorkerServi
     while any(item.message is not None for item in service.receive(timeout=5)):
         pass
     assert service.connections == ()
+
+
+def test_a_refusal_is_told_once_for_each_reason(service: WorkerService) -> None:
+    """A router that refuses comes again every five seconds, and must not fill the log with that."""
+
+    def connect(*messages: worker_pb2.RouterMessage) -> list[worker_pb2.RouterMessage]:
+        """What the engine sees of a stream of these messages."""
+        hello = worker_pb2.RouterMessage(hello=worker_pb2.RouterHello(router="r"))
+        with grpc.insecure_channel(service.address) as channel:
+            answers = worker_pb2_grpc.WorkerStub(channel).Connect(iter([hello, *messages]), timeout=10)
+            assert next(answers).hello.instance == "worker"
+            seen: list[worker_pb2.RouterMessage] = []
+            while not seen or seen[-1] is not None:
+                seen += [item.message for item in service.receive(timeout=5)]
+            list(answers)
+        return [message for message in seen if message]
+
+    def refusal(reason: str) -> worker_pb2.RouterMessage:
+        return worker_pb2.RouterMessage(refused=reason)
+
+    nothing, work = worker_pb2.RouterMessage(), worker_pb2.RouterMessage(ended=[1])
+    with capture_logs() as logs:
+        for reason in ("its dtype is 'x'", "its dtype is 'x'", "its block_size is 3", "its dtype is 'x'"):
+            assert connect(refusal(reason)) == [nothing]
+        assert connect(work) == [nothing, work]
+        assert connect(refusal("its dtype is 'x'")) == [nothing]
+    assert [entry.get("reason", entry["event"]) for entry in logs] == [
+        "router connected",
+        "its dtype is 'x'",
+        "router gone",
+        "its block_size is 3",
+        "router connected",
+        "router gone",
+        "router connected",
+        "its dtype is 'x'",
+        "router gone",
+    ]
+    assert {entry["log_level"] for entry in logs if "reason" in entry} == {"error"}
 
 
 def test_a_call_whose_path_is_no_utf8_does_not_end_the_service(service: WorkerService) -> None:

@@ -44,15 +44,24 @@ def metrics_named_in(path: Path) -> set[str]:
     return {SUFFIX.sub("", name) for name in METRIC.findall(path.read_text())}
 
 
-def test_every_metric_of_the_dashboard_and_the_manual_exists() -> None:
+def test_every_metric_of_the_dashboard_the_alerts_and_the_manual_exists() -> None:
     sources = [
         path for room in ("router", "common", "prefill_worker", "decode_worker") for path in ROOT.glob(f"{room}/*.py")
     ]
     exported = {
         SUFFIX.sub("", name) for path in sources for name in re.findall(r'"(twostroke_[a-z_]+)"', path.read_text())
     }
-    for path in (ROOT / "deploy/grafana/dashboards/twostroke.json", ROOT / "docs/operations.md"):
-        assert metrics_named_in(path) - exported == set(), path.name
+    for page in ("deploy/grafana/dashboards/twostroke.json", "deploy/alerts.yml", "docs/operations.md"):
+        assert metrics_named_in(ROOT / page) - exported == set(), page
+
+
+def test_what_the_manual_says_is_worth_an_alert_has_one() -> None:
+    worth = re.search(r"Worth one are: .*?\n\n", (ROOT / "docs/operations.md").read_text(), re.DOTALL)
+    assert worth is not None
+    alerts = metrics_named_in(ROOT / "deploy/alerts.yml")
+    assert {SUFFIX.sub("", name) for name in METRIC.findall(worth[0])} == alerts
+    assert "rule_files: [alerts.yml]" in (ROOT / "deploy/prometheus.yml").read_text()
+    assert "./deploy/alerts.yml:/etc/prometheus/alerts.yml:ro" in (ROOT / "compose.yaml").read_text()
 
 
 @pytest.mark.parametrize(

@@ -22,12 +22,16 @@ DEFAULT_MAX_TOKENS = 4
 class FakeRouter(inference_pb2_grpc.InferenceServicer):
     """Answers a prompt with "t0 t1 t2 ..." in deltas of `tokens_per_delta` tokens, `step_seconds` apart.
 
-    The text "fail NAME" gets status NAME. What was asked is kept for the test to look at.
+    The text "fail NAME" gets status NAME. A prompt's tokens are its characters, and it and its answer may have
+    `longest` tokens. What was asked is kept for the test to look at.
     """
 
     step_seconds: float = 0.0
     tokens_per_delta: int = 1
+    stalls_after: int | None = None  # tokens of an answer, of which no more come
     api_key: str | None = None
+    longest: int = 1_000_000
+    finish_reason: int = pb.FINISH_REASON_LENGTH
     load: pb.GetLoadResponse | None = None
     requests: list[pb.GenerateRequest] = field(default_factory=list)
     deadlines: list[float | None] = field(default_factory=list)
@@ -76,7 +80,8 @@ class FakeRouter(inference_pb2_grpc.InferenceServicer):
     async def GetModel(
         self, request: pb.GetModelRequest, context: "grpc.aio.ServicerContext[pb.GetModelRequest, pb.GetModelResponse]"
     ) -> pb.GetModelResponse:
-        return pb.GetModelResponse(name="fake", vocab_size=256, context_length=2048, block_size=16)
+        limits = pb.Limits(max_total_tokens=self.longest)
+        return pb.GetModelResponse(name="fake", vocab_size=256, context_length=2048, block_size=16, limits=limits)
 
     async def GetLoad(
         self, request: pb.GetLoadRequest, context: "grpc.aio.ServicerContext[pb.GetLoadRequest, pb.GetLoadResponse]"
@@ -94,24 +99,27 @@ class FakeRouter(inference_pb2_grpc.InferenceServicer):
                 await context.abort(grpc.StatusCode.UNAUTHENTICATED, "the API key is wrong")
         if request.text.startswith("fail "):
             await context.abort(grpc.StatusCode[request.text.removeprefix("fail ")], "as you asked")
+        text = request.text or "".join(message.content for message in request.chat.messages)
+        prompt_tokens = len(request.token_ids.ids) or len(text)
+        if prompt_tokens + (request.stopping.max_tokens or 1) > self.longest:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "it does not fit")
         self.begun.set()
         self.running += 1
         self.most_running = max(self.most_running, self.running)
         try:
-            prompt_tokens = len(request.token_ids.ids) or len(request.text)
             prompt = pb.PromptInfo(request_id=request.request_id or "made-up", prompt_tokens=prompt_tokens, seed=7)
             yield pb.GenerateChunk(prompt=prompt)
             tokens = request.stopping.max_tokens or DEFAULT_MAX_TOKENS
             for index in range(request.n or 1):
                 for first in range(0, tokens, self.tokens_per_delta):
-                    await asyncio.sleep(self.step_seconds)
+                    await asyncio.sleep(3600 if first == self.stalls_after else self.step_seconds)
                     ids = range(first, min(first + self.tokens_per_delta, tokens))
                     delta = pb.Delta(text="".join(f"t{token} " for token in ids), token_ids=ids)
                     if request.response.HasField("logprobs"):
                         delta.logprobs.extend(pb.TokenLogprob(token_id=token, logprob=-1.0) for token in ids)
                     yield pb.GenerateChunk(index=index, delta=delta)
                 usage = pb.Usage(prompt_tokens=prompt_tokens, completion_tokens=tokens)
-                finish = pb.Finish(reason=pb.FINISH_REASON_LENGTH, usage=usage)
+                finish = pb.Finish(reason=self.finish_reason, usage=usage)  # type: ignore[arg-type]
                 yield pb.GenerateChunk(index=index, finish=finish)
         except asyncio.CancelledError:
             self.cancelled.set()

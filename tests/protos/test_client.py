@@ -11,7 +11,7 @@ import pytest
 
 import twostroke
 from tests.protos.fake_router import FakeRouter, serving
-from twostroke import Client, Message
+from twostroke import AsyncClient, Client, Message
 from twostroke.v1 import inference_pb2 as pb
 
 
@@ -42,6 +42,26 @@ def test_stream(client: Client) -> None:
     assert [piece.prompt is not None for piece in pieces] == [True, False, False, False, False]
     assert [piece.finish is not None for piece in pieces] == [False, False, False, False, True]
     assert [logprob.token_id for piece in pieces for logprob in piece.logprobs] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "target", ["http://localhost:8600", "localhost", "localhost:99999", "localhost:0", "", "::1:80"]
+)
+def test_a_target_that_grpc_would_take_for_another(target: str) -> None:
+    for make in (Client, AsyncClient):
+        with pytest.raises(twostroke.InvalidArgument, match=r"^target: '.*' is not host:port, such as localhost:8600"):
+            make(target)
+
+
+@pytest.mark.parametrize("target", ["[::1]:8600", "unix:/run/router", "dns:///router.example:8600"])
+def test_targets_that_grpc_knows(target: str) -> None:
+    Client(target).close()
+
+
+def test_a_newer_router_may_have_other_reasons_to_finish(client: Client, router: FakeRouter) -> None:
+    router.finish_reason = 99
+    assert client.generate("Hello", max_tokens=1).finish.reason == "unknown"
+    assert [piece.finish.reason for piece in client.stream("Hello", max_tokens=1) if piece.finish] == ["unknown"]
 
 
 def test_several_choices(client: Client) -> None:

@@ -98,6 +98,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         self.starts: list[worker_pb2.Start] = []
         self.pools: list[worker_pb2.PoolHandle] = []
         self.ended: list[int] = []
+        self.refusals: list[str] = []
         self.ready = True
         self.others = 0  # sequences of another router
         self.hung = False  # its gRPC side lives on, and nothing behind it
@@ -184,6 +185,8 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
     def _received(self, message: worker_pb2.RouterMessage) -> None:
         if self.hung:
             return
+        if message.refused:
+            self.refusals.append(message.refused)
         for prefill in message.prefills:
             self.prefills.append(prefill)
             if self._takes(prefill.attempt_id, prefill.sequence):

@@ -40,9 +40,11 @@ async def test_a_worker_that_does_not_fit_is_refused_with_both_values(
             (problem,) = (await it.stub.GetLoad(pb.GetLoadRequest())).problems
             assert (problem.address, problem.role) == (odd.address, DECODE)
             assert problem.reason.startswith(f"refused: {sentence}")
+            await eventually(lambda: len(odd.refusals) == 1)
             await odd.die()
     refusal = next(entry for entry in logs if entry["event"] == "worker refused")
     assert refusal["reason"].startswith(sentence)
+    assert odd.refusals == [refusal["reason"]]
 
 
 async def test_a_first_worker_of_another_model_is_refused_too(model: Path) -> None:

@@ -83,6 +83,9 @@ class RouterMessage(_message.Message):
     STARTS_FIELD_NUMBER: _builtins.int
     ENDED_FIELD_NUMBER: _builtins.int
     POOLS_FIELD_NUMBER: _builtins.int
+    REFUSED_FIELD_NUMBER: _builtins.int
+    refused: _builtins.str
+    """alone, in the last message: why the router has no use for the worker, for its log"""
     @_builtins.property
     def hello(self) -> Global___RouterHello:
         """in the first message, alone"""
@@ -116,10 +119,11 @@ class RouterMessage(_message.Message):
         starts: _abc.Iterable[Global___Start] | None = ...,
         ended: _abc.Iterable[_builtins.int] | None = ...,
         pools: _abc.Iterable[Global___PoolHandle] | None = ...,
+        refused: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["hello", b"hello"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ended", b"ended", "hello", b"hello", "pools", b"pools", "prefills", b"prefills", "reserves", b"reserves", "starts", b"starts"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ended", b"ended", "hello", b"hello", "pools", b"pools", "prefills", b"prefills", "refused", b"refused", "reserves", b"reserves", "starts", b"starts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

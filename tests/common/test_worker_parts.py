@@ -1,0 +1,31 @@
+"""What a worker says of its pool when it starts."""
+
+from pathlib import Path
+
+import pytest
+from structlog.testing import capture_logs
+
+from common import worker_parts
+from common.config import WorkerConfig
+from common.gpu_memory import Passes
+from tests.router import models
+from twostroke.v1 import inference_pb2
+
+
+@pytest.mark.parametrize(
+    ("blocks", "max_length", "told"),
+    [(1, None, [(16, models.CONTEXT_LENGTH)]), (1, 16, []), (-(-models.CONTEXT_LENGTH // 16), None, [])],
+)
+def test_a_pool_that_is_too_small_for_the_context_is_told_of(
+    tmp_path: Path, blocks: int, max_length: int | None, told: list[tuple[int, int]]
+) -> None:
+    directory = models.write(tmp_path, models.byte_level())
+    config = WorkerConfig(
+        model=str(directory), load_format="dummy", device="cpu", num_blocks=blocks, max_length=max_length
+    )
+    with capture_logs() as logs:
+        worker_parts.load(
+            config, inference_pb2.WORKER_ROLE_DECODE, max_batch=1, passes=Passes(tokens=1, rows=1, graphs=0)
+        ).close()
+    warnings = [entry for entry in logs if entry["log_level"] == "warning"]
+    assert [(entry["tokens"], entry["context_length"]) for entry in warnings] == told

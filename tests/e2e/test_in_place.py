@@ -43,6 +43,7 @@ def test_mixed_lengths_at_once(one: Cluster) -> None:
         assert 0 < timing.prefill_ms <= timing.total_ms - timing.decode_ms
 
 
+@pytest.mark.slow
 def test_short_prompts_in_place_and_long_ones_handed_over() -> None:
     asked = prompts(LENGTHS, seed=3)
     with Cluster(decode_flags=BOTH) as cluster:

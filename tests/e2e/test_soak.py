@@ -17,6 +17,7 @@ def sound(directory: Path, seconds: float, seed: int) -> Report:
     return report
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_a_short_soak(tmp_path: Path) -> None:
     report = sound(tmp_path, seconds=8, seed=228)

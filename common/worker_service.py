@@ -47,6 +47,9 @@ UNMEASURED_MESSAGES = 100
 MAX_UNREAD_MESSAGES = 1_000
 UNREAD_PAUSE = 0.005  # seconds
 
+# Reasons that are remembered of routers that refuse this worker.
+MAX_REFUSALS = 256
+
 # An engine that has not come for messages for so long hangs: by then routers have left it, too, unless they are told to
 # wait longer than they do by themselves (--worker-silence-seconds).
 SILENT_SECONDS = 30.0
@@ -295,6 +298,8 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
                 log.info("router gone", router=router)
 
     def _tell_refusal(self, router: str, reason: str) -> None:
+        if sum(map(len, self._refusals.values())) >= MAX_REFUSALS:
+            self._refusals.clear()  # each is told once more
         reasons = self._refusals.setdefault(router, set())
         if reason not in reasons:
             reasons.add(reason)

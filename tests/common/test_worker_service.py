@@ -13,7 +13,7 @@ from common import peers, worker_service
 from common.config import WorkerConfig
 from common.peers import Peers
 from common.probe import probe
-from common.worker_service import WorkerService
+from common.worker_service import MAX_REFUSALS, WorkerService
 from tests.raw_calls import NO_UTF8, call
 from twostroke.v1 import inference_pb2, worker_pb2, worker_pb2_grpc
 
@@ -93,6 +93,12 @@ def test_a_refusal_is_told_once_for_each_reason(service: WorkerService) -> None:
 
     def refusal(reason: str) -> worker_pb2.RouterMessage:
         return worker_pb2.RouterMessage(refused=reason)
+
+    with capture_logs() as logs:
+        connect(*(refusal(str(number)) for number in range(MAX_REFUSALS + 1)), refusal("0"), refusal("0"))
+        assert sum(map(len, service._refusals.values())) == 2
+        assert connect(worker_pb2.RouterMessage(ended=[1]))
+    assert [entry["reason"] for entry in logs if "reason" in entry][-2:] == [str(MAX_REFUSALS), "0"]
 
     nothing, work = worker_pb2.RouterMessage(), worker_pb2.RouterMessage(ended=[1])
     with capture_logs() as logs:

@@ -74,14 +74,15 @@ class PeerPools:
             for asked in over
         ]
 
-    def close_gone(self, in_use: Container[str]) -> None:
+    def close_gone(self, in_use: Callable[[], Container[str]]) -> None:
         """Closes the pools of workers that are no more, so that their memory can be freed, and forgets those that could
         not be opened, so that who asks next tries again. To be called every turn; it looks every second."""
         if (now := time.monotonic()) < self._next_check:
             return
         self._next_check = now + CHECK_SECONDS
+        kept = in_use()
         for instance, opening in list(self._pools.items()):
-            if instance in in_use or not opening.done():
+            if instance in kept or not opening.done():
                 continue
             if opening.exception() is not None:
                 del self._pools[instance]

@@ -69,7 +69,7 @@ class Puller:
         self._under_way = still_under_way
         for pulled in over:
             pulled.sequence.steps_in_flight -= 1
-        self._peers.close_gone(in_use=self._sources())
+        self._peers.close_gone(in_use=self._sources)
         return over
 
     def _sources(self) -> set[str]:

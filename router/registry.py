@@ -63,8 +63,8 @@ class Registry:
             if link.refused is not None:
                 yield link.address, link.role, f"refused: {link.refused}"
             if link.worker is not None:
-                for problem in link.worker.unreadable.values():
-                    yield link.address, link.role, f"cannot read the KV of a prefill worker: {problem}"
+                for problem in link.worker.pair_problems:
+                    yield link.address, link.role, problem
 
     async def run(self) -> None:
         """Looks names up and forgets addresses that are gone, until cancelled."""

@@ -89,6 +89,11 @@ class Worker:
         """decode: whether it prefills where nobody else can."""
         return max(self.hello.prefill_tokens, self.hello.prefill_overflow_tokens) > 0
 
+    @property
+    def pair_problems(self) -> list[str]:
+        """decode: what keeps it from being a pair with prefill workers that are there."""
+        return [f"cannot read the KV of a prefill worker: {problem}" for problem in self.unreadable.values()]
+
     def prefills(self, request: Request) -> bool:
         """decode: whether a hand-over of this prompt costs more than it saves."""
         return self._lacks_at_most(request, self.hello.prefill_tokens)

@@ -153,8 +153,8 @@ class Workers:
     def why_missing(self, role: Role) -> str:
         """What keeps a role that is not filled from being so."""
         for decode in self._of_role[DECODE]:
-            for problem in decode.unreadable.values():
-                return f"decode worker {decode.address} cannot read the KV of a prefill worker: {problem}"
+            for problem in decode.pair_problems:
+                return f"decode worker {decode.address} {problem}"
         where = " on a decode worker's host" if self.count(role) else ""
         return f"no {ROLE_NAMES[role]} worker is connected{where}"
 

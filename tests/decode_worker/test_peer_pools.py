@@ -90,7 +90,7 @@ def test_why_a_pool_cannot_be_read_is_said_and_it_is_tried_again(owners: Owners,
     assert "head_dim" in peers.answer()[1].problem
     owners.stop(handle)
     handle = owners.start("two")
-    peers.pools.close_gone(in_use=())
+    peers.pools.close_gone(in_use=tuple)
     peers.pools.prove(CONNECTION, handle)
     assert peers.answer()[1].problem == ""
 
@@ -107,12 +107,12 @@ def test_the_pool_of_a_worker_that_is_gone_is_closed_unless_it_is_still_read(own
     peers.pools.prove(CONNECTION, handle)
     peers.answer()
     peer = peers.pools.open(handle).result()
-    peers.pools.close_gone(in_use=())
+    peers.pools.close_gone(in_use=tuple)
     assert peer.owner_alive()
     owners.stop(handle)
-    peers.pools.close_gone(in_use={handle.instance})
+    peers.pools.close_gone(in_use=lambda: {handle.instance})
     assert peers.pools.open(handle).result() is peer
-    peers.pools.close_gone(in_use=())
+    peers.pools.close_gone(in_use=tuple)
     assert not peers.shown()
     assert peers.pools.open(handle).exception(10) is not None
 
@@ -128,6 +128,6 @@ def test_no_more_pools_are_opened_than_a_host_has_workers(
         problems.append(peers.answer()[1].problem)
     assert problems == ["", "", "the pools of 2 prefill workers are open here already"]
     owners.stop(handles[0])
-    peers.pools.close_gone(in_use=())
+    peers.pools.close_gone(in_use=tuple)
     peers.pools.prove(CONNECTION, handles[2])
     assert peers.answer()[1].problem == ""

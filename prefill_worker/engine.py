@@ -92,7 +92,13 @@ class Engine:
         if turn.launched_tokens:
             self._metrics.batch_tokens.observe(turn.launched_tokens)
         for prompt, first in turn.complete:
-            self._announce(prompt, first)
+            if first.problem is None:
+                self._announce(prompt, first)
+                continue
+            self._parts.blocks.release(prompt.blocks)
+            self._attempts.end(
+                prompt.connection, prompt.attempt_id, pb.Ended.CAUSE_REJECTED, first.problem, prompt.spec.request_id
+            )
 
     def _announce(self, prompt: Prompt, first: FirstToken) -> None:
         self._metrics.cached_tokens.inc(prompt.cached_len)

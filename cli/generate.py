@@ -6,6 +6,7 @@ from json import dumps
 from typing import Annotated
 
 from cyclopts import Parameter
+from cyclopts.types import ExistingFile
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 
@@ -28,6 +29,8 @@ def generate(
     system: str | None = None,
     raw: bool = False,
     json: bool = False,
+    json_schema: ExistingFile | None = None,
+    regex: str | None = None,
     connection: Connection = Connection(),
     sampling: Sampling = Sampling(),
 ) -> None:
@@ -42,12 +45,20 @@ def generate(
         Continue the prompt as it is, without the model's chat template.
     json
         Print one JSON object at the end: text, token ids, finish reason, usage and timing.
+    json_schema
+        A file with a JSON schema that the answer follows.
+    regex
+        A regular expression that the whole answer matches.
     """
     text = sys.stdin.read() if prompt == "-" else prompt
     question: str | Messages = text if raw else _chat(text, system)
     options = sampling.options()
     if raw:
         options.pop("template_variables", None)  # the environment may have them, for the chats
+    if json_schema is not None:
+        options["json_schema"] = json_schema.read_text(encoding="utf-8")
+    if regex is not None:
+        options["regex"] = regex
     with errors_as_exit(), connection.client() as client:
         answer = _print_json if json else _print_as_it_comes
         limit = "--max-tokens is the limit"

@@ -112,7 +112,9 @@ class GuidedSampling:
             except GrammarError as error:
                 problems[row] = str(error)
         bits = np.zeros((len(rows), self._words), dtype=np.int32)
-        fill_next_token_bitmask_par(self._executor, [(matcher, place) for place, matcher in enumerate(matchers)], bits)
+        if matchers:
+            places = [(matcher, place) for place, matcher in enumerate(matchers)]
+            fill_next_token_bitmask_par(self._executor, places, bits)
         for place, row in enumerate(rows):
             if matchers[place].is_error() and (problem := self._fill_anew(followers[row], bits, place)):
                 problems[row] = problem

@@ -111,12 +111,10 @@ class Runner:
             follower = self._followers.get(sequence)
             if follower is None:
                 continue
-            spec = sequence.spec
-            follower.add(sequence.tokens[spec.prompt_length + len(follower.output) :])
+            follower.add(sequence.tokens[sequence.spec.prompt_length + len(follower.output) :])
             if sequence.steps_in_flight:
                 follower.add([unread[sequence]])
-            if not spec.ends_with(follower.output[-1], spec.prompt_length + len(follower.output)):
-                followers[row] = follower
+            followers[row] = follower
         return self._guided.allowed(followers)
 
     def _plain(self, rows: int) -> Tensor:

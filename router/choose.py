@@ -102,10 +102,11 @@ def prefill_worker(request: Request, workers: Iterable[Worker]) -> Worker | None
 def prefill_workers(request: Request, prefills: Iterable[Worker], decodes: Iterable[Worker]) -> PrefillOf:
     """Those for the decode workers that are a pair with any."""
     prefills = list(prefills)
+    instances = {worker.instance for worker in prefills}
     return {
         reads: prefill_worker(request, [worker for worker in prefills if worker.instance in reads])
         for reads in {worker.reads for worker in decodes}
-        if reads
+        if reads & instances
     }
 
 

@@ -70,7 +70,7 @@ def grammar_of(guide: pb.Guide) -> str:
             json_object.parse("guide.json_schema", guide.json_schema)
             try:
                 return _json(guide.json_schema)
-            except ValueError as error:
+            except ValueError as error:  # the library has a parser of its own
                 raise InvalidArgument("guide.json_schema", str(error)) from error
         case "json_object":
             if not guide.json_object:

@@ -67,9 +67,9 @@ def grammar_of(guide: pb.Guide) -> str:
     """
     match guide.WhichOneof("kind"):
         case "json_schema":
-            json_object.parse("guide.json_schema", guide.json_schema)
+            schema = json_object.parse("guide.json_schema", guide.json_schema)
             try:
-                return _json(guide.json_schema)
+                return _json(guide.json_schema, schema.get("x-guidance"))
             except ValueError as error:  # the library has a parser of its own
                 raise InvalidArgument("guide.json_schema", str(error)) from error
         case "json_object":
@@ -93,8 +93,10 @@ def grammar_of(guide: pb.Guide) -> str:
             raise InvalidArgument("guide", f"one of {kinds} must be set")
 
 
-def _json(schema: str) -> str:
-    return LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": WHITESPACE})
+def _json(schema: str, options: object = None) -> str:
+    """`options`: of the library, that the schema itself sets."""
+    says = isinstance(options, dict) and "whitespace_flexible" in options
+    return LLMatcher.grammar_from_json_schema(schema, defaults={} if says else {"whitespace_pattern": WHITESPACE})
 
 
 def _check_size(field: str, *texts: str) -> None:

@@ -65,8 +65,9 @@ def test_json_has_no_endless_spaces_unless_its_schema_asks_for_them(tokenizer: L
     for guide in (pb.Guide(json_object=True), pb.Guide(json_schema='{"type": "object"}')):
         assert matches(tokenizer, guide, far_in)
         assert not matches(tokenizer, guide, f'{{{" " * 41}"a": 1}}')
-    compact = {"type": "object", "x-guidance": {"whitespace_flexible": False, "whitespace_pattern": None}}
+    compact = {"type": "object", "x-guidance": {"whitespace_flexible": False}}
     assert matches(tokenizer, pb.Guide(json_schema=json.dumps(compact)), '{"a":1}')
+    assert not matches(tokenizer, pb.Guide(json_schema=json.dumps(compact)), '{"a": 1}')
     wide = {"type": "object", "x-guidance": {"whitespace_pattern": "[ ]+"}}
     assert matches(tokenizer, pb.Guide(json_schema=json.dumps(wide)), f'{{{" " * 90}"a":1}}')
 

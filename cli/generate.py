@@ -2,11 +2,11 @@
 
 import re
 import sys
-from json import dumps
+from json import dumps, loads
+from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
-from cyclopts.types import ExistingFile
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 
@@ -22,6 +22,15 @@ def _is_no_flag(_type: object, prompt: str) -> None:
         raise ValueError("There is no such flag; a prompt like it goes through standard input, with -")
 
 
+def _is_schema(_type: object, file: Path | None) -> None:
+    try:
+        if file is None or isinstance(loads(file.read_text(encoding="utf-8")), dict):
+            return
+    except (OSError, ValueError):
+        pass
+    raise ValueError("Must name a file that holds a JSON schema")
+
+
 def generate(
     prompt: Annotated[str, Parameter(allow_leading_hyphen=True, show_env_var=False, validator=_is_no_flag)],
     /,
@@ -29,7 +38,7 @@ def generate(
     system: str | None = None,
     raw: bool = False,
     json: bool = False,
-    json_schema: ExistingFile | None = None,
+    json_schema: Annotated[Path | None, Parameter(validator=_is_schema)] = None,
     regex: str | None = None,
     connection: Connection = Connection(),
     sampling: Sampling = Sampling(),

@@ -49,8 +49,6 @@ class Attempts:
         except ValueError as error:
             self.end(connection, asked.attempt_id, pb.Ended.CAUSE_REJECTED, str(error), asked.sequence.request_id)
             return None
-        if spec.grammar and self._parts.guided is not None:
-            self._parts.guided.prepare(spec.grammar)
         return spec
 
     def end(

@@ -29,6 +29,11 @@ class Follower:
         self._matcher: LLMatcher | None = None
         self.output: list[int] = []  # so far
 
+    @property
+    def ready(self) -> bool:
+        """Whether `matcher` would not have to wait."""
+        return self._compiled.done()
+
     def add(self, tokens: Sequence[int]) -> None:
         """The next tokens of the output."""
         self.output += tokens
@@ -90,12 +95,8 @@ class GuidedSampling:
         self._tokenizer_knows_more = grammars.tokenizer.vocab_size > vocab_size
         self._executor = LLExecutor(threads)
 
-    def prepare(self, grammar: str) -> None:
-        """Begins to compile it, for a sequence that will soon follow it."""
-        self._grammars.get(grammar)
-
     def follow(self, spec: SequenceSpec) -> Follower:
-        """From the beginning of the spec's output, what there is of it left behind."""
+        """From the end of the output that the spec has."""
         follower = Follower(self._grammars, spec.grammar)
         follower.add(spec.output)
         return follower
@@ -120,6 +121,8 @@ class GuidedSampling:
                 problems[row] = problem
             elif self._tokenizer_knows_more and not bits[place, : self._vocab_size // 32].any():
                 problems[row] = "no token of the model follows"
+        if not problems:
+            return Allowed(rows, bits, problems)
         good = [place for place, row in enumerate(rows) if row not in problems]
         return Allowed([rows[place] for place in good], bits[good], problems)
 

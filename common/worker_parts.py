@@ -15,7 +15,7 @@ from common.config import WorkerConfig
 from common.cpu_memory import keep_freed_memory
 from common.gpu_memory import Passes, bytes_for
 from common.grammar import CompiledGrammars, GrammarError, load_tokenizer
-from common.guided_sampling import GuidedSampling
+from common.guided_sampling import Follower, GuidedSampling
 from common.kv_pool import KvLayout, KvPool, view
 from common.model import Model
 from common.model_config import ModelConfig, ModelError
@@ -65,6 +65,10 @@ class WorkerParts:
         spec.sampling.check(vocab_size)
         if spec.grammar and self.guided is None:
             raise ValueError("output cannot be made to follow a grammar here; the worker's log says why")
+
+    def follower(self, spec: SequenceSpec) -> Follower | None:
+        """Of a sequence that was checked: where it is in its grammar, if it follows one; that begins to be compiled."""
+        return self.guided.follow(spec) if self.guided is not None and spec.grammar else None
 
     def blocks_load(self, reserved: int) -> inference_pb2.Blocks:
         return inference_pb2.Blocks(

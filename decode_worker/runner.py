@@ -46,7 +46,7 @@ class Runner:
         self._slots: dict[Sequence, int] = {}  # of the sequences in the batch whose logits are adjusted
         self._asks: set[Sequence] = set()  # for log-probabilities
         self._guided = parts.guided
-        self._followers: dict[Sequence, Follower] = {}  # of the sequences in the batch that follow a grammar
+        self._follow: set[Sequence] = set()  # a grammar
         self._adjusted: AdjustedRows | None = None
         self.graphs: DecodeGraphs | None = None
         if parts.device.type == "cuda":
@@ -62,8 +62,8 @@ class Runner:
             self._slots[sequence] = self._counts.add(sequence.spec, sequence.tokens)
         if wants_logprobs(sequence.spec):
             self._asks.add(sequence)
-        if sequence.spec.grammar and self._guided is not None:
-            self._followers[sequence] = self._guided.follow(sequence.spec)
+        if sequence.follower is not None:
+            self._follow.add(sequence)
         self._adjusted = None
 
     def remove(self, sequence: Sequence) -> None:
@@ -71,7 +71,7 @@ class Runner:
         if (slot := self._slots.pop(sequence, None)) is not None:
             self._counts.remove(slot)
         self._asks.discard(sequence)
-        self._followers.pop(sequence, None)
+        self._follow.discard(sequence)
         self._adjusted = None
 
     @torch.inference_mode()
@@ -81,7 +81,7 @@ class Runner:
         self.batch.upload()
         sequences = tuple(self.batch.sequences)
         rows = len(sequences)
-        if not self._slots and not self._asks and not self._followers:
+        if not self._slots and not self._asks and not self._follow:
             tokens = self._plain(rows)
             return Step(sequences, HostCopy(tokens), None, beginning, late=_is_over(before), problems={})
         state = self.batch.state.first(rows)
@@ -89,7 +89,7 @@ class Runner:
         late = _is_over(before)
         adjusted = self._adjusted_rows() if self._slots else None
         sampled = logits if adjusted is None else self._counts.adjust(logits, state.lengths + 1, adjusted)
-        allowed = self._allowed(before) if self._followers else None
+        allowed = self._allowed(before) if self._follow else None
         tokens = self._stepper.sample(state, sampled if allowed is None else allowed.restrict(sampled))
         if adjusted is not None:
             self._counts.record(tokens, adjusted)
@@ -104,12 +104,11 @@ class Runner:
         for it: the device goes on meanwhile with the model's part of the step that is being launched."""
         assert self._guided is not None
         unread: dict[Sequence, int] = {}
-        if before is not None and any(sequence.steps_in_flight for sequence in self._followers):
+        if before is not None and any(sequence.steps_in_flight for sequence in self._follow):
             unread = dict(zip(before.sequences, before.tokens.get().tolist(), strict=True))
         followers: dict[int, Follower] = {}
         for row, sequence in enumerate(self.batch.sequences):
-            follower = self._followers.get(sequence)
-            if follower is None:
+            if (follower := sequence.follower) is None:
                 continue
             follower.add(sequence.tokens[sequence.spec.prompt_length + len(follower.output) :])
             if sequence.steps_in_flight:

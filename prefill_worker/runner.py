@@ -17,7 +17,7 @@ from prefill_worker import draws
 from prefill_worker.batch import exact_shape, pack
 from prefill_worker.forward import Forward
 from prefill_worker.graphs import PrefillGraphs
-from prefill_worker.scheduler import Chunk
+from prefill_worker.scheduler import Chunk, Prompt
 from twostroke.v1 import worker_pb2 as pb
 
 
@@ -67,17 +67,19 @@ class Runner:
 
     @torch.inference_mode()
     def launch(self, chunks: list[Chunk]) -> LaunchedBatch:
-        specs = [chunk.prompt.spec for chunk in chunks if chunk.is_last]
+        prompts = [chunk.prompt for chunk in chunks if chunk.is_last]
+        specs = [prompt.spec for prompt in prompts]
         hidden = self._last_hidden(chunks, len(specs))
-        allowed = self._allowed(specs)  # on the host, while the device is at work
+        allowed = self._allowed(prompts)  # on the host, while the device is at work
         tokens, logprobs = self._first_tokens(specs, hidden, allowed)
         return LaunchedBatch(chunks, HostCopy(tokens), logprobs, allowed.problems if allowed is not None else {})
 
-    def _allowed(self, specs: list[SequenceSpec]) -> Allowed | None:
-        """What the first tokens may be, where that is not anything."""
-        guided = self._parts.guided
-        followers = {row: guided.follow(spec) for row, spec in enumerate(specs) if guided is not None and spec.grammar}
-        return guided.allowed(followers) if guided is not None and followers else None
+    def _allowed(self, prompts: list[Prompt]) -> Allowed | None:
+        """What the first tokens may be; None where they may be anything."""
+        followers = {row: prompt.follower for row, prompt in enumerate(prompts) if prompt.follower is not None}
+        if self._parts.guided is None or not followers:
+            return None
+        return self._parts.guided.allowed(followers)
 
     def _first_tokens(
         self, specs: list[SequenceSpec], hidden: Tensor, allowed: Allowed | None

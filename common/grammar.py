@@ -63,6 +63,10 @@ class CompiledGrammars:
         self._kept: OrderedDict[str, Future[LLMatcher]] = OrderedDict()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammar")
 
+    def __contains__(self, grammar: str) -> bool:
+        """Whether it is compiled, or about to be."""
+        return grammar in self._kept
+
     @property
     def waiting(self) -> int:
         """Grammars that are not compiled yet."""
@@ -78,5 +82,7 @@ class CompiledGrammars:
         self._kept.move_to_end(grammar)
         return compiled
 
-    def forget(self, grammar: str) -> None:
-        self._kept.pop(grammar, None)
+    def forget(self, grammar: str, compiled: Future[LLMatcher]) -> None:
+        """Compiles the grammar again when it is asked for next, unless that was done since `compiled`."""
+        if self._kept.get(grammar) is compiled:
+            del self._kept[grammar]

@@ -51,7 +51,7 @@ class Follower:
     def anew(self) -> LLMatcher:
         """As `matcher`, of a grammar that is compiled again: all matchers of one share what its lexer remembers, which
         has a limit. Where that was full, one that fails has done nothing wrong."""
-        self._grammars.forget(self._grammar)
+        self._grammars.forget(self._grammar, self._compiled)
         self._compiled = self._grammars.get(self._grammar)
         self._matcher = None
         return self.matcher()
@@ -90,9 +90,10 @@ class GuidedSampling:
 
     def __init__(self, grammars: CompiledGrammars, vocab_size: int, threads: int) -> None:
         self._grammars = grammars
-        self._vocab_size = vocab_size
         self._words = -(-grammars.tokenizer.vocab_size // 32)
-        self._tokenizer_knows_more = grammars.tokenizer.vocab_size > vocab_size
+        # The bits of tokens that the model has, too: tokenizers may know others.
+        self._of_model = np.packbits(np.arange(32 * self._words) < vocab_size, bitorder="little").view(np.int32)
+        self._has_others = grammars.tokenizer.vocab_size > vocab_size
         self._executor = LLExecutor(threads)
 
     def follow(self, spec: SequenceSpec) -> Follower:
@@ -119,7 +120,7 @@ class GuidedSampling:
         for place, row in enumerate(rows):
             if matchers[place].is_error() and (problem := self._fill_anew(followers[row], bits, place)):
                 problems[row] = problem
-            elif self._tokenizer_knows_more and not bits[place, : self._vocab_size // 32].any():
+            elif self._has_others and not (bits[place] & self._of_model).any():
                 problems[row] = "no token of the model follows"
         if not problems:
             return Allowed(rows, bits, problems)
@@ -128,7 +129,10 @@ class GuidedSampling:
 
     def _fill_anew(self, follower: Follower, bits: NDArray[np.int32], place: int) -> str:
         """What is wrong with it; empty where it was nothing of its own."""
-        matcher = follower.anew()
+        try:
+            matcher = follower.anew()
+        except GrammarError as error:
+            return str(error)
         if not matcher.is_error():
             fill_next_token_bitmask(matcher, bits, place)
         return problem_of(matcher)

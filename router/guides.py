@@ -51,7 +51,7 @@ class Guides:
         grammar = grammar_of(guide)
         if self._grammars is None:
             raise InvalidArgument("guide", f"answers of this model cannot be guided: {self._problem}")
-        if self._grammars.waiting >= MAX_WAITING:
+        if grammar not in self._grammars and self._grammars.waiting >= MAX_WAITING:
             raise CallError(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many guides wait to be compiled; try again later")
         try:
             await asyncio.shield(asyncio.wrap_future(self._grammars.get(grammar)))

@@ -116,6 +116,8 @@ def test_no_token_of_the_model_is_a_problem(directory: Path, table: tuple[bytes,
     allowed = guided.allowed(followers)
     assert allowed.problems == {0: "no token of the model follows"}
     assert allowed.rows == [2]
+    barely = sampling_of(directory, vocab_size=letter + 1)
+    assert tokens_of(barely.allowed({0: followers[0]}), vocab_size=letter + 1) == {letter}
 
 
 def test_a_grammar_that_fails_is_a_problem_of_its_row_alone(guided: GuidedSampling, table: tuple[bytes, ...]) -> None:

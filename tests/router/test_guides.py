@@ -148,9 +148,11 @@ async def test_what_waits_to_be_compiled_is_bounded(guides_of_model: Guides, mon
     with pytest.raises(CallError) as refused:
         await guides_of_model.grammar(pb.Guide(regex="one too many"))
     assert refused.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    again = asyncio.create_task(guides_of_model.grammar(pb.Guide(regex=texts[1])))
     waiting[0].cancel()
     go_on.set()
     assert await asyncio.gather(*waiting[1:]) == [LLMatcher.grammar_from_regex(text) for text in texts[1:]]
+    assert await again == LLMatcher.grammar_from_regex(texts[1])
     await guides_of_model.grammar(pb.Guide(regex=texts[0]))
 
 

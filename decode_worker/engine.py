@@ -109,8 +109,10 @@ class Engine:
             return
         state = State.PREFILLING if reserve.prefill else State.RESERVED
         trace = self._tracing.below(reserve.traceparent)
-        sequence = Sequence(reserve.attempt_id, connection, spec, list(spec.token_ids), state, trace=trace)
-        sequence.follower = self._parts.follower(spec)
+        follower = self._parts.follower(spec)
+        sequence = Sequence(
+            reserve.attempt_id, connection, spec, list(spec.token_ids), state, follower=follower, trace=trace
+        )
         admitted = self._scheduler.reserve(sequence, reserve.headroom_tokens)
         self._service.outgoing(connection).reserved.add(
             attempt_id=reserve.attempt_id,

@@ -35,7 +35,7 @@ class Runner:
     def __init__(self, parts: WorkerParts, max_batch: int) -> None:
         block_size = parts.pool.layout.block_size
         self.batch = DecodeBatch(max_batch, -(-parts.max_length // block_size), parts.device)
-        self._stepper = Stepper(parts.model, parts.pool, parts.ops)
+        self._stepper = Stepper(parts.model, parts.pool, parts.ops, parts.model.fused_layers(parts.pool))
         self._counts = TokenCounts(parts.model.config.vocab_size, parts.device)
         self._slots: dict[Sequence, int] = {}  # of the sequences in the batch whose logits are adjusted
         self._asks: set[Sequence] = set()  # for log-probabilities

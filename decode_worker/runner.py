@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import structlog
 import torch
 from torch import Tensor
 
@@ -13,6 +14,8 @@ from decode_worker.batch import DecodeBatch
 from decode_worker.graphs import DecodeGraphs
 from decode_worker.scheduler import Sequence
 from decode_worker.step import Stepper
+
+log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +45,7 @@ class Runner:
         self._adjusted: AdjustedRows | None = None
         self.graphs: DecodeGraphs | None = None
         if parts.device.type == "cuda":
+            log.info("a sequence alone", layers="in one launch" if self._stepper.alone else "kernel by kernel")
             self.graphs = DecodeGraphs(self._stepper, self.batch.state, max_batch)
             warm_up(parts.ops.sample, parts.model.config.vocab_size, parts.pool.tensor.dtype, parts.device)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from common.kv_pool import KvPool
 from common.model_config import ModelConfig
 from common.weights import Weights
-from kernels.ops import Ops
+from kernels.ops import LayersOfOneToken, Ops
 from kernels.rope import Rotation
 
 # (qkv [T, (Hq + 2 Hkv) * D], rotation, key_cache, value_cache) -> [T, Hq, D]; rotates, writes K and V, attends
@@ -46,6 +46,13 @@ class Model:
             activated = ops.norm_gated_linear(hidden, layer.mlp_norm, eps, layer.gate_up)
             hidden = ops.add_linear(hidden, activated, layer.down, None)
         return hidden
+
+    def fused_layers(self, pool: KvPool) -> LayersOfOneToken | None:
+        """What `forward` does for one token of one sequence, as one operation, where there is one."""
+        weights = self._weights
+        return self._ops.fuse_layers(
+            weights.layers, weights.embedding, self._cos_sin, self.config.rms_norm_eps, pool.tensor
+        )
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import structlog
 import torch
 from torch import Tensor
 
@@ -16,6 +17,8 @@ from decode_worker.batch import DecodeBatch
 from decode_worker.graphs import DecodeGraphs
 from decode_worker.scheduler import Sequence
 from decode_worker.step import Stepper
+
+log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +44,7 @@ class Runner:
     def __init__(self, parts: WorkerParts, max_batch: int) -> None:
         block_size = parts.pool.layout.block_size
         self.batch = DecodeBatch(max_batch, -(-parts.max_length // block_size), parts.device)
-        self._stepper = Stepper(parts.model, parts.pool, parts.ops)
+        self._stepper = Stepper(parts.model, parts.pool, parts.ops, parts.model.fused_layers(parts.pool))
         self._counts = TokenCounts(parts.model.config.vocab_size, parts.device)
         self._slots: dict[Sequence, int] = {}  # of the sequences in the batch whose logits are adjusted
         self._asks: set[Sequence] = set()  # for log-probabilities
@@ -50,6 +53,7 @@ class Runner:
         self._adjusted: AdjustedRows | None = None
         self.graphs: DecodeGraphs | None = None
         if parts.device.type == "cuda":
+            log.info("a sequence alone", layers="in one launch" if self._stepper.alone else "kernel by kernel")
             self.graphs = DecodeGraphs(self._stepper, self.batch.state, max_batch)
             special_sampling.warm_up(
                 parts.ops.sample, parts.model.config.vocab_size, parts.pool.tensor.dtype, parts.device

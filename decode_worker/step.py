@@ -7,7 +7,7 @@ from torch import Tensor
 from common.kv_pool import KvPool
 from common.model import Model
 from decode_worker.batch import BatchState
-from kernels.ops import Ops
+from kernels.ops import LayersOfOneToken, Ops
 from kernels.rope import Rotation
 
 
@@ -18,6 +18,7 @@ class Stepper:
     model: Model
     pool: KvPool
     ops: Ops
+    alone: LayersOfOneToken | None  # the layers of a batch of one
 
     def logits(self, state: BatchState) -> Tensor:
         """Runs the model over `state.tokens` [B] and writes their KV. Returns logits [B, V]."""
@@ -41,6 +42,9 @@ class Stepper:
     def _run(self, state: BatchState) -> tuple[Tensor, Tensor]:
         """Logits, and the lengths of the sequences with the token that was run."""
         positions, slots, seq_lens = self.ops.locate(state.lengths, state.block_tables, self.pool.layout.block_size)
+        if self.alone is not None and len(state.tokens) == 1:
+            hidden = self.alone(state.tokens, positions, slots, seq_lens, state.block_tables)
+            return self.model.logits(hidden), seq_lens
         batch = self.ops.plan_decode(state.block_tables, seq_lens, self.pool.layer(0)[0])
         scale = self.model.config.head_dim**-0.5
 

@@ -3,7 +3,7 @@
 #   deploy/gpu_check.sh [FOLDER]    logs and JSON go to FOLDER (build/gpu-check where none is given)
 # Settings, as environment variables:
 #   PYTHON    the Python that has torch, triton and cupy (python3)
-#   STEPS     what to run, of: kernels-tests engine-tests kernels handover engine interference throughput;
+#   STEPS     what to run, of: kernels-tests engine-tests kernels handover engine interference one-sequence throughput;
 #             and of those that are run only where they are asked for: memcheck, which needs compute-sanitizer, and with
 #             two GPUs crossover (2 minutes), goodput and goodput-long (8 to 10 minutes each)
 #   TWOSTROKE_TEST_MODEL    SmolLM2-135M-Instruct as a directory or GGUF, where its package is not installed
@@ -14,7 +14,7 @@ out=$(realpath -m "${1:-build/gpu-check}")
 mkdir -p "$out"
 python=${PYTHON:-python3}
 export PYTHONPATH=".:protos${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
-steps=${STEPS:-kernels-tests engine-tests kernels handover engine interference throughput}
+steps=${STEPS:-kernels-tests engine-tests kernels handover engine interference one-sequence throughput}
 summary=()
 status=0
 
@@ -41,6 +41,7 @@ run kernels 120 "$python" -m benchmarks.gpu.kernels "$out/kernels.json"
 run handover 60 "$python" -m benchmarks.gpu.handover "$out/handover.json"
 run engine 210 "$python" -m benchmarks.gpu.engine --out "$out/engine.json"
 run interference 200 "$python" -m benchmarks.gpu.interference --out "$out/interference.json" --logs "$out/interference"
+run one-sequence 90 "$python" -m benchmarks.gpu.one_sequence --out "$out/one_sequence.json"
 if (($(nvidia-smi --list-gpus | wc -l) > 1)); then
   run crossover 240 "$python" -m benchmarks.gpu.crossover --out "$out/crossover.json" --logs "$out/crossover"
   run goodput 800 "$python" -m benchmarks.gpu.goodput --out "$out/goodput.json" --logs "$out/goodput"

@@ -1,6 +1,6 @@
 """The table of operations a model runs on, chosen once for a device."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -26,6 +26,52 @@ class Sample(Protocol):
     ) -> Tensor: ...
 
 
+class LayerTensors(Protocol):
+    """A layer's weights, [out, in]. H hidden, Hq and Hkv heads of q and of k and v, D head_dim, I intermediate."""
+
+    @property
+    def attention_norm(self) -> Tensor: ...  # [H]
+    @property
+    def qkv(self) -> Tensor: ...  # [(Hq + 2 Hkv) * D, H]
+    @property
+    def qkv_bias(self) -> Tensor | None: ...  # [(Hq + 2 Hkv) * D]
+    @property
+    def q_norm(self) -> Tensor | None: ...  # [D]
+    @property
+    def k_norm(self) -> Tensor | None: ...  # [D]
+    @property
+    def output(self) -> Tensor: ...  # [H, Hq * D]
+    @property
+    def output_bias(self) -> Tensor | None: ...  # [H]
+    @property
+    def mlp_norm(self) -> Tensor: ...  # [H]
+    @property
+    def gate_up(self) -> Tensor: ...  # [2 I, H]
+    @property
+    def down(self) -> Tensor: ...  # [H, I]
+
+
+class LayersOfOneToken(Protocol):
+    """All layers of a decode step of one sequence: as the operations of a layer one after another, over all layers."""
+
+    def __call__(
+        self, tokens: Tensor, positions: Tensor, slots: Tensor, seq_lens: Tensor, block_tables: Tensor
+    ) -> Tensor:
+        """tokens, positions, seq_lens [1] int32, slots [1] int64, block_tables [1, B] int32: the token, its position,
+        where its K and V go (-1: nowhere), and the sequence's length with it. Returns the hidden state after the last
+        layer [1, H], before the final norm."""
+        ...
+
+
+class FuseLayers(Protocol):
+    def __call__(
+        self, layers: Sequence[LayerTensors], embedding: Tensor, cos_sin: Tensor, eps: float, pool: Tensor
+    ) -> LayersOfOneToken | None:
+        """embedding [V, H]; cos_sin [max_position, D] float32; pool [blocks, layers, 2, block_size, Hkv, D]; all but
+        cos_sin of one dtype. They are kept. None: one operation after another is what there is."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Ops:
     """Functions of one meaning and signature on every device; their references say what they do."""
@@ -40,6 +86,13 @@ class Ops:
     sample: Sample
     locate: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
     advance: Callable[[Tensor, Tensor, Tensor], None]
+    fuse_layers: FuseLayers
+
+
+def _one_by_one(
+    layers: Sequence[LayerTensors], embedding: Tensor, cos_sin: Tensor, eps: float, pool: Tensor
+) -> LayersOfOneToken | None:
+    return None
 
 
 REFERENCE = Ops(
@@ -53,6 +106,7 @@ REFERENCE = Ops(
     sample=sampling.sample,
     locate=step.locate,
     advance=step.advance,
+    fuse_layers=_one_by_one,
 )
 
 
@@ -69,6 +123,7 @@ def _cuda(device: torch.device) -> Ops:
     # imported here: none of this exists on a machine without a GPU
     from kernels import (
         flash_attention_3,
+        persistent_layers,
         triton_decode_attention,
         triton_linear,
         triton_prefill_attention,
@@ -90,4 +145,5 @@ def _cuda(device: torch.device) -> Ops:
         sample=triton_sampling.sample,
         locate=triton_step.locate,
         advance=triton_step.advance,
+        fuse_layers=persistent_layers.fuse_layers,
     )

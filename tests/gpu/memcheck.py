@@ -1,4 +1,4 @@
-"""Every Triton kernel at small odd sizes under compute-sanitizer's memcheck, each in a process of its own.
+"""Every kernel of ours at small odd sizes under compute-sanitizer's memcheck, each in a process of its own.
 
 python -m tests.gpu.memcheck            all of them, side by side; exit code 1 where one has errors or does not end
 python -m tests.gpu.memcheck KERNEL     the calls alone, for the sanitizer to look at
@@ -21,6 +21,7 @@ def _calls() -> dict[str, Callable[[], object]]:
     import torch
 
     from kernels import triton_norm
+    from tests.gpu import test_persistent_layers as persistent
     from tests.kernels import checks
     from tests.kernels.inputs import DEVICE, randn
 
@@ -60,6 +61,7 @@ def _calls() -> dict[str, Callable[[], object]]:
         "_silu_mul_kernel": lambda: checks.check_silu_mul(5, 1536, dtype),
         "_locate_kernel": lambda: checks.check_step(37, 16),
         "_advance_kernel": lambda: checks.check_step(37, 16),
+        "persistent_layers": lambda: persistent.check_steps(persistent.make_case(persistent.SHAPES["small"], 41), [41]),
     }
 
 

@@ -1,0 +1,195 @@
+"""All layers of a decode step of one sequence on CUDA, in one launch; the kernel is in persistent_layers.cu.
+
+At batch 1 a step of a small model is a chain of five short kernels a layer, and most of it is their beginnings and
+ends, in which no memory is read. One launch whose programs hand each other their results reads on while they wait ("No
+Bubbles", Hazy Research, 2025, does so for Llama-1B). It is written in CUDA C++, as it needs what Triton does not give:
+a warp that streams weights through shared memory, words that are read and written whole across programs, and a say in
+the size of the code.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import e, log2
+from pathlib import Path
+
+import cupy
+import numpy as np
+import torch
+from torch import Tensor
+
+from kernels.ops import LayerTensors
+from kernels.triton_launch import is_hopper_or_later, multiprocessors, shared_bytes
+
+_SOURCE = Path(__file__).with_suffix(".cu")
+_THREADS = 288
+_TILE_BYTES = 16 << 10
+_SHARED_BYTES = 200 << 10  # that leave a ring worth having
+_MOST_ROWS = 128  # of a weight, in a program
+_LAYER_WEIGHTS = 1 << 26  # elements of a layer up to which this is faster than kernels one by one (docs/kernels.md)
+
+_POINTERS = (
+    "weights token embedding out qkv hidden activated parts scales shares number position slot seq_len cos_sin "
+    "block_table pool"
+)
+_STRIDES = "layer_stride value_offset block_stride token_stride head_stride"
+_ARGUMENTS = np.dtype(  # struct Arguments
+    [
+        *((name, np.uint64) for name in _POINTERS.split()),
+        *((name, np.int64) for name in _STRIDES.split()),
+        *{"layers": np.int32, "eps": np.float32, "scale": np.float32, "padding": np.int32}.items(),
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    hidden: int
+    intermediate: int
+    kv_heads: int
+    group: int  # heads of q for each of k and v
+    head_dim: int
+    block_size: int
+    pieces: int  # programs for each KV head
+
+    @property
+    def suits(self) -> bool:
+        """Whether rows can be loaded in whole vectors, and a program's part of each weight has room in it."""
+        layer = self.hidden * ((self.group * 2 + 2) * self.kv_heads * self.head_dim + 3 * self.intermediate)
+        rows = max((self.group + 2) * self.head_dim, self.hidden, self.intermediate // self.kv_heads)
+        return (
+            self.hidden % 64 == 0
+            and self.intermediate % 64 == 0
+            and 2 * max(self.hidden, self.intermediate) <= _TILE_BYTES
+            and self.head_dim in (64, 128)
+            and self.group * self.head_dim <= 512
+            and self.kv_heads <= 16
+            and rows <= _MOST_ROWS * self.pieces
+            and layer <= _LAYER_WEIGHTS
+        )
+
+
+def fuse_layers(
+    layers: Sequence[LayerTensors], embedding: Tensor, cos_sin: Tensor, eps: float, pool: Tensor
+) -> "PersistentLayers | None":
+    """`kernels.ops.FuseLayers` for CUDA tensors; None where the GPU, or the model's shape or dtype, asks for kernels
+    one by one."""
+    device, first = pool.device, layers[0]
+    kv_heads, head_dim = pool.shape[4:]
+    shape = _Shape(
+        hidden=embedding.shape[1],
+        intermediate=first.down.shape[1],
+        kv_heads=kv_heads,
+        group=first.output.shape[1] // (kv_heads * head_dim),
+        head_dim=head_dim,
+        block_size=pool.shape[3],
+        pieces=multiprocessors(device) // kv_heads,
+    )
+    if pool.dtype != torch.bfloat16 or not is_hopper_or_later(device):
+        return None
+    if shared_bytes(device) < _SHARED_BYTES or not shape.suits:
+        return None
+    return PersistentLayers(shape, layers, embedding, cos_sin, eps, pool)
+
+
+class PersistentLayers:
+    """Calls on one device must not overlap in time: they hand their results on through the same memory."""
+
+    def __init__(
+        self,
+        shape: _Shape,
+        layers: Sequence[LayerTensors],
+        embedding: Tensor,
+        cos_sin: Tensor,
+        eps: float,
+        pool: Tensor,
+    ) -> None:
+        self._grid = shape.kv_heads * shape.pieces
+        self._kernel = _compiled(shape, layers[0], pool.device)
+        self._dtype, self._hidden_size = pool.dtype, shape.hidden
+        self._layers = tuple(layers)  # whose addresses are in the table
+        self._tensors = {
+            "weights": torch.tensor([_addresses(layer) for layer in layers], dtype=torch.int64, device=pool.device),
+            "embedding": embedding,
+            "cos_sin": cos_sin,
+            "pool": pool,
+            **_exchanged(shape, pool.device),
+        }
+        self._arguments = np.zeros((), _ARGUMENTS)
+        for name, tensor in self._tensors.items():
+            self._arguments[name] = tensor.data_ptr()
+        block, layer, value, token, head, _ = pool.stride()
+        for name, stride in zip(_STRIDES.split(), (layer, value, block, token, head), strict=True):
+            self._arguments[name] = stride
+        self._arguments["layers"] = len(layers)
+        self._arguments["eps"] = eps
+        self._arguments["scale"] = shape.head_dim**-0.5 * log2(e)
+
+    def __call__(
+        self, tokens: Tensor, positions: Tensor, slots: Tensor, seq_lens: Tensor, block_tables: Tensor
+    ) -> Tensor:
+        out = torch.empty((1, self._hidden_size), dtype=self._dtype, device=tokens.device)
+        arguments = self._arguments.copy()
+        given = {
+            "token": tokens,
+            "out": out,
+            "position": positions,
+            "slot": slots,
+            "seq_len": seq_lens,
+            "block_table": block_tables,
+        }
+        for name, tensor in given.items():
+            arguments[name] = tensor.data_ptr()
+        stream = cupy.cuda.Stream.from_external(torch.cuda.current_stream(tokens.device))
+        with cupy.cuda.Device(tokens.device.index), stream:
+            self._kernel((self._grid,), (_THREADS,), (arguments,), shared_mem=shared_bytes(tokens.device))
+        return out
+
+
+def _compiled(shape: _Shape, layer: LayerTensors, device: torch.device) -> cupy.RawKernel:
+    macros = {
+        "HIDDEN": shape.hidden,
+        "INTERMEDIATE": shape.intermediate,
+        "KV_HEADS": shape.kv_heads,
+        "GROUP": shape.group,
+        "HEAD_DIM": shape.head_dim,
+        "PIECES": shape.pieces,
+        "BLOCK_SIZE": shape.block_size,
+        "TILE_BYTES": _TILE_BYTES,
+        "SHARED_BYTES": shared_bytes(device),
+        "QK_NORM": int(layer.q_norm is not None),
+        "HAS_QKV_BIAS": int(layer.qkv_bias is not None),
+        "HAS_OUTPUT_BIAS": int(layer.output_bias is not None),
+    }
+    with cupy.cuda.Device(device.index):
+        kernel = cupy.RawKernel(
+            _SOURCE.read_text(),
+            "persistent_layers",
+            options=("-std=c++17", *(f"-D{name}={value}" for name, value in macros.items())),
+            enable_cooperative_groups=True,  # all programs of a launch are there at once, or none is
+        )
+        kernel.max_dynamic_shared_size_bytes = shared_bytes(device)
+    return kernel
+
+
+def _addresses(layer: LayerTensors) -> list[int]:
+    """In the order of enum WEIGHTS."""
+    tensors = (
+        layer.qkv, layer.output, layer.gate_up, layer.down, layer.attention_norm, layer.mlp_norm,
+        layer.q_norm, layer.k_norm, layer.qkv_bias, layer.output_bias,
+    )  # fmt: skip
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+
+def _exchanged(shape: _Shape, device: torch.device) -> dict[str, Tensor]:
+    """What programs hand on to each other, in words of 8 or 16 bytes. No layer has the number 0, which is in them."""
+    pieces, columns = shape.kv_heads * shape.pieces, shape.group * shape.head_dim
+    eights = {
+        "qkv": shape.kv_heads * (columns + 2 * shape.head_dim) // 2,
+        "hidden": shape.hidden // 2,
+        "activated": shape.intermediate // 2,
+        "parts": 2 * pieces * columns // 4,
+        "scales": pieces * shape.group,
+        "shares": 2 * shape.kv_heads * shape.hidden // 4,
+    }
+    words = {name: torch.zeros(count, dtype=torch.int64, device=device) for name, count in eights.items()}
+    return {**words, "number": torch.ones(1, dtype=torch.int32, device=device)}

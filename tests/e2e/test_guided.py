@@ -12,7 +12,7 @@ import pytest
 from tests.e2e.cluster import Cluster
 from tests.e2e.tiny import prompt, tiny_cluster
 from tests.router import models
-from twostroke import Generation, InvalidArgument
+from twostroke import Generation, InvalidArgument, Unavailable
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(60)]
 
@@ -129,7 +129,7 @@ def test_a_worker_without_a_tokenizer_does_not_go_on_without_the_guide(tmp_path:
     (tmp_path / "worker" / "tokenizer.json").unlink()
     flags = {"model": tmp_path / "worker", "load-format": "dummy", "prefill-tokens": 64}
     with Cluster(prefill=0, router_flags={"model": tmp_path / "router"}, decode_flags=flags) as bare:
-        with pytest.raises(Exception, match="no pair of workers that is left can guide an answer"):
+        with pytest.raises(Unavailable, match="no pair of workers that is left can guide an answer"):
             bare.client.generate(prompt(20), regex="a")
         with pytest.raises(InvalidArgument, match=r"guide\.regex: "):
             bare.client.generate(prompt(20), regex="a(")

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from common import model_config, weights
 from common.block_pool import BlockPool
+from common.guided_sampling import GuidedSampling
 from common.kv_pool import KvLayout, KvPool, view
 from common.model import Model
-from common.worker_parts import WorkerParts
+from common.worker_parts import WorkerParts, load_guided
 from kernels.ops import Ops, select
 from twostroke.v1 import worker_pb2
 
@@ -22,6 +23,7 @@ class LoadedModel:
     model: Model
     ops: Ops
     device: torch.device
+    guided: GuidedSampling | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +42,7 @@ def load_model(directory: Path, dtype: str, device: torch.device, *, dummy: bool
     config = model_config.load_config(directory, max_length)
     loaded = weights.dummy(config, dtype, device) if dummy else weights.load(directory, config, dtype, device)
     ops = select(device)
-    return LoadedModel(Model(config, loaded, ops), ops, device)
+    return LoadedModel(Model(config, loaded, ops), ops, device, load_guided(directory, config))
 
 
 def worker_parts(loaded: LoadedModel, num_blocks: int, block_size: int = 16) -> WorkerParts:
@@ -59,4 +61,4 @@ def worker_parts(loaded: LoadedModel, num_blocks: int, block_size: int = 16) -> 
     blocks.release(shuffled)
     max_length = min(config.context_length, num_blocks * block_size)
     hello = worker_pb2.WorkerHello(max_length=max_length)
-    return WorkerParts(loaded.model, loaded.ops, pool, memory, blocks, loaded.device, hello)
+    return WorkerParts(loaded.model, loaded.ops, pool, memory, blocks, loaded.device, hello, loaded.guided)

@@ -29,6 +29,7 @@ from common.model_files import EMBEDDED, resolve
 from router.config import RouterConfig
 from router.detokenizer import Detokenizer
 from router.fan_out import fan_out
+from router.guides import Guides
 from router.mailbox import Mailbox
 from router.request import Prompt, Request
 from router.server import Router
@@ -94,7 +95,7 @@ def router(pipe: Connection, directory: Path) -> None:
 async def _router(pipe: Connection, directory: Path, addresses: Sequence[str]) -> None:
     model = load_config(directory)
     config = RouterConfig(listen="127.0.0.1:0", prefill=tuple(addresses[:1]), decode=tuple(addresses[1:]))
-    service = Router(config, model, Tokenizer(directory, model))
+    service = Router(config, model, Tokenizer(directory, model), Guides(directory, model))
     ages: list[float] = []
     answer = service.service.GenerateStream
 

@@ -33,6 +33,7 @@ from common.model_files import EMBEDDED, resolve
 from common.transport import sweep
 from router import choose
 from router.config import RouterConfig
+from router.guides import Guides
 from router.request import Request
 from router.server import Router
 from router.tokenizer import Tokenizer
@@ -108,7 +109,7 @@ def stop(worker: subprocess.Popen[bytes]) -> None:
 async def measure(name: str, load: LoadConfig, num_blocks: int) -> Figures:
     directory = resolve(EMBEDDED)
     model = load_config(directory)
-    router = Router(RouterConfig(listen="127.0.0.1:0"), model, Tokenizer(directory, model))
+    router = Router(RouterConfig(listen="127.0.0.1:0"), model, Tokenizer(directory, model), Guides(directory, model))
     target = f"127.0.0.1:{await router.start()}"
     with ExitStack() as workers:
         workers.callback(sweep)

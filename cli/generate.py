@@ -2,7 +2,8 @@
 
 import re
 import sys
-from json import dumps
+from json import dumps, loads
+from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
@@ -21,6 +22,15 @@ def _is_no_flag(_type: object, prompt: str) -> None:
         raise ValueError("There is no such flag; a prompt like it goes through standard input, with -")
 
 
+def _is_schema(_type: object, file: Path | None) -> None:
+    try:
+        if file is None or isinstance(loads(file.read_text(encoding="utf-8")), dict):
+            return
+    except (OSError, ValueError):
+        pass
+    raise ValueError("Must name a file that holds a JSON schema")
+
+
 def generate(
     prompt: Annotated[str, Parameter(allow_leading_hyphen=True, show_env_var=False, validator=_is_no_flag)],
     /,
@@ -28,6 +38,8 @@ def generate(
     system: str | None = None,
     raw: bool = False,
     json: bool = False,
+    json_schema: Annotated[Path | None, Parameter(validator=_is_schema)] = None,
+    regex: str | None = None,
     connection: Connection = Connection(),
     sampling: Sampling = Sampling(),
 ) -> None:
@@ -42,12 +54,20 @@ def generate(
         Continue the prompt as it is, without the model's chat template.
     json
         Print one JSON object at the end: text, token ids, finish reason, usage and timing.
+    json_schema
+        A file with a JSON schema that the answer follows.
+    regex
+        A regular expression that the whole answer matches.
     """
     text = sys.stdin.read() if prompt == "-" else prompt
     question: str | Messages = text if raw else _chat(text, system)
     options = sampling.options()
     if raw:
         options.pop("template_variables", None)  # the environment may have them, for the chats
+    if json_schema is not None:
+        options["json_schema"] = json_schema.read_text(encoding="utf-8")
+    if regex is not None:
+        options["regex"] = regex
     with errors_as_exit(), connection.client() as client:
         answer = _print_json if json else _print_as_it_comes
         limit = "--max-tokens is the limit"

@@ -25,6 +25,12 @@ class SequenceSpec:
     stop_token_ids: frozenset[int] = field(default_factory=frozenset)
     cache_root: bytes = b""  # what the chain of block hashes starts from
     request_id: str = ""  # the client's, for logs
+    grammar: str = ""  # that the output follows; see common/grammar.py
+
+    @property
+    def output(self) -> tuple[int, ...]:
+        """The tokens that earlier attempts generated."""
+        return self.token_ids[self.prompt_length :]
 
     def hashes_before_last_token(self, block_size: int) -> tuple[bytes, ...]:
         """Hashes of the blocks that a prefill need not compute. The last token is always computed: its logits give the
@@ -61,6 +67,7 @@ def sequence_from_proto(message: pb.Sequence) -> SequenceSpec:
         stop_token_ids=frozenset(message.stop_token_ids),
         cache_root=message.cache_root,
         request_id=message.request_id,
+        grammar=message.grammar,
     )
 
 
@@ -75,4 +82,5 @@ def sequence_to_proto(spec: SequenceSpec) -> pb.Sequence:
         stop_token_ids=sorted(spec.stop_token_ids),
         cache_root=spec.cache_root,
         request_id=spec.request_id,
+        grammar=spec.grammar,
     )

@@ -14,6 +14,8 @@ from common.block_pool import BlockPool
 from common.config import WorkerConfig
 from common.cpu_memory import keep_freed_memory
 from common.gpu_memory import Passes, bytes_for
+from common.grammar import CompiledGrammars, GrammarError, load_tokenizer
+from common.guided_sampling import Follower, GuidedSampling
 from common.kv_pool import KvLayout, KvPool, view
 from common.model import Model
 from common.model_config import ModelConfig, ModelError
@@ -40,6 +42,7 @@ class WorkerParts:
     blocks: BlockPool
     device: torch.device
     hello: pb.WorkerHello
+    guided: GuidedSampling | None = None  # None: no output can be made to follow a grammar here
 
     @property
     def max_length(self) -> int:
@@ -60,6 +63,12 @@ class WorkerParts:
         if max((*spec.token_ids, *spec.stop_token_ids)) >= vocab_size:
             raise ValueError(f"a token is not in the vocabulary of {vocab_size}")
         spec.sampling.check(vocab_size)
+        if spec.grammar and self.guided is None:
+            raise ValueError("output cannot be made to follow a grammar here; the worker's log says why")
+
+    def follower(self, spec: SequenceSpec) -> Follower | None:
+        """Of a sequence that was checked: where it is in its grammar, if it follows one; that begins to be compiled."""
+        return self.guided.follow(spec) if self.guided is not None and spec.grammar else None
 
     def blocks_load(self, reserved: int) -> inference_pb2.Blocks:
         return inference_pb2.Blocks(
@@ -128,6 +137,7 @@ def load(
             num_blocks_for_all=-(-model.context_length // config.block_size),
         )
     ops = select(device)
+    guided = load_guided(directory, model)
     return WorkerParts(
         model=Model(model, loaded, ops),
         ops=ops,
@@ -154,8 +164,20 @@ def load(
             eos_token_ids=model.eos_token_ids,
             vocabulary=vocabulary.digest(directory),
             host=host_id(),
+            guides=guided is not None,
         ),
+        guided=guided,
     )
+
+
+def load_guided(directory: Path, model: ModelConfig) -> GuidedSampling | None:
+    """None, and a line in the log, where requests that ask for it are to be refused."""
+    try:
+        grammars = CompiledGrammars(load_tokenizer(directory, model))
+    except GrammarError as error:
+        log.warning("guided output is not served", reason=str(error))
+        return None
+    return GuidedSampling(grammars, model.vocab_size, torch.get_num_threads())
 
 
 def host_id() -> str:

@@ -109,7 +109,10 @@ class Engine:
             return
         state = State.PREFILLING if reserve.prefill else State.RESERVED
         trace = self._tracing.below(reserve.traceparent)
-        sequence = Sequence(reserve.attempt_id, connection, spec, list(spec.token_ids), state, trace=trace)
+        follower = self._parts.follower(spec)
+        sequence = Sequence(
+            reserve.attempt_id, connection, spec, list(spec.token_ids), state, follower=follower, trace=trace
+        )
         admitted = self._scheduler.reserve(sequence, reserve.headroom_tokens)
         self._service.outgoing(connection).reserved.add(
             attempt_id=reserve.attempt_id,
@@ -125,6 +128,11 @@ class Engine:
         self._own_prompts.drop(sequence)
         self._loop.drop(sequence)
 
+    def _reject(self, sequence: Sequence, problem: str) -> None:
+        self._attempts.end(
+            sequence.connection, sequence.attempt_id, pb.Ended.CAUSE_REJECTED, problem, sequence.spec.request_id
+        )
+
     def _started(self, connection: int, start: pb.Start) -> Sequence | None:
         sequence = self._scheduler.get(start.attempt_id)
         if sequence is None or sequence.state is not State.RESERVED:
@@ -132,7 +140,7 @@ class Engine:
         problem = self._problem(sequence, start)
         if problem is not None:
             self._drop(sequence)
-            self._attempts.end(connection, start.attempt_id, pb.Ended.CAUSE_REJECTED, problem, sequence.spec.request_id)
+            self._reject(sequence, problem)
             return None
         sequence.state = State.PULLING
         sequence.tokens.append(start.first_token)
@@ -177,8 +185,12 @@ class Engine:
             return
         self._service.flush()  # what is to be said need not wait for the chunk, nor the first tokens for a step
         for sequence, first in self._own_prompts.turn():
-            self._announce(sequence, first)
-            self._start(sequence)
+            if first.problem is None:
+                self._announce(sequence, first)
+                self._start(sequence)
+            else:
+                self._drop(sequence)
+                self._reject(sequence, first.problem)
         self._service.flush()
 
     def _announce(self, sequence: Sequence, first: FirstToken) -> None:
@@ -252,6 +264,9 @@ class Engine:
         for sequence in turn.preempted:
             self._trace_decode(sequence, "preempted")
             self._attempts.end(sequence.connection, sequence.attempt_id, pb.Ended.CAUSE_PREEMPTED)
+        for sequence, problem in turn.failed:
+            self._trace_decode(sequence, "failed")
+            self._reject(sequence, problem)
 
     def _tell_tokens(self, step: StepTokens) -> None:
         self._metrics.batch_sequences.observe(len(step.sequences))

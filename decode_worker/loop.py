@@ -9,17 +9,9 @@ from dataclasses import dataclass, field
 
 from common.worker_parts import WorkerParts
 from decode_worker.pace import Pace
-from decode_worker.runner import Runner, StepOutput
+from decode_worker.runner import Runner, Step
 from decode_worker.scheduler import Scheduler, Sequence, State
 from twostroke.v1 import worker_pb2 as pb
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """A launched step, and the sequences of its rows."""
-
-    sequences: tuple[Sequence, ...]
-    output: StepOutput
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +31,7 @@ class Turn:
     steps: list[StepTokens] = field(default_factory=list)
     finished: list[Sequence] = field(default_factory=list)
     preempted: list[Sequence] = field(default_factory=list)
+    failed: list[tuple[Sequence, str]] = field(default_factory=list)  # with the reason: no token of it can follow
 
 
 class DecodeLoop:
@@ -59,7 +52,7 @@ class DecodeLoop:
     def spare_seconds(self) -> float:
         """How long the next turn may wait, for sequences that its step can then take in, before the device waits for
         it. To be asked again now and then: the step that runs may end sooner than is thought."""
-        if not (self._batch and self._in_flight) or self._in_flight[0].output.tokens.arrived:
+        if not (self._batch and self._in_flight) or self._in_flight[0].tokens.arrived:
             return 0.0
         return self._pace.spare(time.monotonic())
 
@@ -100,9 +93,9 @@ class DecodeLoop:
             turn.preempted.append(victim)
 
     def _launch(self) -> Step:
-        step = Step(tuple(self._batch.sequences), self.runner.launch())
+        step = self.runner.launch(self._in_flight[-1] if self._in_flight else None)
         if self._in_flight:
-            self._pace.launched(late=self._in_flight[-1].output.tokens.arrived)
+            self._pace.launched(step.late)
         else:
             self._pace.begins(time.monotonic(), len(step.sequences))
         for sequence in step.sequences:
@@ -113,16 +106,20 @@ class DecodeLoop:
         return step
 
     def _read(self, step: Step, turn: Turn) -> None:
-        tokens = step.output.tokens.get().tolist()
-        self._pace.ended(step.output.seconds)
+        tokens = step.tokens.get().tolist()
+        self._pace.ended(step.seconds)
         if self._in_flight:
             self._pace.begins(time.monotonic(), len(self._in_flight[0].sequences))
-        logprobs = step.output.logprobs.read() if step.output.logprobs is not None else {}
+        logprobs = step.logprobs.read() if step.logprobs is not None else {}
         read = StepTokens([], [], [])
         for row, (sequence, token) in enumerate(zip(step.sequences, tokens, strict=True)):
             sequence.steps_in_flight -= 1
             if sequence.state is State.OVER:
                 self.scheduler.release_if_idle(sequence)
+                continue
+            if row in step.problems:
+                self.drop(sequence)
+                turn.failed.append((sequence, step.problems[row]))
                 continue
             self.scheduler.deliver(sequence, token)
             read.sequences.append(sequence)

@@ -28,7 +28,9 @@ class OwnPrompts:
         """Its blocks are the prompt's until `turn` gives the sequence back."""
         blocks, sequence.blocks = sequence.blocks, []
         self._sequences[sequence.attempt_id] = sequence
-        self._loop.scheduler.add(Prompt(sequence.attempt_id, sequence.connection, sequence.spec, blocks))
+        self._loop.scheduler.add(
+            Prompt(sequence.attempt_id, sequence.connection, sequence.spec, blocks, follower=sequence.follower)
+        )
 
     def drop(self, sequence: Sequence) -> None:
         """Takes a sequence out; one that is not here is left alone. Its blocks go home now, or with its last chunk."""

@@ -1,14 +1,17 @@
 """Launches decode steps: in CUDA graphs on a GPU, one operation after another on a CPU."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import structlog
 import torch
 from torch import Tensor
 
+from common import guided_sampling, special_sampling
 from common.device_io import HostCopy, mark
+from common.guided_sampling import Allowed, Follower
 from common.host_logprobs import HostLogprobs
-from common.special_sampling import AdjustedRows, TokenCounts, wants_adjusting, wants_logprobs, warm_up
+from common.special_sampling import AdjustedRows, TokenCounts, wants_adjusting, wants_logprobs
 from common.worker_parts import WorkerParts
 from decode_worker.batch import DecodeBatch
 from decode_worker.graphs import DecodeGraphs
@@ -19,12 +22,15 @@ log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class StepOutput:
-    """What a launched step gives for each row of the batch, once the device is through with it."""
+class Step:
+    """A launched step: its sequences, row by row, and what it gives for each, once the device is through with it."""
 
+    sequences: tuple[Sequence, ...]
     tokens: HostCopy
     logprobs: HostLogprobs | None
     beginning: torch.cuda.Event | None  # on the device's clock
+    late: bool  # the step before it was over when it was launched
+    problems: Mapping[int, str]  # by row: its token means nothing, the sequence's grammar failed
 
     @property
     def seconds(self) -> float:
@@ -42,12 +48,17 @@ class Runner:
         self._counts = TokenCounts(parts.model.config.vocab_size, parts.device)
         self._slots: dict[Sequence, int] = {}  # of the sequences in the batch whose logits are adjusted
         self._asks: set[Sequence] = set()  # for log-probabilities
+        self._guided = parts.guided
+        self._follow: set[Sequence] = set()  # a grammar
         self._adjusted: AdjustedRows | None = None
         self.graphs: DecodeGraphs | None = None
         if parts.device.type == "cuda":
             log.info("a sequence alone", layers="in one launch" if self._stepper.alone else "kernel by kernel")
             self.graphs = DecodeGraphs(self._stepper, self.batch.state, max_batch)
-            warm_up(parts.ops.sample, parts.model.config.vocab_size, parts.pool.tensor.dtype, parts.device)
+            special_sampling.warm_up(
+                parts.ops.sample, parts.model.config.vocab_size, parts.pool.tensor.dtype, parts.device
+            )
+            guided_sampling.warm_up(parts.model.config.vocab_size, parts.pool.tensor.dtype, parts.device)
 
     def add(self, sequence: Sequence) -> None:
         self.batch.add(sequence)
@@ -55,6 +66,8 @@ class Runner:
             self._slots[sequence] = self._counts.add(sequence.spec, sequence.tokens)
         if wants_logprobs(sequence.spec):
             self._asks.add(sequence)
+        if sequence.follower is not None:
+            self._follow.add(sequence)
         self._adjusted = None
 
     def remove(self, sequence: Sequence) -> None:
@@ -62,28 +75,50 @@ class Runner:
         if (slot := self._slots.pop(sequence, None)) is not None:
             self._counts.remove(slot)
         self._asks.discard(sequence)
+        self._follow.discard(sequence)
         self._adjusted = None
 
     @torch.inference_mode()
-    def launch(self) -> StepOutput:
-        """One step of every sequence in the batch."""
+    def launch(self, before: Step | None) -> Step:
+        """One step of every sequence in the batch. `before`: the one that was launched last, if it was not read yet."""
         beginning = mark(self.batch.state.tokens.device)
         self.batch.upload()
-        rows = len(self.batch)
-        if not self._slots and not self._asks:
-            return StepOutput(HostCopy(self._plain(rows)), None, beginning)
+        sequences = tuple(self.batch.sequences)
+        rows = len(sequences)
+        if not self._slots and not self._asks and not self._follow:
+            tokens = self._plain(rows)
+            return Step(sequences, HostCopy(tokens), None, beginning, late=_is_over(before), problems={})
         state = self.batch.state.first(rows)
         logits = self._logits(rows)
-        if self._slots:
-            adjusted = self._adjusted_rows()
-            tokens = self._stepper.sample(state, self._counts.adjust(logits, state.lengths + 1, adjusted))
+        late = _is_over(before)
+        adjusted = self._adjusted_rows() if self._slots else None
+        sampled = logits if adjusted is None else self._counts.adjust(logits, state.lengths + 1, adjusted)
+        allowed = self._allowed(before) if self._follow else None
+        tokens = self._stepper.sample(state, sampled if allowed is None else allowed.restrict(sampled))
+        if adjusted is not None:
             self._counts.record(tokens, adjusted)
-        else:
-            tokens = self._stepper.sample(state, logits)
         self._stepper.advance(state, tokens)
-        specs = [sequence.spec for sequence in self.batch.sequences]
+        specs = [sequence.spec for sequence in sequences]
         logprobs = HostLogprobs(specs, logits, tokens) if self._asks else None
-        return StepOutput(HostCopy(tokens), logprobs, beginning)
+        problems = allowed.problems if allowed is not None else {}
+        return Step(sequences, HostCopy(tokens), logprobs, beginning, late, problems)
+
+    def _allowed(self, before: Step | None) -> Allowed:
+        """What may come next in the rows that follow a grammar. Where that depends on a step that is not over, waits
+        for it: the device goes on meanwhile with the model's part of the step that is being launched."""
+        assert self._guided is not None
+        unread: dict[Sequence, int] = {}
+        if before is not None and any(sequence.steps_in_flight for sequence in self._follow):
+            unread = dict(zip(before.sequences, before.tokens.get().tolist(), strict=True))
+        followers: dict[int, Follower] = {}
+        for row, sequence in enumerate(self.batch.sequences):
+            if (follower := sequence.follower) is None:
+                continue
+            follower.add(sequence.tokens[sequence.spec.prompt_length + len(follower.output) :])
+            if sequence.steps_in_flight:
+                follower.add([unread[sequence]])
+            followers[row] = follower
+        return self._guided.allowed(followers)
 
     def _plain(self, rows: int) -> Tensor:
         if self.graphs is not None:
@@ -105,3 +140,7 @@ class Runner:
                 ]
             )
         return self._adjusted
+
+
+def _is_over(step: Step | None) -> bool:
+    return step is not None and step.tokens.arrived

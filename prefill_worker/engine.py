@@ -81,7 +81,8 @@ class Engine:
         spec = self._attempts.accept(connection, prefill, _length, refusal, under_way)
         if spec is not None:
             trace = self._tracing.below(prefill.traceparent)
-            self._scheduler.add(Prompt(prefill.attempt_id, connection, spec, trace=trace))
+            follower = self._parts.follower(spec)
+            self._scheduler.add(Prompt(prefill.attempt_id, connection, spec, follower=follower, trace=trace))
 
     def _expire_leases(self) -> None:
         for lease in self._leases.expire(time.monotonic()):
@@ -92,7 +93,13 @@ class Engine:
         if turn.launched_tokens:
             self._metrics.batch_tokens.observe(turn.launched_tokens)
         for prompt, first in turn.complete:
-            self._announce(prompt, first)
+            if first.problem is None:
+                self._announce(prompt, first)
+                continue
+            self._parts.blocks.release(prompt.blocks)
+            self._attempts.end(
+                prompt.connection, prompt.attempt_id, pb.Ended.CAUSE_REJECTED, first.problem, prompt.spec.request_id
+            )
 
     def _announce(self, prompt: Prompt, first: FirstToken) -> None:
         self._metrics.cached_tokens.inc(prompt.cached_len)

@@ -34,7 +34,7 @@ class PrefillLoop:
         complete: list[tuple[Prompt, FirstToken]] = []
         if len(self._in_flight) > (self._batches_ahead if chunks else 0):
             complete += self._read(self._in_flight.popleft())
-        self.busy = bool(chunks or self._in_flight)
+        self.busy = bool(chunks or self._in_flight or self.scheduler.held_back)
         return Turn(sum(chunk.end - chunk.start for chunk in chunks), complete)
 
     def _read(self, batch: LaunchedBatch) -> Iterator[tuple[Prompt, FirstToken]]:

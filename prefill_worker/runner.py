@@ -1,20 +1,23 @@
 """Runs packed batches of chunks and samples the first token of each prompt that they end."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from common import guided_sampling, special_sampling
 from common.device_io import HostCopy, to_device
+from common.guided_sampling import Allowed
 from common.host_logprobs import HostLogprobs
 from common.sequence import SequenceSpec
-from common.special_sampling import TokenCounts, wants_adjusting, wants_logprobs, warm_up
+from common.special_sampling import TokenCounts, wants_adjusting, wants_logprobs
 from common.worker_parts import WorkerParts
 from prefill_worker import draws
 from prefill_worker.batch import exact_shape, pack
 from prefill_worker.forward import Forward
 from prefill_worker.graphs import PrefillGraphs
-from prefill_worker.scheduler import Chunk
+from prefill_worker.scheduler import Chunk, Prompt
 from twostroke.v1 import worker_pb2 as pb
 
 
@@ -22,6 +25,7 @@ from twostroke.v1 import worker_pb2 as pb
 class FirstToken:
     token: int
     logprobs: pb.Logprobs | None
+    problem: str | None = None  # why there is none: the prompt's grammar failed
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +35,13 @@ class LaunchedBatch:
     chunks: list[Chunk]
     tokens: HostCopy
     logprobs: HostLogprobs | None
+    problems: Mapping[int, str]  # by place among the tokens
 
     def first_tokens(self) -> list[FirstToken]:
         """Waits for the batch."""
         logprobs = self.logprobs.read() if self.logprobs is not None else {}
-        return [FirstToken(token, logprobs.get(row)) for row, token in enumerate(self.tokens.get().tolist())]
+        tokens = enumerate(self.tokens.get().tolist())
+        return [FirstToken(token, logprobs.get(row), self.problems.get(row)) for row, token in tokens]
 
 
 class Runner:
@@ -56,25 +62,39 @@ class Runner:
             return
         table_blocks = -(-parts.max_length // parts.pool.layout.block_size)
         self.graphs = PrefillGraphs(self._forward, max_tokens, table_blocks, parts.device)
-        warm_up(parts.ops.sample, parts.model.config.vocab_size, parts.pool.tensor.dtype, parts.device)
+        special_sampling.warm_up(parts.ops.sample, parts.model.config.vocab_size, parts.pool.tensor.dtype, parts.device)
+        guided_sampling.warm_up(parts.model.config.vocab_size, parts.pool.tensor.dtype, parts.device)
 
     @torch.inference_mode()
     def launch(self, chunks: list[Chunk]) -> LaunchedBatch:
-        specs = [chunk.prompt.spec for chunk in chunks if chunk.is_last]
-        tokens, logprobs = self._first_tokens(specs, self._last_hidden(chunks, len(specs)))
-        return LaunchedBatch(chunks, HostCopy(tokens), logprobs)
+        prompts = [chunk.prompt for chunk in chunks if chunk.is_last]
+        specs = [prompt.spec for prompt in prompts]
+        hidden = self._last_hidden(chunks, len(specs))
+        allowed = self._allowed(prompts)  # on the host, while the device is at work
+        tokens, logprobs = self._first_tokens(specs, hidden, allowed)
+        return LaunchedBatch(chunks, HostCopy(tokens), logprobs, allowed.problems if allowed is not None else {})
 
-    def _first_tokens(self, specs: list[SequenceSpec], hidden: Tensor) -> tuple[Tensor, HostLogprobs | None]:
+    def _allowed(self, prompts: list[Prompt]) -> Allowed | None:
+        """What the first tokens may be; None where they may be anything."""
+        followers = {row: prompt.follower for row, prompt in enumerate(prompts) if prompt.follower is not None}
+        if self._parts.guided is None or not followers:
+            return None
+        return self._parts.guided.allowed(followers)
+
+    def _first_tokens(
+        self, specs: list[SequenceSpec], hidden: Tensor, allowed: Allowed | None
+    ) -> tuple[Tensor, HostLogprobs | None]:
         """`hidden` [L, H] is what `_last_hidden` has just returned."""
         if not specs:
             return hidden.new_empty(0, dtype=torch.int32), None
         special = [(row, spec) for row, spec in enumerate(specs) if wants_adjusting(spec, len(spec.token_ids))]
         asks = any(map(wants_logprobs, specs))
-        if self.graphs is not None and not special and not asks:
+        if self.graphs is not None and not special and not asks and allowed is None:
             return self.graphs.first_tokens(specs), None
         logits = self._parts.model.logits(hidden)
         wanted = draws.views(to_device(draws.pack(specs, len(specs)), self._parts.device), len(specs))
-        tokens = self._forward.draw(self._adjusted(special, logits, wanted.positions), wanted)
+        adjusted = self._adjusted(special, logits, wanted.positions)
+        tokens = self._forward.draw(adjusted if allowed is None else allowed.restrict(adjusted), wanted)
         return tokens, HostLogprobs(specs, logits, tokens) if asks else None
 
     def _last_hidden(self, chunks: list[Chunk], count: int) -> Tensor:

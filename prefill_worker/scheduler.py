@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from common.block_pool import BlockPool
+from common.guided_sampling import Follower
 from common.sequence import SequenceSpec
 from common.tracing import OFF, Span
 
@@ -21,6 +22,7 @@ class Prompt:
     launched_len: int = 0  # tokens whose KV is there or being computed
     computed_len: int = 0  # tokens whose KV is there
     dropped: bool = False  # its blocks go home with the chunk that is being computed
+    follower: Follower | None = None  # of its grammar
     trace: Span = OFF  # of the attempt
     received_at: float = field(default_factory=time.monotonic)
 
@@ -59,6 +61,7 @@ class Scheduler:
         self._waiting: dict[int, Prompt] = {}  # in order of arrival
         self._running: dict[int, Prompt] = {}  # have blocks; chunks left to launch or to finish
         self._computing: set[bytes] = set()  # hashes of blocks that a running prompt will publish
+        self.held_back = False  # a prompt was left out of the last batch, as its grammar is not compiled yet
 
     @property
     def waiting_count(self) -> int:
@@ -94,6 +97,7 @@ class Scheduler:
 
     def schedule(self) -> list[Chunk]:
         """The next batch; empty when nothing can run now."""
+        self.held_back = False
         budget = self._max_batch_tokens
         chunks: list[Chunk] = []
         for prompt in self._candidates():
@@ -126,6 +130,9 @@ class Scheduler:
             if prompt.launched_len < prompt.length and not prompt.dropped:
                 yield prompt
         for prompt in list(self._waiting.values()):
+            if prompt.follower is not None and not prompt.follower.ready:
+                self.held_back = True
+                continue
             if self._is_being_computed(prompt):
                 continue
             if not self._admit(prompt):

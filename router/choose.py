@@ -43,6 +43,8 @@ class Missing:
 def pair(request: Request, workers: Workers, headroom: int) -> Pair | Missing:
     """For a request with so many tokens of output to reserve room for."""
     prefills, decodes = workers.of(PREFILL), workers.paired()
+    if request.prompt.grammar:
+        prefills, decodes = _guiding(prefills, decodes)
     if request.remaining <= 1 and prefills:
         return _for_one_token(request, prefills, decodes, headroom)
     able = decode_workers(request, decodes, request.length + headroom)
@@ -55,6 +57,15 @@ def pair(request: Request, workers: Workers, headroom: int) -> Pair | Missing:
         return Missing(PREFILL, prefills, request.length + 1)
     decode = decode_worker(request, able, prefill_of)
     return Pair(None if decode.prefills(request) else prefill_of.get(decode.reads), decode)
+
+
+def _guiding(prefills: list[Worker], decodes: list[Worker]) -> tuple[list[Worker], list[Worker]]:
+    """Those that make output follow a grammar; of decode workers, those to which such a prompt can come."""
+    prefills = [worker for worker in prefills if worker.hello.guides]
+    theirs = {worker.instance for worker in prefills}
+    return prefills, [
+        worker for worker in decodes if worker.hello.guides and (worker.can_prefill or worker.reads & theirs)
+    ]
 
 
 def _for_one_token(
@@ -91,10 +102,11 @@ def prefill_worker(request: Request, workers: Iterable[Worker]) -> Worker | None
 def prefill_workers(request: Request, prefills: Iterable[Worker], decodes: Iterable[Worker]) -> PrefillOf:
     """Those for the decode workers that are a pair with any."""
     prefills = list(prefills)
+    instances = {worker.instance for worker in prefills}
     return {
         reads: prefill_worker(request, [worker for worker in prefills if worker.instance in reads])
         for reads in {worker.reads for worker in decodes}
-        if reads
+        if reads & instances
     }
 
 

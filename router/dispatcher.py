@@ -191,9 +191,13 @@ class Dispatcher:
 
     def _wait_or_end(self, request: Request, missing: choose.Missing) -> Role | None:
         """The role of which it waits for a worker; None where none will ever take it, and it ended here."""
+        sentence = None
         if missing.workers and not any(worker.can_hold(missing.tokens) for worker in missing.workers):
-            self._take_out(request)
             sentence = f"no {ROLE_NAMES[missing.role]} worker that is left can hold {missing.tokens} tokens"
+        elif request.prompt.grammar and missing.role == DECODE and not missing.workers and self.workers.paired():
+            sentence = "no pair of workers that is left can guide an answer; each worker's log says what it lacks"
+        if sentence is not None:
+            self._take_out(request)
             request.end(State.FAILED, CallError(grpc.StatusCode.UNAVAILABLE, sentence))
             return None
         if self._retry is None:

@@ -11,6 +11,7 @@ from common.model_config import load_config
 from common.model_files import resolve
 from common.peers import only_local
 from router.config import RouterConfig
+from router.guides import Guides
 from router.server import Router
 from router.tokenizer import Tokenizer
 
@@ -27,7 +28,7 @@ def main(config: RouterConfig) -> None:
 async def _serve(config: RouterConfig) -> None:
     directory = resolve(config.model)
     model = load_config(directory, to_run=False)
-    router = Router(config, model, Tokenizer(directory, model))
+    router = Router(config, model, Tokenizer(directory, model), Guides(directory, model))
     port = await router.start()
     signals: asyncio.Queue[int] = asyncio.Queue()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -49,6 +49,7 @@ class Prompt:
     min_length: int
     stop_token_ids: frozenset[int]
     cache_salt: str
+    grammar: str = ""  # that answers follow; see common/grammar.py
     # Made with the first attempt of the first choice, and shared by all: a long prompt takes milliseconds.
     told: dict[Kind, Told] = field(default_factory=dict, init=False, compare=False)
 

@@ -68,6 +68,7 @@ def _packed(prompt: Prompt, kind: Kind, told: Told) -> worker_pb2.Sequence:
         packed.min_length = prompt.min_length
         packed.stop_token_ids.extend(sorted(prompt.stop_token_ids))
         packed.cache_root = _cache_root(prompt, kind)
+        packed.grammar = prompt.grammar
     return packed
 
 

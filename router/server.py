@@ -17,6 +17,7 @@ from router.api_keys import ApiKeys
 from router.auth import KeyInterceptor
 from router.config import RouterConfig
 from router.dispatcher import Dispatcher
+from router.guides import Guides
 from router.metrics import Metrics
 from router.parsing import ParseInterceptor
 from router.registry import Registry
@@ -49,7 +50,7 @@ class Router:
         StartError: a file of certificates, keys or the secret is missing or wrong, or a package for tracing.
     """
 
-    def __init__(self, config: RouterConfig, model: ModelConfig, tokenizer: Tokenizer) -> None:
+    def __init__(self, config: RouterConfig, model: ModelConfig, tokenizer: Tokenizer, guides: Guides) -> None:
         self._config = config
         self._peers = Peers.of(config)
         self._keys = None if config.api_keys is None else ApiKeys(config.api_keys)
@@ -58,7 +59,7 @@ class Router:
         self.dispatcher = Dispatcher(config, self.metrics)
         self.registry = Registry(config, model, tokenizer.vocabulary, self.dispatcher, self._peers)
         self.service = InferenceService(
-            config, model, tokenizer, self.dispatcher, self.registry, self.metrics, self._tracing
+            config, model, tokenizer, guides, self.dispatcher, self.registry, self.metrics, self._tracing
         )
         self._tasks: list[asyncio.Task[None]] = []
 

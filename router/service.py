@@ -21,6 +21,7 @@ from router.answer import Answer
 from router.config import RouterConfig
 from router.dispatcher import Dispatcher
 from router.errors import CallError, InvalidArgument
+from router.guides import Guides
 from router.limits import CALLER
 from router.mailbox import Mailbox
 from router.metrics import Metrics
@@ -51,6 +52,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         config: RouterConfig,
         model: ModelConfig,
         tokenizer: Tokenizer,
+        guides: Guides,
         dispatcher: Dispatcher,
         registry: Registry,
         metrics: Metrics,
@@ -59,6 +61,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self._config = config
         self._model = model
         self._tokenizer = tokenizer
+        self._guides = guides
         self._dispatcher = dispatcher
         self._registry = registry
         self._metrics = metrics
@@ -100,12 +103,14 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         caller = CALLER.get()
         with caller.generating(job.n):
             self._dispatcher.check_admission(job.n)
+            grammar = await self._guides.grammar(job.guide) if job.guide is not None else ""
             token_ids = await self._prompt(request)
-            requests = self._requests(job, token_ids, mailbox, trace)
+            requests = self._requests(job, grammar, token_ids, mailbox, trace)
             trace.note(request_trace.of_request(request, job, self._config.model, len(token_ids)))
             finishes: list[pb.Finish] = []
-            # A chat's answer is a text of its own; a completion goes on with the prompt's.
-            begins_text = request.HasField("chat") or not self._tokenizer.spells(token_ids)
+            # A chat's answer is a text of its own; a completion goes on with the prompt's. A guide is for every byte.
+            is_own_text = request.HasField("chat") or not self._tokenizer.spells(token_ids)
+            begins_text = is_own_text and job.guide is None
             answers = [
                 Answer(choice, job, self._tokenizer, self._model.eos_token_ids, self._metrics, begins_text)
                 for choice in requests
@@ -154,7 +159,9 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         validate.check_tokens("input", token_ids, self._model)  # tokenizers may know tokens that the model does not
         return token_ids
 
-    def _requests(self, job: Job, token_ids: list[int], mailbox: Mailbox[Request], trace: Span) -> list[Request]:
+    def _requests(
+        self, job: Job, grammar: str, token_ids: list[int], mailbox: Mailbox[Request], trace: Span
+    ) -> list[Request]:
         workers = self._dispatcher.workers
         settle = partial(validate.check_length, len(token_ids), job, self._model)
         max_length = settle(workers.max_length())
@@ -163,6 +170,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             min_length=len(token_ids) + job.min_tokens,
             stop_token_ids=job.stop_token_ids,
             cache_salt=CALLER.get().cache_salt(job.cache_salt),
+            grammar=grammar,
         )
         requests = []
         for index in range(job.n):

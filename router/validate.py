@@ -41,6 +41,7 @@ class Job:
     want_token_ids: bool
     logprobs: int | None
     special_tokens: bool
+    guide: pb.Guide | None
 
 
 def check(request: pb.GenerateRequest, model: ModelConfig) -> Job:
@@ -62,6 +63,9 @@ def check(request: pb.GenerateRequest, model: ModelConfig) -> Job:
         _within("response.logprobs", logprobs, 0, MAX_LOGPROBS)
     sampling = _sampling(request.sampling, logprobs, model)
     max_tokens = _stopping(request.stopping, model)
+    guide = request.guide if request.HasField("guide") else None
+    if guide is not None:
+        _fits_a_guide(request.stopping)
     own_stops = frozenset(request.stopping.stop_token_ids)
     return Job(
         request_id=request.request_id or uuid.uuid4().hex,
@@ -77,6 +81,7 @@ def check(request: pb.GenerateRequest, model: ModelConfig) -> Job:
         want_token_ids=request.response.token_ids if request.response.HasField("token_ids") else True,
         logprobs=logprobs,
         special_tokens=request.response.special_tokens,
+        guide=guide,
     )
 
 
@@ -210,6 +215,16 @@ def _stopping(stopping: pb.Stopping, model: ModelConfig) -> int | None:
         )
     check_tokens("stopping.stop_token_ids", stopping.stop_token_ids, model)
     return max_tokens
+
+
+def _fits_a_guide(stopping: pb.Stopping) -> None:
+    """A guided answer is over where it is complete: then only an end-of-sequence token may come."""
+    if stopping.ignore_eos:
+        raise InvalidArgument(
+            "stopping.ignore_eos", "cannot go with a guide, by which an answer ends when it is complete"
+        )
+    if stopping.min_tokens:
+        raise InvalidArgument("stopping.min_tokens", "cannot go with a guide, which may be complete before that")
 
 
 def _within(field: str, value: float, least: float, most: float, or_else: str = "") -> None:

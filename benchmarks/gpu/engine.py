@@ -263,7 +263,7 @@ def _step(runner: DecodeRunner, rows: int) -> None:
     if runner.graphs is not None:
         runner.graphs.plain(rows)
     else:
-        runner.launch()
+        runner.launch(None)
 
 
 def _repeat(step: Callable[[], object]) -> None:

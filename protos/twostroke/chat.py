@@ -51,9 +51,9 @@ def set_option(chat: pb.Chat, name: str, value: Any) -> None:
         TypeError, ValueError: the value has the wrong type, or is nothing that JSON can say.
     """
     if name == "tools":
-        chat.tools.extend(_json(tool) for tool in value)
+        chat.tools.extend(to_json(tool) for tool in value)
     elif name == "template_variables":
-        chat.template_variables = _json(value)
+        chat.template_variables = to_json(value)
     else:
         setattr(chat, name, value)
 
@@ -77,9 +77,9 @@ def _tool_call(call: Any) -> pb.ToolCall:
         made.id = call["id"]
     arguments = function.get("arguments")
     if arguments is not None:
-        made.arguments = arguments if isinstance(arguments, str) else _json(arguments)
+        made.arguments = arguments if isinstance(arguments, str) else to_json(arguments)
     return made
 
 
-def _json(value: Mapping[str, Any]) -> str:
+def to_json(value: Mapping[str, Any]) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False)

@@ -21,6 +21,8 @@ class Options(ChatOptions, total=False):
     Sampling: `temperature` (0 is greedy), `top_k`, `top_p`, `min_p`, `repetition_penalty`, `presence_penalty`,
     `frequency_penalty`, `logit_bias` (token id to what is added to its logit), `seed`.
     Stopping: `max_tokens`, `min_tokens`, `stop` (string or strings), `stop_token_ids`, `include_stop`, `ignore_eos`.
+    Guide, one of: `json_schema` (a dictionary, or JSON), `json_object` (True: any JSON object), `regex`, `choices`
+    (texts), `grammar` (in llguidance's dialect of Lark); the answer's text follows it.
     Answer: `n` choices, `logprobs` (alternatives per token), `special_tokens` (left in the text), `return_token_ids`.
     Request: `request_id` (for logs), `cache_salt` (keeps tenants' prefix caches apart).
     Chats only: `tools` (that the model may call), `template_variables` (such as `{"enable_thinking": False}`),
@@ -44,6 +46,12 @@ class Options(ChatOptions, total=False):
     include_stop: bool
     ignore_eos: bool
 
+    json_schema: Mapping[str, object] | str
+    json_object: bool
+    regex: str
+    choices: Sequence[str]
+    grammar: str
+
     n: int
     logprobs: int
     special_tokens: bool
@@ -60,6 +68,7 @@ def _fields(message: type[pb.Sampling | pb.Stopping | pb.ResponseOptions]) -> fr
 _SAMPLING = _fields(pb.Sampling)
 _STOPPING = _fields(pb.Stopping)
 _RESPONSE = _fields(pb.ResponseOptions)
+_GUIDE = frozenset(pb.Guide.DESCRIPTOR.fields_by_name)
 
 
 def generate_request(prompt: Prompt, options: Options) -> pb.GenerateRequest:
@@ -125,12 +134,35 @@ def _set_option(request: pb.GenerateRequest, name: str, value: object) -> None:
         _assign(request.response, "token_ids", value)
     elif name in _RESPONSE and name != "token_ids":
         _assign(request.response, name, value)
+    elif name in _GUIDE:
+        _set_guide(request, name, value)
     elif chat.is_option(name):
         _set_chat_option(request, name, value)
     elif name in ("n", "request_id", "cache_salt"):
         _assign(request, name, value)
     else:
         raise TypeError(f"{name!r} is no option; those there are: {', '.join(Options.__annotations__)}")
+
+
+def _set_guide(request: pb.GenerateRequest, name: str, value: Any) -> None:
+    if request.HasField("guide"):
+        raise TypeError(f"{name} and {request.guide.WhichOneof('kind')} are both guides; an answer follows one")
+    try:
+        if name == "choices":
+            request.guide.choices.SetInParent()
+            request.guide.choices.texts.extend(_texts(value))
+        elif name == "json_schema" and isinstance(value, Mapping):
+            request.guide.json_schema = chat.to_json(value)
+        else:
+            setattr(request.guide, name, value)
+    except (TypeError, ValueError) as error:
+        raise _about(name, error) from error
+
+
+def _texts(value: Any) -> Sequence[str]:
+    if isinstance(value, str):
+        raise TypeError("must be several texts, not one")
+    return list(value)
 
 
 def _set_chat_option(request: pb.GenerateRequest | pb.TokenizeRequest, name: str, value: object) -> None:

@@ -15,6 +15,7 @@ from cyclopts import CycloptsError
 
 from cli.main import app, main
 from tests.protos.fake_router import FakeRouter, serving
+from twostroke.v1 import inference_pb2 as pb
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'protos'}", "TERM": "dumb", "COLUMNS": "300"}
@@ -96,6 +97,22 @@ def test_template_variables(router: FakeRouter) -> None:
         assert run.returncode == 2
         assert "Must be a JSON object" in run.stdout + run.stderr
     assert len(router.requests) == 3
+
+
+def test_guides(router: FakeRouter, tmp_path: Path) -> None:
+    file = tmp_path / "schema.json"
+    file.write_text('{"type": "object"}')
+    twostroke("generate", "Hello", f"--json-schema={file}", TWOSTROKE_TARGET=router.address)
+    twostroke("generate", "Hello", "--regex=[a-z]+", TWOSTROKE_TARGET=router.address)
+    assert [request.guide for request in router.requests] == [
+        pb.Guide(json_schema='{"type": "object"}'),
+        pb.Guide(regex="[a-z]+"),
+    ]
+    file.write_text("[]")
+    for wrong in (file, tmp_path / "nothing"):
+        run = twostroke("generate", "Hello", f"--json-schema={wrong}", TWOSTROKE_TARGET=router.address)
+        assert run.returncode == 2
+        assert "Must name a file that holds a JSON schema" in " ".join((run.stdout + run.stderr).split())
 
 
 def test_generate_as_json(router: FakeRouter) -> None:

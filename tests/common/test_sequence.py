@@ -27,6 +27,7 @@ SPEC = SequenceSpec(
     stop_token_ids=frozenset({2, 3}),
     cache_root=b"r" * 16,
     request_id="wanted",
+    grammar='{"grammars": [{"lark_grammar": "start: /a+/"}]}',
 )
 
 

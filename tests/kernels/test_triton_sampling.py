@@ -89,3 +89,16 @@ def test_rows_of_all_kinds_in_a_batch_take_what_they_take_alone() -> None:
     for row in range(rows):
         alone = checks.triton_sampling.sample(logits[row : row + 1], *(column[row : row + 1] for column in columns))
         assert int(alone) == int(together[row])
+
+
+@pytest.mark.parametrize(("top_k", "top_p", "min_p"), FILTERS)
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("left", [[1999], [3, 700, 701]], ids=["one", "few"])
+def test_of_the_few_that_a_grammar_leaves_one_is_drawn(
+    left: list[int], temperature: float, top_k: int, top_p: float, min_p: float
+) -> None:
+    """All others are -inf, most chunks of the vocabulary through and through."""
+    logits = torch.full((3, 2000), -torch.inf, device=DEVICE)
+    logits[:, left] = randn(3, len(left), seed=4)
+    taken = checks.check_sample(logits, *settings(3, temperature, top_k, top_p, min_p))
+    assert set(taken.tolist()) <= set(left)

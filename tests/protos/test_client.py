@@ -124,6 +124,34 @@ def test_every_option_reaches_its_field(client: Client, router: FakeRouter) -> N
     assert router.requests[0].sampling.HasField("temperature")
 
 
+def test_guides(client: Client, router: FakeRouter) -> None:
+    schema = {"type": "object", "title": "ü"}
+    client.generate("Hello", json_schema=schema)
+    client.generate("Hello", json_schema='{"type": "object"}')
+    client.generate("Hello", json_object=True)
+    client.generate("Hello", regex="a+")
+    client.generate("Hello", choices=("a", "b"))
+    client.generate("Hello", choices=[])
+    list(client.stream_chat("Hello", grammar="start: x"))
+    assert [request.guide for request in router.requests] == [
+        pb.Guide(json_schema='{"type": "object", "title": "ü"}'),
+        pb.Guide(json_schema='{"type": "object"}'),
+        pb.Guide(json_object=True),
+        pb.Guide(regex="a+"),
+        pb.Guide(choices=pb.Guide.Choices(texts=["a", "b"])),
+        pb.Guide(choices=pb.Guide.Choices()),
+        pb.Guide(grammar="start: x"),
+    ]
+    with pytest.raises(TypeError, match="regex and json_object are both guides; an answer follows one"):
+        client.generate("Hello", json_object=True, regex="a")
+    with pytest.raises(TypeError, match="choices: must be several texts, not one"):
+        client.generate("Hello", choices="a")
+    with pytest.raises(TypeError, match="json_schema: "):
+        client.generate("Hello", json_schema={"a": object()})
+    with pytest.raises(twostroke.InvalidArgument, match="json_schema: Out of range"):
+        client.generate("Hello", json_schema={"minimum": float("inf")})
+
+
 def test_prompts(client: Client, router: FakeRouter) -> None:
     chat = pb.Chat(messages=[pb.ChatMessage(role="user", content="Hi")])
     client.generate([1, 2, 3])

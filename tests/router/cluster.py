@@ -13,6 +13,7 @@ import grpc
 
 from common.model_config import load_config
 from router.config import RouterConfig
+from router.guides import Guides
 from router.server import Router
 from router.tokenizer import Tokenizer
 from tests.router.fake_worker import DECODE, PREFILL, FakeWorker, Script, counting
@@ -104,7 +105,7 @@ async def cluster(
         **{"worker_grace": 0.3, **settings},
     )
     loaded = load_config(model)
-    router = Router(config, loaded, Tokenizer(model, loaded))
+    router = Router(config, loaded, Tokenizer(model, loaded), Guides(model, loaded))
     address = f"127.0.0.1:{await router.start()}"
     async with grpc.aio.insecure_channel(address) as channel:
         made = Cluster(router, channel, address, *sides)

@@ -89,6 +89,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
             "dtype": "float32",
             "vocab_size": models.VOCAB_SIZE,
             "eos_token_ids": [models.EOS],
+            "guides": True,  # so it says
         }
         self.hello = worker_pb2.WorkerHello(**(fields | hello))
         self.held: dict[int, worker_pb2.Sequence] = {}

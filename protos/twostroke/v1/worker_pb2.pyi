@@ -226,6 +226,7 @@ class Sequence(_message.Message):
     STOP_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     CACHE_ROOT_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    GRAMMAR_FIELD_NUMBER: _builtins.int
     prompt_length: _builtins.int
     """the first so many of token_ids are the prompt; penalties tell them apart"""
     block_hashes: _builtins.bytes
@@ -238,6 +239,8 @@ class Sequence(_message.Message):
     """16 bytes: what the chain of hashes starts from; decode goes on with it when there is no full block"""
     request_id: _builtins.str
     """the client's, for logs"""
+    grammar: _builtins.str
+    """that the output follows, as llguidance writes it; see common/grammar.py. Empty: none"""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -258,10 +261,11 @@ class Sequence(_message.Message):
         stop_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         cache_root: _builtins.bytes = ...,
         request_id: _builtins.str = ...,
+        grammar: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_hashes", b"block_hashes", "cache_root", b"cache_root", "max_length", b"max_length", "min_length", b"min_length", "prompt_length", b"prompt_length", "request_id", b"request_id", "sampling", b"sampling", "stop_token_ids", b"stop_token_ids", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_hashes", b"block_hashes", "cache_root", b"cache_root", "grammar", b"grammar", "max_length", b"max_length", "min_length", b"min_length", "prompt_length", b"prompt_length", "request_id", b"request_id", "sampling", b"sampling", "stop_token_ids", b"stop_token_ids", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -571,6 +575,7 @@ class WorkerHello(_message.Message):
     EOS_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     VOCABULARY_FIELD_NUMBER: _builtins.int
     HOST_FIELD_NUMBER: _builtins.int
+    GUIDES_FIELD_NUMBER: _builtins.int
     instance: _builtins.str
     role: _inference_pb2.WorkerRole.ValueType
     model: _builtins.str
@@ -593,6 +598,8 @@ class WorkerHello(_message.Message):
     """of which token each id stands for, see common/vocabulary.py; empty: the worker has no tokenizer"""
     host: _builtins.str
     """the same for all workers of one host, where KV can go from one to the other"""
+    guides: _builtins.bool
+    """makes output follow a grammar"""
     @_builtins.property
     def pool(self) -> Global___PoolHandle: ...
     @_builtins.property
@@ -617,10 +624,11 @@ class WorkerHello(_message.Message):
         eos_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         vocabulary: _builtins.str = ...,
         host: _builtins.str = ...,
+        guides: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["pool", b"pool"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "fingerprint", b"fingerprint", "host", b"host", "instance", b"instance", "max_batch", b"max_batch", "max_length", b"max_length", "model", b"model", "pool", b"pool", "prefill_overflow_tokens", b"prefill_overflow_tokens", "prefill_tokens", b"prefill_tokens", "role", b"role", "version", b"version", "vocab_size", b"vocab_size", "vocabulary", b"vocabulary"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "fingerprint", b"fingerprint", "guides", b"guides", "host", b"host", "instance", b"instance", "max_batch", b"max_batch", "max_length", b"max_length", "model", b"model", "pool", b"pool", "prefill_overflow_tokens", b"prefill_overflow_tokens", "prefill_tokens", b"prefill_tokens", "role", b"role", "version", b"version", "vocab_size", b"vocab_size", "vocabulary", b"vocabulary"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

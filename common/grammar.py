@@ -1,0 +1,88 @@
+"""Grammars that output can be made to follow, compiled by llguidance: which tokens may come next.
+
+A grammar is text as `LLMatcher.grammar_from_*` writes it. Routers compile one to say what is wrong with it, workers to
+follow it, with the same tokenizer and limits: what a router lets through, a worker can begin.
+"""
+
+from collections import OrderedDict
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+
+from common.model_config import ModelConfig
+
+# The library's own, but for the lexer's states: all sequences of a grammar share them, and each takes some 100 bytes.
+# What is left bounds a compilation to a second or so, and the work for one token to some 20 ms.
+_LIMITS = LLParserLimits(max_lexer_states=100_000, verbose_errors=False)
+
+# Compiled grammars that are kept. That of a JSON schema of 256 KiB has 10 MB, that of a usual one some 10 KB.
+KEPT = 32
+
+
+class GrammarError(ValueError):
+    """Nothing can follow the grammar; the message says why in a sentence."""
+
+
+def load_tokenizer(directory: Path, model: ModelConfig) -> LLTokenizer:
+    """The tokens of `directory`/tokenizer.json, as grammars need them. Takes a third of a second for each 50,000, in
+    which no other thread of Python's runs. Raises GrammarError, with what is missing."""
+    file = directory / "tokenizer.json"
+    if not file.is_file():
+        raise GrammarError("the model directory has no tokenizer.json")
+    if not model.eos_token_ids:
+        raise GrammarError("the model has no end-of-sequence token, with which such an answer would end")
+    try:
+        return LLTokenizer(file.read_text(encoding="utf-8"), eos_token=list(model.eos_token_ids))
+    except (OSError, ValueError) as error:
+        raise GrammarError(f"llguidance cannot use {file}: {error}") from error
+
+
+def compile_grammar(tokenizer: LLTokenizer, grammar: str) -> LLMatcher:
+    """A matcher at the beginning of the output; other threads of Python's run meanwhile. Raises GrammarError."""
+    matcher = LLMatcher(tokenizer, grammar, limits=_LIMITS, log_level=0)
+    if not matcher.is_error():
+        matcher.compute_bitmask()  # shows that there is a first token; copies of the matcher find it computed
+    if matcher.is_error():
+        raise GrammarError(problem_of(matcher))
+    return matcher
+
+
+def problem_of(matcher: LLMatcher) -> str:
+    """Why the matcher is in error, on one line."""
+    lines = [line.strip() for line in matcher.get_error().splitlines()]
+    problem = " ".join(line for line in lines if line and line != "<non-verbose/>")
+    return "no text follows it" if problem.startswith("NoExtension") else problem
+
+
+class CompiledGrammars:
+    """Compiles each grammar once, on a thread, and keeps those that were asked for last. Safe from one thread."""
+
+    def __init__(self, tokenizer: LLTokenizer) -> None:
+        self.tokenizer = tokenizer
+        self._kept: OrderedDict[str, Future[LLMatcher]] = OrderedDict()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammar")
+
+    def __contains__(self, grammar: str) -> bool:
+        """Whether it is compiled, or about to be."""
+        return grammar in self._kept
+
+    @property
+    def waiting(self) -> int:
+        """Grammars that are not compiled yet."""
+        return sum(not compiled.done() for compiled in self._kept.values())
+
+    def get(self, grammar: str) -> Future[LLMatcher]:
+        """The matcher at the beginning, to be copied; or a GrammarError."""
+        compiled = self._kept.get(grammar)
+        if compiled is None:
+            compiled = self._kept[grammar] = self._thread.submit(compile_grammar, self.tokenizer, grammar)
+            if len(self._kept) > KEPT:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(grammar)
+        return compiled
+
+    def forget(self, grammar: str, compiled: Future[LLMatcher]) -> None:
+        """Compiles the grammar again when it is asked for next, unless that was done since `compiled`."""
+        if self._kept.get(grammar) is compiled:
+            del self._kept[grammar]

@@ -1,0 +1,90 @@
+"""What can be compiled, what is said of the rest, and what is kept."""
+
+from pathlib import Path
+
+import pytest
+from llguidance import LLMatcher, LLTokenizer
+
+from common import grammar
+from common.grammar import CompiledGrammars, GrammarError, compile_grammar, load_tokenizer
+from common.model_config import parse_config
+from tests.router import models
+
+MODEL = parse_config(models.CONFIG)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return models.write(tmp_path_factory.mktemp("model"), models.byte_level())
+
+
+@pytest.fixture(scope="module")
+def tokenizer(directory: Path) -> LLTokenizer:
+    return load_tokenizer(directory, MODEL)
+
+
+def test_a_tokenizer_ends_with_the_models_end_tokens(tokenizer: LLTokenizer) -> None:
+    assert tokenizer.eos_tokens == [models.EOS]
+    assert tokenizer.vocab_size < models.VOCAB_SIZE
+
+
+def test_what_a_model_lacks_is_named(directory: Path, tmp_path: Path) -> None:
+    with pytest.raises(GrammarError, match=r"has no tokenizer\.json"):
+        load_tokenizer(tmp_path, MODEL)
+    endless = parse_config({name: value for name, value in models.CONFIG.items() if name != "eos_token_id"})
+    with pytest.raises(GrammarError, match="no end-of-sequence token"):
+        load_tokenizer(directory, endless)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(GrammarError, match="llguidance cannot use"):
+        load_tokenizer(tmp_path, MODEL)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (LLMatcher.grammar_from_regex("a("), "unclosed group"),
+        (LLMatcher.grammar_from_regex(r"[^\x00-\U0010ffff]"), "no text follows it"),
+        (LLMatcher.grammar_from_json_schema({"not": {}}), "Unimplemented keys"),
+        (LLMatcher.grammar_from_lark("start: nobody"), "unknown name"),
+        ("anything else", "Expected token"),
+        ("", "Empty grammar"),
+    ],
+)
+def test_what_cannot_be_followed_is_said_on_one_line(tokenizer: LLTokenizer, text: str, words: str) -> None:
+    with pytest.raises(GrammarError, match=words) as raised:
+        compile_grammar(tokenizer, text)
+    assert "\n" not in str(raised.value)
+
+
+def test_each_is_compiled_once_while_it_is_kept(tokenizer: LLTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[str] = []
+
+    def counted(tokenizer: LLTokenizer, text: str) -> LLMatcher:
+        compiled.append(text)
+        return compile_grammar(tokenizer, text)
+
+    monkeypatch.setattr(grammar, "compile_grammar", counted)
+    grammars = CompiledGrammars(tokenizer)
+    texts = [LLMatcher.grammar_from_regex(f"a{{{count}}}") for count in range(1, grammar.KEPT + 2)]
+    for text in texts[:-1]:
+        grammars.get(text)
+    for text in texts[:-1]:
+        assert not grammars.get(text).result().is_error()
+    assert compiled == texts[:-1]
+    assert grammars.waiting == 0
+    grammars.get(texts[-1]).result()  # one too many: the one that was asked for first goes
+    for text in (texts[1], texts[0]):
+        grammars.get(text).result()
+    assert compiled == [*texts, texts[0]]
+    failed = grammars.get(texts[0])
+    for _ in range(3):  # sequences that followed the same one
+        grammars.forget(texts[0], failed)
+        grammars.get(texts[0]).result()
+    assert compiled == [*texts, texts[0], texts[0]]
+
+
+def test_a_failure_is_kept_too(tokenizer: LLTokenizer) -> None:
+    grammars = CompiledGrammars(tokenizer)
+    for _ in range(2):
+        with pytest.raises(GrammarError):
+            grammars.get("start: nobody").result()

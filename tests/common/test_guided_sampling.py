@@ -1,0 +1,164 @@
+"""Which tokens may come next, against the texts that a grammar is for."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from llguidance import LLMatcher, LLParserLimits
+from tokenizers import Tokenizer
+
+from common import grammar
+from common.grammar import CompiledGrammars, load_tokenizer
+from common.guided_sampling import Allowed, Follower, GuidedSampling, warm_up
+from common.model_config import parse_config
+from router import token_bytes
+from tests.router import models
+from tests.specs import spec
+
+MODEL = parse_config(models.CONFIG)
+CHOICES = ["the quick", "the quicker", "the fox", "über", "日本 🙂", 'a "b"\n\\']
+GRAMMAR = LLMatcher.grammar_from_lark(f"start: {' | '.join(map(json.dumps, CHOICES))}")
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return models.write(tmp_path_factory.mktemp("model"), models.byte_level())
+
+
+@pytest.fixture(scope="module")
+def guided(directory: Path) -> GuidedSampling:
+    return sampling_of(directory)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(directory: Path) -> Tokenizer:
+    return Tokenizer.from_file(str(directory / "tokenizer.json"))
+
+
+@pytest.fixture(scope="module")
+def table(tokenizer: Tokenizer) -> tuple[bytes, ...]:
+    return token_bytes.read(tokenizer, models.VOCAB_SIZE).table
+
+
+def sampling_of(directory: Path, vocab_size: int = models.VOCAB_SIZE) -> GuidedSampling:
+    return GuidedSampling(CompiledGrammars(load_tokenizer(directory, MODEL)), vocab_size, threads=2)
+
+
+def follow(guided: GuidedSampling, text: str = GRAMMAR, output: Sequence[int] = ()) -> Follower:
+    return guided.follow(replace(spec((3, 4, *output), 16), prompt_length=2, grammar=text))
+
+
+def tokens_of(allowed: Allowed, row: int = 0, vocab_size: int = models.VOCAB_SIZE) -> set[int]:
+    logits = torch.zeros(row + 1, vocab_size)
+    return set(allowed.restrict(logits)[row].isfinite().nonzero().flatten().tolist())
+
+
+def test_nothing_but_what_goes_on_with_a_choice_may_come(guided: GuidedSampling, tokenizer: Tokenizer) -> None:
+    """All of it may, but for unusual tokens where the text is certain."""
+    table = token_bytes.read(tokenizer, models.VOCAB_SIZE).table
+    texts = [choice.encode() for choice in CHOICES]
+    for choice in CHOICES:
+        follower, before, output = follow(guided), b"", []
+        for token in tokenizer.encode(choice).ids:
+            may = tokens_of(guided.allowed({0: follower}))
+            assert tokens_of(guided.allowed({0: follow(guided, output=output)})) == may, "replayed"
+            assert token in may
+            assert (models.EOS in may) == (before in texts)
+            assert all(any(text.startswith(before + table[it]) for text in texts) for it in may - {models.EOS})
+            follower.add([token])
+            output.append(token)
+            before += table[token]
+        assert models.EOS in tokens_of(guided.allowed({0: follower}))
+
+
+def test_only_the_end_may_follow_what_is_complete(guided: GuidedSampling, table: tuple[bytes, ...]) -> None:
+    follower = follow(guided, LLMatcher.grammar_from_regex("a"))
+    follower.add([table.index(b"a")])
+    assert tokens_of(guided.allowed({0: follower})) == {models.EOS}
+
+
+def test_rows_without_a_grammar_and_the_logits_stay_as_they_are(
+    guided: GuidedSampling, table: tuple[bytes, ...]
+) -> None:
+    logits = torch.randn(4, models.VOCAB_SIZE, generator=torch.Generator().manual_seed(0)).bfloat16()
+    before = logits.clone()
+    regexes = {3: "[ab]", 1: "c"}
+    allowed = guided.allowed({row: follow(guided, LLMatcher.grammar_from_regex(text)) for row, text in regexes.items()})
+    restricted = allowed.restrict(logits)
+    assert torch.equal(logits, before)
+    assert restricted.dtype == logits.dtype
+    assert torch.equal(restricted[[0, 2]], logits[[0, 2]])
+    for row, text in regexes.items():
+        may = [table.index(bytes([byte])) for byte in text.encode() if byte not in b"[]"]
+        assert restricted[row].isfinite().nonzero().flatten().tolist() == may
+        assert torch.equal(restricted[row, may], logits[row, may])
+
+
+@pytest.mark.parametrize("vocab_size", [300, 346, 347, 352, 353, 1000])
+def test_what_only_the_model_or_only_the_tokenizer_knows_never_comes(directory: Path, vocab_size: int) -> None:
+    anything = follow(sampling_of(directory, vocab_size), LLMatcher.grammar_from_regex(r"(?s:.)*"))
+    wide = tokens_of(sampling_of(directory).allowed({0: anything}))
+    assert max(wide) < load_tokenizer(directory, MODEL).vocab_size
+    narrow = tokens_of(sampling_of(directory, vocab_size).allowed({0: anything}), vocab_size=vocab_size)
+    assert narrow == {token for token in wide if token < vocab_size}
+
+
+def test_no_token_of_the_model_is_a_problem(directory: Path, table: tuple[bytes, ...]) -> None:
+    letter = table.index(b"a")
+    guided = sampling_of(directory, vocab_size=letter // 32 * 32)
+    followers = {
+        0: follow(guided, LLMatcher.grammar_from_regex("a")),
+        2: follow(guided, LLMatcher.grammar_from_regex("!")),
+    }
+    allowed = guided.allowed(followers)
+    assert allowed.problems == {0: "no token of the model follows"}
+    assert allowed.rows == [2]
+    barely = sampling_of(directory, vocab_size=letter + 1)
+    assert tokens_of(barely.allowed({0: followers[0]}), vocab_size=letter + 1) == {letter}
+
+
+def test_a_grammar_that_fails_is_a_problem_of_its_row_alone(guided: GuidedSampling, table: tuple[bytes, ...]) -> None:
+    text = LLMatcher.grammar_from_regex("a+")
+    followers = {
+        0: follow(guided, text, output=[table.index(b"b")]),
+        1: follow(guided, text, output=[table.index(b"a")]),
+        4: follow(guided, "start: nobody"),
+    }
+    allowed = guided.allowed(followers)
+    assert list(allowed.problems) == [4, 0]
+    assert "unknown name" in allowed.problems[4]
+    assert tokens_of(allowed, row=1) == tokens_of(guided.allowed({0: followers[1]}))
+    assert guided.allowed({0: followers[0]}).rows == []
+    assert guided.allowed({0: followers[1]}).problems == {}
+
+
+def test_a_lexer_that_is_full_of_others_is_compiled_again(
+    directory: Path, table: tuple[bytes, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[Follower] = []
+    anew = Follower.anew
+
+    def counted(follower: Follower) -> LLMatcher:
+        begun.append(follower)
+        return anew(follower)
+
+    monkeypatch.setattr(grammar, "_LIMITS", LLParserLimits(max_lexer_states=300, verbose_errors=False))
+    monkeypatch.setattr(Follower, "anew", counted)
+    guided = sampling_of(directory)
+    text = LLMatcher.grammar_from_regex("(a|b)*a(a|b){12}")  # has thousands of states, some for each answer
+    a, b = table.index(b"a"), table.index(b"b")
+    for number in range(40):
+        follower = follow(guided, text)
+        for place in range(20):
+            follower.add([b if number >> place & 1 else a])
+            allowed = guided.allowed({0: follower})
+            assert allowed.problems == {}
+            assert {a, b} <= tokens_of(allowed)
+    assert 0 < len(begun) == len(set(begun))
+
+
+def test_warming_up_restricts_what_both_kinds_of_rows_have() -> None:
+    warm_up(models.VOCAB_SIZE, torch.bfloat16, torch.device("cpu"))

@@ -124,7 +124,7 @@ def test_metrics_are_named_by_convention(cluster: Cluster, part: str) -> None:
 
 
 def test_a_request_can_be_followed_in_the_log(cluster: Cluster, log: Path) -> None:
-    cluster.client.generate(TEXT, max_tokens=4, request_id="followed", timeout=60)
+    cluster.client.generate(TEXT, max_tokens=4, ignore_eos=True, request_id="followed", timeout=60)
     with ThreadPoolExecutor(2) as pool:
         answers = list(pool.map(lambda seed: ask(cluster, seed, f"pressed-{seed}"), (3, 4)))
     assert sum(answer.finish.usage.resumes for answer in answers) > 0

@@ -171,7 +171,7 @@ async def test_a_prefill_worker_that_keeps_failing_is_left_alone(model: Path) ->
         good = FakeWorker(PREFILL)
         it.prefills.append(good)
         it.router.registry._keep_link((await good.start(), PREFILL))
-        await eventually(lambda: len(it.router.dispatcher.workers.all()) == 3)
+        await eventually(it.introduced)
         for _ in range(FAILURES + 5):
             await ask(it)
         assert len(bad.prefills) == FAILURES
@@ -204,7 +204,7 @@ async def test_a_worker_that_breaks_off_again_and_again_is_left_alone(model: Pat
             assert list((await answer).choices[0].token_ids) == expected(8)
             it.decodes[0] = FakeWorker(DECODE, Script(stop_after=3), num_blocks=8192)
             await it.decodes[0].start(dying.address)
-            await eventually(lambda: len(it.router.dispatcher.workers.all()) == 3)
+            await eventually(it.introduced)
         assert paused(it, "decode") == 1
         for _ in range(5):
             await ask(it)
@@ -219,7 +219,7 @@ async def test_a_worker_that_goes_without_work_has_not_failed(model: Path) -> No
             await eventually(lambda: len(it.router.dispatcher.workers.all()) == 2)
             it.decodes[0] = FakeWorker(DECODE, num_blocks=8192)
             await it.decodes[0].start(idle.address)
-            await eventually(lambda: len(it.router.dispatcher.workers.all()) == 3)
+            await eventually(it.introduced)
         assert paused(it, "decode") == 0
 
 

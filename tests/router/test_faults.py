@@ -291,7 +291,7 @@ async def test_a_workers_death_is_survived_on_another(model: Path, state: str, s
             worker = good[name]
             workers.append(worker)
             it.router.registry._keep_link((await worker.start(), worker.role))
-        await eventually(lambda: len(it.router.dispatcher.workers.all()) == 4)
+        await eventually(it.introduced)
         victim = (it.prefills if side == "prefill" else it.decodes)[0]
         await victim.die()
         if side != ("prefill" if state == "prefill" else "decode"):  # the other side is the one that hangs
@@ -329,7 +329,7 @@ async def test_a_worker_that_hangs_is_taken_for_lost(model: Path, side: str) -> 
         spare = FakeWorker(hung.role)
         workers.append(spare)
         it.router.registry._keep_link((await spare.start(), hung.role))
-        await eventually(lambda: len(it.router.dispatcher.workers.all()) == 3)
+        await eventually(it.introduced)
         hung.hung = True
         choice = (await answer).choices[0]
         assert list(choice.token_ids) == expected(20)

@@ -118,7 +118,7 @@ def _all_linked(router: Background) -> bool:
         if worker.instance not in used:
             instance = "anew" if worker.instance in connected else worker.instance
             registry.register(worker_pb2.RegisterRequest(address=worker.address, instance=instance, role=worker.role))
-    return len(used) == len(router.cluster.workers)
+    return len(used) == len(router.cluster.workers) and router.cluster.introduced()
 
 
 @pytest.mark.parametrize("path", FIELDS, ids=[str(path) for path in FIELDS])

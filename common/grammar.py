@@ -18,7 +18,7 @@ from common.model_config import ModelConfig
 T = TypeVar("T")
 
 # The library's own, but for the lexer's states: all sequences of a grammar share them, and each takes some 100 bytes.
-# What is left bounds the work for one token to some 100 ms, and not a compilation: see router/grammar_check.py.
+# They bound neither a compilation, see router/grammar_check.py, nor the work for a long text, see guided_sampling.py.
 _LIMITS = LLParserLimits(max_lexer_states=100_000, verbose_errors=False)
 
 # Compiled grammars that are kept. That of a JSON schema of 256 KiB has 10 MB, that of a usual one some 10 KB.

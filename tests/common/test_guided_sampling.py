@@ -1,6 +1,7 @@
 """Which tokens may come next, against the texts that a grammar is for."""
 
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -158,6 +159,24 @@ def test_a_lexer_that_is_full_of_others_is_compiled_again(
             assert allowed.problems == {}
             assert {a, b} <= tokens_of(allowed)
     assert 0 < len(begun) == len(set(begun))
+
+
+def test_a_grammar_that_takes_ever_more_work_is_a_problem_of_its_row(
+    guided: GuidedSampling, table: tuple[bytes, ...]
+) -> None:
+    letter = table.index(b"a")
+    ambiguous, simple = 'start: x\nx: x x | "a" | ', 'start: x\nx: "a" x | '
+    followers = {0: follow(guided, ambiguous), 1: follow(guided, simple)}
+    for follower in followers.values():
+        assert guided.allowed({0: follower}).problems == {}
+        for _ in range(100):
+            follower.add([letter] * 10)  # all of it would be half a minute of work
+    problems = {0: "following it takes too much work"}
+    assert guided.allowed(followers).problems == problems
+    resumed = {0: follow(guided, ambiguous, [letter] * 1000), 1: follow(guided, simple, [letter] * 1000)}
+    began = time.monotonic()
+    assert guided.allowed(resumed).problems == problems
+    assert time.monotonic() - began < 5
 
 
 def test_warming_up_restricts_what_both_kinds_of_rows_have() -> None:

@@ -50,6 +50,7 @@ class Engine:
         self._own_prompts = own_prompts
         self._peers = PeerPools(parts.pool.layout, parts.device, metrics.peer_speed, service.wake)
         self._puller = Puller(parts.pool, self._peers)
+        self._uncompiled: list[Sequence] = []  # their KV is here, their grammar not compiled yet
         self._totals = inference_pb2.Totals()
 
     def run(self, lifecycle: Lifecycle) -> None:
@@ -66,6 +67,7 @@ class Engine:
         self._receive(draining)
         self._tell_opened()
         self._finish_pulls()
+        self._start_compiled()
         if self._pause() > 0:
             return  # who comes before the next step is launched is in it
         self._prefill()
@@ -76,7 +78,7 @@ class Engine:
         if self._own_prompts.busy:
             return 0.0
         pause = min(self._loop.spare_seconds(), STEP_POLL_SECONDS) if self._loop.busy else INTERVAL_SECONDS
-        return min(pause, PULL_POLL_SECONDS) if self._puller.busy else pause
+        return min(pause, PULL_POLL_SECONDS) if self._puller.busy or self._uncompiled else pause
 
     @property
     def _idle(self) -> bool:
@@ -212,7 +214,16 @@ class Engine:
             attempt_id=sequence.attempt_id, first_token=first.token, logprobs=first.logprobs, cached_tokens=cached
         )
 
+    def _start_compiled(self) -> None:
+        waiting, self._uncompiled = self._uncompiled, []
+        for sequence in waiting:
+            if sequence.state is not State.OVER:
+                self._start(sequence)
+
     def _start(self, sequence: Sequence) -> None:
+        if sequence.follower is not None and not sequence.follower.ready:
+            self._uncompiled.append(sequence)  # a step would wait for it, and all others with it
+            return
         sequence.running_since = time.monotonic()
         if not self._loop.start(sequence):
             self._attempts.end(sequence.connection, sequence.attempt_id, pb.Ended.CAUSE_FINISHED)

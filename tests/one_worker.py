@@ -86,14 +86,15 @@ class OneWorker:
         assert sequence is not None
         return sequence
 
-    def ask(self, spec: SequenceSpec, headroom_tokens: int = 1_000) -> int:
-        """Sends a reservation with the prompt; the worker sees it in its next turn. Returns the attempt."""
+    def ask(self, spec: SequenceSpec, headroom_tokens: int = 1_000, *, prefills: bool = True) -> int:
+        """Sends a reservation with the prompt, which the worker `prefills`, or others do; it sees it in its next turn.
+        Returns the attempt."""
         self._attempts += 1
         reserve = pb.Reserve(
             attempt_id=self._attempts,
             sequence=sequence_to_proto(spec),
             headroom_tokens=headroom_tokens,
-            prefill=True,
+            prefill=prefills,
         )
         self._wire.to_worker.append(Received(ROUTER, pb.RouterMessage(reserves=[reserve])))
         return self._attempts

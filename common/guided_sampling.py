@@ -23,6 +23,9 @@ from common.sequence import SequenceSpec
 # one in which a text can be read in many ways takes more with each, and all sequences beside it wait.
 WORK, WORK_PER_TOKEN = 0.1, 0.001
 
+# Of its grammar for one sequence: a step, and all sequences in it, waits for all but the first.
+MOST_COMPILATIONS = 3
+
 
 class Follower:
     """One sequence on its way through a grammar."""
@@ -33,6 +36,7 @@ class Follower:
         self._compiled = grammars.get(grammar)
         self._matcher: LLMatcher | None = None
         self._work_left = WORK  # seconds
+        self._compilations = 1
         self.output: list[int] = []  # so far
 
     @property
@@ -59,7 +63,11 @@ class Follower:
 
     def anew(self) -> LLMatcher:
         """As `matcher`, of a grammar that is compiled again: all matchers of one share what its lexer remembers, which
-        has a limit. Where that was full, one that fails has done nothing wrong."""
+        has a limit. Where that was full, one that fails has done nothing wrong; but one that was begun anew again and
+        again stays in error."""
+        if self._matcher is not None and self._compilations == MOST_COMPILATIONS:
+            return self._matcher
+        self._compilations += 1
         self._grammars.forget(self._grammar, self._compiled)
         self._compiled = self._grammars.get(self._grammar)
         self._matcher = None

@@ -19,6 +19,7 @@ from decode_worker.peer_pools import PeerPools
 from decode_worker.pulls import Pull, Pulled, Puller
 from decode_worker.runner import Runner
 from decode_worker.scheduler import Sequence, State
+from prefill_worker.loop import GRAMMAR_POLL_SECONDS
 from prefill_worker.runner import FirstToken
 from twostroke.v1 import inference_pb2
 from twostroke.v1 import worker_pb2 as pb
@@ -85,7 +86,8 @@ class Engine:
         return not (self._scheduler.count or self._loop.busy or self._puller.busy or self._own_prompts.busy)
 
     def _receive(self, draining: bool) -> None:
-        for received in self._service.receive(self._pause()):
+        waits = self._own_prompts.held_back and not (self._loop.busy or self._puller.busy)
+        for received in self._service.receive(GRAMMAR_POLL_SECONDS if waits else self._pause()):
             if received.message is None:
                 for orphan in self._scheduler.of_connection(received.connection):
                     self._drop(orphan)

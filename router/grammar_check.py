@@ -5,6 +5,7 @@ Workers, which compile what was let through, have more stack.
 """
 
 import multiprocessing
+import resource
 import signal
 import threading
 from multiprocessing.connection import Connection
@@ -76,6 +77,7 @@ class GrammarCheck:
 
 def _serve(pipe: Connection, directory: Path, model: ModelConfig, seconds: float) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # is for the router
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # what crashes it would fill the disk
     threading.stack_size(STACK_BYTES)
     thread = threading.Thread(target=_answer, args=(pipe, directory, model, seconds))
     thread.start()

@@ -29,9 +29,11 @@ class Wire:
     def __init__(self) -> None:
         self.to_worker: list[Received] = []
         self.to_router: list[pb.WorkerMessage] = []
+        self.timeouts: list[float] = []  # that were waited for messages
         self._next = pb.WorkerMessage()
 
     def receive(self, timeout: float) -> list[Received]:
+        self.timeouts.append(timeout)
         received, self.to_worker = self.to_worker, []
         return received
 

@@ -4,20 +4,28 @@ A grammar is text as `LLMatcher.grammar_from_*` writes it. Routers compile one t
 follow it, with the same tokenizer and limits: what a router lets through, a worker can begin.
 """
 
+import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from common.model_config import ModelConfig
 
+T = TypeVar("T")
+
 # The library's own, but for the lexer's states: all sequences of a grammar share them, and each takes some 100 bytes.
-# What is left bounds a compilation to a second or so, and the work for one token to some 20 ms.
+# They bound neither a compilation, see router/grammar_check.py, nor the work for a long text, see guided_sampling.py.
 _LIMITS = LLParserLimits(max_lexer_states=100_000, verbose_errors=False)
 
 # Compiled grammars that are kept. That of a JSON schema of 256 KiB has 10 MB, that of a usual one some 10 KB.
 KEPT = 32
+
+# The library recurses along rules that name each other, and overflows what a thread usually has at a thousand of them.
+STACK_BYTES = 64 << 20
 
 
 class GrammarError(ValueError):
@@ -55,34 +63,48 @@ def problem_of(matcher: LLMatcher) -> str:
     return "no text follows it" if problem.startswith("NoExtension") else problem
 
 
-class CompiledGrammars:
-    """Compiles each grammar once, on a thread, and keeps those that were asked for last. Safe from one thread."""
+class OncePerGrammar(Generic[T]):
+    """Does something once with each grammar, on a thread, and keeps what came of those that were asked for last. Safe
+    from one thread."""
 
-    def __init__(self, tokenizer: LLTokenizer) -> None:
-        self.tokenizer = tokenizer
-        self._kept: OrderedDict[str, Future[LLMatcher]] = OrderedDict()
+    def __init__(self, work: Callable[[str], T]) -> None:
+        self._work = work
+        self._kept: OrderedDict[str, Future[T]] = OrderedDict()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammar")
+        usual = threading.stack_size(STACK_BYTES)
+        try:
+            self._thread.submit(int)  # begins the thread
+        finally:
+            threading.stack_size(usual)
 
     def __contains__(self, grammar: str) -> bool:
-        """Whether it is compiled, or about to be."""
+        """Whether it is done, or about to be."""
         return grammar in self._kept
 
     @property
     def waiting(self) -> int:
-        """Grammars that are not compiled yet."""
-        return sum(not compiled.done() for compiled in self._kept.values())
+        """Grammars that are not done yet."""
+        return sum(not result.done() for result in self._kept.values())
 
-    def get(self, grammar: str) -> Future[LLMatcher]:
-        """The matcher at the beginning, to be copied; or a GrammarError."""
-        compiled = self._kept.get(grammar)
-        if compiled is None:
-            compiled = self._kept[grammar] = self._thread.submit(compile_grammar, self.tokenizer, grammar)
+    def get(self, grammar: str) -> Future[T]:
+        """What came of it; or a GrammarError."""
+        result = self._kept.get(grammar)
+        if result is None:
+            result = self._kept[grammar] = self._thread.submit(self._work, grammar)
             if len(self._kept) > KEPT:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(grammar)
-        return compiled
+        return result
 
-    def forget(self, grammar: str, compiled: Future[LLMatcher]) -> None:
-        """Compiles the grammar again when it is asked for next, unless that was done since `compiled`."""
-        if self._kept.get(grammar) is compiled:
+    def forget(self, grammar: str, result: Future[T]) -> None:
+        """Does it again when it is asked for next, unless that was done since `result`."""
+        if self._kept.get(grammar) is result:
             del self._kept[grammar]
+
+
+class CompiledGrammars(OncePerGrammar[LLMatcher]):
+    """Matchers at the beginning, to be copied."""
+
+    def __init__(self, tokenizer: LLTokenizer) -> None:
+        super().__init__(lambda grammar: compile_grammar(tokenizer, grammar))
+        self.tokenizer = tokenizer

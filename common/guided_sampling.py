@@ -4,6 +4,7 @@ The tokens are sampled on the device, the grammars live on the host: before a se
 one before it must have been read.
 """
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,13 @@ from common.device_io import to_device
 from common.grammar import CompiledGrammars, GrammarError, problem_of
 from common.sequence import SequenceSpec
 
+# Seconds of work for the tokens of an output, at first and for each of them. Most grammars take some 10 us for a token;
+# one in which a text can be read in many ways takes more with each, and all sequences beside it wait.
+WORK, WORK_PER_TOKEN = 0.1, 0.001
+
+# Of its grammar for one sequence: a step, and all sequences in it, waits for all but the first.
+MOST_COMPILATIONS = 3
+
 
 class Follower:
     """One sequence on its way through a grammar."""
@@ -27,6 +35,8 @@ class Follower:
         self._grammar = grammar
         self._compiled = grammars.get(grammar)
         self._matcher: LLMatcher | None = None
+        self._work_left = WORK  # seconds
+        self._compilations = 1
         self.output: list[int] = []  # so far
 
     @property
@@ -38,23 +48,39 @@ class Follower:
         """The next tokens of the output."""
         self.output += tokens
         if self._matcher is not None:
-            self._matcher.consume_tokens(list(tokens))
+            self._consume(self._matcher, tokens)
 
     def matcher(self) -> LLMatcher:
         """At the end of the output, or in error. Waits for the grammar to be compiled; raises GrammarError where it
-        cannot be."""
+        cannot be, or where following it takes too much work."""
         if self._matcher is None:
             self._matcher = self._compiled.result().deep_copy()
-            self._matcher.consume_tokens(self.output)
+            self._work_left = WORK
+            self._consume(self._matcher, self.output)
+        if self._work_left < 0:
+            raise GrammarError("following it takes too much work")
         return self._matcher
 
     def anew(self) -> LLMatcher:
         """As `matcher`, of a grammar that is compiled again: all matchers of one share what its lexer remembers, which
-        has a limit. Where that was full, one that fails has done nothing wrong."""
+        has a limit. Where that was full, one that fails has done nothing wrong; but one that was begun anew again and
+        again stays in error."""
+        if self._matcher is not None and self._compilations == MOST_COMPILATIONS:
+            return self._matcher
+        self._compilations += 1
         self._grammars.forget(self._grammar, self._compiled)
         self._compiled = self._grammars.get(self._grammar)
         self._matcher = None
         return self.matcher()
+
+    def _consume(self, matcher: LLMatcher, tokens: Sequence[int]) -> None:
+        for token in tokens:
+            if self._work_left < 0:
+                return
+            began = time.thread_time()
+            matcher.consume_token(token)
+            work = time.thread_time() - began
+            self._work_left = min(self._work_left + WORK_PER_TOKEN, WORK) - work
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from decode_worker.peer_pools import PeerPools
 from decode_worker.pulls import Pull, Pulled, Puller
 from decode_worker.runner import Runner
 from decode_worker.scheduler import Sequence, State
+from prefill_worker.loop import GRAMMAR_POLL_SECONDS
 from prefill_worker.runner import FirstToken
 from twostroke.v1 import inference_pb2
 from twostroke.v1 import worker_pb2 as pb
@@ -50,6 +51,7 @@ class Engine:
         self._own_prompts = own_prompts
         self._peers = PeerPools(parts.pool.layout, parts.device, metrics.peer_speed, service.wake)
         self._puller = Puller(parts.pool, self._peers)
+        self._uncompiled: list[Sequence] = []  # their KV is here, their grammar not compiled yet
         self._totals = inference_pb2.Totals()
 
     def run(self, lifecycle: Lifecycle) -> None:
@@ -66,6 +68,7 @@ class Engine:
         self._receive(draining)
         self._tell_opened()
         self._finish_pulls()
+        self._start_compiled()
         if self._pause() > 0:
             return  # who comes before the next step is launched is in it
         self._prefill()
@@ -76,14 +79,15 @@ class Engine:
         if self._own_prompts.busy:
             return 0.0
         pause = min(self._loop.spare_seconds(), STEP_POLL_SECONDS) if self._loop.busy else INTERVAL_SECONDS
-        return min(pause, PULL_POLL_SECONDS) if self._puller.busy else pause
+        return min(pause, PULL_POLL_SECONDS) if self._puller.busy or self._uncompiled else pause
 
     @property
     def _idle(self) -> bool:
         return not (self._scheduler.count or self._loop.busy or self._puller.busy or self._own_prompts.busy)
 
     def _receive(self, draining: bool) -> None:
-        for received in self._service.receive(self._pause()):
+        waits = self._own_prompts.held_back and not (self._loop.busy or self._puller.busy)
+        for received in self._service.receive(GRAMMAR_POLL_SECONDS if waits else self._pause()):
             if received.message is None:
                 for orphan in self._scheduler.of_connection(received.connection):
                     self._drop(orphan)
@@ -212,7 +216,16 @@ class Engine:
             attempt_id=sequence.attempt_id, first_token=first.token, logprobs=first.logprobs, cached_tokens=cached
         )
 
+    def _start_compiled(self) -> None:
+        waiting, self._uncompiled = self._uncompiled, []
+        for sequence in waiting:
+            if sequence.state is not State.OVER:
+                self._start(sequence)
+
     def _start(self, sequence: Sequence) -> None:
+        if sequence.follower is not None and not sequence.follower.ready:
+            self._uncompiled.append(sequence)  # a step would wait for it, and all others with it
+            return
         sequence.running_since = time.monotonic()
         if not self._loop.start(sequence):
             self._attempts.end(sequence.connection, sequence.attempt_id, pb.Ended.CAUSE_FINISHED)

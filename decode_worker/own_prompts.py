@@ -24,6 +24,11 @@ class OwnPrompts:
         """Whether the next turn has something to do."""
         return bool(self._sequences) or self._loop.busy
 
+    @property
+    def held_back(self) -> bool:
+        """Whether all that the last turn had to do waits for grammars to be compiled."""
+        return self._loop.held_back
+
     def add(self, sequence: Sequence) -> None:
         """Its blocks are the prompt's until `turn` gives the sequence back."""
         blocks, sequence.blocks = sequence.blocks, []

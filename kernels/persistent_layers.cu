@@ -30,7 +30,6 @@ constexpr int PROGRAMS = KV_HEADS * PIECES, WARPS = 8, THREADS = 32 * WARPS;    
 constexpr int HEAD_QKV = (GROUP + 2) * HEAD_DIM, HEAD_INPUTS = GROUP * HEAD_DIM;  // rows and columns of one KV head
 constexpr int MIN_IN_FLIGHT = 32 << 10;  // bytes; more under way delays the words that programs wait for
 constexpr int IN_FLIGHT = TILE_BYTES >= MIN_IN_FLIGHT ? 1 : MIN_IN_FLIGHT / TILE_BYTES;
-constexpr int KEYS_IN_FLIGHT = 4 * IN_FLIGHT;  // of a long context, while nobody waits for words
 constexpr u32 ALL = 0xffffffffu;
 constexpr float NO_TOP = -1e30f, NOTHING = -3e38f;  // of no scores at all; a score that counts nothing beside even that
 
@@ -140,6 +139,8 @@ struct alignas(128) Kept {
 
 constexpr int TILES = smaller(MOST_TILES, (SHARED_BYTES - (int)sizeof(Kept)) / TILE_BYTES);  // of the ring
 static_assert(TILES > 2 * IN_FLIGHT, "a shape that persistent_layers.py should have refused");
+// Of a long context, while nobody waits for words. A tile that landed must be seen before its place is filled again.
+constexpr int KEYS_IN_FLIGHT = smaller(4 * IN_FLIGHT, TILES);
 
 struct Shared : Kept {
     alignas(128) unsigned char tiles[TILES][TILE_BYTES];
@@ -442,7 +443,7 @@ __device__ void produce(const Arguments& a, Shared& s, const Work& work) {
             load(norms + 2 * HIDDEN + (lane - Q_NORM) * HEAD_DIM, address, HEAD_DIM * 2, norms_full);
 
 #pragma unroll 1
-        for (int tile = 0; tile < tiles; ++tile) {
+        for (int tile = 0; tile <= tiles; ++tile) {
             if (tile == work.qkv_tiles) {
                 const u64 keys = (u64)(a.pool + layer * a.layer_stride + work.head * a.head_stride);
 #pragma unroll 1
@@ -452,6 +453,7 @@ __device__ void produce(const Arguments& a, Shared& s, const Work& work) {
                               work.first_key + i / 2 * TILE_KEYS);
                 }
             }
+            if (tile == tiles) break;  // here, as a program may have keys and no rows of what comes behind them
             const Source at = source(work, address, tile);
             begin(IN_FLIGHT);
             if (lane == 0) expect(&s.full[place.tile], at.rows * at.bytes);

@@ -11,7 +11,7 @@ from common.tracing import Tracing
 from common.worker_parts import WorkerParts
 from common.worker_service import WorkerService
 from prefill_worker.leases import Leases
-from prefill_worker.loop import PrefillLoop, Turn
+from prefill_worker.loop import GRAMMAR_POLL_SECONDS, PrefillLoop, Turn
 from prefill_worker.metrics import PrefillMetrics
 from prefill_worker.runner import FirstToken, Runner
 from prefill_worker.scheduler import Prompt
@@ -59,8 +59,14 @@ class Engine:
     def _idle(self) -> bool:
         return not (self._scheduler.waiting_count or self._scheduler.running_count or self._leases)
 
+    def _pause(self) -> float:
+        """Seconds for which nothing but receiving is to be done."""
+        if self._loop.held_back:
+            return GRAMMAR_POLL_SECONDS
+        return 0.0 if self._loop.busy else INTERVAL_SECONDS
+
     def _receive(self, draining: bool) -> None:
-        for received in self._service.receive(0.0 if self._loop.busy else INTERVAL_SECONDS):
+        for received in self._service.receive(self._pause()):
             if received.message is None:
                 self._scheduler.drop_connection(received.connection)
                 self._leases.end_connection(received.connection)

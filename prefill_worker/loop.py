@@ -11,6 +11,9 @@ from common.worker_parts import WorkerParts
 from prefill_worker.runner import FirstToken, LaunchedBatch, Runner
 from prefill_worker.scheduler import Prompt, Scheduler
 
+# How often to look whether a grammar is compiled, where there is nothing else to do.
+GRAMMAR_POLL_SECONDS = 0.001
+
 
 @dataclass(frozen=True, slots=True)
 class Turn:
@@ -22,6 +25,7 @@ class PrefillLoop:
     def __init__(self, parts: WorkerParts, runner: Runner, max_batch_tokens: int) -> None:
         self.scheduler = Scheduler(parts.blocks, parts.pool.layout.block_size, max_batch_tokens)
         self.busy = False  # whether the last turn had something to do, so that the next one may, too
+        self.held_back = False  # whether all that it has to do waits for grammars to be compiled
         self._runner = runner
         self._in_flight: deque[LaunchedBatch] = deque()
         # On a GPU the next batch is launched before the first tokens of this one are read.
@@ -34,7 +38,9 @@ class PrefillLoop:
         complete: list[tuple[Prompt, FirstToken]] = []
         if len(self._in_flight) > (self._batches_ahead if chunks else 0):
             complete += self._read(self._in_flight.popleft())
-        self.busy = bool(chunks or self._in_flight or self.scheduler.held_back)
+        at_work = bool(chunks or self._in_flight)
+        self.held_back = self.scheduler.held_back and not at_work
+        self.busy = at_work or self.held_back
         return Turn(sum(chunk.end - chunk.start for chunk in chunks), complete)
 
     def _read(self, batch: LaunchedBatch) -> Iterator[tuple[Prompt, FirstToken]]:

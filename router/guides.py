@@ -7,16 +7,17 @@ from pathlib import Path
 import grpc
 from llguidance import LLMatcher
 
-from common.grammar import CompiledGrammars, GrammarError, load_tokenizer
+from common.grammar import GrammarError, OncePerGrammar
 from common.model_config import ModelConfig
 from router import json_object
 from router.errors import CallError, InvalidArgument
+from router.grammar_check import GrammarCheck, NoGuidesError
 from twostroke.v1 import inference_pb2 as pb
 
 MAX_BYTES = json_object.MAX_BYTES
 MAX_CHOICES = 1024
 
-# Grammars that wait for the thread that compiles them; most take it a millisecond, none much more than a second.
+# Grammars that wait to be compiled; most take a millisecond, none much more than grammar_check.SECONDS.
 MAX_WAITING = 16
 
 ANY_OBJECT = '{"type": "object"}'
@@ -35,12 +36,7 @@ class Guides:
     """
 
     def __init__(self, directory: Path, model: ModelConfig) -> None:
-        self._grammars: CompiledGrammars | None = None
-        self._problem = ""
-        try:
-            self._grammars = CompiledGrammars(load_tokenizer(directory, model))
-        except GrammarError as error:
-            self._problem = str(error)
+        self._checked = OncePerGrammar(GrammarCheck(directory, model))
 
     async def grammar(self, guide: pb.Guide) -> str:
         """
@@ -49,12 +45,12 @@ class Guides:
             CallError: RESOURCE_EXHAUSTED where too many wait to be compiled.
         """
         grammar = grammar_of(guide)
-        if self._grammars is None:
-            raise InvalidArgument("guide", f"answers of this model cannot be guided: {self._problem}")
-        if grammar not in self._grammars and self._grammars.waiting >= MAX_WAITING:
+        if grammar not in self._checked and self._checked.waiting >= MAX_WAITING:
             raise CallError(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many guides wait to be compiled; try again later")
         try:
-            await asyncio.shield(asyncio.wrap_future(self._grammars.get(grammar)))
+            await asyncio.shield(asyncio.wrap_future(self._checked.get(grammar)))
+        except NoGuidesError as error:
+            raise InvalidArgument("guide", f"answers of this model cannot be guided: {error}") from error
         except GrammarError as error:
             raise InvalidArgument(f"guide.{guide.WhichOneof('kind')}", str(error)) from error
         return grammar

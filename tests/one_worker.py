@@ -29,9 +29,11 @@ class Wire:
     def __init__(self) -> None:
         self.to_worker: list[Received] = []
         self.to_router: list[pb.WorkerMessage] = []
+        self.timeouts: list[float] = []  # that were waited for messages
         self._next = pb.WorkerMessage()
 
     def receive(self, timeout: float) -> list[Received]:
+        self.timeouts.append(timeout)
         received, self.to_worker = self.to_worker, []
         return received
 
@@ -86,14 +88,15 @@ class OneWorker:
         assert sequence is not None
         return sequence
 
-    def ask(self, spec: SequenceSpec, headroom_tokens: int = 1_000) -> int:
-        """Sends a reservation with the prompt; the worker sees it in its next turn. Returns the attempt."""
+    def ask(self, spec: SequenceSpec, headroom_tokens: int = 1_000, *, prefills: bool = True) -> int:
+        """Sends a reservation with the prompt, which the worker `prefills`, or others do; it sees it in its next turn.
+        Returns the attempt."""
         self._attempts += 1
         reserve = pb.Reserve(
             attempt_id=self._attempts,
             sequence=sequence_to_proto(spec),
             headroom_tokens=headroom_tokens,
-            prefill=True,
+            prefill=prefills,
         )
         self._wire.to_worker.append(Received(ROUTER, pb.RouterMessage(reserves=[reserve])))
         return self._attempts

@@ -1,18 +1,20 @@
 """Which tokens may come next, against the texts that a grammar is for."""
 
 import json
+import random
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from llguidance import LLMatcher, LLParserLimits
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from tokenizers import Tokenizer
 
 from common import grammar
 from common.grammar import CompiledGrammars, load_tokenizer
-from common.guided_sampling import Allowed, Follower, GuidedSampling, warm_up
+from common.guided_sampling import MOST_COMPILATIONS, Allowed, Follower, GuidedSampling, warm_up
 from common.model_config import parse_config
 from router import token_bytes
 from tests.router import models
@@ -158,6 +160,46 @@ def test_a_lexer_that_is_full_of_others_is_compiled_again(
             assert allowed.problems == {}
             assert {a, b} <= tokens_of(allowed)
     assert 0 < len(begun) == len(set(begun))
+
+
+def test_a_lexer_that_one_sequence_fills_again_and_again_is_a_problem_of_it(
+    directory: Path, table: tuple[bytes, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[str] = []
+    compile_grammar = grammar.compile_grammar
+
+    def counted(tokenizer: LLTokenizer, text: str) -> LLMatcher:
+        compiled.append(text)
+        return compile_grammar(tokenizer, text)
+
+    monkeypatch.setattr(grammar, "_LIMITS", LLParserLimits(max_lexer_states=300, verbose_errors=False))
+    monkeypatch.setattr(grammar, "compile_grammar", counted)
+    guided = sampling_of(directory)
+    follower = follow(guided, LLMatcher.grammar_from_regex("(a|b)*a(a|b){12}"))
+    letters, choice = [table.index(letter) for letter in (b"a", b"b")], random.Random(0)
+    while not guided.allowed({0: follower}).problems:
+        follower.add([choice.choice(letters)])
+    for _ in range(2):
+        assert "too many states" in guided.allowed({0: follower}).problems[0]
+    assert len(compiled) == MOST_COMPILATIONS
+
+
+def test_a_grammar_that_takes_ever_more_work_is_a_problem_of_its_row(
+    guided: GuidedSampling, table: tuple[bytes, ...]
+) -> None:
+    letter = table.index(b"a")
+    ambiguous, simple = 'start: x\nx: x x | "a" | ', 'start: x\nx: "a" x | '
+    followers = {0: follow(guided, ambiguous), 1: follow(guided, simple)}
+    for follower in followers.values():
+        assert guided.allowed({0: follower}).problems == {}
+        for _ in range(100):
+            follower.add([letter] * 10)  # all of it would be half a minute of work
+    problems = {0: "following it takes too much work"}
+    assert guided.allowed(followers).problems == problems
+    resumed = {0: follow(guided, ambiguous, [letter] * 1000), 1: follow(guided, simple, [letter] * 1000)}
+    began = time.monotonic()
+    assert guided.allowed(resumed).problems == problems
+    assert time.monotonic() - began < 5
 
 
 def test_warming_up_restricts_what_both_kinds_of_rows_have() -> None:

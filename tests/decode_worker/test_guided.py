@@ -2,20 +2,24 @@
 
 import json
 import re
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from llguidance import LLMatcher
+from llguidance import LLMatcher, LLTokenizer
 from tokenizers import Tokenizer
 
 from benchmarks.in_process import spec
 from benchmarks.parts import LoadedModel, load_model, worker_parts
+from common import grammar
 from common.guided_sampling import Allowed, Follower, GuidedSampling
 from common.sampling import SamplingParams
 from common.sequence import SequenceSpec
+from prefill_worker.loop import GRAMMAR_POLL_SECONDS
 from tests.one_worker import OneWorker
 from tests.router import models
 from twostroke.v1 import worker_pb2 as pb
@@ -194,3 +198,64 @@ def test_no_worker_goes_on_without_the_grammar(loaded: LoadedModel, alone: list[
     assert one.ended[refused] == pb.Ended.CAUSE_REJECTED
     assert refused not in one.outputs
     assert one.outputs[served] == alone[3]
+
+
+def test_a_prompt_whose_grammar_is_not_compiled_yet_spins_no_loop(
+    loaded: LoadedModel, alone: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on = threading.Event()
+    compile_grammar = grammar.compile_grammar
+
+    def held_up(tokenizer: LLTokenizer, text: str) -> LLMatcher:
+        go_on.wait(10)
+        return compile_grammar(tokenizer, text)
+
+    monkeypatch.setattr(grammar, "compile_grammar", held_up)
+    one = worker(loaded)
+    attempt = one.ask(replace(asked(1, None), grammar=LLMatcher.grammar_from_regex("y[a-f]{2}")))
+    for _ in range(3):
+        one.turn()
+    assert one._wire.timeouts[-1] == GRAMMAR_POLL_SECONDS
+    plain = one.ask(asked(3, None))
+    for _ in range(3):
+        one.turn()
+    assert one._wire.timeouts[-1] == 0.0
+    while plain not in one.ended:
+        one.turn()
+    assert one.outputs[plain] == alone[3]
+    go_on.set()
+    one.finish()
+    assert one.ended[attempt] == pb.Ended.CAUSE_FINISHED
+
+
+def test_a_grammar_that_is_not_compiled_yet_holds_up_no_step(
+    loaded: LoadedModel, alone: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on = threading.Event()
+    compile_grammar = grammar.compile_grammar
+
+    def held_up(tokenizer: LLTokenizer, text: str) -> LLMatcher:
+        go_on.wait(10)
+        return compile_grammar(tokenizer, text)
+
+    monkeypatch.setattr(grammar, "compile_grammar", held_up)
+    one = worker(loaded)
+    guided = replace(asked(1, None), grammar=LLMatcher.grammar_from_regex("x[a-f]{2}"))
+    arrived, gone = (one.ask(guided, prefills=False) for _ in range(2))
+    plain = one.ask(asked(3, None))
+    one.turn()
+    for attempt in (arrived, gone):  # as if its KV had been pulled
+        sequence = one.sequence(attempt)
+        sequence.tokens.append(models.VOCAB_SIZE - 1)
+        one._engine._start(sequence)
+    one.cancel(gone)
+    began = time.monotonic()
+    while plain not in one.ended:
+        one.turn()
+    assert time.monotonic() - began < 5
+    assert one.outputs[plain] == alone[3]
+    assert arrived not in one.ended
+    go_on.set()
+    one.finish()
+    assert one.ended[arrived] == pb.Ended.CAUSE_REJECTED  # that first token is none of its grammar
+    assert gone not in one.ended

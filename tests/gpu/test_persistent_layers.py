@@ -45,6 +45,7 @@ SHAPES = {
     "small": Shape(256, 512, 2, 2, 64, block_size=8, with_norm=True, with_bias=True),
     "one KV head": Shape(192, 320, 1, 4, 128, block_size=32),
     "no groups": Shape(512, 1024, 16, 1, 64),
+    "few tiles": Shape(8192, 2432, 1, 4, 64),
 }
 
 

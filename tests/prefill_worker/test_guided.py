@@ -15,6 +15,7 @@ from common import grammar
 from common.grammar import compile_grammar
 from common.sampling import SamplingParams
 from common.sequence import SequenceSpec, sequence_to_proto
+from prefill_worker.loop import GRAMMAR_POLL_SECONDS
 from tests.one_prefill_worker import OnePrefillWorker
 from tests.router import models
 from twostroke.v1 import worker_pb2 as pb
@@ -90,12 +91,14 @@ def test_one_whose_grammar_is_not_compiled_yet_holds_up_nobody(
     said = one.turn()
     assert [prefilled.attempt_id for prefilled in said.prefilled] == [3, 4]
     assert not one.turn().prefilled
-    assert one._engine._loop.busy, "it comes as soon as it can"
+    assert not one.turn().prefilled
+    assert one._wire.timeouts[-2:] == [0.0, GRAMMAR_POLL_SECONDS], "it comes as soon as it can, and nothing spins"
     go_on.set()
     one.parts.follower(specs[0]).matcher()  # waits for it
     assert [prefilled.attempt_id for prefilled in one.turn().prefilled] == [2]
     assert not one.turn().prefilled
-    assert not one._engine._loop.busy
+    assert not one.turn().prefilled
+    assert one._wire.timeouts[-1] > GRAMMAR_POLL_SECONDS
 
 
 def test_a_grammar_that_cannot_be_followed_ends_its_prompt_alone(loaded: LoadedModel) -> None:

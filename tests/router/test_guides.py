@@ -11,11 +11,11 @@ import grpc
 import pytest
 from llguidance import LLMatcher, LLTokenizer
 
-from common import grammar
-from common.grammar import compile_grammar, load_tokenizer
+from common.grammar import CompiledGrammars, compile_grammar, load_tokenizer
 from common.model_config import load_config
-from router import guides
+from router import grammar_check, guides
 from router.errors import CallError, InvalidArgument
+from router.grammar_check import GrammarCheck
 from router.guides import Guides, grammar_of
 from tests.router import models
 from tests.router.cluster import Cluster, cluster, eventually, expected, request
@@ -112,6 +112,28 @@ async def test_what_takes_too_much_work_is_refused(guides_of_model: Guides) -> N
         await guides_of_model.grammar(pb.Guide(json_schema=json.dumps(too_much)))
 
 
+def chain(rules: int) -> str:
+    """Each rule names the next one."""
+    return "start: r0\n" + "\n".join(f"r{place}: r{place + 1}" for place in range(rules)) + f'\nr{rules}: "a"'
+
+
+async def test_what_crashes_the_library_crashes_no_more(guides_of_model: Guides, tokenizer: LLTokenizer) -> None:
+    with pytest.raises(InvalidArgument, match=r"guide\.grammar: it is too deeply nested"):
+        await guides_of_model.grammar(pb.Guide(grammar=chain(17_000)))
+    deep = await guides_of_model.grammar(pb.Guide(grammar=chain(4_000)))  # more than a thread usually bears
+    compiled = CompiledGrammars(tokenizer).get(deep).result()
+    assert compiled.consume_tokens(tokenizer.tokenize_str("a"))
+
+
+async def test_what_takes_the_library_for_ever_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar_check, "SECONDS", 0.1)
+    checked = Guides(model, load_config(model))
+    disjoint = {"type": "object", "patternProperties": {f"^{number:04}.*": {} for number in range(2_000)}}
+    with pytest.raises(InvalidArgument, match=r"guide\.json_schema: it takes more than"):
+        await checked.grammar(pb.Guide(json_schema=json.dumps(disjoint)))
+    await checked.grammar(pb.Guide(json_object=True))
+
+
 @pytest.mark.parametrize(
     ("stopping", "field"), [({"ignore_eos": True}, "stopping.ignore_eos"), ({"min_tokens": 1}, "stopping.min_tokens")]
 )
@@ -136,12 +158,13 @@ async def test_a_model_without_an_end_token_cannot_be_guided(tmp_path: Path) -> 
 
 async def test_what_waits_to_be_compiled_is_bounded(guides_of_model: Guides, monkeypatch: pytest.MonkeyPatch) -> None:
     go_on = threading.Event()
+    check = GrammarCheck.__call__
 
-    def held_up(tokenizer: LLTokenizer, text: str) -> LLMatcher:
+    def held_up(self: GrammarCheck, text: str) -> None:
         go_on.wait(10)
-        return compile_grammar(tokenizer, text)
+        check(self, text)
 
-    monkeypatch.setattr(grammar, "compile_grammar", held_up)
+    monkeypatch.setattr(GrammarCheck, "__call__", held_up)
     texts = [f"b{{{count}}}" for count in range(1, guides.MAX_WAITING + 1)]
     waiting = [asyncio.create_task(guides_of_model.grammar(pb.Guide(regex=text))) for text in texts]
     await asyncio.sleep(0)

@@ -1,0 +1,107 @@
+"""Whether grammars can be compiled, found out in a process of its own.
+
+Some take the library hours, and some overflow its stack, which ends the process: here, that costs nobody but them.
+Workers, which compile what was let through, have more stack.
+"""
+
+import multiprocessing
+import resource
+import signal
+import threading
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from common import grammar
+from common.grammar import GrammarError, compile_grammar, load_tokenizer
+from common.model_config import ModelConfig
+
+# Of work on one grammar. Most take a millisecond.
+SECONDS = 2.0
+
+STACK_BYTES = grammar.STACK_BYTES // 2
+
+
+class NoGuidesError(GrammarError):
+    """No grammar can be followed with this model."""
+
+
+class GrammarCheck:
+    """To be called from one thread. The process begins with the first call, and ends with this object.
+
+    Args:
+        directory: of the model.
+        model: its configuration.
+    """
+
+    def __init__(self, directory: Path, model: ModelConfig) -> None:
+        self._directory = directory
+        self._model = model
+        self._process: BaseProcess | None = None
+
+    def __call__(self, text: str) -> None:
+        """Raises GrammarError."""
+        if self._process is None:
+            self._begin()
+        try:
+            self._pipe.send(text)
+            problem = self._pipe.recv()
+        except (EOFError, OSError):
+            raise GrammarError(self._ended()) from None
+        if problem:
+            raise GrammarError(problem)
+
+    def _begin(self) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        self._pipe, theirs = spawn.Pipe()
+        process = spawn.Process(
+            target=_serve, args=(theirs, self._directory, self._model, SECONDS), name="grammar check", daemon=True
+        )
+        process.start()
+        theirs.close()
+        self._process = process
+        if problem := self._pipe.recv():
+            self._ended()
+            raise NoGuidesError(problem)
+
+    def _ended(self) -> str:
+        """Why there is no process any more."""
+        process, self._process = self._process, None
+        self._pipe.close()
+        assert process is not None
+        process.join()
+        if process.exitcode == -signal.SIGPROF:
+            return f"it takes more than {SECONDS:g} seconds to compile"
+        return "it is too deeply nested, or too large, to be compiled"
+
+
+def _serve(pipe: Connection, directory: Path, model: ModelConfig, seconds: float) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # is for the router
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # what crashes it would fill the disk
+    threading.stack_size(STACK_BYTES)
+    thread = threading.Thread(target=_answer, args=(pipe, directory, model, seconds))
+    thread.start()
+    thread.join()
+
+
+def _answer(pipe: Connection, directory: Path, model: ModelConfig, seconds: float) -> None:
+    """Says what is wrong with the model, and then with each grammar; nothing where that is nothing."""
+    try:
+        tokenizer = load_tokenizer(directory, model)
+    except GrammarError as error:
+        pipe.send(str(error))
+        return
+    pipe.send("")
+    while True:
+        try:
+            text = pipe.recv()
+        except EOFError:
+            return
+        signal.setitimer(signal.ITIMER_PROF, seconds)  # SIGPROF ends the process, whatever it is at
+        try:
+            compile_grammar(tokenizer, text)
+            problem = ""
+        except GrammarError as error:
+            problem = str(error)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        pipe.send(problem)

@@ -32,7 +32,22 @@ WRONG: tuple[tuple[tuple[int, ...], Options], ...] = (
     (_TOKENS, {"max_tokens": 0}),
     (_TOKENS, {"stop": ["x"] * 17}),
     (_TOKENS, {"cache_salt": "x" * 129}),
+    (_TOKENS, {"regex": "("}),
+    (_TOKENS, {"json_schema": {"type": "nonsense"}}),
+    (_TOKENS, {"json_object": True, "ignore_eos": True}),
     (tuple(prompt(CONTEXT_LENGTH + 1)), {}),
+)
+
+
+_SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 30}, "all": {"type": "array", "items": {"type": "integer"}}},
+    "required": ["name", "all"],
+}
+GUIDES: tuple[Options, ...] = (
+    {"json_schema": _SCHEMA},
+    {"regex": "[a-z]{3,40}( [0-9]{1,6}){0,9}"},
+    {"choices": ["the quick brown fox", "the lazy dog"]},
 )
 
 
@@ -64,4 +79,6 @@ def draw(rng: random.Random) -> Question:
         options["stop"] = rng.sample("abcdefghijklmnopqrstuvwxyz", 3)
     if rng.random() < 0.1:
         options["logprobs"] = 2
+    if rng.random() < 0.15:
+        options |= rng.choice(GUIDES) | {"ignore_eos": False}
     return Question(tokens, options, kind)

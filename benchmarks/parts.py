@@ -13,7 +13,7 @@ from common.block_pool import BlockPool
 from common.guided_sampling import GuidedSampling
 from common.kv_pool import KvLayout, KvPool, view
 from common.model import Model
-from common.worker_parts import WorkerParts, load_guided
+from common.worker_parts import WorkerParts
 from kernels.ops import Ops, select
 from twostroke.v1 import worker_pb2
 
@@ -42,7 +42,7 @@ def load_model(directory: Path, dtype: str, device: torch.device, *, dummy: bool
     config = model_config.load_config(directory, max_length)
     loaded = weights.dummy(config, dtype, device) if dummy else weights.load(directory, config, dtype, device)
     ops = select(device)
-    return LoadedModel(Model(config, loaded, ops), ops, device, load_guided(directory, config))
+    return LoadedModel(Model(config, loaded, ops), ops, device)
 
 
 def worker_parts(loaded: LoadedModel, num_blocks: int, block_size: int = 16) -> WorkerParts:

@@ -2,7 +2,6 @@
 
 import json
 import re
-import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -10,16 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLMatcher
 from tokenizers import Tokenizer
 
 from benchmarks.in_process import spec
-from benchmarks.parts import LoadedModel, load_model, worker_parts
-from common import grammar
+from benchmarks.parts import LoadedModel, worker_parts
 from common.guided_sampling import Allowed, Follower, GuidedSampling
 from common.sampling import SamplingParams
 from common.sequence import SequenceSpec
 from prefill_worker.loop import GRAMMAR_POLL_SECONDS
+from tests import guided
 from tests.one_worker import OneWorker
 from tests.router import models
 from twostroke.v1 import worker_pb2 as pb
@@ -55,7 +54,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def loaded(directory: Path) -> LoadedModel:
     torch.set_num_threads(1)
-    return load_model(directory, "float32", torch.device("cpu"), dummy=True, max_length=256)
+    return guided.load(directory, "float32", torch.device("cpu"), dummy=True, max_length=256)
 
 
 @pytest.fixture(scope="module")
@@ -203,14 +202,7 @@ def test_no_worker_goes_on_without_the_grammar(loaded: LoadedModel, alone: list[
 def test_a_prompt_whose_grammar_is_not_compiled_yet_spins_no_loop(
     loaded: LoadedModel, alone: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    go_on = threading.Event()
-    compile_grammar = grammar.compile_grammar
-
-    def held_up(tokenizer: LLTokenizer, text: str) -> LLMatcher:
-        go_on.wait(10)
-        return compile_grammar(tokenizer, text)
-
-    monkeypatch.setattr(grammar, "compile_grammar", held_up)
+    go_on = guided.hold_up_compiler(monkeypatch)
     one = worker(loaded)
     attempt = one.ask(replace(asked(1, None), grammar=LLMatcher.grammar_from_regex("y[a-f]{2}")))
     for _ in range(3):
@@ -231,17 +223,10 @@ def test_a_prompt_whose_grammar_is_not_compiled_yet_spins_no_loop(
 def test_a_grammar_that_is_not_compiled_yet_holds_up_no_step(
     loaded: LoadedModel, alone: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    go_on = threading.Event()
-    compile_grammar = grammar.compile_grammar
-
-    def held_up(tokenizer: LLTokenizer, text: str) -> LLMatcher:
-        go_on.wait(10)
-        return compile_grammar(tokenizer, text)
-
-    monkeypatch.setattr(grammar, "compile_grammar", held_up)
+    go_on = guided.hold_up_compiler(monkeypatch)
     one = worker(loaded)
-    guided = replace(asked(1, None), grammar=LLMatcher.grammar_from_regex("x[a-f]{2}"))
-    arrived, gone = (one.ask(guided, prefills=False) for _ in range(2))
+    follows = replace(asked(1, None), grammar=LLMatcher.grammar_from_regex("x[a-f]{2}"))
+    arrived, gone = (one.ask(follows, prefills=False) for _ in range(2))
     plain = one.ask(asked(3, None))
     one.turn()
     for attempt in (arrived, gone):  # as if its KV had been pulled

@@ -11,9 +11,10 @@ from llguidance import LLMatcher
 from tokenizers import Tokenizer
 
 from benchmarks.in_process import spec
-from benchmarks.parts import LoadedModel, load_model, worker_parts
+from benchmarks.parts import LoadedModel, worker_parts
 from common.sampling import SamplingParams
 from common.sequence import SequenceSpec
+from tests import guided
 from tests.gpu import tiny_models
 from tests.gpu.greedy import DEVICE
 from tests.one_worker import OneWorker
@@ -49,7 +50,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
 def loaded(request: pytest.FixtureRequest, directory: Path) -> LoadedModel:
-    return load_model(directory, request.param, DEVICE, dummy=False, max_length=512)
+    return guided.load(directory, request.param, DEVICE, dummy=False, max_length=512)
 
 
 def asked(place: int) -> SequenceSpec:
@@ -90,7 +91,7 @@ def test_answers_follow_their_grammars(loaded: LoadedModel, directory: Path, gra
 
 
 def test_a_float32_sequence_has_the_tokens_that_it_has_alone(directory: Path) -> None:
-    loaded = load_model(directory, "float32", DEVICE, dummy=False, max_length=512)
+    loaded = guided.load(directory, "float32", DEVICE, dummy=False, max_length=512)
     greedy = [replace(asked(place), sampling=SamplingParams(temperature=0)) for place in PLACES if place % 4 != 3]
     together = OneWorker(worker_parts(loaded, 400)).run(greedy)
     alone = [OneWorker(worker_parts(loaded, 400), graphs=False).run([one])[0] for one in greedy]

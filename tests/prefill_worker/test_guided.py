@@ -1,21 +1,19 @@
 """First tokens that a grammar allows."""
 
-import threading
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLMatcher
 from tokenizers import Tokenizer
 
 from benchmarks.in_process import spec
-from benchmarks.parts import LoadedModel, load_model, worker_parts
-from common import grammar
-from common.grammar import compile_grammar
+from benchmarks.parts import LoadedModel, worker_parts
 from common.sampling import SamplingParams
 from common.sequence import SequenceSpec, sequence_to_proto
 from prefill_worker.loop import GRAMMAR_POLL_SECONDS
+from tests import guided
 from tests.one_prefill_worker import OnePrefillWorker
 from tests.router import models
 from twostroke.v1 import worker_pb2 as pb
@@ -32,7 +30,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def loaded(directory: Path) -> LoadedModel:
     torch.set_num_threads(1)
-    return load_model(directory, "float32", torch.device("cpu"), dummy=True, max_length=64)
+    return guided.load(directory, "float32", torch.device("cpu"), dummy=True, max_length=64)
 
 
 def asked(prompt: int, output: tuple[int, ...] = (), follows: str = "") -> SequenceSpec:
@@ -77,13 +75,7 @@ def test_those_with_a_grammar_follow_it_and_the_others_are_as_ever(
 def test_one_whose_grammar_is_not_compiled_yet_holds_up_nobody(
     loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    go_on = threading.Event()
-
-    def held_up(tokenizer: LLTokenizer, text: str) -> LLMatcher:
-        go_on.wait(10)
-        return compile_grammar(tokenizer, text)
-
-    monkeypatch.setattr(grammar, "compile_grammar", held_up)
+    go_on = guided.hold_up_compiler(monkeypatch)
     one = OnePrefillWorker(worker_parts(loaded, 60, BLOCK), max_batch_tokens=64)
     specs = [asked(20, follows=LLMatcher.grammar_from_regex("b")), asked(40), asked(60)]
     prefills = [pb.Prefill(attempt_id=place, sequence=sequence_to_proto(it)) for place, it in enumerate(specs, start=2)]

@@ -1,0 +1,31 @@
+"""Workers' parts that can follow grammars, and a compiler of grammars that waits."""
+
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from llguidance import LLMatcher, LLTokenizer
+
+from benchmarks.parts import LoadedModel, load_model
+from common import grammar
+from common.worker_parts import load_guided
+
+
+def load(directory: Path, dtype: str, device: torch.device, *, dummy: bool, max_length: int) -> LoadedModel:
+    loaded = load_model(directory, dtype, device, dummy=dummy, max_length=max_length)
+    return replace(loaded, guided=load_guided(directory, loaded.model.config))
+
+
+def hold_up_compiler(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """From now on no grammar is compiled before the event is set."""
+    go_on = threading.Event()
+    compile_grammar = grammar.compile_grammar
+
+    def held_up(tokenizer: LLTokenizer, text: str) -> LLMatcher:
+        go_on.wait(10)
+        return compile_grammar(tokenizer, text)
+
+    monkeypatch.setattr(grammar, "compile_grammar", held_up)
+    return go_on

@@ -28,8 +28,7 @@ using u64 = unsigned long long;
 
 constexpr int PROGRAMS = KV_HEADS * PIECES, WARPS = 8, THREADS = 32 * WARPS;      // the producer is a ninth warp
 constexpr int HEAD_QKV = (GROUP + 2) * HEAD_DIM, HEAD_INPUTS = GROUP * HEAD_DIM;  // rows and columns of one KV head
-constexpr int MIN_IN_FLIGHT = 32 << 10;  // bytes; more under way delays the words that programs wait for
-constexpr int IN_FLIGHT = TILE_BYTES >= MIN_IN_FLIGHT ? 1 : MIN_IN_FLIGHT / TILE_BYTES;
+constexpr int IN_FLIGHT = (32 << 10) / TILE_BYTES;  // tiles; more under way delays the words that programs wait for
 constexpr u32 ALL = 0xffffffffu;
 constexpr float NO_TOP = -1e30f, NOTHING = -3e38f;  // of no scores at all; a score that counts nothing beside even that
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import structlog
 import torch
 
-from common import fingerprint, model_config, model_files, vocabulary, weights
+from common import fingerprint, guided_sampling, model_config, model_files, special_sampling, vocabulary, weights
 from common.block_pool import BlockPool
 from common.config import WorkerConfig
 from common.cpu_memory import keep_freed_memory
@@ -69,6 +69,12 @@ class WorkerParts:
     def follower(self, spec: SequenceSpec) -> Follower | None:
         """Of a sequence that was checked: where it is in its grammar, if it follows one; that begins to be compiled."""
         return self.guided.follow(spec) if self.guided is not None and spec.grammar else None
+
+    def warm_up_sampling(self) -> None:
+        """Does all that can be done to logits once, so that no request waits for what the device compiles or loads."""
+        vocab_size, dtype = self.model.config.vocab_size, self.pool.tensor.dtype
+        special_sampling.warm_up(self.ops.sample, vocab_size, dtype, self.device)
+        guided_sampling.warm_up(vocab_size, dtype, self.device)
 
     def blocks_load(self, reserved: int) -> inference_pb2.Blocks:
         return inference_pb2.Blocks(

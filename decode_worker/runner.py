@@ -7,7 +7,6 @@ import structlog
 import torch
 from torch import Tensor
 
-from common import guided_sampling, special_sampling
 from common.device_io import HostCopy, mark
 from common.guided_sampling import Allowed, Follower
 from common.host_logprobs import HostLogprobs
@@ -55,10 +54,7 @@ class Runner:
         if parts.device.type == "cuda":
             log.info("a sequence alone", layers="in one launch" if self._stepper.alone else "kernel by kernel")
             self.graphs = DecodeGraphs(self._stepper, self.batch.state, max_batch)
-            special_sampling.warm_up(
-                parts.ops.sample, parts.model.config.vocab_size, parts.pool.tensor.dtype, parts.device
-            )
-            guided_sampling.warm_up(parts.model.config.vocab_size, parts.pool.tensor.dtype, parts.device)
+            parts.warm_up_sampling()
 
     def add(self, sequence: Sequence) -> None:
         self.batch.add(sequence)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from common import guided_sampling, special_sampling
 from common.device_io import HostCopy, to_device
 from common.guided_sampling import Allowed
 from common.host_logprobs import HostLogprobs
@@ -62,8 +61,7 @@ class Runner:
             return
         table_blocks = -(-parts.max_length // parts.pool.layout.block_size)
         self.graphs = PrefillGraphs(self._forward, max_tokens, table_blocks, parts.device)
-        special_sampling.warm_up(parts.ops.sample, parts.model.config.vocab_size, parts.pool.tensor.dtype, parts.device)
-        guided_sampling.warm_up(parts.model.config.vocab_size, parts.pool.tensor.dtype, parts.device)
+        parts.warm_up_sampling()
 
     @torch.inference_mode()
     def launch(self, chunks: list[Chunk]) -> LaunchedBatch:

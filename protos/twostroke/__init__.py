@@ -12,7 +12,7 @@ from twostroke.errors import (
     Unavailable,
 )
 from twostroke.request import Options, Prompt
-from twostroke.results import Choice, Finish, FinishReason, Generation, Piece
+from twostroke.results import Choice, Finish, FinishReason, Generation, Piece, ToolCall
 
 __version__ = "0.1.0"
 
@@ -33,6 +33,7 @@ __all__ = [
     "Piece",
     "Prompt",
     "Tool",
+    "ToolCall",
     "TwostrokeError",
     "Unauthenticated",
     "Unavailable",

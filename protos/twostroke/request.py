@@ -24,6 +24,8 @@ class Options(ChatOptions, total=False):
     Guide, one of: `json_schema` (a dictionary, or JSON), `json_object` (True: any JSON object), `regex`, `choices`
     (texts), `grammar` (in llguidance's dialect of Lark); the answer's text follows it.
     Answer: `n` choices, `logprobs` (alternatives per token), `special_tokens` (left in the text), `return_token_ids`.
+    `parsed` (of a chat's answer: reasoning and tool calls are taken out of the text; where there are `tools` it is on,
+    unless it is given, or `special_tokens` are to stay).
     Request: `request_id` (for logs), `cache_salt` (keeps tenants' prefix caches apart).
     Chats only: `tools` (that the model may call), `template_variables` (such as `{"enable_thinking": False}`),
     `add_generation_prompt`.
@@ -55,6 +57,7 @@ class Options(ChatOptions, total=False):
     n: int
     logprobs: int
     special_tokens: bool
+    parsed: bool
     return_token_ids: bool
 
     request_id: str
@@ -82,6 +85,8 @@ def generate_request(prompt: Prompt, options: Options) -> pb.GenerateRequest:
         _set_prompt(request, prompt)
         for name, value in options.items():
             _set_option(request, name, value)
+    if request.chat.tools and "parsed" not in options and not request.response.special_tokens:
+        request.response.parsed = True
     return request
 
 

@@ -23,7 +23,7 @@ class FakeRouter(inference_pb2_grpc.InferenceServicer):
     """Answers a prompt with "t0 t1 t2 ..." in deltas of `tokens_per_delta` tokens, `step_seconds` apart.
 
     The text "fail NAME" gets status NAME. A prompt's tokens are its characters, and it and its answer may have
-    `longest` tokens. What was asked is kept for the test to look at.
+    `longest` tokens. A parsed answer begins with a thought and a call. What was asked is kept for the test to look at.
     """
 
     step_seconds: float = 0.0
@@ -51,6 +51,8 @@ class FakeRouter(inference_pb2_grpc.InferenceServicer):
                 response.prompt.CopyFrom(chunk.prompt)
             choice = response.choices[chunk.index]
             choice.text += chunk.delta.text
+            choice.reasoning_content += chunk.delta.reasoning_content
+            choice.tool_calls.extend(chunk.delta.tool_calls)
             choice.token_ids.extend(chunk.delta.token_ids)
             choice.logprobs.extend(chunk.delta.logprobs)
             if chunk.HasField("finish"):
@@ -115,6 +117,9 @@ class FakeRouter(inference_pb2_grpc.InferenceServicer):
                     await asyncio.sleep(3600 if first == self.stalls_after else self.step_seconds)
                     ids = range(first, min(first + self.tokens_per_delta, tokens))
                     delta = pb.Delta(text="".join(f"t{token} " for token in ids), token_ids=ids)
+                    if request.response.parsed and first == 0:
+                        delta.reasoning_content = "Hm."
+                        delta.tool_calls.add(id="c1", name="weather", arguments='{"place": "Zürich", "days": [1, 2.0]}')
                     if request.response.HasField("logprobs"):
                         delta.logprobs.extend(pb.TokenLogprob(token_id=token, logprob=-1.0) for token in ids)
                     yield pb.GenerateChunk(index=index, delta=delta)

@@ -27,6 +27,15 @@ async def test_generate_and_chat(client: AsyncClient, router: FakeRouter) -> Non
     assert [request.WhichOneof("input") for request in router.requests] == ["text", "chat"]
 
 
+async def test_an_answer_that_is_parsed(client: AsyncClient, router: FakeRouter) -> None:
+    answer = await client.chat("Hello", parsed=True)
+    assert (answer.reasoning_content, answer.tool_calls[0].name) == ("Hm.", "weather")
+    await client.chat([answer.message()])
+    assert router.requests[-1].chat.messages[0].tool_calls[0].id == "c1"
+    pieces = [piece async for piece in client.stream_chat("Hello", parsed=True)]
+    assert [call for piece in pieces for call in piece.tool_calls] == list(answer.tool_calls)
+
+
 async def test_streams(client: AsyncClient) -> None:
     assert "".join([piece.text async for piece in client.stream("Hello", max_tokens=3)]) == "t0 t1 t2 "
     assert [piece.finish async for piece in client.stream_chat("Hello")][-1] is not None

@@ -3,6 +3,7 @@ import shutil
 import subprocess
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 
 import twostroke
 from tests.protos.fake_router import FakeRouter, serving
-from twostroke import AsyncClient, Client, Message
+from twostroke import AsyncClient, Client, Message, ToolCall
 from twostroke.v1 import inference_pb2 as pb
 
 
@@ -91,6 +92,7 @@ def test_every_option_reaches_its_field(client: Client, router: FakeRouter) -> N
         n=1,
         logprobs=2,
         special_tokens=True,
+        parsed=True,
         return_token_ids=False,
         request_id="r",
         cache_salt="s",
@@ -109,7 +111,7 @@ def test_every_option_reaches_its_field(client: Client, router: FakeRouter) -> N
     stopping = pb.Stopping(
         max_tokens=1, min_tokens=1, stop=["a", "b"], stop_token_ids=[9], include_stop=True, ignore_eos=True
     )
-    response = pb.ResponseOptions(token_ids=False, logprobs=2, special_tokens=True)
+    response = pb.ResponseOptions(token_ids=False, logprobs=2, special_tokens=True, parsed=True)
     assert router.requests == [
         pb.GenerateRequest(
             text="Hello",
@@ -212,6 +214,42 @@ def test_tools_and_template_variables(client: Client, router: FakeRouter) -> Non
     assert router.requests[0].chat == chat
     chat.add_generation_prompt = False
     assert router.tokenize_requests[0].chat == chat
+
+
+def test_where_there_are_tools_their_calls_are_read(client: Client, router: FakeRouter) -> None:
+    client.chat("Hello", tools=[TOOL])
+    client.generate([{"role": "user", "content": "Hello"}], tools=[TOOL])
+    list(client.stream_chat("Hello", tools=[TOOL]))
+    client.chat("Hello", parsed=True)
+    client.generate("Hello", parsed=True)  # the router says what is wrong with it
+    client.chat("Hello", tools=[TOOL], parsed=False)
+    client.chat("Hello", tools=[TOOL], special_tokens=True)
+    client.chat("Hello", tools=[])
+    client.chat("Hello")
+    assert [request.response.parsed for request in router.requests] == [True] * 5 + [False] * 4
+
+
+def test_an_answer_goes_back_as_a_message(client: Client, router: FakeRouter) -> None:
+    answer = client.chat("Hello", parsed=True, max_tokens=1, n=2)
+    call = ToolCall("c1", "weather", {"place": "Zürich", "days": [1, 2.0]})
+    assert (answer.text, answer.reasoning_content, answer.tool_calls) == ("t0 ", "Hm.", (call,))
+    assert answer.message() == answer.choices[1].message()
+    client.chat([{"role": "user", "content": "Hello"}, answer.message()])
+    assert router.requests[-1].chat.messages[1] == pb.ChatMessage(
+        role="assistant",
+        content="t0 ",
+        reasoning_content="Hm.",
+        tool_calls=[pb.ToolCall(id="c1", name="weather", arguments='{"place": "Zürich", "days": [1, 2.0]}')],
+    )
+    pieces = list(client.stream_chat("Hello", parsed=True, max_tokens=2))
+    assert [(piece.reasoning_content, piece.tool_calls) for piece in pieces[1:3]] == [("Hm.", (call,)), ("", ())]
+
+    plain = client.chat("Hello", max_tokens=1)
+    assert (plain.reasoning_content, plain.tool_calls) == ("", ())
+    assert plain.message() == {"role": "assistant", "content": "t0 "}
+    only_calls = replace(answer.choices[0], text="", reasoning_content="")
+    assert only_calls.message().keys() == {"role", "tool_calls"}  # templates ask for content beside calls
+    assert replace(only_calls, tool_calls=()).message() == {"role": "assistant", "content": ""}
 
 
 @pytest.mark.parametrize("call", ["weather", {"name": "weather"}, {"type": "custom", "function": {"name": "weather"}}])

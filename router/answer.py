@@ -3,6 +3,8 @@
 import time
 from collections.abc import Sequence
 
+from router.answer_parser import AnswerParser
+from router.detokenizer import NO_SIGNS
 from router.metrics import Metrics
 from router.request import Request, State
 from router.stop_strings import StopStrings
@@ -23,13 +25,19 @@ class Answer:
         eos_token_ids: Sequence[int],
         metrics: Metrics,
         begins_text: bool,
+        parser: AnswerParser | None = None,
     ) -> None:
         self._request = request
         self._job = job
         self._eos_token_ids = eos_token_ids
         self._metrics = metrics
         self._token_bytes = tokenizer.token_bytes
-        self._detokenizer = tokenizer.detokenizer(special_tokens=job.special_tokens, begins_text=begins_text)
+        self._parser = parser
+        self._detokenizer = tokenizer.detokenizer(
+            special_tokens=job.special_tokens,
+            begins_text=begins_text,
+            signs=NO_SIGNS if parser is None else tokenizer.answer_format.signs,
+        )
         self._stops = StopStrings(job.stop) if job.stop else None
         self._silent_stops = job.stop_token_ids - self._spoken_stops(tokenizer.special_ids)
         self._last_at: float | None = None
@@ -56,7 +64,14 @@ class Answer:
             finish = self._finished_by_token()
         if tokens:
             self._measure()
-        delta = pb.Delta(text=text, token_ids=tokens if self._job.want_token_ids else ())
+        token_ids = tokens if self._job.want_token_ids else ()
+        if self._parser is None:
+            delta = pb.Delta(text=text, token_ids=token_ids)
+        else:
+            parts = self._parser.feed(text, last=finish is not None)
+            delta = pb.Delta(
+                text=parts.text, token_ids=token_ids, reasoning_content=parts.reasoning, tool_calls=parts.calls
+            )
         if self._job.logprobs is not None:
             pairs = zip(tokens, request.take_logprobs(len(tokens)), strict=True)
             delta.logprobs.extend(self._token_logprob(token, logprobs) for token, logprobs in pairs)

@@ -52,6 +52,11 @@ class ChatTemplate:
         self._with_tools = self._without_tools if tool_use is None else _Program.of(tool_use, environment)
         self._special_tokens = special_tokens
 
+    @property
+    def source(self) -> str:
+        """Both templates'."""
+        return f"{self._without_tools.source}\n{self._with_tools.source}"
+
     def render(self, chat: pb.Chat, most_characters: int) -> str:
         """
         Raises:

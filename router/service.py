@@ -16,8 +16,9 @@ import twostroke
 from common.cluster_secret import metadata_value
 from common.model_config import ModelConfig
 from common.tracing import OFF, Span, Tracing
-from router import request_trace, validate
+from router import request_trace, tool_call, validate
 from router.answer import Answer
+from router.answer_parser import AnswerParser
 from router.config import RouterConfig
 from router.dispatcher import Dispatcher
 from router.errors import CallError, InvalidArgument
@@ -27,7 +28,7 @@ from router.mailbox import Mailbox
 from router.metrics import Metrics
 from router.registry import Registry
 from router.request import MAX_UNREAD_TOKENS, Prompt, Request
-from router.tokenizer import Tokenizer
+from router.tokenizer import Tokenized, Tokenizer
 from router.turnstile import Turnstile
 from router.validate import Job
 from router.worker import Worker
@@ -104,7 +105,8 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         with caller.generating(job.n):
             self._dispatcher.check_admission(job.n)
             grammar = await self._guides.grammar(job.guide) if job.guide is not None else ""
-            token_ids = await self._prompt(request)
+            prompt = await self._prompt(request)
+            token_ids = prompt.token_ids
             requests = self._requests(job, grammar, token_ids, mailbox, trace)
             trace.note(request_trace.of_request(request, job, self._config.model, len(token_ids)))
             finishes: list[pb.Finish] = []
@@ -112,7 +114,15 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             is_own_text = request.HasField("chat") or not self._tokenizer.spells(token_ids)
             begins_text = is_own_text and job.guide is None
             answers = [
-                Answer(choice, job, self._tokenizer, self._model.eos_token_ids, self._metrics, begins_text)
+                Answer(
+                    choice,
+                    job,
+                    self._tokenizer,
+                    self._model.eos_token_ids,
+                    self._metrics,
+                    begins_text,
+                    self._parser(choice, prompt) if job.parsed else None,
+                )
                 for choice in requests
             ]
             self._dispatcher.submit(requests)
@@ -147,17 +157,26 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                 resumes = sum(choice.resumes for choice in requests)
                 trace.note(request_trace.of_answer(output_tokens, resumes, finishes))
 
-    async def _prompt(self, request: pb.GenerateRequest) -> list[int]:
+    async def _prompt(self, request: pb.GenerateRequest) -> Tokenized:
         match request.WhichOneof("input"):
             case "text":
-                token_ids = await self._tokenizer.encode(request.text, add_special_tokens=True)
+                prompt = Tokenized(await self._tokenizer.encode(request.text, add_special_tokens=True))
             case "chat":
-                token_ids = await self._tokenizer.encode_chat(request.chat)
+                prompt = await self._tokenizer.encode_chat(request.chat)
             case _:
                 validate.check_prompt(request.token_ids.ids, self._model)
-                return list(request.token_ids.ids)
-        validate.check_tokens("input", token_ids, self._model)  # tokenizers may know tokens that the model does not
-        return token_ids
+                return Tokenized(list(request.token_ids.ids))
+        # Tokenizers may know tokens that the model does not.
+        validate.check_tokens("input", prompt.token_ids, self._model)
+        return prompt
+
+    def _parser(self, choice: Request, prompt: Tokenized) -> AnswerParser:
+        return AnswerParser(
+            self._tokenizer.answer_format,
+            in_reasoning=prompt.opens_reasoning,
+            tools=prompt.tools,
+            new_id=partial(tool_call.make_id, choice.id, choice.sampling.seed),
+        )
 
     def _requests(
         self, job: Job, grammar: str, token_ids: list[int], mailbox: Mailbox[Request], trace: Span
@@ -197,7 +216,8 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
         async with self._call("Tokenize", context):
             if request.WhichOneof("input") == "chat":
-                return pb.TokenizeResponse(token_ids=await self._tokenizer.encode_chat(request.chat))
+                prompt = await self._tokenizer.encode_chat(request.chat)
+                return pb.TokenizeResponse(token_ids=prompt.token_ids)
             special = request.add_special_tokens if request.HasField("add_special_tokens") else True
             token_ids = await self._tokenizer.encode(request.text, add_special_tokens=special)
             return pb.TokenizeResponse(token_ids=token_ids)
@@ -314,6 +334,7 @@ async def gather(chunks: AsyncIterator[pb.GenerateChunk]) -> pb.GenerateResponse
     """The stream's chunks as one answer."""
     response = pb.GenerateResponse()
     texts: defaultdict[int, list[str]] = defaultdict(list)
+    reasoning: defaultdict[int, list[str]] = defaultdict(list)
     async for chunk in chunks:
         if chunk.HasField("prompt"):
             response.prompt.CopyFrom(chunk.prompt)
@@ -322,6 +343,8 @@ async def gather(chunks: AsyncIterator[pb.GenerateChunk]) -> pb.GenerateResponse
             response.choices.add(index=len(response.choices))
         choice = response.choices[chunk.index]
         texts[chunk.index].append(chunk.delta.text)
+        reasoning[chunk.index].append(chunk.delta.reasoning_content)
+        choice.tool_calls.extend(chunk.delta.tool_calls)
         choice.token_ids.extend(chunk.delta.token_ids)
         choice.logprobs.extend(chunk.delta.logprobs)
         if chunk.HasField("finish"):
@@ -329,6 +352,7 @@ async def gather(chunks: AsyncIterator[pb.GenerateChunk]) -> pb.GenerateResponse
     for index, pieces in texts.items():
         # Once: a message keeps every text that its field has ever had, so that adding to one takes its length squared.
         response.choices[index].text = "".join(pieces)
+        response.choices[index].reasoning_content = "".join(reasoning[index])
     return response
 
 

@@ -1,6 +1,7 @@
 """What a chat's template is given: messages, tools and variables as plain values, in the form that transformers gives
 them in."""
 
+import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -38,6 +39,14 @@ def read(chat: pb.Chat) -> TemplateInput:
         variables=json_object.parse("chat.template_variables", chat.template_variables or "{}"),
         add_generation_prompt=chat.add_generation_prompt if chat.HasField("add_generation_prompt") else True,
     )
+
+
+def tool_names(chat: pb.Chat) -> frozenset[str]:
+    """Of a chat that was read."""
+    tools = [json.loads(tool) for tool in chat.tools]
+    functions = [tool.get("function", tool) for tool in tools]
+    names = [function.get("name") for function in functions if isinstance(function, dict)]
+    return frozenset(name for name in names if isinstance(name, str))
 
 
 def _check_sizes(chat: pb.Chat) -> None:

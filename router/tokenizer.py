@@ -1,8 +1,9 @@
 """Text and chats to token ids, and the way back."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -11,8 +12,8 @@ import tokenizers
 
 from common import vocabulary
 from common.model_config import ModelConfig, ModelError
-from router import chat_template, token_bytes
-from router.detokenizer import Detokenizer
+from router import answer_format, chat_template, template_input, token_bytes
+from router.detokenizer import NO_SIGNS, Detokenizer
 from router.errors import CallError, InvalidArgument
 from twostroke.v1 import inference_pb2 as pb
 
@@ -23,6 +24,15 @@ INLINE_BYTES = 2_000
 
 # Of texts that wait for a thread, all together. Tokenizing takes some ten times a text's size.
 MAX_WAITING_BYTES = 16 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenized:
+    """A prompt as the model is given it, and what else there is to know of it where the answer is parsed."""
+
+    token_ids: list[int]
+    opens_reasoning: bool = False  # the answer begins inside it
+    tools: frozenset[str] = frozenset()  # names of those that the model may call
 
 
 class Tokenizer:
@@ -43,6 +53,9 @@ class Tokenizer:
         self._template = chat_template.load(directory)
         self._bytes = token_bytes.read(self._tokenizer, model.vocab_size)
         self._visible = self._bytes.without_special()
+        self.answer_format = answer_format.of(
+            "" if self._template is None else self._template.source, self._tokenizer.token_to_id, self._bytes.special
+        )
         self._context_length = model.context_length
         # No text that is longer has few enough tokens, and some that are take seconds for each megabyte.
         self._most_bytes = model.context_length * max(map(len, self._bytes.table))
@@ -71,7 +84,7 @@ class Tokenizer:
         self._check_size(size)
         return await self._on_a_thread(size, lambda: self._encode(text, add_special_tokens))
 
-    async def encode_chat(self, chat: pb.Chat) -> list[int]:
+    async def encode_chat(self, chat: pb.Chat) -> Tokenized:
         """
         Raises:
             InvalidArgument: the model has no chat template, or it refuses the chat, or that cannot fit the context.
@@ -81,15 +94,22 @@ class Tokenizer:
         if template is None:
             raise InvalidArgument("chat", "this model has no chat template; send text or token_ids")
 
+        def render() -> tuple[str, frozenset[str]]:
+            return template.render(chat, self._most_bytes), template_input.tool_names(chat)
+
         size = chat.ByteSize()
         self._check_size(size)
-        text = await self._on_a_thread(size, lambda: template.render(chat, self._most_bytes))
-        return await self.encode(text, add_special_tokens=False)  # it may be much longer than the chat
+        text, tools = await self._on_a_thread(size, render)
+        token_ids = await self.encode(text, add_special_tokens=False)  # it may be much longer than the chat
+        return Tokenized(token_ids, self.answer_format.opens_reasoning(text), tools)
 
-    def detokenizer(self, *, special_tokens: bool, begins_text: bool = True) -> Detokenizer:
-        """`begins_text`: nothing comes before, and the space with which some tokenizers begin a text is left out."""
+    def detokenizer(
+        self, *, special_tokens: bool, begins_text: bool = True, signs: Mapping[int, str] = NO_SIGNS
+    ) -> Detokenizer:
+        """`begins_text`: nothing comes before, and the space with which some tokenizers begin a text is left out.
+        `signs`: what stands for some of the special tokens."""
         table = self._bytes.table if special_tokens else self._visible
-        return Detokenizer(table, self._bytes.strip_leading_space and begins_text)
+        return Detokenizer(table, self._bytes.strip_leading_space and begins_text, signs)
 
     def spells(self, token_ids: Sequence[int]) -> bool:
         """Whether there is any text in these tokens, special ones left out."""

@@ -41,6 +41,7 @@ class Job:
     want_token_ids: bool
     logprobs: int | None
     special_tokens: bool
+    parsed: bool
     guide: pb.Guide | None
 
 
@@ -61,6 +62,8 @@ def check(request: pb.GenerateRequest, model: ModelConfig) -> Job:
     logprobs = request.response.logprobs if request.response.HasField("logprobs") else None
     if logprobs is not None:
         _within("response.logprobs", logprobs, 0, MAX_LOGPROBS)
+    if request.response.parsed:
+        _can_be_parsed(request)
     sampling = _sampling(request.sampling, logprobs, model)
     max_tokens = _stopping(request.stopping, model)
     guide = request.guide if request.HasField("guide") else None
@@ -81,6 +84,7 @@ def check(request: pb.GenerateRequest, model: ModelConfig) -> Job:
         want_token_ids=request.response.token_ids if request.response.HasField("token_ids") else True,
         logprobs=logprobs,
         special_tokens=request.response.special_tokens,
+        parsed=request.response.parsed,
         guide=guide,
     )
 
@@ -215,6 +219,15 @@ def _stopping(stopping: pb.Stopping, model: ModelConfig) -> int | None:
         )
     check_tokens("stopping.stop_token_ids", stopping.stop_token_ids, model)
     return max_tokens
+
+
+def _can_be_parsed(request: pb.GenerateRequest) -> None:
+    if request.WhichOneof("input") != "chat":
+        raise InvalidArgument("response.parsed", "goes with chat only: its template tells how the answer is written")
+    if request.response.special_tokens:
+        raise InvalidArgument(
+            "response.special_tokens", "cannot go with parsed, which takes out what special tokens mark"
+        )
 
 
 def _fits_a_guide(stopping: pb.Stopping) -> None:

@@ -1,4 +1,5 @@
 import random
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -52,6 +53,24 @@ def test_a_character_is_held_back_until_it_is_whole() -> None:
     assert [detokenizer.feed([token]) for token in ids] == ["", "", "", "🙂"]
     assert detokenizer.feed(ids[:2]) == ""
     assert detokenizer.finish() == "\ufffd"
+
+
+@given(st.lists(st.integers(0, models.VOCAB_SIZE - 1)), st.lists(st.integers(0, 40), max_size=4))
+@settings(deadline=None)
+@pytest.mark.parametrize("tokenizer", [BYTE_LEVEL, BYTE_FALLBACK], ids=["byte_level", "byte_fallback"])
+def test_a_sign_stands_for_a_token_and_between_others(tokenizer: Tokenizer, ids: list[int], cuts: list[int]) -> None:
+    known = token_bytes.read(tokenizer, models.VOCAB_SIZE)
+    sign, special = "\ud800", 0
+    ids = [special if token % 7 == 0 else token for token in ids]
+    detokenizer = Detokenizer(known.without_special(), known.strip_leading_space, {special: sign})
+    edges = [0, *sorted(cut for cut in cuts if cut < len(ids)), len(ids)]
+    pieces = [detokenizer.feed(ids[begin:end]) for begin, end in pairwise(edges)] + [detokenizer.finish()]
+
+    between: list[list[int]] = [[]]
+    for token in ids:
+        between.append([]) if token == special else between[-1].append(token)
+    plain = Detokenizer(known.without_special(), known.strip_leading_space)
+    assert "".join(pieces) == sign.join(plain.feed(tokens) + plain.finish() for tokens in between)
 
 
 def test_an_unknown_decoder_is_refused_by_name() -> None:

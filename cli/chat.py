@@ -56,6 +56,7 @@ def _answer(
     """Prints the answer while it comes. Returns as much of it as came, None where there is none to go on with; and the
     messages that it answers: where the context is full, the oldest turns are left out."""
     options = sampling.options()
+    options["parsed"] = True
     try:
         try:
             return _print(client.stream_chat(messages, **options), "cut off by --max-tokens", console), messages
@@ -76,7 +77,7 @@ def _answer(
 
 def _print(pieces: Iterable[Piece], cut_off: str, console: Console) -> str | None:
     """Raises InvalidArgument, which comes before any text; other errors are printed, after what came of the answer."""
-    text, tokens, began, first, cut = "", 0, time.monotonic(), None, ""
+    text, tokens, began, first, cut, thinking = "", 0, time.monotonic(), None, "", False
     try:
         for piece in pieces:
             if piece.token_ids and first is None:
@@ -85,7 +86,15 @@ def _print(pieces: Iterable[Piece], cut_off: str, console: Console) -> str | Non
             text += piece.text
             if piece.finish and piece.finish.reason == "length":
                 cut = f", {cut_off}"
+            if piece.reasoning_content:
+                console.out(piece.reasoning_content, style="dim", end="", highlight=False)
+                thinking = True
+            if piece.text and thinking:
+                print("\n")
+                thinking = False
             print(piece.text, end="", flush=True)
+            for call in piece.tool_calls:  # though it was told of no tools
+                console.out(f"{call.name}({call.arguments})", style="dim", highlight=False)
     except KeyboardInterrupt:
         print(" …", end="")
     except InvalidArgument:

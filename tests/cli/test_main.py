@@ -250,7 +250,8 @@ def test_chat(router: FakeRouter) -> None:
     terminal = Terminal("chat", *flags, target=router.address)
     terminal.see("> ")
     terminal.enter("Hello")
-    terminal.see("t0 t1 t2 ")
+    assert "\r\nHm.\r\n\r\nt0 " in terminal.see("t0 ")  # what it thought, and a blank line
+    terminal.see("t1 t2 ")
     terminal.see("3 tokens, cut off by --max-tokens")
     terminal.see("> ")
 

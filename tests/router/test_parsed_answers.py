@@ -205,6 +205,23 @@ async def test_an_answer_that_is_cut_short(tmp_path: Path, options: Any, text: s
 
 
 @pytest.mark.parametrize(
+    ("stop", "text", "called"),
+    [
+        ('"arguments"', 'I look.{"name": "weather", ', False),
+        ("look.{", "I look.", True),
+        ("none of it", "I look.", True),
+    ],
+)
+async def test_a_special_token_stands_between_what_stop_strings_are_looked_for_in(
+    tmp_path: Path, stop: str, text: str, called: bool
+) -> None:
+    answer = f"I look.<tool_call>{CALLED}</tool_call>"
+    async with answering(tmp_path, LIKE_HERMES, answer, tools=[WEATHER]) as (_, client):
+        whole = await client.chat([QUESTION], tools=[WEATHER], max_tokens=200, stop=stop)
+        assert (whole.text, bool(whole.tool_calls)) == (text, called)
+
+
+@pytest.mark.parametrize(
     ("fields", "sentence"),
     [
         ({"text": "hi", "response": pb.ResponseOptions(parsed=True)}, "response.parsed: goes with chat only"),

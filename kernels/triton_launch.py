@@ -3,9 +3,13 @@
 before it still runs, and wait where they need its results. It hides most of the launch between two short kernels.
 
 Rules for a kernel that is launched so: every program calls `wait_for_previous` once, before it returns, reads what
-earlier kernels wrote and writes anything; before the call it may read weights, and what a kernel at least two launches
-back wrote (the next kernel is let in only after the wait, when everything before this kernel has ended), but that from
-L2 (.cg): until the wait, a multiprocessor's L1 may hold what was there before.
+earlier kernels wrote and writes anything. The call lets the next kernel's programs start, when everything before this
+kernel has ended. Where the next one may have much to load that no kernel writes, a kernel lets it start at once instead
+(`let_next_start`).
+
+Before the wait a kernel may read weights, and what a kernel wrote that had ended when the one right before this was let
+in: between the two lies one that lets the next start at its wait, or is not launched so, as torch's own are not. And
+that from L2 (.cg): until the wait, a multiprocessor's L1 may hold what was there before.
 """
 
 from functools import lru_cache
@@ -69,10 +73,18 @@ def is_last_to_arrive(counter, count):
 
 
 @triton.jit
-def wait_for_previous(DEPENDENT: tl.constexpr):
+def wait_for_previous(DEPENDENT: tl.constexpr, LET_NEXT_START: tl.constexpr = True):
     """Waits until all kernels before this one have ended, then lets the next one's programs start."""
     if DEPENDENT:
         gdc_wait()
+        if LET_NEXT_START:
+            gdc_launch_dependents()
+
+
+@triton.jit
+def let_next_start(DEPENDENT: tl.constexpr):
+    """Lets the next kernel's programs start as soon as all of this one's have, before the wait that then lets none."""
+    if DEPENDENT:
         gdc_launch_dependents()
 
 

@@ -6,24 +6,37 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton_launch import dependent, wait_for_previous
+from kernels.triton_launch import dependent, let_next_start, wait_for_previous
 
 
 @triton.jit
-def _rms_norm_kernel(x, weight, out, x_stride, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr):
+def _rms_norm_kernel(
+    x,
+    weight,
+    out,
+    x_stride,
+    eps,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    if EARLY:
+        let_next_start(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < WIDTH
     scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-    wait_for_previous(DEPENDENT)
+    wait_for_previous(DEPENDENT, LET_NEXT_START=not EARLY)
     value = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
     normed = value * tl.rsqrt(tl.sum(value * value) / WIDTH + eps)
     dtype = out.dtype.element_ty
     tl.store(out + row * WIDTH + column, (normed.to(dtype).to(tl.float32) * scale).to(dtype), mask=inside)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`kernels.norm.rms_norm` for a CUDA tensor [T, H] whose last dimension is contiguous."""
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, early: bool = False) -> Tensor:
+    """`kernels.norm.rms_norm` for a CUDA tensor [T, H] whose last dimension is contiguous. `early`: the next kernel has
+    much to load before it waits, and is let in at once (`kernels.triton_launch`)."""
     rows, width = x.shape
     out = torch.empty((rows, width), dtype=x.dtype, device=x.device)
     block = triton.next_power_of_2(width)
@@ -36,6 +49,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
             eps,
             WIDTH=width,
             BLOCK=block,
+            EARLY=early,
             num_warps=min(max(block // 256, 1), 16),
             **dependent(x.device),
         )

@@ -1,0 +1,115 @@
+"""Kernels in CUDA C++ that use what only one generation of GPUs has, compiled and launched through NVIDIA's bindings.
+
+cupy, which compiles the other ones, asks for no architecture with its own instructions (sm_90a), and launches neither
+clusters nor dependents (`kernels.triton_launch`)."""
+
+import ctypes
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from cuda.bindings import driver, nvrtc
+from torch import Tensor
+
+from kernels import triton_launch
+
+
+class CudaKernel:
+    """A function of a file, for one device."""
+
+    def __init__(
+        self, source: Path, name: str, macros: Mapping[str, int], shared_bytes: int, device: torch.device
+    ) -> None:
+        """
+        Raises:
+            RuntimeError: the compiler's words, or the driver's.
+        """
+        with torch.cuda.device(device):
+            torch.cuda.current_stream()  # the driver's calls need what this sets up
+            self._module = _checked(driver.cuModuleLoadData(_compiled(source, macros, device)))
+            self._function = _checked(driver.cuModuleGetFunction(self._module, name.encode()))
+            limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            _checked(driver.cuFuncSetAttribute(self._function, limit, shared_bytes))
+        self._shared_bytes = shared_bytes
+        self._device = device
+
+    def __call__(self, programs: int, threads: int, arguments: Sequence[Any]) -> None:
+        """Launches it on torch's stream, as one that begins while the kernel before it still runs.
+
+        arguments: ctypes values, and what the bindings have a pointer to.
+        """
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = programs, 1, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+        config.sharedMemBytes = self._shared_bytes
+        config.hStream = driver.CUstream(torch.cuda.current_stream(self._device).cuda_stream)
+        if triton_launch.enabled:
+            dependent = driver.CUlaunchAttribute()
+            dependent.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            dependent.value.programmaticStreamSerializationAllowed = 1
+            config.attrs, config.numAttrs = [dependent], 1
+        addresses = (ctypes.c_void_p * len(arguments))(*map(_address, arguments))
+        _checked(driver.cuLaunchKernelEx(config, self._function, ctypes.addressof(addresses), 0))
+
+
+def tensor_map(tensor: Tensor, sizes: Sequence[int], strides: Sequence[int], box: Sequence[int]) -> driver.CUtensorMap:
+    """How the tensor memory accelerator sees a 16-bit tensor: sizes of its dimensions, the contiguous one first, the
+    others' strides in elements, and what one load brings, as swizzled rows of 128 bytes."""
+    return _tensor_map(tensor.data_ptr(), tensor.dtype, tuple(sizes), tuple(strides), tuple(box))
+
+
+@lru_cache(maxsize=1 << 14)
+def _tensor_map(
+    address: int, dtype: torch.dtype, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]
+) -> driver.CUtensorMap:
+    types = driver.CUtensorMapDataType
+    return _checked(
+        driver.cuTensorMapEncodeTiled(
+            {
+                torch.bfloat16: types.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+                torch.float16: types.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+            }[dtype],
+            len(sizes),
+            address,
+            [driver.cuuint64_t(size) for size in sizes],
+            [driver.cuuint64_t(stride * dtype.itemsize) for stride in strides],
+            [driver.cuuint32_t(size) for size in box],
+            [driver.cuuint32_t(1)] * len(sizes),
+            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+    )
+
+
+def _compiled(source: Path, macros: Mapping[str, int], device: torch.device) -> bytes:
+    major, minor = torch.cuda.get_device_capability(device)
+    options = [f"-arch=sm_{major}{minor}a", "-std=c++17", "-default-device"]
+    options += [f"-D{name}={value}" for name, value in macros.items()]
+    program = _checked(nvrtc.nvrtcCreateProgram(source.read_bytes(), source.name.encode(), 0, [], []))
+    try:
+        result = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
+        if result[0] != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+            log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
+            _checked(nvrtc.nvrtcGetProgramLog(program, log))
+            raise RuntimeError(f"{source.name} cannot be compiled: {log.decode(errors='replace')}")
+        binary = bytes(_checked(nvrtc.nvrtcGetCUBINSize(program)))
+        _checked(nvrtc.nvrtcGetCUBIN(program, binary))
+        return binary
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+
+
+def _address(argument: Any) -> int:
+    return int(argument.getPtr()) if hasattr(argument, "getPtr") else ctypes.addressof(argument)
+
+
+def _checked(result: tuple[Any, ...]) -> Any:
+    """What a call of the bindings returned beside its status."""
+    status, *values = result
+    if int(status):
+        raise RuntimeError(f"a call of CUDA's driver failed: {status.name}")
+    return values[0] if values else None

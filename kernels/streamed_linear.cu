@@ -1,0 +1,253 @@
+// A linear layer of a few tokens, at the pace of its weight's bytes: see streamed_linear.py for when and why.
+//
+// out [tokens, outputs] = weight [outputs, inputs] @ x [tokens, inputs], which the matrix units take with the weight's
+// rows first, as they come in 64s and tokens do not have to. A program has a tile of WARPGROUPS * 64 rows and one of
+// SPLITS equal parts of the inputs. Its last warp brings both through a ring of stages in shared memory, by the tensor
+// memory accelerator; x waits for the kernel before this one, the weight does not. The SPLITS programs of a tile are a
+// cluster and add their sums up in each other's shared memory, always in the same order.
+//
+// GATED: the weight is that of gate and up, [2 * outputs, inputs]. A tile has both halves of its outputs, eight rows of
+// the one and eight of the other in turn.
+//
+// Macros, all numbers: TOKENS (8, 16, 32 or 64) WARPGROUPS SPLITS STAGES, and 0 or 1: GATED FLOAT16 (else bfloat16).
+
+using u16 = unsigned short;
+using u32 = unsigned int;
+using u64 = unsigned long long;
+
+constexpr int larger(int a, int b) { return a > b ? a : b; }
+constexpr int STEP = 64;                        // inputs of a stage: what a row of it has, 128 bytes, is swizzled as one
+constexpr int ROWS = 64 * WARPGROUPS, OUTPUTS = GATED ? ROWS / 2 : ROWS;
+constexpr int WEIGHT_BYTES = ROWS * STEP * 2, X_BYTES = TOKENS * STEP * 2, STAGE_BYTES = WEIGHT_BYTES + X_BYTES;
+constexpr int PITCH = ROWS + 4;                 // floats of a token's sums; lanes that write them meet in no bank
+constexpr int RING_BYTES = larger(STAGES * STAGE_BYTES, (TOKENS * PITCH * 4 + 15) / 16 * 16);
+constexpr int CONSUMERS = 128 * WARPGROUPS, THREADS = CONSUMERS + 32;
+constexpr int VALUES = 8;                       // that a thread writes at once
+
+struct alignas(64) TensorMap {
+    u64 words[16];
+};
+
+// ---- barriers
+
+__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+__device__ __forceinline__ void init(u64* barrier, u32 count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count));
+}
+__device__ __forceinline__ void expect(u64* barrier, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+                 : "memory");
+}
+__device__ __forceinline__ void arrive(u64* barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+__device__ __forceinline__ void wait(u64* barrier, u32 parity) {
+    asm volatile(
+        "{\n.reg .pred done;\nagain%=:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again%=;\n}" ::"r"(shared_address(barrier)),
+        "r"(parity)
+        : "memory");
+}
+__device__ __forceinline__ void sync_consumers() { asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory"); }
+__device__ __forceinline__ void sync_cluster() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+__device__ __forceinline__ void let_next_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
+// ---- loads; what lies behind a tensor's end comes as zeros
+
+__device__ __forceinline__ void load(void* to, const TensorMap& x, int input, u64* barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
+            shared_address(to)),
+        "l"(&x), "r"(input), "r"(0), "r"(shared_address(barrier))
+        : "memory");
+}
+// The weight as [rows / 8 (of half), halves, 8, inputs].
+__device__ __forceinline__ void load_weight(void* to, const TensorMap& weight, int input, int tile, u64* barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
+        "[%0], [%1, {%2, %3, %3, %4}], [%5];" ::"r"(shared_address(to)),
+        "l"(&weight), "r"(input), "r"(0), "r"(tile * (OUTPUTS / 8)), "r"(shared_address(barrier))
+        : "memory");
+}
+
+// ---- products
+
+#define FOUR(i) "+f"(sums[i]), "+f"(sums[i + 1]), "+f"(sums[i + 2]), "+f"(sums[i + 3])
+#define SIXTEEN(i) FOUR(i), FOUR(i + 4), FOUR(i + 8), FOUR(i + 12)
+#if TOKENS == 8
+#define SHAPE "m64n8k16"
+#define OPERANDS "{%0, %1, %2, %3}, %4, %5"
+#define SUMS FOUR(0)
+#elif TOKENS == 16
+#define SHAPE "m64n16k16"
+#define OPERANDS "{%0, %1, %2, %3, %4, %5, %6, %7}, %8, %9"
+#define SUMS FOUR(0), FOUR(4)
+#elif TOKENS == 32
+#define SHAPE "m64n32k16"
+#define OPERANDS "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, %16, %17"
+#define SUMS SIXTEEN(0)
+#else
+#define SHAPE "m64n64k16"
+#define OPERANDS                                                                                                       \
+    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, "  \
+    "%24, %25, %26, %27, %28, %29, %30, %31}, %32, %33"
+#define SUMS SIXTEEN(0), SIXTEEN(16)
+#endif
+#if FLOAT16
+#define TYPE "f16"
+#else
+#define TYPE "bf16"
+#endif
+
+// sums += 64 rows of a weight times x, 16 inputs of each.
+__device__ __forceinline__ void multiply(float* sums, u64 rows, u64 x) {
+    asm volatile("wgmma.mma_async.sync.aligned." SHAPE ".f32." TYPE "." TYPE " " OPERANDS ", 1, 1, 1, 0, 0;"
+                 : SUMS
+                 : "l"(rows), "l"(x));
+}
+// Where the matrix units find rows of STEP inputs, which the accelerator swizzled in groups of eight rows.
+__device__ __forceinline__ u64 descriptor(const void* rows) {
+    return (u64)((shared_address(rows) & 0x3ffff) >> 4) | 1ull << 16 | (u64)(8 * STEP * 2 >> 4) << 32 | 1ull << 62;
+}
+
+// ---- sums
+
+#if FLOAT16
+__device__ __forceinline__ float wide(u16 half) {
+    float f;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(half));
+    return f;
+}
+__device__ __forceinline__ float low(u32 pair) { return wide((u16)pair); }
+__device__ __forceinline__ float high(u32 pair) { return wide((u16)(pair >> 16)); }
+#else
+__device__ __forceinline__ float low(u32 pair) { return __uint_as_float(pair << 16); }
+__device__ __forceinline__ float high(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
+#endif
+__device__ __forceinline__ u32 pair_of(float first, float second) {
+    u32 pair;
+    asm("cvt.rn." TYPE "x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+    return pair;
+}
+__device__ __forceinline__ void add(float* sums, const uint4& pairs) {
+    sums[0] += low(pairs.x), sums[1] += high(pairs.x), sums[2] += low(pairs.y), sums[3] += high(pairs.y);
+    sums[4] += low(pairs.z), sums[5] += high(pairs.z), sums[6] += low(pairs.w), sums[7] += high(pairs.w);
+}
+__device__ __forceinline__ float4 read(u32 address, int split) {
+    float4 f;
+    if (SPLITS > 1) asm("mapa.shared::cluster.u32 %0, %0, %1;" : "+r"(address) : "r"(split));
+    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(f.x), "=f"(f.y), "=f"(f.z), "=f"(f.w)
+                 : "r"(address));
+    return f;
+}
+// Eight neighbours, over all splits.
+__device__ __forceinline__ void gather(float* sums, const float* staged) {
+    const u32 address = shared_address(staged);
+    for (int i = 0; i < VALUES; ++i) sums[i] = 0;
+#pragma unroll
+    for (int split = 0; split < SPLITS; ++split) {
+        const float4 a = read(address, split), b = read(address + 16, split);
+        sums[0] += a.x, sums[1] += a.y, sums[2] += a.z, sums[3] += a.w;
+        sums[4] += b.x, sums[5] += b.y, sums[6] += b.z, sums[7] += b.w;
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+#if SPLITS > 1
+__cluster_dims__(SPLITS, 1, 1)
+#endif
+streamed_linear(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight, const u16* bias,
+                const u16* residual, u16* out, int tokens, int inputs, int outputs) {
+    extern __shared__ __align__(1024) unsigned char ring[];
+    u64 *full = (u64*)(ring + RING_BYTES), *empty = full + STAGES;
+    const int tile = blockIdx.x / SPLITS, split = blockIdx.x % SPLITS;
+    const int all_steps = inputs / STEP, most_steps = (all_steps + SPLITS - 1) / SPLITS;
+    const int first_step = split * most_steps, steps = max(0, min(most_steps, all_steps - first_step));
+    if (threadIdx.x == 0) {
+        for (int stage = 0; stage < STAGES; ++stage) init(full + stage, 1), init(empty + stage, WARPGROUPS);
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    let_next_start();
+    __syncthreads();
+
+    if (threadIdx.x >= CONSUMERS) {
+        if (threadIdx.x == CONSUMERS) {
+            const auto begin = [&](int step) {
+                const int stage = step % STAGES;
+                expect(full + stage, STAGE_BYTES);
+                load_weight(ring + stage * STAGE_BYTES, weight, (first_step + step) * STEP, tile, full + stage);
+            };
+            for (int step = 0; step < min(STAGES, steps); ++step) begin(step);
+            wait_for_previous();
+            for (int step = 0; step < steps; ++step) {
+                const int stage = step % STAGES;
+                if (step >= STAGES) {
+                    wait(empty + stage, (step / STAGES - 1) & 1);
+                    begin(step);
+                }
+                load(ring + stage * STAGE_BYTES + WEIGHT_BYTES, x, (first_step + step) * STEP, full + stage);
+            }
+        }
+        __syncwarp();
+        if (SPLITS > 1) sync_cluster(), sync_cluster();  // with the consumers below
+        return;
+    }
+
+    const int warpgroup = threadIdx.x / 128, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
+    float sums[TOKENS / 2] = {};
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step) {
+        const unsigned char* stage = ring + step % STAGES * STAGE_BYTES;
+        wait(full + step % STAGES, step / STAGES & 1);
+        const u64 rows = descriptor(stage + warpgroup * 64 * STEP * 2), columns = descriptor(stage + WEIGHT_BYTES);
+        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+        for (int part = 0; part < STEP / 16; ++part)  // of 32 bytes
+            multiply(sums, rows + part * 2, columns + part * 2);
+        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+        if (step) {
+            asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");  // all steps before this one
+            if (threadIdx.x % 128 == 0) arrive(empty + (step - 1) % STAGES);
+        }
+    }
+    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+    sync_consumers();  // nobody reads the ring any more
+
+    float* staged = (float*)ring;  // [TOKENS, PITCH]
+    float* own = staged + lane % 4 * 2 * PITCH + warpgroup * 64 + warp * 16 + lane / 4;
+#pragma unroll
+    for (int i = 0; i < TOKENS / 8; ++i, own += 8 * PITCH)
+        own[0] = sums[4 * i], own[PITCH] = sums[4 * i + 1], own[8] = sums[4 * i + 2], own[PITCH + 8] = sums[4 * i + 3];
+    if (SPLITS > 1)
+        sync_cluster();
+    else
+        sync_consumers();
+
+    wait_for_previous();  // which has ended where there was x to wait for
+    constexpr int VECTORS = OUTPUTS / VALUES;
+    for (int item = threadIdx.x;; item += CONSUMERS) {
+        const int token = item / VECTORS * SPLITS + split, vector = item % VECTORS;
+        if (token >= tokens) break;
+        const int output = tile * OUTPUTS + vector * VALUES;
+        if (output >= outputs) continue;
+        const float* at = staged + token * PITCH + vector * VALUES * (GATED ? 2 : 1);
+        float total[VALUES];
+        gather(total, at);
+        if (bias) add(total, *(const uint4*)(bias + output));
+        if (GATED) {
+            float up[VALUES];
+            gather(up, at + VALUES);
+            for (int i = 0; i < VALUES; ++i) total[i] = total[i] / (1 + __expf(-total[i])) * up[i];
+        }
+        const long long place = (long long)token * outputs + output;
+        if (residual) add(total, *(const uint4*)(residual + place));
+        *(uint4*)(out + place) = make_uint4(pair_of(total[0], total[1]), pair_of(total[2], total[3]),
+                                            pair_of(total[4], total[5]), pair_of(total[6], total[7]));
+    }
+    __syncwarp();
+    if (SPLITS > 1) sync_cluster();  // while others may still read this program's sums
+}

@@ -2,7 +2,7 @@
 # Everything that needs a GPU, in one go: tests first, then measurements, then all tables again.
 #   deploy/gpu_check.sh [FOLDER]    logs and JSON go to FOLDER (build/gpu-check where none is given)
 # Settings, as environment variables:
-#   PYTHON    the Python that has torch, triton and cupy (python3)
+#   PYTHON    the Python that has torch, triton, cupy and cuda-bindings (python3)
 #   STEPS     what to run, of: kernels-tests engine-tests kernels handover engine interference one-sequence throughput;
 #             and of those that are run only where they are asked for: memcheck, which needs compute-sanitizer, and with
 #             two GPUs crossover (2 minutes), goodput and goodput-long (8 to 10 minutes each)

@@ -27,7 +27,6 @@ class CudaKernel:
             RuntimeError: the compiler's words, or the driver's.
         """
         with torch.cuda.device(device):
-            torch.cuda.current_stream()  # the driver's calls need what this sets up
             self._module = _checked(driver.cuModuleLoadData(_compiled(source, macros, device)))
             self._function = _checked(driver.cuModuleGetFunction(self._module, name.encode()))
             limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -36,7 +35,8 @@ class CudaKernel:
         self._device = device
 
     def __call__(self, programs: int, threads: int, arguments: Sequence[Any]) -> None:
-        """Launches it on torch's stream, as one that begins while the kernel before it still runs.
+        """Launches it on torch's current stream of the device, which is the current one, as a kernel that begins while
+        the one before it still runs.
 
         arguments: ctypes values, and what the bindings have a pointer to.
         """
@@ -93,9 +93,9 @@ def _compiled(source: Path, macros: Mapping[str, int], device: torch.device) -> 
     try:
         result = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
         if result[0] != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-            log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
+            log = bytes(_checked(nvrtc.nvrtcGetProgramLogSize(program)))
             _checked(nvrtc.nvrtcGetProgramLog(program, log))
-            raise RuntimeError(f"{source.name} cannot be compiled: {log.decode(errors='replace')}")
+            raise RuntimeError(f"{source.name} cannot be compiled: {log.rstrip(bytes(1)).decode(errors='replace')}")
         binary = bytes(_checked(nvrtc.nvrtcGetCUBINSize(program)))
         _checked(nvrtc.nvrtcGetCUBIN(program, binary))
         return binary
@@ -111,5 +111,5 @@ def _checked(result: tuple[Any, ...]) -> Any:
     """What a call of the bindings returned beside its status."""
     status, *values = result
     if int(status):
-        raise RuntimeError(f"a call of CUDA's driver failed: {status.name}")
+        raise RuntimeError(f"a call of CUDA's driver or compiler failed: {status.name}")
     return values[0] if values else None

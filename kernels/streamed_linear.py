@@ -18,7 +18,7 @@ import triton
 from torch import Tensor
 
 from kernels.cuda_kernel import CudaKernel, tensor_map
-from kernels.triton_launch import multiprocessors, shared_bytes
+from kernels.triton_launch import is_hopper, multiprocessors, shared_bytes
 
 MAX_ROWS = 64
 _SOURCE = Path(__file__).with_suffix(".cu")
@@ -74,7 +74,9 @@ def _plan(tokens: int, rows: int, inputs: int, device: torch.device) -> _Plan | 
     if programs > 2 * processors:
         return None
     room = min(_RING_BYTES, (shared_bytes(device) + _RESERVED_BYTES) // triton.cdiv(programs, processors) - 2048)
-    stages = min(triton.cdiv(steps, splits), room // _stage_bytes(warpgroups * _TILE, tokens), _MAX_STAGES)
+    own_steps = triton.cdiv(steps, splits)
+    stages = min(own_steps, room // _stage_bytes(warpgroups * _TILE, tokens), _MAX_STAGES)
+    assert stages >= min(own_steps, 2)  # a stage is emptied while the next is multiplied
     return _Plan(tokens, warpgroups, splits, stages, programs)
 
 
@@ -84,8 +86,7 @@ def suits_stream(x: Tensor, weight: Tensor, *, gated: bool = False) -> bool:
     rows = weight.shape[0]
     return (
         0 < tokens <= MAX_ROWS
-        and x.is_cuda
-        and torch.cuda.get_device_capability(x.device)[0] == 9  # later ones multiply by other instructions
+        and is_hopper(x.device)  # later ones multiply by other instructions
         and x.dtype in _DTYPES
         and inputs % _STEP == 0
         and rows % (_VALUES * (2 if gated else 1)) == 0
@@ -117,6 +118,7 @@ def streamed_linear(
     outputs = weight.shape[0] // halves
     plan = _plan(tokens, weight.shape[0], inputs, x.device)
     assert plan is not None
+    assert all(tensor is None or tensor.data_ptr() % _ALIGNED == 0 for tensor in (bias, residual))
     out = torch.empty((tokens, outputs), dtype=x.dtype, device=x.device) if residual is None else residual
     x_map = tensor_map(x, (inputs, tokens), (x.stride(0),), (_STEP, plan.tokens))
     weight_map = tensor_map(

@@ -71,10 +71,9 @@ def _few_rows_kernel(
 
     cell = exists & (member < rows)
     out_at = member.to(tl.int64) * OUTPUTS + output[:, None]
-    if ADD:
-        # written before the layer that made x, so at least two launches back
-        added = tl.load(residual + out_at, mask=cell, other=0.0, cache_modifier=".cg").to(tl.float32)
     wait_for_previous(DEPENDENT)
+    if ADD:
+        added = tl.load(residual + out_at, mask=cell, other=0.0).to(tl.float32)
     gate_sums = tl.zeros((BLOCK_N, ROWS), tl.float32)
     up_sums = tl.zeros((BLOCK_N, ROWS), tl.float32)
     squares = tl.zeros((1, ROWS), tl.float32)

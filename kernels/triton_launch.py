@@ -24,8 +24,16 @@ enabled = True  # benchmarks compare
 
 
 @lru_cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
+def is_hopper(device: torch.device) -> bool:
+    return _capability(device)[0] == 9
+
+
 def is_hopper_or_later(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return _capability(device) >= (9, 0)
 
 
 def dependent(device: torch.device) -> dict[str, bool]:

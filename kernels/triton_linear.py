@@ -9,6 +9,7 @@ from torch import Tensor
 from kernels import triton_few_rows
 from kernels.triton_activation import silu_mul
 from kernels.triton_few_rows import few_rows_linear
+from kernels.triton_launch import is_hopper
 from kernels.triton_norm import rms_norm
 from kernels.triton_tiled_linear import suits_tiles, tiled_linear
 
@@ -30,7 +31,7 @@ def _few(x: Tensor, weight: Tensor, *, gated: bool = False) -> bool:
 
 
 def _streams(x: Tensor, weight: Tensor, *, gated: bool = False) -> bool:
-    if not x.is_cuda or (x.shape[0] > _STREAMED_ROWS and _is_small(weight)):
+    if not is_hopper(x.device) or (x.shape[0] > _STREAMED_ROWS and _is_small(weight)):
         return False
     from kernels.streamed_linear import suits_stream  # needs CUDA's bindings, which Triton's interpreter does without
 
@@ -67,8 +68,7 @@ def norm_gated_linear(x: Tensor, norm: Tensor, eps: float, gate_up: Tensor) -> T
 
 
 def add_linear(residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`kernels.linear.add_linear` for CUDA tensors; x's last dimension and the weight are contiguous. The kernel before
-    this one, which may still run, must not write `residual`; it may write x."""
+    """`kernels.linear.add_linear` for CUDA tensors; x's last dimension and the weight are contiguous."""
     if _few(x, weight):
         return few_rows_linear(x, weight, bias=bias, residual=residual)
     if (product := _own_product(x, weight)) is not None:

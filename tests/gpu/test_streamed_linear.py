@@ -10,11 +10,14 @@ if not torch.cuda.is_available():
 if torch.cuda.get_device_capability()[0] != 9:
     pytest.skip("no Hopper GPU: its matrix units' instructions are what this is written in", allow_module_level=True)
 
+from kernels import triton_launch, triton_linear
 from kernels.streamed_linear import MAX_ROWS, streamed_linear, suits_stream
+from kernels.triton_launch import multiprocessors
 from kernels.triton_norm import rms_norm
 from tests.kernels.inputs import DEVICE, assert_close
 
 BF16 = torch.bfloat16
+MANY = 128 * multiprocessors(DEVICE) + 104  # rows of a weight that make more tiles than there are multiprocessors
 
 
 def randn(*sizes: int, dtype: torch.dtype = BF16, seed: int = 0) -> Tensor:
@@ -50,7 +53,7 @@ SHAPES = [
     (200, 4096),
     (4096, 14336),
     (6144, 4096),
-    (17000, 192),
+    (MANY, 192),
 ]
 
 
@@ -62,7 +65,7 @@ def test_products(rows: int, outputs: int, inputs: int) -> None:
 
 @pytest.mark.parametrize("dtype", [BF16, torch.float16])
 @pytest.mark.parametrize("rows", [3, 16, 64])
-@pytest.mark.parametrize(("outputs", "inputs"), [(1024, 2048), (488, 320), (20000, 256)])
+@pytest.mark.parametrize(("outputs", "inputs"), [(1024, 2048), (488, 320), (MANY, 256)])
 def test_bias_and_residual(rows: int, outputs: int, inputs: int, dtype: torch.dtype) -> None:
     x, w = randn(rows, inputs, dtype=dtype), weight(outputs, inputs, dtype)
     bias, residual = randn(outputs, dtype=dtype, seed=2), randn(rows, outputs, dtype=dtype, seed=3)
@@ -74,7 +77,7 @@ def test_bias_and_residual(rows: int, outputs: int, inputs: int, dtype: torch.dt
 
 @pytest.mark.parametrize("dtype", [BF16, torch.float16])
 @pytest.mark.parametrize("rows", [1, 5, 16, 31, 64])
-@pytest.mark.parametrize(("outputs", "inputs"), [(8, 64), (3072, 1024), (1000, 576), (14336, 512)])
+@pytest.mark.parametrize(("outputs", "inputs"), [(8, 64), (3072, 1024), (1000, 576), (MANY // 2, 512)])
 def test_gated(rows: int, outputs: int, inputs: int, dtype: torch.dtype) -> None:
     check_gated(randn(rows, inputs, dtype=dtype), weight(2 * outputs, inputs, dtype))
 
@@ -123,6 +126,34 @@ def test_a_chain_of_launches_in_a_graph_always_gives_the_same() -> None:
     for _ in range(200):
         graph.replay()
         assert torch.equal(captured, first)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 9, 40])
+def test_layers_are_the_same_with_and_without_early_starts(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Qwen2.5-0.5B's shape: of its products some are streamed and some are not, and all write one residual."""
+    slow, output, norm = weight(896, 9344), weight(896, 896, seed=2), 1 + weight(1, 896)[0]
+    gate_up, down = weight(2 * 4864, 896, seed=3), weight(896, 4864, seed=4)
+    x, attended, hidden = randn(rows, 9344), randn(rows, 896, seed=5), randn(rows, 896, seed=6)
+
+    def layers() -> Tensor:
+        residual = hidden.clone()
+        for _ in range(8):
+            triton_linear.add_linear(residual, attended, output, None)
+            triton_linear.add_linear(residual, x, slow, None)
+            activated = triton_linear.norm_gated_linear(residual, norm, 1e-6, gate_up)
+            triton_linear.add_linear(residual, activated, down, None)
+        return residual
+
+    monkeypatch.setattr(triton_launch, "enabled", False)
+    expected = layers()
+    monkeypatch.setattr(triton_launch, "enabled", True)
+    layers()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = layers()
+    for _ in range(200):
+        graph.replay()
+        assert torch.equal(captured, expected)
 
 
 def test_what_does_not_suit() -> None:

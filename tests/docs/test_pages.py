@@ -56,7 +56,7 @@ def test_every_metric_of_the_dashboard_the_alerts_and_the_manual_exists() -> Non
 
 
 def test_what_the_manual_says_is_worth_an_alert_has_one() -> None:
-    worth = re.search(r"Worth one are: .*?\n\n", (ROOT / "docs/operations.md").read_text(), re.DOTALL)
+    worth = re.search(r"Alert on\n\n.*?\n\n", (ROOT / "docs/operations.md").read_text(), re.DOTALL)
     assert worth is not None
     alerts = metrics_named_in(ROOT / "deploy/alerts.yml")
     assert {SUFFIX.sub("", name) for name in METRIC.findall(worth[0])} == alerts

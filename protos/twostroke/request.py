@@ -1,12 +1,17 @@
 """Requests from Python values."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from twostroke import chat
 from twostroke.chat import ChatOptions, Messages
+from twostroke.errors import refused
 from twostroke.fields import BYTES, as_json, assign, wrong_type
 from twostroke.v1 import inference_pb2 as pb
+
+MAX_REQUEST_BYTES = 4 * 1024 * 1024  # that a router takes
+
+_Request = TypeVar("_Request", pb.GenerateRequest, pb.TokenizeRequest, pb.DetokenizeRequest)
 
 Prompt: TypeAlias = str | Messages | Sequence[int]
 """Text, messages of a chat, or token ids."""
@@ -75,7 +80,7 @@ def generate_request(prompt: Prompt, options: Options) -> pb.GenerateRequest:
     """
     Raises:
         TypeError: an option does not exist, or something has the wrong type.
-        InvalidArgument: a value does not fit its field.
+        InvalidArgument: a value does not fit its field, or all of them together no message.
     """
     request = pb.GenerateRequest()
     if isinstance(prompt, str):
@@ -108,7 +113,7 @@ def tokenize_request(prompt: str | Messages, add_special_tokens: bool, options: 
         if not chat.is_option(name):
             raise TypeError(f"{name!r} is no option; those there are: {', '.join(ChatOptions.__annotations__)}")
         _set_chat_option(request, name, value)
-    return request
+    return _sendable(request)
 
 
 def detokenize_request(token_ids: Sequence[int], special_tokens: bool) -> pb.DetokenizeRequest:
@@ -116,7 +121,7 @@ def detokenize_request(token_ids: Sequence[int], special_tokens: bool) -> pb.Det
     request = pb.DetokenizeRequest()
     assign(request, "token_ids", token_ids, "token_ids")
     assign(request, "special_tokens", special_tokens, "special_tokens")
-    return request
+    return _sendable(request)
 
 
 def _with_options(request: pb.GenerateRequest, options: Options) -> pb.GenerateRequest:
@@ -124,6 +129,14 @@ def _with_options(request: pb.GenerateRequest, options: Options) -> pb.GenerateR
         _set_option(request, name, value)
     if request.chat.tools and "parsed" not in options and not request.response.special_tokens:
         request.response.parsed = True
+    return _sendable(request)
+
+
+def _sendable(request: _Request) -> _Request:
+    """gRPC's own refusal has the code of a router that is overloaded, and callers would try again."""
+    size = request.ByteSize()
+    if size > MAX_REQUEST_BYTES:
+        raise refused("request", f"has {size} bytes; at most {MAX_REQUEST_BYTES} are allowed")
     return request
 
 

@@ -35,6 +35,8 @@ async def test_what_is_wrong_is_refused_before_the_call(client: AsyncClient, rou
             await call(octets)
     with pytest.raises(twostroke.InvalidArgument, match=r"^stopping\.max_tokens: -1 is not within "):
         client.stream_chat("Hello", max_tokens=-1)
+    with pytest.raises(twostroke.InvalidArgument, match=r"^request: has .* bytes"):
+        client.stream("x" * (4 << 20))
     assert router.requests == []
     await client.chat([])
     assert [piece async for piece in client.stream_chat([])]

@@ -11,9 +11,10 @@ import grpc
 import pytest
 
 import twostroke
+from router.validate import MAX_MESSAGE_BYTES
 from tests.protos.fake_router import FakeRouter, serving
 from twostroke import AsyncClient, Client, Message, Options, ToolCall
-from twostroke.request import chat_request, generate_request
+from twostroke.request import MAX_REQUEST_BYTES, chat_request, generate_request
 from twostroke.v1 import inference_pb2 as pb
 
 
@@ -388,6 +389,26 @@ def test_json_without_an_end(client: Client) -> None:
     own["own"] = own
     with pytest.raises(twostroke.InvalidArgument, match=r"^guide\.json_schema: Circular"):
         client.generate("Hello", json_schema=own)
+
+
+def test_a_request_that_no_router_takes(client: Client, router: FakeRouter) -> None:
+    """gRPC would refuse it with the code of a router that is overloaded: worth trying again, of all things."""
+    router.longest = MAX_REQUEST_BYTES
+    overhead = len("\x12\0\0\0\0")  # of the text's field: its number, and its length in four bytes
+    client.generate("x" * (MAX_REQUEST_BYTES - overhead), timeout=30)
+    assert router.requests[0].ByteSize() == MAX_REQUEST_BYTES == MAX_MESSAGE_BYTES
+    text = "x" * (MAX_REQUEST_BYTES - overhead + 1)
+    refusal = "^request: has 4194305 bytes; at most 4194304 are allowed$"
+    for call in (client.generate, client.stream):
+        with pytest.raises(twostroke.InvalidArgument, match=refusal):
+            call(text)
+    for call in (client.chat, client.stream_chat, client.tokenize):
+        with pytest.raises(twostroke.InvalidArgument, match=r"^request: has "):
+            call(text)
+    with pytest.raises(twostroke.InvalidArgument, match=r"^request: has "):
+        client.detokenize(range(1 << 21))
+    assert len(router.requests) == 1
+    assert router.tokenize_requests == []
 
 
 def test_tokens(client: Client, router: FakeRouter) -> None:

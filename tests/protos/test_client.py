@@ -68,8 +68,9 @@ def test_a_newer_router_may_have_other_reasons_to_finish(client: Client, router:
 
 
 def test_several_choices(client: Client) -> None:
-    answer = client.generate("Hello", n=2, max_tokens=1)
+    answer = client.generate("Hello", n=2, max_tokens=1, logprobs=0)
     assert [(choice.index, choice.text) for choice in answer.choices] == [(0, "t0 "), (1, "t0 ")]
+    assert [logprob.token_id for logprob in answer.logprobs] == [0]  # of the first, as is all but the choices
     assert [piece.index for piece in client.stream("Hello", n=2, max_tokens=1) if piece.finish] == [0, 1]
 
 

@@ -58,7 +58,8 @@ def _convert(source: Path, target: Path) -> None:
     config = _config(metadata, tied="output.weight" not in names)
     parse_config(config)
     _write_json(target / "config.json", config)
-    _tokenizer(metadata).save(str(target / "tokenizer.json"))
+    # not by its save(), which raises of a full disk what it raises of damage: Exception
+    (target / "tokenizer.json").write_text(_tokenizer(metadata).to_str(pretty=True), encoding="utf-8")
     _write_json(target / "tokenizer_config.json", _tokenizer_config(metadata))
     _write_safetensors(target / "model.safetensors", _tensors(reader), config)
 
@@ -129,7 +130,7 @@ def _write_safetensors(path: Path, tensors: dict[str, ReaderTensor], config: dic
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for tensor in tqdm(tensors.values(), desc="unpacking the embedded model", unit="tensor", leave=False):
-            _dequantized(tensor, config).tofile(file)
+            file.write(_dequantized(tensor, config).data)  # not by tofile(), whose OSError has no reason in it
 
 
 def _dequantized(tensor: ReaderTensor, config: dict[str, Any]) -> NDArray[np.float32]:

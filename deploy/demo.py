@@ -4,7 +4,7 @@ import os
 
 from twostroke import Client, Finish, Message
 
-QUESTIONS = ("Name three primary colors.", "Which of them is the color of the sky?")
+QUESTIONS = ("What is the capital of France?", "Name three famous sights there.")
 
 
 def main() -> None:

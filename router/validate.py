@@ -165,9 +165,8 @@ def _sampling(sampling: pb.Sampling, logprobs: int | None, model: ModelConfig) -
     if temperature != 0:
         _within("sampling.temperature", temperature, MIN_TEMPERATURE, 100, or_else="0 (greedy) or ")
     top_p = sampling.top_p if sampling.HasField("top_p") else 1.0
-    _within("sampling.top_p", top_p, 0, 1)
-    if top_p == 0:
-        raise InvalidArgument("sampling.top_p", "must be greater than 0")
+    if not 0 < top_p <= 1:
+        raise InvalidArgument("sampling.top_p", f"{_plain(top_p)} is not within (0, 1]")
     _within("sampling.min_p", sampling.min_p, 0, 1)
     repetition_penalty = sampling.repetition_penalty if sampling.HasField("repetition_penalty") else 1.0
     _within("sampling.repetition_penalty", repetition_penalty, 1e-3, 1e3)

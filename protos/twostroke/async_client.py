@@ -23,7 +23,7 @@ from twostroke.channel import (
 )
 from twostroke.chat import ChatOptions, Messages
 from twostroke.errors import DeadlineExceeded, error_of
-from twostroke.request import Options, Prompt, as_messages, generate_request, tokenize_request
+from twostroke.request import Options, Prompt, chat_request, detokenize_request, generate_request, tokenize_request
 from twostroke.results import Generation, Piece, generation_of, piece_of
 from twostroke.v1 import inference_pb2 as pb
 from twostroke.v1.inference_pb2_grpc import InferenceStub
@@ -108,7 +108,7 @@ class AsyncClient:
         Example:
             (await client.chat([{"role": "user", "content": "Who wrote Faust?"}], max_tokens=64)).text
         """
-        return await self.generate(as_messages(messages), timeout=timeout, **options)
+        return generation_of(await self._unary(self._stub.Generate, chat_request(messages, options), timeout))
 
     def stream_chat(
         self, messages: str | Messages, *, timeout: float | None = None, **options: Unpack[Options]
@@ -119,7 +119,7 @@ class AsyncClient:
             async for piece in client.stream_chat("Tell me a joke."):
                 print(piece.text, end="", flush=True)
         """
-        return self.stream(as_messages(messages), timeout=timeout, **options)
+        return self._pieces(chat_request(messages, options), timeout)
 
     async def tokenize(
         self,
@@ -137,7 +137,7 @@ class AsyncClient:
         self, token_ids: Sequence[int], *, special_tokens: bool = False, timeout: float | None = None
     ) -> str:
         """The text of token ids; with `special_tokens`, those such as <|im_end|> stay in it."""
-        request = pb.DetokenizeRequest(token_ids=token_ids, special_tokens=special_tokens)
+        request = detokenize_request(token_ids, special_tokens)
         return (await self._unary(self._stub.Detokenize, request, timeout)).text
 
     async def model(self, *, timeout: float | None = None) -> pb.GetModelResponse:

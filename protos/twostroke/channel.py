@@ -5,7 +5,7 @@ import re
 import grpc
 from google.protobuf.wrappers_pb2 import Int32Value, StringValue
 
-from twostroke.errors import InvalidArgument
+from twostroke.errors import refused
 
 DEFAULT_TARGET = "localhost:8600"
 
@@ -41,8 +41,8 @@ def checked(target: str) -> str:
     if not target.startswith(_SCHEMES):
         parts = _HOST_AND_PORT.fullmatch(target)
         if parts is None or not 0 < int(parts[2]) < 1 << 16:
-            message = f"target: {target!r} is not host:port, such as {DEFAULT_TARGET}, with a port from 1 to 65535"
-            raise InvalidArgument(message, grpc.StatusCode.INVALID_ARGUMENT)
+            problem = f"{target!r} is not host:port, such as {DEFAULT_TARGET}, with a port from 1 to 65535"
+            raise refused("target", problem)
     return target
 
 

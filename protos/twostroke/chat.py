@@ -1,9 +1,10 @@
 """Chats from Python values."""
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias, TypedDict
 
+from twostroke.errors import refused
+from twostroke.fields import as_json, as_list, assign, wrong_type
 from twostroke.v1 import inference_pb2 as pb
 
 Message: TypeAlias = Mapping[str, object]
@@ -33,53 +34,66 @@ class ChatOptions(TypedDict, total=False):
     add_generation_prompt: bool
 
 
+_KEYS = tuple(pb.ChatMessage.DESCRIPTOR.fields_by_name)
+
+
 def is_option(name: str) -> bool:
     return name in ChatOptions.__annotations__
 
 
-def chat_of(messages: Sequence[Any]) -> pb.Chat:
+def chat_of(messages: Any) -> pb.Chat:
     """
     Raises:
-        TypeError, ValueError: a message has a key that no message has, or a value of the wrong type.
+        TypeError: a value has the wrong type.
+        InvalidArgument: a message has a key that no message has, or a value does not fit its field.
     """
-    return pb.Chat(messages=[_message(message) for message in messages])
+    listed = enumerate(as_list(messages, "chat.messages"))
+    return pb.Chat(messages=[_message(message, f"chat.messages[{place}]") for place, message in listed])
 
 
 def set_option(chat: pb.Chat, name: str, value: Any) -> None:
     """
     Raises:
-        TypeError, ValueError: the value has the wrong type, or is nothing that JSON can say.
+        TypeError: the value has the wrong type.
+        InvalidArgument: it does not fit its field.
     """
+    field = f"chat.{name}"
     if name == "tools":
-        chat.tools.extend(to_json(tool) for tool in value)
+        value = [as_json(tool, f"{field}[{place}]") for place, tool in enumerate(as_list(value, field))]
     elif name == "template_variables":
-        chat.template_variables = to_json(value)
-    else:
-        setattr(chat, name, value)
+        value = as_json(value, field)
+    assign(chat, name, value, field)
 
 
-def _message(message: Mapping[str, Any]) -> pb.ChatMessage:
-    fields = {key: value for key, value in message.items() if value is not None}
-    calls = fields.pop("tool_calls", ())
-    for key, value in fields.items():
-        if key in pb.ChatMessage.DESCRIPTOR.fields_by_name and not isinstance(value, str):
-            raise TypeError(f"a message's {key} is text, not {type(value).__name__}")
-    return pb.ChatMessage(tool_calls=[_tool_call(call) for call in calls], **fields)
-
-
-def _tool_call(call: Any) -> pb.ToolCall:
-    is_function = isinstance(call, Mapping) and call.get("type", "function") == "function"
-    function = call.get("function") if is_function else None
-    if not isinstance(function, Mapping):
-        raise TypeError("a tool call is {'id': ..., 'type': 'function', 'function': {'name': ..., 'arguments': {...}}}")
-    made = pb.ToolCall(name=function.get("name", ""))
-    if call.get("id") is not None:
-        made.id = call["id"]
-    arguments = function.get("arguments")
-    if arguments is not None:
-        made.arguments = arguments if isinstance(arguments, str) else to_json(arguments)
+def _message(message: Any, field: str) -> pb.ChatMessage:
+    if not isinstance(message, Mapping):
+        raise wrong_type(field, "a dictionary", message)
+    made = pb.ChatMessage()
+    for key, value in message.items():
+        if value is None:
+            continue
+        if key not in _KEYS:
+            raise refused(field, f"{key!r} is no key of a message; those there are: {', '.join(_KEYS)}")
+        if key == "tool_calls":
+            calls = enumerate(as_list(value, f"{field}.{key}"))
+            made.tool_calls.extend(_tool_call(call, f"{field}.{key}[{place}]") for place, call in calls)
+        else:
+            assign(made, key, value, f"{field}.{key}")
     return made
 
 
-def to_json(value: Mapping[str, Any]) -> str:
-    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+def _tool_call(call: Any, field: str) -> pb.ToolCall:
+    is_function = isinstance(call, Mapping) and call.get("type", "function") == "function"
+    function = call.get("function") if is_function else None
+    if not isinstance(function, Mapping):
+        form = "{'id': ..., 'type': 'function', 'function': {'name': ..., 'arguments': {...}}}"
+        raise TypeError(f"{field}: a tool call is {form}")
+    made = pb.ToolCall()
+    assign(made, "name", function.get("name", ""), f"{field}.name")
+    if call.get("id") is not None:
+        assign(made, "id", call["id"], f"{field}.id")
+    arguments = function.get("arguments")
+    if arguments is not None:
+        arguments = arguments if isinstance(arguments, str) else as_json(arguments, f"{field}.arguments")
+        assign(made, "arguments", arguments, f"{field}.arguments")
+    return made

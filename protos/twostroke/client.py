@@ -20,7 +20,7 @@ from twostroke.channel import (
 )
 from twostroke.chat import ChatOptions, Messages
 from twostroke.errors import DeadlineExceeded, error_of
-from twostroke.request import Options, Prompt, as_messages, generate_request, tokenize_request
+from twostroke.request import Options, Prompt, chat_request, detokenize_request, generate_request, tokenize_request
 from twostroke.results import Generation, Piece, generation_of, piece_of
 from twostroke.v1 import inference_pb2 as pb
 from twostroke.v1.inference_pb2_grpc import InferenceStub
@@ -104,7 +104,7 @@ class Client:
         Example:
             client.chat([{"role": "user", "content": "Who wrote Faust?"}], max_tokens=64).text
         """
-        return self.generate(as_messages(messages), timeout=timeout, **options)
+        return generation_of(self._unary(self._stub.Generate, chat_request(messages, options), timeout))
 
     def stream_chat(
         self, messages: str | Messages, *, timeout: float | None = None, **options: Unpack[Options]
@@ -115,7 +115,7 @@ class Client:
             for piece in client.stream_chat("Tell me a joke."):
                 print(piece.text, end="", flush=True)
         """
-        return self.stream(as_messages(messages), timeout=timeout, **options)
+        return self._pieces(chat_request(messages, options), timeout)
 
     def tokenize(
         self,
@@ -134,7 +134,7 @@ class Client:
         self, token_ids: Sequence[int], *, special_tokens: bool = False, timeout: float | None = None
     ) -> str:
         """The text of token ids; with `special_tokens`, those such as <|im_end|> stay in it."""
-        request = pb.DetokenizeRequest(token_ids=token_ids, special_tokens=special_tokens)
+        request = detokenize_request(token_ids, special_tokens)
         return self._unary(self._stub.Detokenize, request, timeout).text
 
     def model(self, *, timeout: float | None = None) -> pb.GetModelResponse:

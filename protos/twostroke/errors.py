@@ -46,6 +46,11 @@ _CLASSES: dict[grpc.StatusCode, type[TwostrokeError]] = {
 CLOSED = "Channel closed!"  # gRPC's words where the client itself was closed during a call
 
 
+def refused(field: str, problem: str) -> InvalidArgument:
+    """What to raise for a wrong value before anything is sent: in the router's words, as far as the client can tell."""
+    return InvalidArgument(f"{field}: {problem}", grpc.StatusCode.INVALID_ARGUMENT)
+
+
 class Status(Protocol):
     """What gRPC's sync and async errors have in common, beyond what `grpc.RpcError` declares."""
 

@@ -1,15 +1,17 @@
 """Requests from Python values."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, TypeAlias
-
-import grpc
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias, TypeVar
 
 from twostroke import chat
 from twostroke.chat import ChatOptions, Messages
-from twostroke.errors import InvalidArgument
+from twostroke.errors import refused
+from twostroke.fields import BYTES, as_json, assign, wrong_type
 from twostroke.v1 import inference_pb2 as pb
+
+MAX_REQUEST_BYTES = 4 * 1024 * 1024  # that a router takes
+
+_Request = TypeVar("_Request", pb.GenerateRequest, pb.TokenizeRequest, pb.DetokenizeRequest)
 
 Prompt: TypeAlias = str | Messages | Sequence[int]
 """Text, messages of a chat, or token ids."""
@@ -77,74 +79,83 @@ _GUIDE = frozenset(pb.Guide.DESCRIPTOR.fields_by_name)
 def generate_request(prompt: Prompt, options: Options) -> pb.GenerateRequest:
     """
     Raises:
-        TypeError: an option does not exist, or has the wrong type.
-        InvalidArgument: a value does not fit its field.
+        TypeError: an option does not exist, or something has the wrong type.
+        InvalidArgument: a value does not fit its field, or all of them together no message.
     """
     request = pb.GenerateRequest()
-    with _bad_values_are_invalid_arguments():
-        _set_prompt(request, prompt)
-        for name, value in options.items():
-            _set_option(request, name, value)
-    if request.chat.tools and "parsed" not in options and not request.response.special_tokens:
-        request.response.parsed = True
-    return request
-
-
-def tokenize_request(prompt: str | Messages, add_special_tokens: bool, options: ChatOptions) -> pb.TokenizeRequest:
-    """Raises as `generate_request`."""
-    request = pb.TokenizeRequest(add_special_tokens=add_special_tokens)
-    with _bad_values_are_invalid_arguments():
-        if isinstance(prompt, str):
-            request.text = prompt
-        else:
-            request.chat.CopyFrom(chat.chat_of(prompt))
-        for name, value in options.items():
-            if not chat.is_option(name):
-                raise TypeError(f"{name!r} is no option; those there are: {', '.join(ChatOptions.__annotations__)}")
-            _set_chat_option(request, name, value)
-    return request
-
-
-@contextmanager
-def _bad_values_are_invalid_arguments() -> Iterator[None]:
-    try:
-        yield
-    except ValueError as error:
-        raise InvalidArgument(str(error), grpc.StatusCode.INVALID_ARGUMENT) from error
-
-
-def as_messages(messages: str | Messages) -> Messages:
-    """A lone string is the user's only message."""
-    return [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
-
-
-def _set_prompt(request: pb.GenerateRequest, prompt: Prompt) -> None:
     if isinstance(prompt, str):
-        request.text = prompt
-    elif not isinstance(prompt, Sequence):
+        assign(request, "text", prompt, "text")
+    elif not isinstance(prompt, Sequence) or isinstance(prompt, BYTES):
         raise TypeError(f"a prompt is text, messages of a chat or a list of token ids, not {type(prompt).__name__}")
     elif prompt and isinstance(prompt[0], Mapping):
         request.chat.CopyFrom(chat.chat_of(prompt))
     else:
         request.token_ids.SetInParent()
-        _assign(request.token_ids, "ids", prompt)
+        assign(request.token_ids, "ids", prompt, "token_ids.ids")
+    return _with_options(request, options)
+
+
+def chat_request(messages: str | Messages, options: Options) -> pb.GenerateRequest:
+    """A lone string is the user's only message. Raises as `generate_request`."""
+    listed = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+    return _with_options(pb.GenerateRequest(chat=chat.chat_of(listed)), options)
+
+
+def tokenize_request(prompt: str | Messages, add_special_tokens: bool, options: ChatOptions) -> pb.TokenizeRequest:
+    """Raises as `generate_request`."""
+    request = pb.TokenizeRequest()
+    if isinstance(prompt, str):
+        assign(request, "text", prompt, "text")
+    else:
+        request.chat.CopyFrom(chat.chat_of(prompt))
+    assign(request, "add_special_tokens", add_special_tokens, "add_special_tokens")
+    for name, value in options.items():
+        if not chat.is_option(name):
+            raise TypeError(f"{name!r} is no option; those there are: {', '.join(ChatOptions.__annotations__)}")
+        _set_chat_option(request, name, value)
+    return _sendable(request)
+
+
+def detokenize_request(token_ids: Sequence[int], special_tokens: bool) -> pb.DetokenizeRequest:
+    """Raises as `generate_request`."""
+    request = pb.DetokenizeRequest()
+    assign(request, "token_ids", token_ids, "token_ids")
+    assign(request, "special_tokens", special_tokens, "special_tokens")
+    return _sendable(request)
+
+
+def _with_options(request: pb.GenerateRequest, options: Options) -> pb.GenerateRequest:
+    for name, value in options.items():
+        _set_option(request, name, value)
+    if request.chat.tools and "parsed" not in options and not request.response.special_tokens:
+        request.response.parsed = True
+    return _sendable(request)
+
+
+def _sendable(request: _Request) -> _Request:
+    """gRPC's own refusal has the code of a router that is overloaded, and callers would try again."""
+    size = request.ByteSize()
+    if size > MAX_REQUEST_BYTES:
+        raise refused("request", f"has {size} bytes; at most {MAX_REQUEST_BYTES} are allowed")
+    return request
 
 
 def _set_option(request: pb.GenerateRequest, name: str, value: object) -> None:
     if name in _SAMPLING:
-        _assign(request.sampling, name, value)
+        assign(request.sampling, name, value, f"sampling.{name}")
     elif name in _STOPPING:
-        _assign(request.stopping, name, [value] if isinstance(value, str) else value)
+        one_string = name == "stop" and isinstance(value, str)
+        assign(request.stopping, name, [value] if one_string else value, f"stopping.{name}")
     elif name == "return_token_ids":
-        _assign(request.response, "token_ids", value)
+        assign(request.response, "token_ids", value, "response.token_ids")
     elif name in _RESPONSE and name != "token_ids":
-        _assign(request.response, name, value)
+        assign(request.response, name, value, f"response.{name}")
     elif name in _GUIDE:
         _set_guide(request, name, value)
     elif chat.is_option(name):
         _set_chat_option(request, name, value)
     elif name in ("n", "request_id", "cache_salt"):
-        _assign(request, name, value)
+        assign(request, name, value, name)
     else:
         raise TypeError(f"{name!r} is no option; those there are: {', '.join(Options.__annotations__)}")
 
@@ -152,45 +163,19 @@ def _set_option(request: pb.GenerateRequest, name: str, value: object) -> None:
 def _set_guide(request: pb.GenerateRequest, name: str, value: Any) -> None:
     if request.HasField("guide"):
         raise TypeError(f"{name} and {request.guide.WhichOneof('kind')} are both guides; an answer follows one")
-    try:
-        if name == "choices":
-            request.guide.choices.SetInParent()
-            request.guide.choices.texts.extend(_texts(value))
-        elif name == "json_schema" and isinstance(value, Mapping):
-            request.guide.json_schema = chat.to_json(value)
-        else:
-            setattr(request.guide, name, value)
-    except (TypeError, ValueError) as error:
-        raise _about(name, error) from error
-
-
-def _texts(value: Any) -> Sequence[str]:
-    if isinstance(value, str):
-        raise TypeError("must be several texts, not one")
-    return list(value)
+    field = f"guide.{name}"
+    if name == "choices":
+        request.guide.choices.SetInParent()
+        assign(request.guide.choices, "texts", value, field)
+    elif name == "json_schema" and not isinstance(value, str):
+        if not isinstance(value, Mapping):
+            raise wrong_type(field, "a dictionary or JSON", value)
+        assign(request.guide, name, as_json(value, field), field)
+    else:
+        assign(request.guide, name, value, field)
 
 
 def _set_chat_option(request: pb.GenerateRequest | pb.TokenizeRequest, name: str, value: object) -> None:
     if request.WhichOneof("input") != "chat":
         raise TypeError(f"{name} is for chat messages only")
-    try:
-        chat.set_option(request.chat, name, value)
-    except (TypeError, ValueError) as error:
-        raise _about(name, error) from error
-
-
-def _assign(message: Any, name: str, value: Any) -> None:
-    try:
-        if isinstance(value, Mapping):
-            getattr(message, name).update(value)
-        elif isinstance(value, Sequence) and not isinstance(value, str):
-            getattr(message, name).extend(value)
-        else:
-            setattr(message, name, value)
-    except (TypeError, ValueError) as error:
-        raise _about(name, error) from error
-
-
-def _about(name: str, error: Exception) -> Exception:
-    kind = TypeError if isinstance(error, TypeError) else ValueError
-    return kind(f"{name}: {error}")
+    chat.set_option(request.chat, name, value)

@@ -106,6 +106,10 @@ class Generation:
         return self.choices[0].token_ids
 
     @property
+    def logprobs(self) -> tuple[pb.TokenLogprob, ...]:
+        return self.choices[0].logprobs
+
+    @property
     def finish(self) -> Finish:
         return self.choices[0].finish
 

@@ -1,7 +1,10 @@
 """Whatever a model's files hold, the model loads, or there is a ModelError with a sentence, and soon: nothing else is
 raised, and no count in a file is believed."""
 
+import errno
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,8 @@ from common.kv_pool import KvLayout
 from common.model_config import ModelError, load_config, parse_config
 from tests.damage import JSON, altered, damaged
 from tests.messages import fuzz
+
+ROOT = Path(__file__).parents[2]
 
 EXAMPLES = [60, pytest.param(3_000, marks=[pytest.mark.slow, pytest.mark.timeout(900)])]
 
@@ -244,3 +249,37 @@ def test_any_bytes_of_a_gguf(tmp_path: Path, examples: int) -> None:
         refused_with_a_sentence(lambda: gguf_import.convert(source, tmp_path))
 
     any_bytes()
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"])
+def test_a_full_disk_is_no_damage(tmp_path: Path, file: str) -> None:
+    source, target = tmp_path / "model.gguf", tmp_path / "target"
+    write_gguf(source)
+    target.mkdir()
+    (target / file).symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device") as refused:
+        gguf_import.convert(source, target)
+    assert refused.value.errno == errno.ENOSPC
+
+
+# In a process of its own, as the limit is one of everything that a process writes.
+WITH_A_FILE_LIMIT = """
+import resource, sys
+from pathlib import Path
+from common import gguf_import
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), resource.RLIM_INFINITY))
+try:
+    gguf_import.convert(Path(sys.argv[1]), Path(sys.argv[2]))
+except OSError as error:
+    print(error.strerror)
+"""
+
+
+def test_a_disk_that_fills_up_while_weights_are_written_is_no_damage(tmp_path: Path) -> None:
+    source = tmp_path / "model.gguf"
+    write_gguf(source)
+    gguf_import.convert(source, tmp_path)
+    size = (tmp_path / "model.safetensors").stat().st_size
+    command = [sys.executable, "-c", WITH_A_FILE_LIMIT, source, tmp_path, str(size - 1)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout == "File too large\n"

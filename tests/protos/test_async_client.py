@@ -1,5 +1,6 @@
 import asyncio
 from collections.abc import AsyncIterator, Iterator
+from typing import Any
 
 import grpc
 import pytest
@@ -25,6 +26,21 @@ async def test_generate_and_chat(client: AsyncClient, router: FakeRouter) -> Non
     assert (await client.generate("Hello", max_tokens=3)).token_ids == (0, 1, 2)
     assert (await client.chat("Hello", max_tokens=2)).text == "t0 t1 "
     assert [request.WhichOneof("input") for request in router.requests] == ["text", "chat"]
+
+
+async def test_what_is_wrong_is_refused_before_the_call(client: AsyncClient, router: FakeRouter) -> None:
+    octets: Any = b"abc"
+    for call in (client.generate, client.chat, client.tokenize, client.detokenize):
+        with pytest.raises(TypeError, match="not bytes"):
+            await call(octets)
+    with pytest.raises(twostroke.InvalidArgument, match=r"^stopping\.max_tokens: -1 is not within "):
+        client.stream_chat("Hello", max_tokens=-1)
+    with pytest.raises(twostroke.InvalidArgument, match=r"^request: has .* bytes"):
+        client.stream("x" * (4 << 20))
+    assert router.requests == []
+    await client.chat([])
+    assert [piece async for piece in client.stream_chat([])]
+    assert [request.WhichOneof("input") for request in router.requests] == ["chat", "chat"]
 
 
 async def test_an_answer_that_is_parsed(client: AsyncClient, router: FakeRouter) -> None:

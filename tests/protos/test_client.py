@@ -5,14 +5,16 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import pytest
 
 import twostroke
+from router.validate import MAX_MESSAGE_BYTES
 from tests.protos.fake_router import FakeRouter, serving
-from twostroke import AsyncClient, Client, Message, ToolCall
+from twostroke import AsyncClient, Client, Message, Options, ToolCall
+from twostroke.request import MAX_REQUEST_BYTES, chat_request, generate_request
 from twostroke.v1 import inference_pb2 as pb
 
 
@@ -66,8 +68,9 @@ def test_a_newer_router_may_have_other_reasons_to_finish(client: Client, router:
 
 
 def test_several_choices(client: Client) -> None:
-    answer = client.generate("Hello", n=2, max_tokens=1)
+    answer = client.generate("Hello", n=2, max_tokens=1, logprobs=0)
     assert [(choice.index, choice.text) for choice in answer.choices] == [(0, "t0 "), (1, "t0 ")]
+    assert [logprob.token_id for logprob in answer.logprobs] == [0]  # of the first, as is all but the choices
     assert [piece.index for piece in client.stream("Hello", n=2, max_tokens=1) if piece.finish] == [0, 1]
 
 
@@ -146,11 +149,11 @@ def test_guides(client: Client, router: FakeRouter) -> None:
     ]
     with pytest.raises(TypeError, match="regex and json_object are both guides; an answer follows one"):
         client.generate("Hello", json_object=True, regex="a")
-    with pytest.raises(TypeError, match="choices: must be several texts, not one"):
+    with pytest.raises(TypeError, match=r"^guide\.choices: must be a list, not str"):
         client.generate("Hello", choices="a")
-    with pytest.raises(TypeError, match="json_schema: "):
+    with pytest.raises(TypeError, match=r"^guide\.json_schema: .*not JSON serializable"):
         client.generate("Hello", json_schema={"a": object()})
-    with pytest.raises(twostroke.InvalidArgument, match="json_schema: Out of range"):
+    with pytest.raises(twostroke.InvalidArgument, match=r"^guide\.json_schema: Out of range"):
         client.generate("Hello", json_schema={"minimum": float("inf")})
 
 
@@ -162,13 +165,16 @@ def test_prompts(client: Client, router: FakeRouter) -> None:
     list(client.stream_chat("Hi", stop="."))
     client.chat("Hi", add_generation_prompt=False)
     client.generate([])
-    ids, *chats, last, empty = router.requests
+    client.chat([])
+    list(client.stream_chat([]))
+    ids, *chats, last, empty, no_chat, no_stream = router.requests
     assert ids == pb.GenerateRequest(token_ids=pb.TokenIds(ids=[1, 2, 3]))
     assert [request.chat for request in chats] == [chat, chat, chat]
     assert chats[2].stopping.stop == ["."]
     assert last.chat.HasField("add_generation_prompt")
     assert not last.chat.add_generation_prompt
     assert empty.WhichOneof("input") == "token_ids"  # and not nothing: the router's answer names the field
+    assert [request.WhichOneof("input") for request in (no_chat, no_stream)] == ["chat", "chat"]
 
 
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
@@ -261,12 +267,25 @@ def test_what_is_no_tool_call(client: Client, call: object) -> None:
 
 def test_what_is_no_prompt_is_named(client: Client, router: FakeRouter) -> None:
     parts: list[Message] = [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
-    with pytest.raises(TypeError, match="a message's content is text, not list"):
+    with pytest.raises(TypeError, match=r"^chat\.messages\[0\]\.content: must be text, not list"):
         client.chat(parts)
     nothing: Any = None
     with pytest.raises(TypeError, match="a prompt is text, messages of a chat or a list of token ids, not NoneType"):
         client.generate(nothing)
+    octets: Any = b"abc"  # for protobuf, a list of numbers as well as text
+    with pytest.raises(TypeError, match="a prompt is text, messages of a chat or a list of token ids, not bytes"):
+        client.generate(octets)
+    for call in (client.chat, client.stream_chat, client.tokenize):
+        with pytest.raises(TypeError, match=r"^chat\.messages: must be a list, not bytes"):
+            call(octets)
+    with pytest.raises(TypeError, match=r"^token_ids: must be a list, not bytes"):
+        client.detokenize(octets)
+    ids: Any = [1, 2]  # a prompt, but no chat
+    for call in (client.chat, client.stream_chat, client.tokenize):
+        with pytest.raises(TypeError, match=r"^chat\.messages\[0\]: must be a dictionary, not int"):
+            call(ids)
     assert router.requests == []
+    assert router.tokenize_requests == []
 
 
 def test_wrong_options_are_refused_before_the_call(client: Client, router: FakeRouter) -> None:
@@ -282,17 +301,114 @@ def test_wrong_options_are_refused_before_the_call(client: Client, router: FakeR
         client.tokenize("Hello", tools=[TOOL])
     with pytest.raises(TypeError, match="'temprature' is no option"):
         client.tokenize("Hello", **misspelt)
-    with pytest.raises(TypeError, match=r"tools: .*set is not JSON serializable"):
+    with pytest.raises(TypeError, match=r"^chat\.tools\[0\]: .*set is not JSON serializable"):
         client.stream_chat("Hello", tools=[{"name": {1}}])
-    with pytest.raises(twostroke.InvalidArgument, match=r"template_variables: .*JSON"):
+    with pytest.raises(twostroke.InvalidArgument, match=r"^chat\.template_variables: .*JSON"):
         client.chat("Hello", template_variables={"x": float("nan")})
-    with pytest.raises(twostroke.InvalidArgument, match="colour"):
+    with pytest.raises(twostroke.InvalidArgument, match=r"^chat\.messages\[0\]: 'colour' is no key of a message"):
         client.tokenize([{"role": "user", "colour": "red"}])
-    with pytest.raises(twostroke.InvalidArgument, match=r"max_tokens: .*-1"):
-        client.stream("Hello", max_tokens=-1)
-    with pytest.raises(twostroke.InvalidArgument, match="ids"):
+    with pytest.raises(twostroke.InvalidArgument, match=r"^token_ids\.ids\[1\]: -2 is not within \[0, 4294967295\]$"):
         client.stream([1, -2])
+    with pytest.raises(twostroke.InvalidArgument, match=r"^token_ids\[0\]: -1 is not within \[0, 4294967295\]$"):
+        client.detokenize([-1])
     assert router.requests == []
+    assert router.tokenize_requests == []
+
+
+UINT32, UINT64 = "[0, 4294967295]", "[0, 18446744073709551615]"
+
+
+@pytest.mark.parametrize(
+    ("options", "refusal"),
+    [
+        ({"n": -1}, f"n: -1 is not within {UINT32}"),
+        ({"max_tokens": -1}, f"stopping.max_tokens: -1 is not within {UINT32}"),
+        ({"top_k": -1}, f"sampling.top_k: -1 is not within {UINT32}"),
+        ({"seed": -1}, f"sampling.seed: -1 is not within {UINT64}"),
+        ({"seed": 2**64}, f"sampling.seed: {2**64} is not within {UINT64}"),
+        ({"logprobs": 2**32}, f"response.logprobs: {2**32} is not within {UINT32}"),
+        ({"logit_bias": {-1: 1}}, f"sampling.logit_bias: -1 is not within {UINT32}"),
+        ({"stop_token_ids": [1, -1]}, f"stopping.stop_token_ids[1]: -1 is not within {UINT32}"),
+        ({"temperature": 10**309}, f"sampling.temperature: {10**309} is not within [-3.4e38, 3.4e38]"),
+        ({"stop": ["a", "b\ud800"]}, "stopping.stop[1]: character 1 is the surrogate '\\ud800', not in UTF-8"),
+        ({"request_id": "\udfff"}, "request_id: character 0 is the surrogate '\\udfff', not in UTF-8"),
+        ({"json_schema": {"a": "\ud800"}}, "guide.json_schema: character 7 is the surrogate '\\ud800', not in UTF-8"),
+    ],
+)
+def test_a_value_that_does_not_fit_its_field(options: dict[str, Any], refusal: str) -> None:
+    with pytest.raises(twostroke.InvalidArgument) as refused:
+        generate_request("Hello", cast(Options, options))
+    assert refused.value.message == refusal
+    assert refused.value.code is grpc.StatusCode.INVALID_ARGUMENT
+
+
+@pytest.mark.parametrize(
+    ("options", "refusal"),
+    [
+        ({"json_schema": [1]}, "guide.json_schema: must be a dictionary or JSON, not list"),
+        ({"json_schema": b"{}"}, "guide.json_schema: must be a dictionary or JSON, not bytes"),
+        ({"regex": b"a"}, "guide.regex: must be text, not bytes"),
+        ({"choices": ["a", 5]}, "guide.choices[1]: must be text, not int"),
+        ({"stop": b"a"}, "stopping.stop: must be a list, not bytes"),
+        ({"stop_token_ids": b"a"}, "stopping.stop_token_ids: must be a list, not bytes"),
+        ({"stop_token_ids": 5}, "stopping.stop_token_ids: must be a list, not int"),
+        ({"stop_token_ids": {5: 1}}, "stopping.stop_token_ids: must be a list, not dict"),
+        ({"logit_bias": [5]}, "sampling.logit_bias: must be a dictionary, not list"),
+        ({"logit_bias": {5: "a"}}, "sampling.logit_bias[5]: must be a number, not str"),
+        ({"top_k": [1]}, "sampling.top_k: must be a whole number, not list"),
+        ({"temperature": None}, "sampling.temperature: must be a number, not NoneType"),
+        ({"ignore_eos": "no"}, "stopping.ignore_eos: must be true or false, not str"),
+        ({"return_token_ids": "no"}, "response.token_ids: must be true or false, not str"),
+        ({"tools": TOOL}, "chat.tools: must be a list, not dict"),
+        ({"tools": ["{}"]}, "chat.tools[0]: must be a dictionary, not str"),
+        ({"template_variables": "{}"}, "chat.template_variables: must be a dictionary, not str"),
+    ],
+)
+def test_a_value_of_the_wrong_type(options: dict[str, Any], refusal: str) -> None:
+    with pytest.raises(TypeError) as refused:
+        chat_request("Hello", cast(Options, options))
+    assert str(refused.value) == refusal
+
+
+def test_text_that_has_no_utf_8(client: Client, router: FakeRouter) -> None:
+    text = "a\ud83d"
+    for call in (client.generate, client.tokenize):
+        with pytest.raises(twostroke.InvalidArgument, match=r"^text: character 1 is the surrogate '\\ud83d'"):
+            call(text)
+    with pytest.raises(twostroke.InvalidArgument, match=r"^chat\.messages\[0\]\.content: character 1 is the surrogate"):
+        client.chat(text)
+    function = {"name": "weather", "arguments": text}
+    messages: list[Message] = [{"role": "user"}, {"role": "assistant", "tool_calls": [{"function": function}]}]
+    with pytest.raises(twostroke.InvalidArgument, match=r"^chat\.messages\[1\]\.tool_calls\[0\]\.arguments: "):
+        client.tokenize(messages)
+    assert router.requests == []
+    assert router.tokenize_requests == []
+
+
+def test_json_without_an_end(client: Client) -> None:
+    own: dict[str, object] = {}
+    own["own"] = own
+    with pytest.raises(twostroke.InvalidArgument, match=r"^guide\.json_schema: Circular"):
+        client.generate("Hello", json_schema=own)
+
+
+def test_a_request_that_no_router_takes(client: Client, router: FakeRouter) -> None:
+    """gRPC would refuse it with the code of a router that is overloaded: worth trying again, of all things."""
+    router.longest = MAX_REQUEST_BYTES
+    overhead = len("\x12\0\0\0\0")  # of the text's field: its number, and its length in four bytes
+    client.generate("x" * (MAX_REQUEST_BYTES - overhead), timeout=30)
+    assert router.requests[0].ByteSize() == MAX_REQUEST_BYTES == MAX_MESSAGE_BYTES
+    text = "x" * (MAX_REQUEST_BYTES - overhead + 1)
+    refusal = "^request: has 4194305 bytes; at most 4194304 are allowed$"
+    for call in (client.generate, client.stream):
+        with pytest.raises(twostroke.InvalidArgument, match=refusal):
+            call(text)
+    for call in (client.chat, client.stream_chat, client.tokenize):
+        with pytest.raises(twostroke.InvalidArgument, match=r"^request: has "):
+            call(text)
+    with pytest.raises(twostroke.InvalidArgument, match=r"^request: has "):
+        client.detokenize(range(1 << 21))
+    assert len(router.requests) == 1
     assert router.tokenize_requests == []
 
 

@@ -50,6 +50,11 @@ def matches(tokenizer: LLTokenizer, guide: pb.Guide, text: str) -> bool:
         (pb.Guide(json_object=True), ['{"a": [1, {}]}', "{}", '{\n    "a": 1\n}'], ["[1]", "{", " {}", "{} "]),
         (pb.Guide(json_schema='{"type": "array", "maxItems": 1}'), ["[ ]", "[null]"], ["[1, 2]", "{}"]),
         (pb.Guide(regex="[ab]+c?"), ["a", "bac"], ["", "c", "acc", "xa"]),
+        (pb.Guide(regex=r"\d+"), ["12", "१२"], ["a"]),  # docs/api.md warns of this
+        (pb.Guide(json_schema=r'{"type": "string", "pattern": "^\\d+$"}'), ['"12"'], ['"१२"', '"a"']),
+        (pb.Guide(grammar=r"start: /\d+/"), ["12", "१२"], ["a"]),
+        (pb.Guide(regex=r"(?-u:\d)+"), ["12"], ["१२", "a"]),
+        (pb.Guide(regex="[0-9]+"), ["12"], ["१२", "a"]),
         (pb.Guide(choices=Choices(texts=["yes", 'no "way"\\\n', "🙂"])), ["yes", 'no "way"\\\n', "🙂"], ["no", "yes."]),
         (pb.Guide(choices=Choices(texts=["", "a|b"])), ["", "a|b"], ["a", "b"]),
         (pb.Guide(grammar='start: "a" start "b" | "c"'), ["c", "aacbb"], ["acbb", ""]),

@@ -403,7 +403,7 @@ class Sampling(_message.Message):
     min_p: _builtins.float
     """[0, 1]; drops tokens less likely than min_p times the likeliest; 0: off"""
     repetition_penalty: _builtins.float
-    """> 0, over prompt and output; 1 when not set (off)"""
+    """[0.001, 1000], over prompt and output; 1 when not set (off)"""
     presence_penalty: _builtins.float
     """[-2, 2], over the output"""
     frequency_penalty: _builtins.float
@@ -472,7 +472,7 @@ class Stopping(_message.Message):
     """Goes on past the model's end-of-sequence tokens. For benchmarks."""
     @_builtins.property
     def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Ends the answer before the first of these strings; at most 16, of at most 256 bytes."""
+        """Ends the answer before the first of these strings; at most 16, of 1 to 256 bytes."""
 
     @_builtins.property
     def stop_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:

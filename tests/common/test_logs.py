@@ -1,0 +1,45 @@
+import io
+import sys
+from collections.abc import Iterator
+from typing import Literal
+
+import pytest
+import structlog
+
+from common import logs
+
+
+class Stderr(io.StringIO):
+    """Remembers each write: where nothing is buffered, each is a call of the operating system."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.writes: list[str] = []
+
+    def write(self, text: str) -> int:
+        self.writes.append(text)
+        return super().write(text)
+
+
+@pytest.fixture(autouse=True)
+def _as_it_was() -> Iterator[None]:
+    before = structlog.get_config()
+    yield
+    structlog.configure(**before)
+
+
+@pytest.mark.parametrize("log_format", ["people", "json"])
+def test_a_line_is_one_write(log_format: Literal["people", "json"], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two, another process on the same stderr may write its own."""
+    stderr = Stderr()
+    monkeypatch.setattr(sys, "stderr", stderr)
+    logs.configure(log_format)
+    log = structlog.get_logger()
+    log.info("call refused", peer="ipv4:10.0.0.1:99")
+    try:
+        raise ValueError("wrong")
+    except ValueError:
+        log.exception("call failed")
+    assert len(stderr.writes) == 2
+    assert all(text.endswith("\n") for text in stderr.writes)
+    assert stderr.writes[0].count("\n") == 1

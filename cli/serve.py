@@ -103,8 +103,8 @@ class ServeConfig(SecurityConfig):
     max_resumes: NonNegativeInt | None = None
     """Times that a request may lose a worker or its KV and go on."""
 
-    worker_grace: NonNegativeFloat | None = None
-    """Seconds that requests wait for a worker of a role that has none."""
+    worker_grace: NonNegativeFloat = 30.0
+    """Seconds that requests wait for a worker of a role that has none: longer than one takes that is started again."""
 
     worker_silence_seconds: Silence | None = None
     """Seconds without a word from a worker's engine after which its requests go on elsewhere."""

@@ -276,7 +276,7 @@ def test_flags_are_passed_on_to_who_knows_them() -> None:
     router = part("router", RouterConfig, config, {"listen": "a:1"})
     worker = part("decode_worker", DecodeConfig, config, {"listen": "b:0", "device": "cuda:1"})
     assert router.command[1:3] == ["-m", "router"]
-    assert set(router.command[3:]) == {"--listen=a:1", "--model=m", "--max-queue=2"}
+    assert set(router.command[3:]) == {"--listen=a:1", "--model=m", "--max-queue=2", "--worker-grace=30.0"}
     assert set(worker.command[3:]) == {"--listen=b:0", "--model=m", "--max-batch=4", "--device=cuda:1"}
 
 

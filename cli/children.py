@@ -33,6 +33,7 @@ class Child:
         command = [sys.executable, "-m", "cli.bound_to_parent", str(os.getpid()), *self.command]
         # Its settings are flags: a variable that was meant for one part of the cluster must not reach the others.
         environment = {name: value for name, value in os.environ.items() if not name.startswith("TWOSTROKE_")}
+        environment["PYTHONSAFEPATH"] = "1"  # else `python -m` imports what the user's folder has under our names
         self.process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=self.output, stderr=self.output, env=environment, process_group=0
         )

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from cli.commands import app
 from cli.key import key
-from cli.main import app, main
+from cli.main import main
 from cli.serve import ServeConfig, _client, _secret, _tls_environment, serve
 from common import cluster_secret
 from common.security_config import SettingsError

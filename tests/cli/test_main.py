@@ -3,6 +3,7 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -13,7 +14,8 @@ from pathlib import Path
 import pytest
 from cyclopts import CycloptsError
 
-from cli.main import app, main
+from cli.commands import app
+from cli.main import main
 from tests.protos.fake_router import FakeRouter, serving
 from twostroke.v1 import inference_pb2 as pb
 
@@ -37,7 +39,7 @@ def twostroke(*arguments: str, text: str = "", **environment: str) -> subprocess
 
 def test_help_names_every_command_and_imports_nothing_heavy() -> None:
     program = (
-        "import sys; from cli.main import app; app(['--help'], result_action='return_value');"
+        "import sys; from cli.commands import app; app(['--help'], result_action='return_value');"
         "print('modules:', *sys.modules)"
     )
     command = [sys.executable, "-c", program]
@@ -169,10 +171,25 @@ def test_ctrl_c_at_the_start_is_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(_tokens: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("cli.main.app", interrupted)
+    monkeypatch.setattr("cli.commands.app", interrupted)
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 130
+
+
+@pytest.mark.parametrize(("command", "module", "code"), [("generate", "cyclopts", 130), ("decode-worker", "torch", -2)])
+def test_ctrl_c_during_an_import_is_quiet(command: str, module: str, code: int) -> None:
+    program = (
+        "import os, signal, sys\n"
+        "class Interrupts:\n"
+        "    def find_spec(self, name, *_):\n"
+        f"        if name == {module!r}:\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupts())\n"
+        f"from cli.main import main; main({command!r})"
+    )
+    run = subprocess.run([sys.executable, "-c", program], env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True)
+    assert (run.returncode, run.stdout, run.stderr) == (code, "", "")
 
 
 def test_errors_are_sentences() -> None:

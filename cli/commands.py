@@ -82,6 +82,8 @@ app.command(
     name="bench",
     help="""Measure a running cluster under load: latencies, rates and goodput.
 
+    Ctrl-C ends it with the figures of the requests that had ended. It exits with 1 where more than half of them failed.
+
         twostroke bench --concurrency 16 --requests 200 --prompt-tokens 512 --output-tokens 128
 
         twostroke bench --rate 4 --duration 60 --prompt-tokens lognormal:400,0.8 --ttft-limit 500 --json run.json

@@ -10,7 +10,7 @@ from threading import Timer
 import pytest
 
 from benchmarks.ports import free_port
-from tests.cli.test_serve import eventually
+from tests.cli.test_serve import ROOT, eventually
 from tests.e2e.tiny import prompt
 from tests.router import models
 from twostroke import Client, Options
@@ -36,10 +36,11 @@ def test_an_answer_goes_on_when_the_only_decode_worker_was_killed(tmp_path: Path
     ]
     options: Options = {"max_tokens": 400, "seed": 7, "ignore_eos": True}
     command = [sys.executable, "-m", "cli.main", "serve", *flags, "--num-blocks=256", "--threads=1"]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'protos'}"}
     log = tmp_path / "log"
     with (
         log.open("w") as output,
-        subprocess.Popen(command, stderr=output) as serve,
+        subprocess.Popen(command, env=environment, stderr=output) as serve,
         Client(target, timeout=60) as client,
     ):
         try:

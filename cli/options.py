@@ -149,7 +149,7 @@ def errors_as_exit(timeout: float | None = None) -> Iterator[None]:
         raise SystemExit(128 + signal.SIGPIPE) from None
     except OSError as error:
         _drop_output()
-        raise SystemExit(f"twostroke: cannot write to standard output: {error.strerror}") from error
+        raise SystemExit(f"twostroke: {error.strerror or error}") from error
 
 
 def _drop_output() -> None:

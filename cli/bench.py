@@ -2,6 +2,8 @@
 
 import asyncio
 import json as json_format
+import sys
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -45,24 +47,50 @@ def bench(
     plot_file
         File for a plot, such as run.png; needs matplotlib, which twostroke[plot] brings.
     """
+    measured = _Measured()
+    interrupted = False
     with errors_as_exit():
-        model, records = asyncio.run(_measure(connection, load))
-    summary = summarize(records, limits)
-    Console().print(as_table(summary))
+        try:
+            asyncio.run(_measure(connection, load, measured))
+        except KeyboardInterrupt:
+            if not measured.records:
+                raise
+            interrupted = True
+        model, records = measured.model, measured.records
+        summary = summarize(records, limits)
+        Console().print(as_table(summary))
     if json:
-        json.write_text(json_format.dumps(as_json(load, limits, model, records, summary), indent=1))
+        document = as_json(load, limits, model, records, summary) | {"interrupted": interrupted}
+        json.write_text(json_format.dumps(document, indent=1))
     if plot_file:
         plot(records, f"{model}, {_words(load)}", plot_file)
+    if interrupted:
+        print("twostroke: interrupted; the figures are of the requests that had ended", file=sys.stderr)
+        raise SystemExit(130)
+    if 2 * sum(summary.errors.values()) > summary.requests:
+        raise SystemExit("twostroke: most requests failed")
 
 
-async def _measure(connection: Connection, load: LoadConfig) -> tuple[str, list[Record]]:
+@dataclass(slots=True)
+class _Measured:
+    model: str = ""
+    records: list[Record] = field(default_factory=list)
+
+
+async def _measure(connection: Connection, load: LoadConfig, measured: _Measured) -> None:
+    """What there is of `measured` stays where Ctrl-C ends this."""
     client = connection.async_client()
     async with client:
-        model = await client.model(timeout=10)
+        measured.model = (await client.model(timeout=10)).name
         with Progress(console=Console(stderr=True), transient=True) as progress:
             total = load.requests or (None if load.duration else DEFAULT_REQUESTS)
             task = progress.add_task("requests answered", total=total)
-            return model.name, await run(client, load, lambda record: progress.advance(task))
+
+            def note(record: Record) -> None:
+                measured.records.append(record)
+                progress.advance(task)
+
+            await run(client, load, note)
 
 
 def _words(load: LoadConfig) -> str:

@@ -7,7 +7,7 @@ from importlib import import_module
 
 from rich.console import Console
 
-from cli.options import Connection, Sampling
+from cli.options import Connection, Sampling, sentence_of
 from cli.room import fit
 from twostroke import Client, InvalidArgument, Message, Piece, TwostrokeError
 
@@ -27,7 +27,7 @@ def chat(*, system: str | None = None, connection: Connection = Connection(), sa
         try:
             console.print(f"[dim]{client.model().name}; Ctrl-C cuts an answer short, Ctrl-D ends[/]")
         except TwostrokeError as error:
-            raise SystemExit(f"twostroke: {error.code.name}: {error.message}") from error
+            raise SystemExit(f"twostroke: {error.code.name}: {sentence_of(error)}") from error
         while (question := _read_question()) is not None:
             if not question.strip():
                 continue
@@ -112,4 +112,4 @@ def _print(pieces: Iterable[Piece], cut_off: str, console: Console) -> str | Non
 
 def _print_error(error: TwostrokeError, console: Console) -> None:
     console.print(f"\n[red]{error.code.name}:[/] ", end="")
-    console.print(error.message, markup=False)
+    console.print(sentence_of(error), markup=False)

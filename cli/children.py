@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import IO, Any
 
@@ -21,14 +22,18 @@ class Child:
     command: list[str]
     output: IO[Any] = sys.stderr
     """Where its standard and error output go."""
+    before_start: Callable[[], None] = lambda: None
+    """Raises what keeps it from being started, every time that it would be."""
     process: subprocess.Popen[bytes] | None = None
     deaths: list[float] = field(default_factory=list)
 
     def start(self) -> None:
+        self.before_start()
         # Its own process group: Ctrl-C at the terminal is for this process, which then stops its children in order.
         command = [sys.executable, "-m", "cli.bound_to_parent", str(os.getpid()), *self.command]
         # Its settings are flags: a variable that was meant for one part of the cluster must not reach the others.
         environment = {name: value for name, value in os.environ.items() if not name.startswith("TWOSTROKE_")}
+        environment["PYTHONSAFEPATH"] = "1"  # else `python -m` imports what the user's folder has under our names
         self.process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=self.output, stderr=self.output, env=environment, process_group=0
         )

@@ -2,17 +2,18 @@
 
 import re
 import sys
-from json import dumps, loads
-from pathlib import Path
+from io import TextIOWrapper
+from json import dumps
 from typing import Annotated
 
 from cyclopts import Parameter
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 
+from cli.guide import Guide, is_one
 from cli.options import Connection, Sampling, errors_as_exit
 from cli.room import room_for_answer
-from twostroke import Client, Finish, Generation, InvalidArgument, Messages, Options, Prompt
+from twostroke import Client, Finish, Generation, InvalidArgument, Messages, Options, Prompt, TwostrokeError
 
 FLAG = re.compile(r"--?[A-Za-z][\w-]*(=\S*)?")
 
@@ -22,15 +23,6 @@ def _is_no_flag(_type: object, prompt: str) -> None:
         raise ValueError("There is no such flag; a prompt like it goes through standard input, with -")
 
 
-def _is_schema(_type: object, file: Path | None) -> None:
-    try:
-        if file is None or isinstance(loads(file.read_text(encoding="utf-8")), dict):
-            return
-    except (OSError, ValueError):
-        pass
-    raise ValueError("Must name a file that holds a JSON schema")
-
-
 def generate(
     prompt: Annotated[str, Parameter(allow_leading_hyphen=True, show_env_var=False, validator=_is_no_flag)],
     /,
@@ -38,8 +30,7 @@ def generate(
     system: str | None = None,
     raw: bool = False,
     json: bool = False,
-    json_schema: Annotated[Path | None, Parameter(validator=_is_schema)] = None,
-    regex: str | None = None,
+    guide: Annotated[Guide, Parameter(name="*", validator=is_one)] = Guide(),
     connection: Connection = Connection(),
     sampling: Sampling = Sampling(),
 ) -> None:
@@ -54,21 +45,16 @@ def generate(
         Continue the prompt as it is, without the model's chat template.
     json
         Print one JSON object at the end: text, token ids, finish reason, usage and timing.
-    json_schema
-        A file with a JSON schema that the answer follows.
-    regex
-        A regular expression that the whole answer matches.
     """
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = _read_standard_input() if prompt == "-" else prompt
+    if not (text if raw else text.strip()):
+        raise _refused("there is nothing to ask: the prompt is empty")
     question: str | Messages = text if raw else _chat(text, system)
     options = sampling.options()
     if raw:
         options.pop("template_variables", None)  # the environment may have them, for the chats
-    if json_schema is not None:
-        options["json_schema"] = json_schema.read_text(encoding="utf-8")
-    if regex is not None:
-        options["regex"] = regex
-    with errors_as_exit(), connection.client() as client:
+    options.update(guide.options())
+    with errors_as_exit(connection.timeout), connection.client() as client:
         answer = _print_json if json else _print_as_it_comes
         limit = "--max-tokens is the limit"
         try:
@@ -83,6 +69,19 @@ def generate(
         print(f"twostroke: cut off after {finish.usage.completion_tokens} tokens; {limit}", file=sys.stderr)
 
 
+def _read_standard_input() -> str:
+    try:
+        return TextIOWrapper(sys.stdin.buffer, encoding="utf-8").read()
+    except UnicodeDecodeError:
+        raise _refused("standard input is not UTF-8") from None
+
+
+def _refused(sentence: str) -> SystemExit:
+    """As what is wrong with a flag ends the program."""
+    print(f"twostroke: {sentence}", file=sys.stderr)
+    return SystemExit(2)
+
+
 def _print_json(client: Client, question: Prompt, options: Options) -> Finish:
     answer = client.generate(question, **options)
     print(_as_json(answer))
@@ -90,10 +89,16 @@ def _print_json(client: Client, question: Prompt, options: Options) -> Finish:
 
 
 def _print_as_it_comes(client: Client, question: Prompt, options: Options) -> Finish | None:
-    finish = None
-    for piece in client.stream(question, **options):
-        print(piece.text, end="", flush=True)
-        finish = piece.finish
+    finish, end = None, "\n"
+    try:
+        for piece in client.stream(question, **options):
+            print(piece.text, end="", flush=True)
+            end = piece.text[-1:] or end
+            finish = piece.finish
+    except TwostrokeError:
+        if end != "\n":
+            print(flush=True)  # what is said of it has a line of its own
+        raise
     print()
     return finish
 

@@ -1,6 +1,9 @@
 """Flags that several commands have."""
 
 import json
+import os
+import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -13,7 +16,7 @@ from common import pem
 from common.addresses import Target
 from common.security_config import TlsConfig
 from common.tls import channel_credentials
-from twostroke import AsyncClient, Client, Options, TwostrokeError
+from twostroke import AsyncClient, Client, DeadlineExceeded, Options, TwostrokeError, Unauthenticated
 
 
 @Parameter(name="*")
@@ -29,7 +32,7 @@ class Connection(TlsConfig):
     """Connect with TLS, against the system's certificate authorities where --tls-ca names no others."""
 
     timeout: float | None = None
-    """Seconds that an answer may take. Not set: for ever."""
+    """Seconds that an answer may take. Not set: no limit."""
 
     def client(self) -> Client:
         """
@@ -121,12 +124,34 @@ class Sampling:
         return cast(Options, given)
 
 
+def sentence_of(error: TwostrokeError) -> str:
+    """What a call's end is called at the command line."""
+    hint = "; set --api-key or TWOSTROKE_API_KEY" if isinstance(error, Unauthenticated) else ""
+    return f"{error.message}{hint}"
+
+
 @contextmanager
-def errors_as_exit() -> Iterator[None]:
-    """Ends the program with a sentence where a call failed, and quietly after Ctrl-C."""
+def errors_as_exit(timeout: float | None = None) -> Iterator[None]:
+    """Ends the program with a sentence where a call failed, or its output cannot be written, and quietly after Ctrl-C
+    or where nobody reads the output any more. `timeout`: seconds that its calls may take."""
     try:
         yield
+        sys.stdout.flush()
     except TwostrokeError as error:
-        raise SystemExit(f"twostroke: {error.code.name}: {error.message}") from error
+        sentence = sentence_of(error)
+        if timeout is not None and isinstance(error, DeadlineExceeded):
+            sentence = f"no end within --timeout {timeout:g} s"
+        raise SystemExit(f"twostroke: {error.code.name}: {sentence}") from error
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    except BrokenPipeError:
+        _drop_output()
+        raise SystemExit(128 + signal.SIGPIPE) from None
+    except OSError as error:
+        _drop_output()
+        raise SystemExit(f"twostroke: {error.strerror or error}") from error
+
+
+def _drop_output() -> None:
+    """What could not be written is not tried once more at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

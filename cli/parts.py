@@ -1,5 +1,8 @@
 """Commands that run one part of a cluster, each in its own process."""
 
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated
 
 from cyclopts import Parameter
@@ -18,12 +21,24 @@ def router(*, config: Annotated[RouterConfig, Flags] = RouterConfig()) -> None:
 
 
 def prefill_worker(*, config: Annotated[PrefillConfig, Flags] = PrefillConfig()) -> None:
-    from prefill_worker.main import main
+    with _ctrl_c_ends_it():
+        from prefill_worker.main import main
 
     main(config)
 
 
 def decode_worker(*, config: Annotated[DecodeConfig, Flags] = DecodeConfig()) -> None:
-    from decode_worker.main import main
+    with _ctrl_c_ends_it():
+        from decode_worker.main import main
 
     main(config)
+
+
+@contextmanager
+def _ctrl_c_ends_it() -> Iterator[None]:
+    """At once, by the signal: a KeyboardInterrupt may get lost in the import of PyTorch, and the worker would go on."""
+    handler = signal.getsignal(signal.SIGINT)
+    if handler is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGINT, handler)

@@ -1,6 +1,7 @@
 """Whether a cluster that was started is ready, and what keeps it from being so."""
 
 import time
+from collections.abc import Callable
 
 from twostroke import Client, TwostrokeError
 from twostroke.v1 import inference_pb2 as pb
@@ -18,16 +19,22 @@ def problems_of(load: pb.GetLoadResponse) -> list[str]:
 
 
 class Readiness:
-    """Of the router that `client` calls, and of so many workers."""
+    """Of the router that `client` calls, and of so many workers; `is_own` asks whether that router is the one that was
+    started, and not another one that has its address."""
 
-    def __init__(self, client: Client, workers: int) -> None:
+    def __init__(self, client: Client, workers: int, is_own: Callable[[], bool]) -> None:
         self._client = client
         self._workers = workers
+        self._is_own = is_own
+        self._found = False
         self._since: dict[str, float] = {}  # of each problem that there is: time.monotonic()
 
     def look(self) -> tuple[str | None, list[str]]:
         """The model's name, once the router's health is SERVING and every worker takes requests; problems that were not
         there when it looked last."""
+        self._found = self._found or self._is_own()
+        if not self._found:
+            return None, []
         try:
             self._client.wait_until_ready(timeout=1)
             serving = True
@@ -42,6 +49,10 @@ class Readiness:
         known, now = self._since, time.monotonic()
         self._since = {problem: known.get(problem, now) for problem in problems_of(load)}
         return None, [problem for problem in self._since if problem not in known]
+
+    def close(self) -> None:
+        """There is no more to ask; open, the client would only see the router go."""
+        self._client.close()
 
     def lasting_problem(self) -> str | None:
         """A problem that has been there for too long to go away."""

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
 from types import FrameType
@@ -21,9 +22,11 @@ from cyclopts.types import NonNegativeFloat, NonNegativeInt, Port, PositiveFloat
 
 from cli.children import Child
 from cli.readiness import Readiness
-from common import cluster_secret, pem
+from common import cluster_secret, listening, pem
 from common.addresses import ANY_HOST, Listen
+from common.probe import probe, service_of_process
 from common.security_config import SecurityConfig, SettingsError, TlsConfig
+from common.start_error import AddressError
 from common.tls import channel_credentials
 from decode_worker.config import DecodeConfig
 from prefill_worker.config import PrefillConfig
@@ -100,8 +103,8 @@ class ServeConfig(SecurityConfig):
     max_resumes: NonNegativeInt | None = None
     """Times that a request may lose a worker or its KV and go on."""
 
-    worker_grace: NonNegativeFloat | None = None
-    """Seconds that requests wait for a worker of a role that has none."""
+    worker_grace: NonNegativeFloat = 30.0
+    """Seconds that requests wait for a worker of a role that has none: longer than one takes that is started again."""
 
     worker_silence_seconds: Silence | None = None
     """Seconds without a word from a worker's engine after which its requests go on elsewhere."""
@@ -158,7 +161,8 @@ def serve(
                     child.output = log
                 child.start()
             environment = os.environ | _tls_environment(config) | {"TWOSTROKE_TARGET": target}
-            raise SystemExit(_supervise(cluster, client, command, environment, signals))
+            readiness = Readiness(client, len(workers), partial(_answers, router, target, config))
+            raise SystemExit(_supervise(cluster, readiness, command, environment, signals))
         except _GivenUp as error:
             _stop([[router], workers], STOP_SECONDS, signals)
             log.seek(0)
@@ -173,11 +177,15 @@ class _GivenUp(Exception):
 
 
 def _supervise(
-    cluster: list[Child], client: Client, command: tuple[str, ...], environment: dict[str, str], signals: list[int]
+    cluster: list[Child],
+    readiness: Readiness,
+    command: tuple[str, ...],
+    environment: dict[str, str],
+    signals: list[int],
 ) -> int:
     """Runs until a signal or the command's end; returns the exit code. Ctrl-C at the terminal reaches the command too,
     and what it means is then for the command to say: in `twostroke chat` it ends an answer, and nothing else."""
-    began, readiness = time.monotonic(), Readiness(client, workers=len(cluster) - 1)
+    began = time.monotonic()
     model: str | None = None
     running: subprocess.Popen[bytes] | None = None
     try:
@@ -187,13 +195,16 @@ def _supervise(
                     if model is None or child.crash_loops:
                         raise _GivenUp(f"{child.name} {death}")
                     _say(f"{child.name} {death}; starting it again")
-                    child.start()
+                    try:
+                        child.start()
+                    except AddressError as error:
+                        raise _GivenUp(str(error)) from error
             if model is None:
                 model, problems = readiness.look()
                 for problem in problems:
                     _say(f"not ready yet: {problem}")
                 if model is not None:
-                    client.close()  # it has no more to ask, and would only see the router go
+                    readiness.close()
                     _say(f"ready at {environment['TWOSTROKE_TARGET']} after {time.monotonic() - began:.1f} s: {model}")
                     if command:
                         running = subprocess.Popen(command, env=environment)
@@ -213,6 +224,7 @@ def _supervise(
 
 def _cluster(config: ServeConfig, listen: str) -> list[Child]:
     router = part("router", RouterConfig, config, {"listen": listen})
+    router.before_start = partial(listening.check, listen)
     roles = ["prefill"] * config.prefill_workers + ["decode"] * config.decode_workers
     workers = []
     for index, role in enumerate(roles):
@@ -255,6 +267,12 @@ def _client(config: ServeConfig, target: str) -> Client:
     )
 
 
+def _answers(router: Child, target: str, config: ServeConfig) -> bool:
+    """Whether it is this router that answers at `target`, and no other."""
+    assert router.process is not None
+    return probe(target, service_of_process(router.process.pid), config) is None
+
+
 def _tls_environment(config: ServeConfig) -> dict[str, str]:
     """What a `twostroke` command needs to call the cluster as its parts do."""
     settings = {field.name: getattr(config, field.name) for field in fields(TlsConfig)}
@@ -262,10 +280,15 @@ def _tls_environment(config: ServeConfig) -> dict[str, str]:
 
 
 def _with_port(listen: str) -> str:
-    """`listen` with port 0 replaced by one that is free: workers must be told the router's port before it runs."""
+    """`listen` with port 0 replaced by one that is free: workers must be told the router's port before it runs.
+
+    Raises:
+        AddressError: the host is not this machine.
+    """
     host, _, port = listen.rpartition(":")
     if port != "0":
         return listen
+    listening.check(listen)
     family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
     with socket.create_server((host.strip("[]"), 0), family=family) as server:
         return f"{host}:{server.getsockname()[1]}"

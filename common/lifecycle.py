@@ -1,6 +1,7 @@
 """How a worker ends: SIGTERM lets running work finish within a limit, Ctrl-C (SIGINT) and a second SIGTERM do not."""
 
 import signal
+import sys
 import time
 from collections.abc import Callable
 from types import FrameType
@@ -8,6 +9,12 @@ from types import FrameType
 import structlog
 
 log = structlog.get_logger(__name__)
+
+
+def end_in_order() -> None:
+    """Until there is a `Lifecycle`, SIGTERM ends the process as Ctrl-C does, by an exception: what is to be done at
+    exit is done, and no pool stays in /dev/shm."""
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
 
 
 class Lifecycle:

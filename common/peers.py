@@ -7,7 +7,7 @@ from typing import Self
 
 import grpc
 
-from common import cluster_secret, tls
+from common import cluster_secret, listening, tls
 from common.addresses import is_unix
 from common.certificates import Certificates
 from common.config import WorkerConfig
@@ -39,17 +39,16 @@ class Peers:
         """Returns the port.
 
         Raises:
-            OSError: the address cannot be listened on.
+            AddressError: the address cannot be listened on.
         """
+        listening.check(address)
         credentials = tls.server_credentials(self.certificates)
         try:
             if credentials is None:
                 return server.add_insecure_port(address)
             return server.add_secure_port(address, credentials)
         except RuntimeError as error:  # which says no more; gRPC's own line before it has the reason
-            raise AddressError(
-                f"cannot listen on {address}: the port is taken, or the host is not this machine"
-            ) from error
+            raise AddressError(f"cannot listen on {address}") from error
 
     def channel(self, target: str, options: Options) -> grpc.aio.Channel:
         """For one connection: a channel that connects anew does so with the certificates of its making."""

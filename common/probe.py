@@ -19,6 +19,12 @@ TIMEOUT_SECONDS = 3
 PLAIN_TEXT = TlsConfig()
 
 
+def service_of_process(pid: int) -> str:
+    """Under this name a router's health speaks for its process alone: who started it can tell it from another one that
+    has its address."""
+    return f"process {pid}"
+
+
 def probe(address: str, service: str, config: TlsConfig = PLAIN_TEXT) -> str | None:
     """None when the service at `address` ("host:port") is serving, else a sentence."""
     credentials, options = tls.channel_credentials(pem.read(config)), tls.channel_options(config)

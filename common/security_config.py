@@ -18,8 +18,8 @@ class TlsConfig:
     """PEM file of the authorities that sign the certificates of what is called. Set: it is called with TLS."""
 
     tls_cert: Path | None = None
-    """PEM file of the own certificate and those between it and its authority. A part that has one serves TLS only;
-    as the caller, it is shown where asked for."""
+    """PEM file of the own certificate and those between it and its authority. A part with one serves TLS only; a
+    caller presents it when asked."""
 
     tls_key: Path | None = None
     """PEM file of the own certificate's private key."""

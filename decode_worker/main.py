@@ -2,8 +2,7 @@
 
 import structlog
 
-from common import garbage, logs, peers, tracing, worker_parts
-from common.lifecycle import Lifecycle
+from common import garbage, lifecycle, logs, peers, tracing, worker_parts
 from common.worker_service import WorkerService
 from decode_worker import graphs
 from decode_worker.config import DecodeConfig
@@ -21,6 +20,7 @@ log = structlog.get_logger(__name__)
 def main(config: DecodeConfig) -> None:
     """Runs until a signal ends it."""
     logs.configure(config.log_format)
+    lifecycle.end_in_order()
     known = peers.of_worker(config)
     spans = tracing.start(config.otlp_endpoint, "twostroke-decode-worker")
     prefills = bool(config.prefill_tokens or config.prefill_overflow_tokens)
@@ -37,14 +37,14 @@ def main(config: DecodeConfig) -> None:
             prompt_runner.capture(config.prefill_chunk_tokens)
         own_prompts = OwnPrompts(parts, prompt_runner, config.prefill_chunk_tokens)
         service = WorkerService(parts.hello, config, known)
-        lifecycle = Lifecycle(lambda: service.set_serving(False), service.wake, config.drain_seconds)
+        life = lifecycle.Lifecycle(lambda: service.set_serving(False), service.wake, config.drain_seconds)
         metrics = DecodeMetrics()
         metrics.serve(config, known.certificates)
         garbage.forget_start()
         service.set_serving(True)
         log.info("decode worker ready", address=service.address, instance=parts.hello.instance)
         try:
-            Engine(parts, service, runner, own_prompts, metrics, spans, config.max_batch).run(lifecycle)
+            Engine(parts, service, runner, own_prompts, metrics, spans, config.max_batch).run(life)
         finally:
             service.stop()
             spans.stop()

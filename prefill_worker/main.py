@@ -2,8 +2,7 @@
 
 import structlog
 
-from common import garbage, logs, peers, tracing, worker_parts
-from common.lifecycle import Lifecycle
+from common import garbage, lifecycle, logs, peers, tracing, worker_parts
 from common.worker_service import WorkerService
 from prefill_worker import graphs
 from prefill_worker.config import PrefillConfig
@@ -18,6 +17,7 @@ log = structlog.get_logger(__name__)
 def main(config: PrefillConfig) -> None:
     """Runs until a signal ends it."""
     logs.configure(config.log_format)
+    lifecycle.end_in_order()
     known = peers.of_worker(config)
     spans = tracing.start(config.otlp_endpoint, "twostroke-prefill-worker")
     passes = graphs.passes(config.max_batch_tokens)
@@ -26,7 +26,7 @@ def main(config: PrefillConfig) -> None:
         runner = Runner(parts)
         runner.capture(config.max_batch_tokens)
         service = WorkerService(parts.hello, config, known)
-        lifecycle = Lifecycle(lambda: service.set_serving(False), service.wake, config.drain_seconds)
+        life = lifecycle.Lifecycle(lambda: service.set_serving(False), service.wake, config.drain_seconds)
         metrics = PrefillMetrics()
         metrics.serve(config, known.certificates)
         garbage.forget_start()
@@ -34,7 +34,7 @@ def main(config: PrefillConfig) -> None:
         log.info("prefill worker ready", address=service.address, instance=parts.hello.instance)
         try:
             engine = Engine(parts, service, runner, metrics, spans, config.max_batch_tokens, config.lease_seconds)
-            engine.run(lifecycle)
+            engine.run(life)
         finally:
             service.stop()
             spans.stop()

@@ -48,7 +48,7 @@ def make(name: str) -> tuple[str, str]:
         SettingsError: the name is none.
     """
     if not NAME.fullmatch(name):
-        raise SettingsError(f"the name of a key has up to 64 letters, digits, - and _, which {name!r} has not")
+        raise SettingsError(f"{name!r} is not a key name: use 1 to 64 letters, digits, - and _")
     key, salt = f"{name}.{secrets.token_urlsafe(KEY_BYTES)}", secrets.token_bytes(SALT_BYTES)
     return key, f'[{name}]\nhash = "blake2b:{salt.hex()}:{_digest(key, salt).hex()}"\n'
 

@@ -1,6 +1,7 @@
 """A router, put together: its services, its links to workers, its metrics."""
 
 import asyncio
+import os
 from collections.abc import Awaitable
 from functools import partial
 
@@ -13,6 +14,7 @@ from common.cluster_secret import SecretInterceptor
 from common.grpc_options import CALLERS
 from common.model_config import ModelConfig
 from common.peers import Peers
+from common.probe import service_of_process
 from router.api_keys import ApiKeys
 from router.auth import KeyInterceptor
 from router.config import RouterConfig
@@ -81,7 +83,8 @@ class Router:
         self._watch()
         config = self._config
         metrics_server.serve(self.metrics.registry, config.listen, config.metrics_port, self._peers.certificates)
-        await self._health.set(REGISTRY, health_pb2.HealthCheckResponse.SERVING)
+        for service in (REGISTRY, service_of_process(os.getpid())):
+            await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
         await self._set_health(self.dispatcher.workers.ready)
         await self._server.start()
         self._spawn(self.registry.run())

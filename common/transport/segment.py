@@ -6,6 +6,7 @@ The owner holds an exclusive flock on the file for as long as it lives; the kern
 that ends. So a lock that can be had tells that the owner is gone, and `sweep` removes what it left.
 """
 
+import atexit
 import fcntl
 import json
 import mmap
@@ -60,7 +61,8 @@ def _body_start(num_blocks: int) -> int:
 
 
 class OwnSegment:
-    """The segment that this process owns: created with all its memory, locked for life, unlinked by `close`."""
+    """The segment that this process owns: created with all its memory, locked for life, unlinked by `close`, or where
+    the process ends in order before that."""
 
     def __init__(self, instance: str, layout: KvLayout, body_bytes: int) -> None:
         """Raises TransportError where /dev/shm has no room for it, or another process of that name exists."""
@@ -72,13 +74,18 @@ class OwnSegment:
         body_start = _body_start(layout.num_blocks)
         size = body_start + body_bytes
         _check_room(size)
-        self._fd = _create_locked(self._path)
+        atexit.register(self._path.unlink, missing_ok=True)  # a signal may end the process at any moment from here on
+        try:
+            self._fd = _create_locked(self._path)
+        except TransportError:  # what is there is another's
+            atexit.unregister(self._path.unlink)
+            raise
         try:
             # Takes the memory now: a sparse file would end this process by SIGBUS on the first page that is not there.
             os.posix_fallocate(self._fd, 0, size)
             self._map = mmap.mmap(self._fd, size)
         except OSError as error:
-            self._path.unlink()
+            self._unlink()
             os.close(self._fd)
             raise TransportError(f"{size >> 20} MiB in {DIRECTORY} cannot be had: {error.strerror}") from error
         self.generations = memoryview(self._map)[HEADER_BYTES : _generations_end(layout.num_blocks)].cast("Q")
@@ -97,10 +104,14 @@ class OwnSegment:
         """Unlinks and unlocks. The mapping goes with the last view of it."""
         if self._fd < 0:
             return
-        self._path.unlink(missing_ok=True)
+        self._unlink()
         fcntl.flock(self._fd, fcntl.LOCK_UN)  # the mapping holds a duplicate of the descriptor, and the lock with it
         os.close(self._fd)
         self._fd = -1
+
+    def _unlink(self) -> None:
+        self._path.unlink(missing_ok=True)
+        atexit.unregister(self._path.unlink)
 
 
 class PeerSegment:

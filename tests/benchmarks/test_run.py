@@ -1,7 +1,9 @@
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -84,6 +86,37 @@ def test_the_command(router: FakeRouter, tmp_path: Path) -> None:
     assert document["summary"]["goodput_share"] == 1.0
     assert document["summary"]["output_tokens_per_second"] == pytest.approx(48 / document["summary"]["seconds"])
     assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_in_which_most_requests_failed_did_not_do_well(router: FakeRouter) -> None:
+    router.api_key = "secret"
+    command = [sys.executable, "-m", "cli.main", "bench", "--requests=2", "--warmup=0", "--target", router.address]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'protos'}"}
+    run = subprocess.run(command, env=environment, cwd=ROOT, check=False, capture_output=True, text=True)
+    assert run.returncode == 1
+    assert "2 UNAUTHENTICATED" in run.stdout
+    assert run.stderr.endswith("twostroke: most requests failed\n")
+
+
+def test_ctrl_c_leaves_the_figures_of_what_had_ended(router: FakeRouter, tmp_path: Path) -> None:
+    router.step_seconds = 0.05
+    command = [sys.executable, "-m", "cli.main", "bench", "--requests=1000", "--concurrency=2", "--warmup=0"]
+    command += ["--output-tokens=4", "--json", str(tmp_path / "run.json"), "--target", router.address]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'protos'}"}
+    with subprocess.Popen(
+        command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        deadline = time.monotonic() + 20
+        while len(router.requests) < 5 and time.monotonic() < deadline:  # then two had ended
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert "TTFT" in output
+    assert errors.endswith("twostroke: interrupted; the figures are of the requests that had ended\n")
+    document = json.loads((tmp_path / "run.json").read_text())
+    assert document["interrupted"]
+    assert 2 <= document["summary"]["requests"] < 1000
 
 
 def test_a_wrong_load_is_a_sentence(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -13,7 +14,8 @@ from pathlib import Path
 import pytest
 from cyclopts import CycloptsError
 
-from cli.main import app, main
+from cli.commands import app
+from cli.main import main
 from tests.protos.fake_router import FakeRouter, serving
 from twostroke.v1 import inference_pb2 as pb
 
@@ -37,7 +39,7 @@ def twostroke(*arguments: str, text: str = "", **environment: str) -> subprocess
 
 def test_help_names_every_command_and_imports_nothing_heavy() -> None:
     program = (
-        "import sys; from cli.main import app; app(['--help'], result_action='return_value');"
+        "import sys; from cli.commands import app; app(['--help'], result_action='return_value');"
         "print('modules:', *sys.modules)"
     )
     command = [sys.executable, "-c", program]
@@ -108,11 +110,29 @@ def test_guides(router: FakeRouter, tmp_path: Path) -> None:
         pb.Guide(json_schema='{"type": "object"}'),
         pb.Guide(regex="[a-z]+"),
     ]
-    file.write_text("[]")
-    for wrong in (file, tmp_path / "nothing"):
-        run = twostroke("generate", "Hello", f"--json-schema={wrong}", TWOSTROKE_TARGET=router.address)
-        assert run.returncode == 2
-        assert "Must name a file that holds a JSON schema" in " ".join((run.stdout + run.stderr).split())
+    twostroke("generate", "Hello", "--choices=yes", "--choices=no", TWOSTROKE_TARGET=router.address)
+    assert router.requests.pop().guide == pb.Guide(choices=pb.Guide.Choices(texts=["yes", "no"]))
+    two = twostroke("generate", "Hello", f"--json-schema={file}", "--regex=a", TWOSTROKE_TARGET=router.address)
+    assert two.returncode == 2
+    assert "one of these, and not several: --json-schema, --regex" in two.stderr
+    assert len(router.requests) == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"[]", "It holds no JSON object, and so no JSON schema"),
+        (b'{\n"a" 1}', "It is no JSON: line 2, column 5: Expecting ':' delimiter"),
+        (b"\xff", "It is no JSON: it is not UTF-8"),
+        (None, "It cannot be read: No such file or directory"),
+    ],
+)
+def test_what_is_wrong_with_a_schema_is_said(tmp_path: Path, content: bytes | None, said: str) -> None:
+    file = tmp_path / "schema.json"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(CycloptsError, match=re.escape(f"for --json-schema. {said}")):
+        app.parse_args(["generate", "Hello", f"--json-schema={file}"], exit_on_error=False, print_error=False)
 
 
 def test_generate_as_json(router: FakeRouter) -> None:
@@ -169,10 +189,75 @@ def test_ctrl_c_at_the_start_is_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(_tokens: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("cli.main.app", interrupted)
+    monkeypatch.setattr("cli.commands.app", interrupted)
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 130
+
+
+@pytest.mark.parametrize(("command", "module", "code"), [("generate", "cyclopts", 130), ("decode-worker", "torch", -2)])
+def test_ctrl_c_during_an_import_is_quiet(command: str, module: str, code: int) -> None:
+    program = (
+        "import os, signal, sys\n"
+        "class Interrupts:\n"
+        "    def find_spec(self, name, *_):\n"
+        f"        if name == {module!r}:\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupts())\n"
+        f"from cli.main import main; main({command!r})"
+    )
+    run = subprocess.run([sys.executable, "-c", program], env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True)
+    assert (run.returncode, run.stdout, run.stderr) == (code, "", "")
+
+
+def test_output_that_nobody_reads_ends_the_request(router: FakeRouter) -> None:
+    router.step_seconds = 0.01
+    command = [sys.executable, "-m", "cli.main", "generate", "Hello", "--max-tokens=1000", "--target", router.address]
+    with subprocess.Popen(command, env=ENVIRONMENT, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
+        assert run.stdout is not None
+        assert run.stderr is not None
+        assert run.stdout.read(3) == b"t0 "
+        run.stdout.close()
+        assert run.stderr.read() == b""
+    assert run.returncode == 128 + signal.SIGPIPE
+    assert router.cancelled.wait(timeout=5)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+@pytest.mark.parametrize("json", [(), ("--json",)])
+def test_output_that_cannot_be_written_is_a_sentence(router: FakeRouter, json: tuple[str, ...]) -> None:
+    command = [sys.executable, "-m", "cli.main", "generate", "Hello", *json, "--target", router.address]
+    with open("/dev/full", "w") as full:
+        run = subprocess.run(command, env=ENVIRONMENT, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert run.stderr == "twostroke: No space left on device\n"
+    assert run.returncode == 1
+
+
+def test_an_answer_that_does_not_end_in_time_ends_its_line(router: FakeRouter) -> None:
+    router.stalls_after = 2
+    run = twostroke("generate", "Hello", "--timeout=0.5", TWOSTROKE_TARGET=router.address)
+    assert (run.returncode, run.stdout) == (1, "t0 t1 \n")
+    assert run.stderr == "twostroke: DEADLINE_EXCEEDED: no end within --timeout 0.5 s\n"
+
+
+def test_nothing_is_not_asked(router: FakeRouter) -> None:
+    for arguments in (["generate", ""], ["generate", "-"], ["generate", " \n"], ["generate", "", "--raw"]):
+        run = twostroke(*arguments, TWOSTROKE_TARGET=router.address)
+        assert (run.returncode, run.stderr) == (2, "twostroke: there is nothing to ask: the prompt is empty\n")
+    assert router.requests == []
+
+
+def test_standard_input_must_be_utf_8(router: FakeRouter) -> None:
+    command = [sys.executable, "-m", "cli.main", "generate", "-", "--target", router.address]
+    run = subprocess.run(command, env=ENVIRONMENT, cwd=ROOT, input=b"\xff\xfe", capture_output=True)
+    assert (run.returncode, run.stderr) == (2, b"twostroke: standard input is not UTF-8\n")
+    assert router.requests == []
+
+
+def test_who_has_no_key_is_told_how_to_give_one(router: FakeRouter) -> None:
+    router.api_key = "secret"
+    run = twostroke("generate", "Hello", TWOSTROKE_TARGET=router.address)
+    assert run.stderr == "twostroke: UNAUTHENTICATED: the API key is wrong; set --api-key or TWOSTROKE_API_KEY\n"
 
 
 def test_errors_are_sentences() -> None:

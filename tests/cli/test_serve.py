@@ -1,6 +1,7 @@
 import dataclasses
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,22 +13,30 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import pytest
 
+from cli.readiness import Readiness
 from cli.serve import ServeConfig, _reachable, _with_port, part
+from common.probe import probe, service_of_process
 from decode_worker.config import DecodeConfig
 from prefill_worker.config import PrefillConfig
 from router.config import RouterConfig
+from tests.protos.fake_router import FakeRouter, serving
 from twostroke import Client
+from twostroke.v1 import inference_pb2 as pb
 
 ROOT = Path(__file__).parents[2]
 PARTS = ("router", "prefill_worker", "decode_worker")
+
+TWO_READY = pb.GetLoadResponse(workers=[pb.WorkerLoad(ready=True), pb.WorkerLoad(ready=True)])
 
 # What `serve` decides for its parts.
 DECIDED = {"insecure", "listen", "advertise", "router", "prefill", "decode", "device"}
 
 
 @contextmanager
-def serve(folder: Path, *command: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
-    arguments = [sys.executable, "tests/cli/serve_fakes.py", "--listen=127.0.0.1:0", f"--model={folder}"]
+def serve(
+    folder: Path, *command: str, listen: str = "127.0.0.1:0", **environment: str
+) -> Iterator[subprocess.Popen[str]]:
+    arguments = [sys.executable, "tests/cli/serve_fakes.py", f"--listen={listen}", f"--model={folder}"]
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'protos'}"} | environment
     process = subprocess.Popen(
         [*arguments, *(("--", *command) if command else ())],
@@ -72,6 +81,17 @@ def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
     return held
 
 
+def taken(host: str, port: int, seconds: float = 10.0) -> socket.socket:
+    """Listens there as soon as whoever has the port is gone."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return socket.create_server((host, port))
+        except OSError:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0", "[::1]", "[::]"])
 def test_port_0_becomes_a_free_one_that_the_parts_can_reach(host: str) -> None:
     try:
@@ -82,6 +102,37 @@ def test_port_0_becomes_a_free_one_that_the_parts_can_reach(host: str) -> None:
         pytest.skip("this machine has no IPv6")
     assert int(listen.removeprefix(f"{host}:")) > 0
     assert _reachable(listen).startswith("127.0.0.1:" if host in ("0.0.0.0", "[::]") else f"{host}:")
+
+
+@pytest.mark.parametrize("command", [(), ("echo", "never")])
+def test_an_address_that_another_router_has_is_not_used(tmp_path: Path, command: tuple[str, ...]) -> None:
+    with serving(FakeRouter(load=TWO_READY)) as other, serve(tmp_path, *command, listen=other.address) as process:
+        output, errors = process.communicate(timeout=30)
+    assert (process.returncode, output) == (1, "")
+    assert errors == f"twostroke serve: cannot listen on {other.address}: the port is taken\n"
+    assert list(tmp_path.iterdir()) == []  # no part was started
+
+
+def test_no_other_router_tells_that_it_is_ready() -> None:
+    with serving(FakeRouter(load=TWO_READY)) as router, Client(router.address) as client:
+        assert Readiness(client, 2, lambda: False).look() == (None, [])
+        assert Readiness(client, 2, lambda: True).look() == ("fake", [])
+        assert probe(router.address, service_of_process(os.getpid())) is None
+        assert probe(router.address, service_of_process(os.getppid())) is not None
+
+
+def test_a_router_whose_port_was_taken_is_not_started_again(tmp_path: Path) -> None:
+    with serve(tmp_path) as process:
+        address = line_with(process, "ready at").partition("ready at ")[2].split()[0]
+        process.send_signal(signal.SIGSTOP)
+        os.kill(pid_of(tmp_path, "router"), signal.SIGKILL)
+        host, _, port = address.rpartition(":")
+        with taken(host, int(port)):
+            process.send_signal(signal.SIGCONT)
+            assert line_with(process, "giving up") == (
+                f"twostroke serve: cannot listen on {address}: the port is taken; giving up\n"
+            )
+            assert process.wait(timeout=10) == 1
 
 
 def test_ready_when_it_says_so_and_one_ctrl_c_stops_all(tmp_path: Path) -> None:
@@ -225,7 +276,7 @@ def test_flags_are_passed_on_to_who_knows_them() -> None:
     router = part("router", RouterConfig, config, {"listen": "a:1"})
     worker = part("decode_worker", DecodeConfig, config, {"listen": "b:0", "device": "cuda:1"})
     assert router.command[1:3] == ["-m", "router"]
-    assert set(router.command[3:]) == {"--listen=a:1", "--model=m", "--max-queue=2"}
+    assert set(router.command[3:]) == {"--listen=a:1", "--model=m", "--max-queue=2", "--worker-grace=30.0"}
     assert set(worker.command[3:]) == {"--listen=b:0", "--model=m", "--max-batch=4", "--device=cuda:1"}
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from cyclopts import CycloptsError
 
-from cli.main import app
+from cli.commands import app
 
 ROOT = Path(__file__).parents[2]
 

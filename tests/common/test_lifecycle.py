@@ -7,6 +7,12 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
+from common.transport import segment
+from tests.e2e.soak.holdings import mapped_segments
+from tests.router import models
+
 ROOT = Path(__file__).parents[2]
 
 LOGS_WITHOUT_END = """
@@ -19,6 +25,20 @@ lifecycle = Lifecycle(lambda: None, lambda: None, drain_seconds=5.0)
 print("ready", flush=True)
 while not lifecycle.over(idle=True):
     get_logger("worker").info("a line")
+"""
+
+# A worker that gets no further than to what comes after its pool.
+STARTS_WITHOUT_END = """
+import sys, time
+from common import worker_parts
+
+def load_guided(*_):
+    print("has its pool", flush=True)
+    time.sleep(60)
+
+worker_parts.load_guided = load_guided
+from cli.main import main
+main(sys.argv.pop(1))
 """
 
 
@@ -39,6 +59,34 @@ def test_a_signal_ends_a_worker_that_is_logging() -> None:
         log = worker.communicate(timeout=10)[1]
         assert '"event": "draining"' in log.splitlines()[-1]
         assert worker.returncode == 0
+    finally:
+        worker.kill()
+        worker.communicate()
+
+
+@pytest.mark.parametrize(
+    ("role", "number"),
+    [("prefill-worker", signal.SIGTERM), ("decode-worker", signal.SIGTERM), ("decode-worker", signal.SIGINT)],
+)
+def test_a_worker_that_is_stopped_while_it_starts_leaves_no_pool(
+    tmp_path: Path, role: str, number: signal.Signals
+) -> None:
+    models.write(tmp_path, models.byte_level())
+    flags = [f"--model={tmp_path}", "--load-format=dummy", "--device=cpu", "--num-blocks=64", "--threads=1"]
+    worker = subprocess.Popen(
+        [sys.executable, "-c", STARTS_WITHOUT_END, role, *flags],
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'protos'}"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    try:
+        assert worker.stdout is not None
+        assert "has its pool\n" in worker.stdout
+        (pool,) = mapped_segments(worker.pid)
+        worker.send_signal(number)
+        assert worker.wait(timeout=10) == 128 + number
+        assert not (segment.DIRECTORY / pool).exists()
     finally:
         worker.kill()
         worker.communicate()

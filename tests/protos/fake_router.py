@@ -1,6 +1,7 @@
 """A router without a model: real gRPC on loopback, made-up tokens. For tests of what talks to a router."""
 
 import asyncio
+import os
 import threading
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import Future
@@ -11,6 +12,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from common.probe import service_of_process
 from twostroke.v1 import inference_pb2 as pb
 from twostroke.v1 import inference_pb2_grpc
 
@@ -153,6 +155,7 @@ def serving(
         health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
         port = server.add_secure_port(listen, tls) if tls else server.add_insecure_port(listen)
         await servicer.set(SERVICE, health_pb2.HealthCheckResponse.NOT_SERVING)
+        await servicer.set(service_of_process(os.getpid()), health_pb2.HealthCheckResponse.SERVING)
         await server.start()
         started.set_result(f"127.0.0.1:{port}")
         await asyncio.sleep(ready_after)

@@ -45,7 +45,7 @@ def test_what_is_not_quite_a_key_is_nobodys(path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["", "a b", "a.b", "a" * 65, "ä", "a\n"])
 def test_a_name_is_simple(name: str) -> None:
-    with pytest.raises(SettingsError, match="up to 64 letters"):
+    with pytest.raises(SettingsError, match="is not a key name: use 1 to 64 letters"):
         make(name)
 
 

@@ -17,12 +17,13 @@ from dataclasses import dataclass
 
 import grpc
 import structlog
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from common.addresses import ANY_HOST, is_unix, with_port
 from common.cluster_secret import SecretInterceptor
 from common.config import WorkerConfig
 from common.grpc_options import PEERS
+from common.health import Health
 from common.own_address import way_to
 from common.peers import Peers, only_local
 from twostroke.v1 import worker_pb2 as pb
@@ -80,7 +81,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         self._connections: dict[int, _Unsent] = {}
         self._next_connection = 0
         self._refusals: dict[str, set[str]] = {}  # by router: its reasons, each of which is told once
-        self._health = health.aio.HealthServicer()
+        self._health = Health()
         self._serving = self._hangs = self._stopped = False
         self._healthy: bool | None = None  # as health says it now
         self._turn_at = time.monotonic()

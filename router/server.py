@@ -12,6 +12,7 @@ from grpc_reflection.v1alpha import reflection
 from common import metrics_server, tracing
 from common.cluster_secret import SecretInterceptor
 from common.grpc_options import CALLERS
+from common.health import Health
 from common.model_config import ModelConfig
 from common.peers import Peers
 from common.probe import service_of_process
@@ -74,7 +75,7 @@ class Router:
         self._server = grpc.aio.server(options=OPTIONS, interceptors=self._interceptors())
         inference_pb2_grpc.add_InferenceServicer_to_server(self.service, self._server)
         worker_pb2_grpc.add_RegistryServicer_to_server(RegistryService(self.registry), self._server)
-        self._health = health.aio.HealthServicer()
+        self._health = Health()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection(
             (INFERENCE, REGISTRY, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server

@@ -13,7 +13,6 @@ from common.model_files import EMBEDDED, resolve
 
 @cache
 def reference_model(directory: Path) -> Any:
-    torch.set_num_threads(1)
     return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
 
 

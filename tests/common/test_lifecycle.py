@@ -42,14 +42,18 @@ main(sys.argv.pop(1))
 """
 
 
-def test_a_signal_ends_a_worker_that_is_logging() -> None:
-    worker = subprocess.Popen(
-        [sys.executable, "-c", LOGS_WITHOUT_END],
+def started(program: str, *arguments: str, stderr: int) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", program, *arguments],
         env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'protos'}"},
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=stderr,
         text=True,
     )
+
+
+def test_a_signal_ends_a_worker_that_is_logging() -> None:
+    worker = started(LOGS_WITHOUT_END, stderr=subprocess.PIPE)
     try:
         assert worker.stdout is not None
         assert worker.stdout.readline() == "ready\n"
@@ -73,13 +77,7 @@ def test_a_worker_that_is_stopped_while_it_starts_leaves_no_pool(
 ) -> None:
     models.write(tmp_path, models.byte_level())
     flags = [f"--model={tmp_path}", "--load-format=dummy", "--device=cpu", "--num-blocks=64", "--threads=1"]
-    worker = subprocess.Popen(
-        [sys.executable, "-c", STARTS_WITHOUT_END, role, *flags],
-        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'protos'}"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
+    worker = started(STARTS_WITHOUT_END, role, *flags, stderr=subprocess.DEVNULL)
     try:
         assert worker.stdout is not None
         assert "has its pool\n" in worker.stdout

@@ -1,5 +1,7 @@
 """Products that stream their weight, against float32; the layers that they are of are in tests/kernels."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,7 @@ if not torch.cuda.is_available():
 if torch.cuda.get_device_capability()[0] != 9:
     pytest.skip("no Hopper GPU: its matrix units' instructions are what this is written in", allow_module_level=True)
 
+from common.graph_capture import capture
 from kernels import triton_launch, triton_linear
 from kernels.streamed_linear import MAX_ROWS, streamed_linear, suits_stream
 from kernels.triton_launch import multiprocessors
@@ -40,6 +43,13 @@ def check_gated(x: Tensor, w: Tensor) -> None:
     assert suits_stream(x, w, gated=True)
     gate, up = F.linear(x.float(), w.float()).chunk(2, dim=1)
     assert_close(streamed_linear(x, w, gated=True), F.silu(gate) * up)
+
+
+def check_replays(work: Callable[[], Tensor], expected: Tensor) -> None:
+    graph, captured = capture(work, torch.cuda.graph_pool_handle())
+    for _ in range(200):
+        graph.replay()
+        assert torch.equal(captured, expected)
 
 
 # One tile or many; of 64 and of 128 rows, with ends; split in 1, 2, 4 and 8, also where parts are unequal or empty;
@@ -120,12 +130,7 @@ def test_a_chain_of_launches_in_a_graph_always_gives_the_same() -> None:
     first = chain()
     error = (first.float() - reference()).norm() / reference().norm()
     assert error < 3e-2
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = chain()
-    for _ in range(200):
-        graph.replay()
-        assert torch.equal(captured, first)
+    check_replays(chain, first)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 9, 40])
@@ -147,13 +152,7 @@ def test_layers_are_the_same_with_and_without_early_starts(rows: int, monkeypatc
     monkeypatch.setattr(triton_launch, "enabled", False)
     expected = layers()
     monkeypatch.setattr(triton_launch, "enabled", True)
-    layers()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = layers()
-    for _ in range(200):
-        graph.replay()
-        assert torch.equal(captured, expected)
+    check_replays(layers, expected)
 
 
 def test_what_does_not_suit() -> None:

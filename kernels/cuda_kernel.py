@@ -6,21 +6,20 @@ clusters nor dependents (`kernels.triton_launch`)."""
 import ctypes
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from cuda.bindings import driver, nvrtc
 from torch import Tensor
 
-from kernels import triton_launch
+from kernels import cuda_source, triton_launch
 
 
 class CudaKernel:
     """A function of a file, for one device."""
 
     def __init__(
-        self, source: Path, name: str, macros: Mapping[str, int], shared_bytes: int, device: torch.device
+        self, source: str, name: str, macros: Mapping[str, int], shared_bytes: int, device: torch.device
     ) -> None:
         """
         Raises:
@@ -85,17 +84,17 @@ def _tensor_map(
     )
 
 
-def _compiled(source: Path, macros: Mapping[str, int], device: torch.device) -> bytes:
+def _compiled(source: str, macros: Mapping[str, int], device: torch.device) -> bytes:
     major, minor = torch.cuda.get_device_capability(device)
     options = [f"-arch=sm_{major}{minor}a", "-std=c++17", "-default-device"]
     options += [f"-D{name}={value}" for name, value in macros.items()]
-    program = _checked(nvrtc.nvrtcCreateProgram(source.read_bytes(), source.name.encode(), 0, [], []))
+    program = _checked(nvrtc.nvrtcCreateProgram(cuda_source.read(source).encode(), source.encode(), 0, [], []))
     try:
         result = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
         if result[0] != nvrtc.nvrtcResult.NVRTC_SUCCESS:
             log = bytes(_checked(nvrtc.nvrtcGetProgramLogSize(program)))
             _checked(nvrtc.nvrtcGetProgramLog(program, log))
-            raise RuntimeError(f"{source.name} cannot be compiled: {log.rstrip(bytes(1)).decode(errors='replace')}")
+            raise RuntimeError(f"{source} cannot be compiled: {log.rstrip(bytes(1)).decode(errors='replace')}")
         binary = bytes(_checked(nvrtc.nvrtcGetCUBINSize(program)))
         _checked(nvrtc.nvrtcGetCUBIN(program, binary))
         return binary

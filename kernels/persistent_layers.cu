@@ -22,10 +22,6 @@
 // Macros, all numbers: HIDDEN INTERMEDIATE KV_HEADS GROUP HEAD_DIM PIECES BLOCK_SIZE TILE_BYTES SHARED_BYTES, and 0 or
 // 1: QK_NORM HAS_QKV_BIAS HAS_OUTPUT_BIAS. Weights and activations are bfloat16, their sums float32.
 
-using u16 = unsigned short;
-using u32 = unsigned int;
-using u64 = unsigned long long;
-
 constexpr int PROGRAMS = KV_HEADS * PIECES, WARPS = 8, THREADS = 32 * WARPS;      // the producer is a ninth warp
 constexpr int HEAD_QKV = (GROUP + 2) * HEAD_DIM, HEAD_INPUTS = GROUP * HEAD_DIM;  // rows and columns of one KV head
 constexpr int IN_FLIGHT = (32 << 10) / TILE_BYTES;  // tiles; more under way delays the words that programs wait for
@@ -153,24 +149,6 @@ struct Place {  // in the ring
     }
 };
 
-__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-__device__ __forceinline__ void init(u64* barrier, u32 count) {
-    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count));
-}
-__device__ __forceinline__ void expect(u64* barrier, u32 bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
-                 : "memory");
-}
-__device__ __forceinline__ void arrive(u64* barrier) {
-    asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
-}
-__device__ __forceinline__ void wait(u64* barrier, u32 parity) {
-    asm volatile(
-        "{\n.reg .pred done;\nagain%=:\nmbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n@!done bra again%=;\n}" ::
-            "r"(shared_address(barrier)),
-        "r"(parity)
-        : "memory");
-}
 __device__ __forceinline__ void load(void* to, u64 from, u32 bytes, u64* barrier) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
                      shared_address(to)),

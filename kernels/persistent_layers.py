@@ -10,17 +10,16 @@ the size of the code.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import e, log2
-from pathlib import Path
 
 import cupy
 import numpy as np
 import torch
 from torch import Tensor
 
+from kernels import cuda_source
 from kernels.ops import LayerTensors
 from kernels.triton_launch import is_hopper_or_later, multiprocessors, shared_bytes
 
-_SOURCE = Path(__file__).with_suffix(".cu")
 _THREADS = 288
 _TILE_BYTES = 16 << 10
 _SHARED_BYTES = 200 << 10  # that leave a ring worth having
@@ -162,7 +161,7 @@ def _compiled(shape: _Shape, layer: LayerTensors, device: torch.device) -> cupy.
     }
     with cupy.cuda.Device(device.index):
         kernel = cupy.RawKernel(
-            _SOURCE.read_text(),
+            cuda_source.read("persistent_layers.cu"),
             "persistent_layers",
             options=("-std=c++17", *(f"-D{name}={value}" for name, value in macros.items())),
             enable_cooperative_groups=True,  # all programs of a launch are there at once, or none is

@@ -11,10 +11,6 @@
 //
 // Macros, all numbers: TOKENS (8, 16, 32 or 64) WARPGROUPS SPLITS STAGES, and 0 or 1: GATED FLOAT16 (else bfloat16).
 
-using u16 = unsigned short;
-using u32 = unsigned int;
-using u64 = unsigned long long;
-
 constexpr int larger(int a, int b) { return a > b ? a : b; }
 constexpr int STEP = 64;                        // inputs of a stage: what a row of it has, 128 bytes, is swizzled as one
 constexpr int ROWS = 64 * WARPGROUPS, OUTPUTS = GATED ? ROWS / 2 : ROWS;
@@ -30,24 +26,6 @@ struct alignas(64) TensorMap {
 
 // ---- barriers
 
-__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-__device__ __forceinline__ void init(u64* barrier, u32 count) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count));
-}
-__device__ __forceinline__ void expect(u64* barrier, u32 bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
-                 : "memory");
-}
-__device__ __forceinline__ void arrive(u64* barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
-}
-__device__ __forceinline__ void wait(u64* barrier, u32 parity) {
-    asm volatile(
-        "{\n.reg .pred done;\nagain%=:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-        "@!done bra again%=;\n}" ::"r"(shared_address(barrier)),
-        "r"(parity)
-        : "memory");
-}
 __device__ __forceinline__ void sync_consumers() { asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory"); }
 __device__ __forceinline__ void sync_cluster() {
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");

@@ -11,7 +11,6 @@ kernel waits.
 import ctypes
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import torch
 import triton
@@ -21,7 +20,6 @@ from kernels.cuda_kernel import CudaKernel, tensor_map
 from kernels.triton_launch import is_hopper, multiprocessors, shared_bytes
 
 MAX_ROWS = 64
-_SOURCE = Path(__file__).with_suffix(".cu")
 _DTYPES = (torch.bfloat16, torch.float16)
 _STEP = 64  # inputs of a stage
 _TILE = 64  # rows of the weight that four warps multiply
@@ -105,7 +103,7 @@ def _kernel(plan: _Plan, gated: bool, dtype: torch.dtype, device: torch.device) 
         "GATED": int(gated),
         "FLOAT16": int(dtype == torch.float16),
     }
-    return CudaKernel(_SOURCE, "streamed_linear", macros, plan.shared_bytes, device)
+    return CudaKernel("streamed_linear.cu", "streamed_linear", macros, plan.shared_bytes, device)
 
 
 def streamed_linear(

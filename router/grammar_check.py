@@ -40,14 +40,20 @@ class GrammarCheck:
         self._process: BaseProcess | None = None
 
     def __call__(self, text: str) -> None:
-        """Raises GrammarError."""
+        """
+        Raises:
+            GrammarError: nothing can follow it.
+            RuntimeError: the process cannot be started, which says nothing of the grammar.
+        """
+        if self._process is not None and not self._process.is_alive():
+            self._end()  # it was killed while it waited: no grammar's fault
         if self._process is None:
             self._begin()
         try:
             self._pipe.send(text)
             problem = self._pipe.recv()
         except (EOFError, OSError):
-            raise GrammarError(self._ended()) from None
+            raise GrammarError(_what_ended_it(self._end())) from None
         if problem:
             raise GrammarError(problem)
 
@@ -60,19 +66,28 @@ class GrammarCheck:
         process.start()
         theirs.close()
         self._process = process
-        if problem := self._pipe.recv():
-            self._ended()
+        try:
+            problem = self._pipe.recv()
+        except (EOFError, OSError) as error:
+            raise RuntimeError(f"the process that checks grammars ended at its start, with {self._end()}") from error
+        if problem:
+            self._end()
             raise NoGuidesError(problem)
 
-    def _ended(self) -> str:
-        """Why there is no process any more."""
+    def _end(self) -> int | None:
+        """Waits for the process to end, which it does once its pipe is closed; returns its exit code."""
         process, self._process = self._process, None
         self._pipe.close()
         assert process is not None
         process.join()
-        if process.exitcode == -signal.SIGPROF:
-            return f"it takes more than {SECONDS:g} seconds to compile"
-        return "it is too deeply nested, or too large, to be compiled"
+        return process.exitcode
+
+
+def _what_ended_it(exit_code: int | None) -> str:
+    """What is wrong with the grammar at which the process ended."""
+    if exit_code == -signal.SIGPROF:
+        return f"it takes more than {SECONDS:g} seconds to compile"
+    return "it is too deeply nested, or too large, to be compiled"
 
 
 def _serve(pipe: Connection, directory: Path, model: ModelConfig, seconds: float) -> None:

@@ -47,12 +47,16 @@ class Guides:
         grammar = grammar_of(guide)
         if grammar not in self._checked and self._checked.waiting >= MAX_WAITING:
             raise CallError(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many guides wait to be compiled; try again later")
+        checked = self._checked.get(grammar)
         try:
-            await asyncio.shield(asyncio.wrap_future(self._checked.get(grammar)))
+            await asyncio.shield(asyncio.wrap_future(checked))
         except NoGuidesError as error:
             raise InvalidArgument("guide", f"answers of this model cannot be guided: {error}") from error
         except GrammarError as error:
             raise InvalidArgument(f"guide.{guide.WhichOneof('kind')}", str(error)) from error
+        except Exception:  # a fault of the router's: the next one who asks need not meet it again
+            self._checked.forget(grammar, checked)
+            raise
         return grammar
 
 

@@ -139,6 +139,29 @@ async def test_what_takes_the_library_for_ever_is_refused(model: Path, monkeypat
     await checked.grammar(pb.Guide(json_object=True))
 
 
+async def test_a_process_that_was_killed_is_held_against_no_grammar(model: Path) -> None:
+    check = GrammarCheck(model, load_config(model))
+    check(LLMatcher.grammar_from_regex("a"))
+    process = check._process
+    assert process is not None
+    process.kill()
+    process.join()
+    check(LLMatcher.grammar_from_regex("b"))
+
+
+def end_at_once(*_: object) -> None:
+    """In place of a process that answers."""
+
+
+async def test_a_process_that_cannot_start_is_tried_again(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked = Guides(model, load_config(model))
+    with monkeypatch.context() as broken:
+        broken.setattr(grammar_check, "_serve", end_at_once)
+        with pytest.raises(RuntimeError, match="ended at its start"):
+            await checked.grammar(pb.Guide(regex="a"))
+    await checked.grammar(pb.Guide(regex="a"))
+
+
 @pytest.mark.parametrize(
     ("stopping", "field"), [({"ignore_eos": True}, "stopping.ignore_eos"), ({"min_tokens": 1}, "stopping.min_tokens")]
 )

@@ -83,18 +83,24 @@ class Dispatcher:
             self._queue.push(request)
         self.dispatch()
 
-    def drop(self, request: Request) -> None:
-        """The client went, or has all it wants. The workers hear of it with the next message."""
-        if request.state is State.QUEUED:
+    def drop(self, requests: Iterable[Request]) -> None:
+        """The client went, or has all it wants of these. The workers hear of it with the next message; what comes free
+        there goes to others, and not to those of these that wait."""
+        makes_room = False
+        for request in requests:
+            if request.state is State.QUEUED:
+                self._take_out(request)
+            elif request.state is State.DISPATCHED:
+                attempt = request.attempt
+                assert attempt is not None
+                if attempt.decode is not None and attempt.decoding_since is not None:
+                    blame.did_well(attempt.decode, attempt)  # as far as anybody wanted to know
+                self._close(attempt, "dropped")
+                makes_room = True
+            else:
+                continue
             request.state = State.DROPPED
-            self._take_out(request)
-        elif request.state is State.DISPATCHED:
-            attempt = request.attempt
-            assert attempt is not None
-            if attempt.decode is not None and attempt.decoding_since is not None:
-                blame.did_well(attempt.decode, attempt)  # as far as anybody wanted to know
-            self._close(attempt, "dropped")
-            request.state = State.DROPPED
+        if makes_room:
             self.dispatch()
 
     # ------------------------------------------------------------ to workers

@@ -142,15 +142,14 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                             continue
                         delta, finish = answer.advance()
                         if finish is not None:
-                            self._dispatcher.drop(choice)
+                            self._dispatcher.drop([choice])
                             unfinished -= 1
                             finishes.append(finish)
                             self._answered += 1
                             _log_finish(choice.index, finish)
                         yield pb.GenerateChunk(index=choice.index, delta=delta, finish=finish)
             finally:
-                for choice in requests:
-                    self._dispatcher.drop(choice)
+                self._dispatcher.drop(requests)
                 output_tokens = sum(answer.tokens for answer in answers)
                 self._metrics.output_tokens.inc(output_tokens)
                 caller.spend(output_tokens)

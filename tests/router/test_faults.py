@@ -126,6 +126,17 @@ async def test_one_choice_of_several_that_fails_ends_the_others(model: Path) -> 
 # ---------------------------------------------------------------- a worker says no
 
 
+async def test_a_cancel_sends_none_of_the_choices_that_wait(model: Path) -> None:
+    """To the room that the others have left."""
+    small = FakeWorker(DECODE, Script(stop_after=3), num_blocks=8, max_length=64)
+    async with cluster(model, decodes=[small]) as it:
+        call = it.stub.Generate(request(n=8))
+        await eventually(lambda: len(small.running) == 4 and it.router.dispatcher.queued == 4)
+        call.cancel()
+        await eventually(it.nothing_held)
+        assert len(small.reserves) == len(it.prefills[0].prefills) == 4
+
+
 async def test_a_refused_reservation_waits_for_room(model: Path) -> None:
     async with cluster(model, decodes=[Script(refuse=2)]) as it:
         choice = (await it.generate()).choices[0]

@@ -132,19 +132,18 @@ class Engine:
         self._own_prompts.drop(sequence)
         self._loop.drop(sequence)
 
-    def _reject(self, sequence: Sequence, problem: str) -> None:
-        self._attempts.end(
-            sequence.connection, sequence.attempt_id, pb.Ended.CAUSE_REJECTED, problem, sequence.spec.request_id
-        )
+    def _end(self, sequence: Sequence, cause: "pb.Ended.Cause.ValueType", detail: str = "") -> None:
+        """Tells the router of a sequence that is out already."""
+        self._attempts.end(sequence.connection, sequence.attempt_id, cause, detail, sequence.spec.request_id)
 
     def _started(self, connection: int, start: pb.Start) -> Sequence | None:
         sequence = self._scheduler.get(start.attempt_id)
         if sequence is None or sequence.state is not State.RESERVED:
             return None
         problem = self._problem(sequence, start)
-        if problem is not None:
+        if problem is not None:  # the workers', or the router's: the request is as good elsewhere
             self._drop(sequence)
-            self._reject(sequence, problem)
+            self._end(sequence, pb.Ended.CAUSE_FAILED, problem)
             return None
         sequence.state = State.PULLING
         sequence.tokens.append(start.first_token)
@@ -173,9 +172,7 @@ class Engine:
                 cause = pb.Ended.CAUSE_LEASE_LOST if pulled.lease_lost else pb.Ended.CAUSE_FAILED
                 self._trace_transfer(pulled)
                 self._loop.drop(sequence)
-                self._attempts.end(
-                    sequence.connection, sequence.attempt_id, cause, pulled.problem, sequence.spec.request_id
-                )
+                self._end(sequence, cause, pulled.problem)
             else:
                 self._measure(pulled)
                 self._trace_transfer(pulled)
@@ -194,7 +191,7 @@ class Engine:
                 self._start(sequence)
             else:
                 self._drop(sequence)
-                self._reject(sequence, first.problem)
+                self._end(sequence, pb.Ended.CAUSE_REJECTED, first.problem)
         self._service.flush()
 
     def _announce(self, sequence: Sequence, first: FirstToken) -> None:
@@ -228,7 +225,7 @@ class Engine:
             return
         sequence.running_since = time.monotonic()
         if not self._loop.start(sequence):
-            self._attempts.end(sequence.connection, sequence.attempt_id, pb.Ended.CAUSE_FINISHED)
+            self._end(sequence, pb.Ended.CAUSE_FINISHED)
 
     def _take_in(self, sequence: Sequence) -> int:
         """Counts a prompt that is here; returns its tokens that were here already."""
@@ -273,13 +270,13 @@ class Engine:
             self._tell_tokens(step)
         for sequence in turn.finished:
             self._trace_decode(sequence, "finished")
-            self._attempts.end(sequence.connection, sequence.attempt_id, pb.Ended.CAUSE_FINISHED)
+            self._end(sequence, pb.Ended.CAUSE_FINISHED)
         for sequence in turn.preempted:
             self._trace_decode(sequence, "preempted")
-            self._attempts.end(sequence.connection, sequence.attempt_id, pb.Ended.CAUSE_PREEMPTED)
+            self._end(sequence, pb.Ended.CAUSE_PREEMPTED)
         for sequence, problem in turn.failed:
             self._trace_decode(sequence, "failed")
-            self._reject(sequence, problem)
+            self._end(sequence, pb.Ended.CAUSE_REJECTED, problem)
 
     def _tell_tokens(self, step: StepTokens) -> None:
         self._metrics.batch_sequences.observe(len(step.sequences))

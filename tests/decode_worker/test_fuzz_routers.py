@@ -113,6 +113,19 @@ def plausible(field: FieldDescriptor) -> st.SearchStrategy[Any] | None:
     return None
 
 
+@pytest.mark.parametrize("field", ["block_ids", "generations"])
+def test_a_hand_over_that_contradicts_itself_is_not_the_requests_fault(loaded: LoadedModel, field: str) -> None:
+    """A worker's, or the router's: it may be resumed, and is not refused."""
+    one = OneWorker(worker_parts(loaded, 40, BLOCK))
+    attempt = one.ask(spec(PROMPT, 20, temperature=0, block_size=BLOCK), prefills=False)
+    (start,) = valid().starts
+    start.attempt_id = attempt
+    del getattr(start.kv, field)[-1]
+    one._wire.to_worker.append(Received(ROUTER, pb.RouterMessage(starts=[start])))
+    one.finish()
+    assert one.ended == {attempt: pb.Ended.CAUSE_FAILED}
+
+
 @pytest.mark.parametrize("path", FIELDS, ids=[str(path) for path in FIELDS])
 def test_any_value_of_a_field(
     send_to_decode: Callable[[list[pb.RouterMessage]], None],

@@ -57,13 +57,15 @@ def bench(
                 raise
             interrupted = True
         model, records = measured.model, measured.records
+        if not records:
+            raise SystemExit("twostroke: no request was due within --duration")
         summary = summarize(records, limits)
         Console().print(as_table(summary))
-    if json:
-        document = as_json(load, limits, model, records, summary) | {"interrupted": interrupted}
-        json.write_text(json_format.dumps(document, indent=1))
-    if plot_file:
-        plot(records, f"{model}, {_words(load)}", plot_file)
+        if json:
+            document = as_json(load, limits, model, records, summary) | {"interrupted": interrupted}
+            json.write_text(json_format.dumps(document, indent=1))
+        if plot_file:
+            plot(records, f"{model}, {_words(load)}", plot_file)
     if interrupted:
         print("twostroke: interrupted; the figures are of the requests that had ended", file=sys.stderr)
         raise SystemExit(130)

@@ -149,7 +149,8 @@ def errors_as_exit(timeout: float | None = None) -> Iterator[None]:
         raise SystemExit(128 + signal.SIGPIPE) from None
     except OSError as error:
         _drop_output()
-        raise SystemExit(f"twostroke: {error.strerror or error}") from error
+        where = f"{error.filename}: " if error.filename else ""
+        raise SystemExit(f"twostroke: {where}{error.strerror or error}") from error
 
 
 def _drop_output() -> None:

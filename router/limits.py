@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import grpc
 
-from router.errors import CallError
+from router.errors import CallError, InvalidArgument
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +75,12 @@ class Caller:
         """As long as so many choices are generated.
 
         Raises:
-            CallError: RESOURCE_EXHAUSTED, with the limit.
+            CallError: RESOURCE_EXHAUSTED, with the limit; INVALID_ARGUMENT where they are more than it ever allows.
         """
         most, tokens, usage = self.limits.concurrent_requests, self.limits.tokens_per_minute, self.usage
+        if most is not None and choices > most:
+            sentence = f"{choices} answers are more than the {most} that {self.name!r} may have at once"
+            raise InvalidArgument("n", sentence)
         if most is not None and usage.running + choices > most:
             sentence = f"{self.name!r} may have {most} concurrent requests, and has {usage.running}"
             raise _exhausted(f"{sentence}; this one counts as {choices}" if choices > 1 else sentence)

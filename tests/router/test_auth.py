@@ -23,7 +23,7 @@ from router.api_keys import make
 from tests.certificates import Signed, sign
 from tests.router.cluster import PROMPT, Cluster, cluster, eventually, expected, request
 from tests.router.fake_worker import DECODE, PREFILL, FakeWorker, Script
-from twostroke import AsyncClient, Overloaded, Unauthenticated, Unavailable
+from twostroke import AsyncClient, InvalidArgument, Overloaded, Unauthenticated, Unavailable
 from twostroke.v1 import inference_pb2 as pb
 from twostroke.v1 import worker_pb2, worker_pb2_grpc
 
@@ -141,7 +141,7 @@ async def test_concurrent_requests_come_home_however_they_end(model: Path, keys:
                     await ask(it, key)
                 break
             await eventually(it.nothing_held)
-        with pytest.raises(Overloaded, match="this one counts as 3"):
+        with pytest.raises(InvalidArgument, match="n: 3 answers are more than the 2"):
             await ask(it, key, n=3)
         assert await ask(it, key, n=2) == expected(4)
 

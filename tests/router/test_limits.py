@@ -6,7 +6,7 @@ from collections.abc import Callable
 import grpc
 import pytest
 
-from router.errors import CallError
+from router.errors import CallError, InvalidArgument
 from router.limits import Caller, Limits
 
 
@@ -60,6 +60,11 @@ def test_concurrent_requests_count_choices() -> None:
     with pytest.raises(ZeroDivisionError), caller.generating(3):
         raise ZeroDivisionError
     generate(caller, 3)
+
+
+def test_more_choices_than_a_caller_ever_has_are_refused_for_good() -> None:
+    with pytest.raises(InvalidArgument, match="n: 4 answers are more than the 3 that 'alice' may have at once"):
+        generate(Caller("alice", limits=Limits(concurrent_requests=3)), 4)
 
 
 def test_tokens_per_minute_are_paid_back(wait: Callable[[float], None]) -> None:

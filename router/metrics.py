@@ -51,10 +51,15 @@ class Metrics:
         )
         self.queued = Gauge("twostroke_queued", "Choices that no worker has yet", registry=self.registry)
         self.running = Gauge("twostroke_running", "Choices that workers hold", registry=self.registry)
-        self.workers = Gauge("twostroke_workers", "Connected workers", ("role",), registry=self.registry)
+        self.workers = Gauge(
+            "twostroke_workers",
+            "Workers that take requests: those of a pair, and decode workers that prefill",
+            ("role",),
+            registry=self.registry,
+        )
         self.workers_paused = Gauge(
             "twostroke_workers_paused",
-            "Connected workers that kept failing and are left alone for a while",
+            "Those of them that kept failing and are left alone for a while",
             ("role",),
             registry=self.registry,
         )

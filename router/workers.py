@@ -55,10 +55,12 @@ class Workers:
         return [worker for workers in self._of_role.values() for worker in workers]
 
     def count(self, role: Role) -> int:
-        return len(self._of_role[role])
+        """Those that requests can go to."""
+        return sum(worker.role == role for worker in self.taking())
 
     def count_paused(self, role: Role) -> int:
-        return sum(worker.circuit.paused for worker in self._of_role[role])
+        """Those of them that are left alone for a while."""
+        return sum(worker.role == role and worker.circuit.paused for worker in self.taking())
 
     def max_length(self) -> int | None:
         """Tokens of the longest sequence that every worker can hold; None while there is no worker."""
@@ -155,7 +157,7 @@ class Workers:
         for decode in self._of_role[DECODE]:
             for problem in decode.pair_problems:
                 return f"decode worker {decode.address} {problem}"
-        where = " on a decode worker's host" if self.count(role) else ""
+        where = " on a decode worker's host" if self._of_role[role] else ""
         return f"no {ROLE_NAMES[role]} worker is connected{where}"
 
     def _filled(self, role: Role) -> bool:

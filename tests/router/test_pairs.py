@@ -20,6 +20,12 @@ async def health(it: Cluster) -> "health_pb2.HealthCheckResponse.ServingStatus.V
     return (await health_pb2_grpc.HealthStub(it.channel).Check(health_pb2.HealthCheckRequest())).status
 
 
+def counted(it: Cluster) -> tuple[float | None, ...]:
+    """Prefill and decode workers that take requests, as operators see them and are alerted by them."""
+    value = it.router.metrics.registry.get_sample_value
+    return tuple(value("twostroke_workers", {"role": role}) for role in ("prefill", "decode"))
+
+
 async def test_pairs_are_of_one_host(model: Path) -> None:
     prefills = [FakeWorker(PREFILL, host=host) for host in ("a", "b")]
     decodes = [
@@ -64,12 +70,14 @@ async def test_without_a_pair_on_one_host_nobody_is_served(model: Path) -> None:
         sentence = "no prefill worker is connected on a decode worker's host; it is safe to try again"
         assert failed.value.details() == sentence
         assert not it.prefills[0].prefills
+        assert counted(it) == (0, 0)
 
         beside = FakeWorker(PREFILL, host="b")
         it.prefills.append(beside)
         it.router.registry._keep_link((await beside.start(), PREFILL))
         await eventually(lambda: it.router.dispatcher.workers.ready)
         assert list((await it.generate()).choices[0].token_ids) == expected(8)
+        assert counted(it) == (1, 1)  # one prefill worker is as useless as before
 
 
 async def test_a_pair_that_breaks_leaves_the_router_not_serving(model: Path) -> None:

@@ -21,7 +21,7 @@ from router.sequence import hash_blocks, sequence_of
 from router.waiting_queue import WaitingQueue
 from router.worker import REFUSAL_PAUSE, Worker
 from router.workers import DECODE, ROLE_NAMES, Role, Workers
-from twostroke.v1 import worker_pb2
+from twostroke.v1 import inference_pb2, worker_pb2
 
 log = structlog.get_logger(__name__)
 
@@ -245,11 +245,8 @@ class Dispatcher:
         Raises:
             WorkerFault: the worker said what it may not; nothing that it says counts any more.
         """
-        worker.report(message)
-        if not worker.load.ready:
-            self.workers.retire(worker)
-        elif message.HasField("load") and not worker.draining and worker not in self.workers.of(worker.role):
-            self.workers.add(worker)  # it is new, or said that it was not ready
+        if message.HasField("cache"):
+            worker.take_cache(message.cache)
         for opened in message.opened:
             self.workers.opened(worker, opened)
         self._take_in(self._reserved, worker, message.reserved)
@@ -258,9 +255,18 @@ class Dispatcher:
         if message.HasField("tokens"):
             fan_out(worker.decoding, message.tokens)
         self._take_in(self._ended, worker, message.ended)
+        if message.HasField("load"):
+            self._take_load(worker, message.load)
         makes_room = message.reserved or message.prefilled or message.ended or message.opened
         if self._queue and (makes_room or message.HasField("load")):
             self.dispatch()
+
+    def _take_load(self, worker: Worker, load: inference_pb2.WorkerLoad) -> None:
+        worker.take_load(load)
+        if not load.ready:
+            self.workers.retire(worker)
+        elif not worker.draining and worker not in self.workers.of(worker.role):
+            self.workers.add(worker)  # it is new, or said that it was not ready
 
     def _take_in(
         self, hear: Callable[[Worker, Attempt, OfAttempt], None], worker: Worker, said: Iterable[OfAttempt]

@@ -153,27 +153,22 @@ class Worker:
         self._room += blocks
         self._refused_at = 0.0
 
-    def report(self, message: worker_pb2.WorkerMessage) -> None:
-        """Takes what the worker says of itself; what it had not yet heard of when it wrote that still counts.
-
+    def take_cache(self, changes: worker_pb2.CacheChanges) -> None:
+        """
         Raises:
             WorkerFault: it can find more blocks than it has.
         """
-        if message.HasField("cache"):
-            self.cache.apply(message.cache)
-            if len(self.cache) > self.hello.pool.layout.num_blocks:
-                raise WorkerFault(f"it can find {len(self.cache)} of {self.hello.pool.layout.num_blocks} blocks")
-        if message.HasField("load"):
-            self.load = message.load
-            blocks = message.load.blocks
-            self._room = blocks.free + blocks.cached - blocks.reserved - self._unanswered_blocks
-            self._others = max(message.load.waiting + message.load.running - self._held(message), 0)
+        self.cache.apply(changes)
+        if len(self.cache) > self.hello.pool.layout.num_blocks:
+            raise WorkerFault(f"it can find {len(self.cache)} of {self.hello.pool.layout.num_blocks} blocks")
 
-    def _held(self, message: worker_pb2.WorkerMessage) -> int:
-        """decode: attempts of this router that were there when the worker wrote the message."""
-        held = {attempt.id for attempt in self.attempts.values() if attempt.reserved}
-        held.update(reserved.attempt_id for reserved in message.reserved if not reserved.refused)
-        return len(held.difference(ended.attempt_id for ended in message.ended))
+    def take_load(self, load: inference_pb2.WorkerLoad) -> None:
+        """What the worker says of itself, once all else that it says in the same message was taken in: that is in the
+        load already. What it had not yet heard of when it wrote that still counts."""
+        self.load = load
+        self._room = load.blocks.free + load.blocks.cached - load.blocks.reserved - self._unanswered_blocks
+        held = sum(attempt.reserved for attempt in self.attempts.values())
+        self._others = max(load.waiting + load.running - held, 0)
 
     # ------------------------------------------------------------ sending
 

@@ -24,12 +24,8 @@ def request(tokens: int = 8 * BLOCK + 5, max_length: int = 9 * BLOCK) -> Request
 def worker(role: Any, cached: int = 0, pending: int = 0, free: int = 100, **hello: Any) -> Worker:
     made = Worker("", FakeWorker(role, **hello).hello, Circuit())
     made.pending_tokens = pending
-    made.report(
-        worker_pb2.WorkerMessage(
-            cache=worker_pb2.CacheChanges(published=b"".join(HASHES[:cached])),
-            load=inference_pb2.WorkerLoad(ready=True, blocks=inference_pb2.Blocks(free=free)),
-        )
-    )
+    made.take_cache(worker_pb2.CacheChanges(published=b"".join(HASHES[:cached])))
+    made.take_load(inference_pb2.WorkerLoad(ready=True, blocks=inference_pb2.Blocks(free=free)))
     return made
 
 

@@ -17,7 +17,7 @@ from tests.router import models
 from tests.router.cluster import Cluster, cluster, eventually, expected, request
 from tests.router.fake_worker import DECODE, PREFILL, FakeWorker, Script
 from twostroke.v1 import inference_pb2 as pb
-from twostroke.v1 import inference_pb2_grpc
+from twostroke.v1 import inference_pb2_grpc, worker_pb2
 
 # Clients each on a connection of its own, whose windows stay as small as they begin: they would grow to megabytes.
 OPTIONS = [("grpc.use_local_subchannel_pool", 1), ("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 16_384)]
@@ -176,6 +176,29 @@ async def test_a_batch_that_another_router_fills_is_waited_for(model: Path) -> N
         assert len(busy.reserves) == 3
         assert all(list(answer.choices[0].token_ids) == expected(8) for answer in await answers)
         await assert_well(it)
+
+
+async def test_a_load_counts_what_its_message_says_besides(model: Path) -> None:
+    """Counted twice, blocks that come free would be asked for by two, and one of them refused: a prefill in vain."""
+    decode = FakeWorker(DECODE, Script(silent=True), num_blocks=8, max_length=64)
+    async with cluster(model, decodes=[decode]) as it:
+        (worker,) = it.router.dispatcher.workers.of(DECODE)
+        answer = asyncio.ensure_future(code_of(it.stub.Generate(request())))
+        await eventually(lambda: bool(decode.reserves))
+        decode.hung = True  # no other load comes
+        (attempt,) = decode.held
+
+        def say(free: int, **words: Any) -> None:
+            blocks = pb.Blocks(total=8, free=free, in_use=8 - free)
+            decode.send(load=pb.WorkerLoad(ready=True, running=len(decode.held), blocks=blocks), **words)
+
+        say(6, reserved=[worker_pb2.Reserved(attempt_id=attempt)])
+        await eventually(lambda: worker.attempts[attempt].reserved)
+        assert worker.room == 6
+        decode.held.clear()
+        say(8, ended=[worker_pb2.Ended(attempt_id=attempt, cause=worker_pb2.Ended.CAUSE_REJECTED)])
+        assert await answer is Code.INVALID_ARGUMENT
+        assert worker.room == 8
 
 
 async def test_many_of_the_largest_messages_hold_nobody_up(model: Path) -> None:

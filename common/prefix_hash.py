@@ -8,7 +8,7 @@ import struct
 from collections.abc import Sequence
 from hashlib import blake2b
 
-ROOT_BYTES = 16
+HASH_BYTES = 16  # of a block's hash, and of the root
 
 
 def cache_root(fingerprint: str, cache_salt: str) -> bytes:
@@ -17,12 +17,12 @@ def cache_root(fingerprint: str, cache_salt: str) -> bytes:
     Sequences with different roots never share blocks.
     """
     model, salt = fingerprint.encode(), cache_salt.encode()
-    return blake2b(struct.pack("<Q", len(model)) + model + salt, digest_size=ROOT_BYTES).digest()
+    return blake2b(struct.pack("<Q", len(model)) + model + salt, digest_size=HASH_BYTES).digest()
 
 
 def extend(parent: bytes, tokens: Sequence[int]) -> bytes:
     """The 16-byte hash of one full block of `tokens` (each below 2^32) that follows `parent` (a hash, or the root)."""
-    return blake2b(parent + struct.pack(f"<{len(tokens)}I", *tokens), digest_size=ROOT_BYTES).digest()
+    return blake2b(parent + struct.pack(f"<{len(tokens)}I", *tokens), digest_size=HASH_BYTES).digest()
 
 
 def block_hashes(root: bytes, tokens: Sequence[int], block_size: int) -> list[bytes]:
@@ -37,6 +37,6 @@ def block_hashes(root: bytes, tokens: Sequence[int], block_size: int) -> list[by
     hashes: list[bytes] = []
     parent = root
     for start in range(0, len(packed), block_bytes):
-        parent = blake2b(parent + packed[start : start + block_bytes], digest_size=ROOT_BYTES).digest()
+        parent = blake2b(parent + packed[start : start + block_bytes], digest_size=HASH_BYTES).digest()
         hashes.append(parent)
     return hashes

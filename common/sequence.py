@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass, field
 
-from common.sampling import SamplingParams, sampling_from_proto, sampling_to_proto
+from common.prefix_hash import HASH_BYTES
+from common.sampling import SamplingParams, sampling_from_proto
 from twostroke.v1 import worker_pb2 as pb
-
-HASH_BYTES = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,19 +67,4 @@ def sequence_from_proto(message: pb.Sequence) -> SequenceSpec:
         cache_root=message.cache_root,
         request_id=message.request_id,
         grammar=message.grammar,
-    )
-
-
-def sequence_to_proto(spec: SequenceSpec) -> pb.Sequence:
-    return pb.Sequence(
-        token_ids=spec.token_ids,
-        prompt_length=spec.prompt_length,
-        block_hashes=b"".join(spec.block_hashes),
-        sampling=sampling_to_proto(spec.sampling),
-        max_length=spec.max_length,
-        min_length=spec.min_length,
-        stop_token_ids=sorted(spec.stop_token_ids),
-        cache_root=spec.cache_root,
-        request_id=spec.request_id,
-        grammar=spec.grammar,
     )

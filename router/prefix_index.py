@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Container, Iterable, Sequence
 from itertools import islice, takewhile
 
-from common.prefix_hash import ROOT_BYTES
+from common.prefix_hash import HASH_BYTES
 from twostroke.v1 import worker_pb2
 
 
@@ -75,4 +75,4 @@ def _leading_in_either(one: Container[bytes], other: Container[bytes], hashes: S
 
 
 def _unpacked(hashes: bytes) -> Iterable[bytes]:
-    return (hashes[start : start + ROOT_BYTES] for start in range(0, len(hashes), ROOT_BYTES))
+    return (hashes[start : start + HASH_BYTES] for start in range(0, len(hashes), HASH_BYTES))

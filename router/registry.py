@@ -116,8 +116,7 @@ class Registry:
             return f"by its hello {hello.max_length} tokens fit {layout.num_blocks} blocks of {layout.block_size}"
         if (reason := self._other_model(hello)) is not None:
             return reason
-        others = self.connected
-        return next((_difference(hello, other) for other in others if _difference(hello, other)), None)
+        return next(filter(None, (_difference(hello, other) for other in self.connected)), None)
 
     def _other_model(self, hello: worker_pb2.WorkerHello) -> str | None:
         """What in the worker's model makes tokens mean something else there, with both values."""

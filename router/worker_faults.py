@@ -2,7 +2,7 @@
 
 import math
 
-from common.prefix_hash import ROOT_BYTES
+from common.prefix_hash import HASH_BYTES
 from router.validate import MAX_LOGPROBS
 from twostroke.v1 import worker_pb2
 
@@ -37,8 +37,8 @@ def check(message: worker_pb2.WorkerMessage, vocab_size: int) -> None:
         if ended.cause not in worker_pb2.Ended.Cause.values():
             raise WorkerFault(f"an attempt ended of the unknown cause {ended.cause}")
     for hashes in (message.cache.published, message.cache.dropped):
-        if len(hashes) % ROOT_BYTES:
-            raise WorkerFault(f"hashes of {ROOT_BYTES} bytes came as {len(hashes)} bytes")
+        if len(hashes) % HASH_BYTES:
+            raise WorkerFault(f"hashes of {HASH_BYTES} bytes came as {len(hashes)} bytes")
 
 
 def _check_logprobs(logprobs: worker_pb2.Logprobs, vocab_size: int) -> None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 from common.prefix_hash import block_hashes
-from common.sequence import SequenceSpec, sequence_to_proto
+from common.sequence import SequenceSpec
 from common.tracing import Tracing
 from common.worker_parts import WorkerParts
 from common.worker_service import Received, WorkerService
@@ -16,6 +16,7 @@ from decode_worker.own_prompts import OwnPrompts
 from decode_worker.runner import Runner
 from decode_worker.scheduler import Scheduler, Sequence
 from prefill_worker.runner import Runner as PromptRunner
+from tests.specs import sequence_to_proto
 from twostroke.v1 import worker_pb2 as pb
 
 ROUTER = 0

@@ -4,7 +4,7 @@ import sys
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.prefix_hash import ROOT_BYTES, block_hashes, cache_root, extend
+from common.prefix_hash import HASH_BYTES, block_hashes, cache_root, extend
 
 ROOT = cache_root("model", "")
 tokens = st.lists(st.integers(0, 2**32 - 1), max_size=70)
@@ -46,7 +46,7 @@ def test_roots_keep_models_and_tenants_apart() -> None:
         cache_root("b", "b"),
     ]
     assert len(set(roots)) == len(roots)
-    assert {len(root) for root in roots} == {ROOT_BYTES}
+    assert {len(root) for root in roots} == {HASH_BYTES}
     chains = [block_hashes(root, range(16), 4) for root in roots]
     assert len({name for chain in chains for name in chain}) == 4 * len(roots)
 

@@ -3,7 +3,8 @@
 import pytest
 
 from common.sampling import SamplingParams
-from common.sequence import SequenceSpec, sequence_from_proto, sequence_to_proto
+from common.sequence import SequenceSpec, sequence_from_proto
+from tests.specs import sequence_to_proto
 from twostroke.v1 import worker_pb2 as pb
 
 SPEC = SequenceSpec(

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 
 from benchmarks.in_process import spec
 from benchmarks.parts import LoadedModel, load_model, worker_parts
-from common.sequence import sequence_to_proto
 from common.worker_service import Received
 from tests.messages import Path as FieldPath
 from tests.messages import fuzz, messages, paths, values
 from tests.one_prefill_worker import OnePrefillWorker
 from tests.one_worker import ROUTER, OneWorker
 from tests.router import models
+from tests.specs import sequence_to_proto
 from twostroke.v1 import worker_pb2 as pb
 
 MESSAGE = pb.RouterMessage.DESCRIPTOR

@@ -7,10 +7,10 @@ import torch
 
 from benchmarks.in_process import spec
 from benchmarks.parts import load_model, worker_parts
-from common.sequence import sequence_to_proto
 from prefill_worker import engine
 from tests.one_prefill_worker import OnePrefillWorker
 from tests.router import models
+from tests.specs import sequence_to_proto
 from twostroke.v1 import worker_pb2 as pb
 
 BLOCK = 4

@@ -11,11 +11,12 @@ from tokenizers import Tokenizer
 from benchmarks.in_process import spec
 from benchmarks.parts import LoadedModel, worker_parts
 from common.sampling import SamplingParams
-from common.sequence import SequenceSpec, sequence_to_proto
+from common.sequence import SequenceSpec
 from prefill_worker.loop import GRAMMAR_POLL_SECONDS
 from tests import guided
 from tests.one_prefill_worker import OnePrefillWorker
 from tests.router import models
+from tests.specs import sequence_to_proto
 from twostroke.v1 import worker_pb2 as pb
 
 BLOCK = 4

@@ -103,7 +103,7 @@ class WorkerLink:
                 self._tell_lost(worker)
                 log.warning("worker lost", worker=self.address, instance=worker.instance, reason=problem)
                 pause, told = LONGEST_PAUSE if broke_off else FIRST_PAUSE, ""
-            elif problem != told:
+            elif problem not in (told, self.refused):
                 log.info("no worker yet; trying on", worker=self.address, reason=problem)
                 told = problem
             try:
@@ -146,9 +146,10 @@ class WorkerLink:
         first = await stream.read()
         if not isinstance(first, worker_pb2.WorkerMessage):
             return "the worker closed the stream"
-        self.refused = reason = self._events.refusal(worker, self.role)
-        if reason is not None:
-            log.error("worker refused", worker=self.address, instance=worker.instance, reason=reason)
+        known, self.refused = self.refused, self._events.refusal(worker, self.role)
+        if (reason := self.refused) is not None:
+            if reason != known:  # it is asked again every few seconds
+                log.error("worker refused", worker=self.address, instance=worker.instance, reason=reason)
             await stream.write(worker_pb2.RouterMessage(refused=reason))
             silence.reschedule(None)
             await asyncio.sleep(PAUSE_AFTER_REFUSAL)

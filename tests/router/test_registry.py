@@ -9,7 +9,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from common import vocabulary
-from router import registry
+from router import registry, worker_link
 from tests.router.cluster import PROMPT, Cluster, cluster, eventually, expected
 from tests.router.fake_worker import DECODE, PREFILL, FakeWorker, Script
 from twostroke.v1 import inference_pb2 as pb
@@ -45,6 +45,22 @@ async def test_a_worker_that_does_not_fit_is_refused_with_both_values(
     refusal = next(entry for entry in logs if entry["event"] == "worker refused")
     assert refusal["reason"].startswith(sentence)
     assert odd.refusals == [refusal["reason"]]
+
+
+async def test_a_refusal_is_logged_once_though_the_worker_is_asked_again(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_link, "PAUSE_AFTER_REFUSAL", 0.02)
+    with capture_logs() as logs:
+        async with cluster(model) as it:
+            odd = FakeWorker(DECODE, dtype="bfloat16")
+            it.router.registry._keep_link((await odd.start(), DECODE))
+            await eventually(lambda: len(odd.refusals) >= 3)
+            assert len((await it.stub.GetLoad(pb.GetLoadRequest())).problems) == 1
+            await odd.die()
+    told = [entry["event"] for entry in logs if entry.get("worker") == odd.address]
+    assert told[0] == "worker refused"
+    assert "worker refused" not in told[1:]
 
 
 async def test_a_first_worker_of_another_model_is_refused_too(model: Path) -> None:

@@ -214,11 +214,14 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
         async with self._call("Tokenize", context):
-            if request.WhichOneof("input") == "chat":
-                prompt = await self._tokenizer.encode_chat(request.chat)
-                return pb.TokenizeResponse(token_ids=prompt.token_ids)
-            special = request.add_special_tokens if request.HasField("add_special_tokens") else True
-            token_ids = await self._tokenizer.encode(request.text, add_special_tokens=special)
+            match request.WhichOneof("input"):
+                case "text":
+                    special = request.add_special_tokens if request.HasField("add_special_tokens") else True
+                    token_ids = await self._tokenizer.encode(request.text, add_special_tokens=special)
+                case "chat":
+                    token_ids = (await self._tokenizer.encode_chat(request.chat)).token_ids
+                case _:
+                    raise InvalidArgument("input", "one of text and chat must be set")
             return pb.TokenizeResponse(token_ids=token_ids)
 
     async def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:

@@ -195,6 +195,15 @@ async def test_token_ids_are_left_out_on_request(model: Path) -> None:
         assert choice.finish.usage.completion_tokens == 8
 
 
+async def test_nothing_is_not_tokenized(model: Path) -> None:
+    """Empty text is: into the special tokens that begin every text, or none."""
+    async with cluster(model) as it:
+        assert not (await it.stub.Tokenize(pb.TokenizeRequest(text=""))).token_ids
+        with pytest.raises(grpc.aio.AioRpcError, match="input: one of text and chat must be set") as refused:
+            await it.stub.Tokenize(pb.TokenizeRequest())
+        assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
 async def test_text_and_chat_are_tokenized(model: Path) -> None:
     long = "the quick brown fox " * 500
     async with cluster(model) as it:

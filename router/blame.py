@@ -1,5 +1,6 @@
 """Whose fault the end of an attempt may be, and what a worker's circuit hears of it."""
 
+import time
 from collections.abc import Container
 
 import structlog
@@ -28,6 +29,17 @@ def suspects(worker: Worker, attempt: Attempt) -> list[Worker]:
 def did_well(worker: Worker, attempt: Attempt) -> None:
     if worker.circuit.succeeded(attempt.id):
         log.info("worker does well again", worker=worker.address)
+
+
+def does_well(worker: Worker) -> None:
+    """A decode worker's probe that has run for as long as the pause before it has shown enough: its answer may take
+    minutes, and nothing else would go there meanwhile."""
+    probe = worker.circuit.probe
+    attempt = None if probe is None else worker.attempts.get(probe)
+    if attempt is None or attempt.decoding_since is None:
+        return
+    if time.monotonic() - attempt.decoding_since >= worker.circuit.pause:
+        did_well(worker, attempt)
 
 
 def did_badly(worker: Worker, attempt_ids: Container[int]) -> None:

@@ -16,47 +16,47 @@ class Circuit:
     """
 
     def __init__(self) -> None:
+        self.pause = 0.0  # seconds that the last one took, or takes; 0 while it is closed
+        self.probe: int | None = None  # attempt
         self._failures = 0
-        self._pause = 0.0  # seconds; 0 while it is closed
         self._pause_ends = 0.0  # time.monotonic()
-        self._probe: int | None = None
 
     @property
     def paused(self) -> bool:
         """Whether nothing more should go to the worker now."""
-        return self._pause > 0 and (self._probe is not None or time.monotonic() < self._pause_ends)
+        return self.pause > 0 and (self.probe is not None or time.monotonic() < self._pause_ends)
 
     def begin(self, attempt_id: int) -> None:
-        if self._pause and not self.paused:
-            self._probe = attempt_id
+        if self.pause and not self.paused:
+            self.probe = attempt_id
 
     def succeeded(self, attempt_id: int) -> bool:
         """True where this closes the circuit."""
-        if not self._pause:
+        if not self.pause:
             self._failures = 0
             return False
-        if self._probe != attempt_id:
+        if self.probe != attempt_id:
             return False
-        self._failures, self._pause, self._probe = 0, 0.0, None
+        self._failures, self.pause, self.probe = 0, 0.0, None
         return True
 
     def failed(self, attempt_ids: Container[int]) -> float:
         """Counts one failure, of one attempt or of the worker with all that it had; returns the seconds of the pause
         that this begins, 0 where it begins none. While the circuit is open, only the probe counts."""
-        if not self._pause:
+        if not self.pause:
             self._failures += 1
             if self._failures < FAILURES:
                 return 0.0
-            self._pause = FIRST_PAUSE
-        elif self._probe is not None and self._probe in attempt_ids:
-            self._pause = min(2 * self._pause, LONGEST_PAUSE)
+            self.pause = FIRST_PAUSE
+        elif self.probe is not None and self.probe in attempt_ids:
+            self.pause = min(2 * self.pause, LONGEST_PAUSE)
         else:
             return 0.0
-        self._probe = None
-        self._pause_ends = time.monotonic() + self._pause
-        return self._pause
+        self.probe = None
+        self._pause_ends = time.monotonic() + self.pause
+        return self.pause
 
     def left(self, attempt_id: int) -> None:
         """The attempt is over there, whether or not that said something of the worker."""
-        if self._probe == attempt_id:
-            self._probe = None
+        if self.probe == attempt_id:
+            self.probe = None

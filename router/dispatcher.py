@@ -263,6 +263,7 @@ class Dispatcher:
 
     def _take_load(self, worker: Worker, load: inference_pb2.WorkerLoad) -> None:
         worker.take_load(load)
+        blame.does_well(worker)
         if not load.ready:
             self.workers.retire(worker)
         elif not worker.draining and worker not in self.workers.of(worker.role):

@@ -165,6 +165,23 @@ async def test_a_decode_worker_that_keeps_failing_is_left_alone_and_tried_again(
         assert len(bad.starts) == 4
 
 
+async def test_a_probe_need_not_come_to_its_end(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer may take minutes; for as long as the pause took is enough."""
+    monkeypatch.setattr(circuit, "FIRST_PAUSE", 0.1)
+    async with cluster(model, decodes=bad_and_good(Script(fail=FAILURES, step_seconds=0.005))) as it:
+        for _ in range(FAILURES):
+            await ask(it)
+        await eventually(lambda: paused(it, "decode") == 0)
+        probe = it.stub.GenerateStream(request(max_tokens=2000))
+        await eventually(lambda: bool(it.decodes[0].running))
+        assert paused(it, "decode") == 1
+        await eventually(lambda: paused(it, "decode") == 0)
+        assert it.decodes[0].running
+        await ask(it)
+        assert len(it.decodes[0].reserves) == FAILURES + 2
+        probe.cancel()
+
+
 async def test_a_prefill_worker_that_keeps_failing_is_left_alone(model: Path) -> None:
     bad = FakeWorker(PREFILL, Script(fail=ALWAYS))
     async with cluster(model, prefills=[bad]) as it:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from common import garbage
 from decode_worker.config import DecodeConfig
 from prefill_worker.config import PrefillConfig
 from router.config import RouterConfig
@@ -15,20 +16,21 @@ Flags = Parameter(name="*")
 
 
 def router(*, config: Annotated[RouterConfig, Flags] = RouterConfig()) -> None:
-    from router.main import main
+    with garbage.none_in_imports():
+        from router.main import main
 
     main(config)
 
 
 def prefill_worker(*, config: Annotated[PrefillConfig, Flags] = PrefillConfig()) -> None:
-    with _ctrl_c_ends_it():
+    with _ctrl_c_ends_it(), garbage.none_in_imports():
         from prefill_worker.main import main
 
     main(config)
 
 
 def decode_worker(*, config: Annotated[DecodeConfig, Flags] = DecodeConfig()) -> None:
-    with _ctrl_c_ends_it():
+    with _ctrl_c_ends_it(), garbage.none_in_imports():
         from decode_worker.main import main
 
     main(config)

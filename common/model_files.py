@@ -8,7 +8,6 @@ from pathlib import Path
 from filelock import FileLock
 from platformdirs import user_cache_path
 
-from common import gguf_import
 from common.model_config import ModelError
 
 EMBEDDED = "SmolLM2-135M-Instruct"
@@ -42,6 +41,8 @@ def _embedded() -> Path:
     directory = user_cache_path("twostroke") / f"{EMBEDDED}-{metadata.version(_PACKAGE)}-{_FORMAT}"
     if directory.is_dir():
         return directory
+    from common import gguf_import  # takes 0.1 s, in each part, that only the first start of all is for
+
     partial = directory.with_name(f"{directory.name}.partial")
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)

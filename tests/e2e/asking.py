@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Sequence
 
+from tests.e2e import reference
 from tests.e2e.cluster import Cluster
 from tests.e2e.prompts import prompts
 from tests.e2e.reference import assert_greedy
@@ -13,9 +14,8 @@ LONG, SHORT = prompts((800, 20), seed=8)
 
 
 def assert_all_greedy(asked: Sequence[Sequence[int]], answers: Sequence[Generation], count: int) -> None:
-    for prompt, answer in zip(asked, answers, strict=True):
-        assert len(answer.token_ids) == count
-        assert_greedy(prompt, answer.token_ids)
+    assert [len(answer.token_ids) for answer in answers] == [count] * len(asked)
+    reference.assert_all_greedy(asked, [answer.token_ids for answer in answers])
 
 
 class Asking(threading.Thread):

@@ -1,6 +1,8 @@
 """What transformers answers, in float32 on the CPU: the truth that a cluster must repeat."""
 
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from common.model_files import EMBEDDED, resolve
 
 @cache
 def reference_model(directory: Path) -> Any:
+    torch.set_num_threads(1)
     return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
 
 
@@ -33,3 +36,16 @@ def assert_greedy(prompt: Sequence[int], output: Sequence[int], directory: Path 
     tokens = (*prompt, *output)
     likeliest = _likeliest(directory or resolve(EMBEDDED), tokens, len(output))
     assert list(output) == likeliest
+
+
+def assert_all_greedy(prompts: Sequence[Sequence[int]], outputs: Sequence[Sequence[int]]) -> None:
+    """As `assert_greedy`, on all cores: the cluster has stopped by then, or waits.
+
+    A prompt on each core: of one that is computed on all of them, the cores wait for one another after every operation,
+    which takes longer than one core alone where one of them is wanted elsewhere.
+    """
+    reference_model(resolve(EMBEDDED))
+    longest_first = sorted(zip(prompts, outputs, strict=True), key=lambda pair: -len(pair[0]))
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        for checked in [pool.submit(assert_greedy, prompt, output) for prompt, output in longest_first]:
+            checked.result()

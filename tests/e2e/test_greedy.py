@@ -1,5 +1,7 @@
 """Greedy answers of whole clusters equal those of transformers, whatever way they took."""
 
+from collections.abc import Iterator
+
 import pytest
 
 from tests.e2e.asking import assert_all_greedy
@@ -13,20 +15,24 @@ ALL_LENGTHS += (257, 272, 300, 383, 384, 512, 1_500)
 SOME_LENGTHS = (1, 7, 16, 33, 64, 129, 257)
 
 
-def test_32_prompts_at_once() -> None:
+@pytest.fixture(scope="module")
+def pair() -> Iterator[Cluster]:
+    with Cluster(worker_flags={"num-blocks": 1024}) as cluster:  # room for 32 prompts and their answers at once
+        yield cluster
+
+
+def test_32_prompts_at_once(pair: Cluster) -> None:
     asked = prompts(ALL_LENGTHS, seed=1)
     assert len(asked) == 32
-    with Cluster() as cluster:
-        answers = cluster.ask_all(asked, 64)
-        cluster.assert_blocks_home()
+    answers = pair.ask_all(asked, 64)
+    pair.assert_blocks_home()
     assert_all_greedy(asked, answers, 64)
 
 
 @pytest.mark.parametrize(
     ("prefill", "decode", "flags"),
     [
-        pytest.param(1, 1, {"block-size": 4, "num-blocks": 4096}, id="tiny blocks"),
-        pytest.param(1, 1, {"max-batch-tokens": 32}, id="chunks of 32"),
+        pytest.param(1, 1, {"block-size": 4, "num-blocks": 4096, "max-batch-tokens": 32}, id="tiny blocks and chunks"),
         pytest.param(2, 2, {}, id="two pairs", marks=pytest.mark.slow),
     ],
 )
@@ -40,22 +46,21 @@ def test_other_ways(prefill: int, decode: int, flags: dict[str, object]) -> None
     assert_all_greedy(asked, answers, 24)
 
 
-def test_prefix_hits_on_either_side_and_on_both() -> None:
+def test_prefix_hits_on_either_side_and_on_both(pair: Cluster) -> None:
     asked = prompts((40, 100, 260), seed=3)
-    with Cluster() as cluster:
-        first = cluster.ask_all(asked, 12)
-        both = cluster.ask_all(asked, 12)
-        cluster.kill("decode-0")
-        cluster.start_worker("decode", 0)
-        cluster.wait_for(lambda: not cluster.workers("decode"))
-        cluster.wait_until_ready()
-        prefill_side = cluster.ask_all(asked, 12)
-        cluster.kill("prefill-0")
-        cluster.wait_for(lambda: not cluster.workers("prefill"))
-        cluster.start_worker("prefill", 0)
-        cluster.wait_until_ready()
-        decode_side = cluster.ask_all(asked, 12)
-        cluster.assert_blocks_home()
+    first = pair.ask_all(asked, 12)
+    both = pair.ask_all(asked, 12)
+    pair.kill("decode-0")
+    pair.start_worker("decode", 0)
+    pair.wait_for(lambda: not pair.workers("decode"))
+    pair.wait_until_ready()
+    prefill_side = pair.ask_all(asked, 12)
+    pair.kill("prefill-0")
+    pair.wait_for(lambda: not pair.workers("prefill"))
+    pair.start_worker("prefill", 0)
+    pair.wait_until_ready()
+    decode_side = pair.ask_all(asked, 12)
+    pair.assert_blocks_home()
     cached = [
         [
             (answer.finish.usage.prefill_cached_tokens > 0, answer.finish.usage.decode_cached_tokens > 0)
@@ -68,12 +73,12 @@ def test_prefix_hits_on_either_side_and_on_both() -> None:
         assert_all_greedy(asked, answers, 12)
 
 
-def test_the_next_turn_finds_the_answer_of_the_last_one() -> None:
+def test_the_next_turn_finds_the_answer_of_the_last_one(pair: Cluster) -> None:
     (prompt,) = prompts((50,), seed=4)
-    with Cluster() as cluster:
-        (answer,) = cluster.ask_all([prompt], 40)
-        turn = [*prompt, *answer.token_ids, *prompt[:5]]
-        (next_answer,) = cluster.ask_all([turn], 16)
+    (answer,) = pair.ask_all([prompt], 40)
+    turn = [*prompt, *answer.token_ids, *prompt[:5]]
+    (next_answer,) = pair.ask_all([turn], 16)
+    pair.assert_blocks_home()
     assert next_answer.finish.usage.decode_cached_tokens == 80, "89 tokens have KV on the decode worker: 5 blocks"
     assert_all_greedy([turn], [next_answer], 16)
 

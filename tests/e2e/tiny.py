@@ -15,7 +15,7 @@ def tiny_cluster(directory: Path, worker_flags: Mapping[str, object] | None = No
     models.write(directory, models.byte_level())
     model = {"model": directory}
     fields["router_flags"] = {**model, **fields.get("router_flags", {})}
-    return Cluster(worker_flags={**model, "load-format": "dummy", **(worker_flags or {})}, **fields)
+    return Cluster(worker_flags={**model, "load-format": "dummy", "num-blocks": 1024, **(worker_flags or {})}, **fields)
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:

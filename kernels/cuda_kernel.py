@@ -14,19 +14,32 @@ from torch import Tensor
 
 from kernels import cuda_source, triton_launch
 
+# What the linear layers for Hopper take.
+HOPPER_DTYPES = (torch.bfloat16, torch.float16)
+HOPPER_STEP = 64  # inputs of a stage
+HOPPER_ALIGNMENT = 16  # bytes, for the memory accelerator
+
 
 class CudaKernel:
-    """A function of a file, for one device."""
+    """The function `name` of the file of that name, whose multiply() takes `columns`, for one device."""
 
     def __init__(
-        self, source: str, name: str, macros: Mapping[str, int], shared_bytes: int, device: torch.device
+        self,
+        name: str,
+        columns: int,
+        macros: Mapping[str, int],
+        shared_bytes: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         """
         Raises:
             RuntimeError: the compiler's words, or the driver's.
         """
+        source = cuda_source.read_for_hopper(f"{name}.cu", columns)
+        all_macros = {**macros, "FLOAT16": int(dtype == torch.float16)}
         with torch.cuda.device(device):
-            self._module = _checked(driver.cuModuleLoadData(_compiled(source, macros, device)))
+            self._module = _checked(driver.cuModuleLoadData(_compiled(name, source, all_macros, device)))
             self._function = _checked(driver.cuModuleGetFunction(self._module, name.encode()))
             limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             _checked(driver.cuFuncSetAttribute(self._function, limit, shared_bytes))
@@ -84,17 +97,17 @@ def _tensor_map(
     )
 
 
-def _compiled(source: str, macros: Mapping[str, int], device: torch.device) -> bytes:
+def _compiled(name: str, source: str, macros: Mapping[str, int], device: torch.device) -> bytes:
     major, minor = torch.cuda.get_device_capability(device)
     options = [f"-arch=sm_{major}{minor}a", "-std=c++17", "-default-device"]
-    options += [f"-D{name}={value}" for name, value in macros.items()]
-    program = _checked(nvrtc.nvrtcCreateProgram(cuda_source.read(source).encode(), source.encode(), 0, [], []))
+    options += [f"-D{macro}={value}" for macro, value in macros.items()]
+    program = _checked(nvrtc.nvrtcCreateProgram(source.encode(), name.encode(), 0, [], []))
     try:
         result = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
         if result[0] != nvrtc.nvrtcResult.NVRTC_SUCCESS:
             log = bytes(_checked(nvrtc.nvrtcGetProgramLogSize(program)))
             _checked(nvrtc.nvrtcGetProgramLog(program, log))
-            raise RuntimeError(f"{source} cannot be compiled: {log.rstrip(bytes(1)).decode(errors='replace')}")
+            raise RuntimeError(f"{name} cannot be compiled: {log.rstrip(bytes(1)).decode(errors='replace')}")
         binary = bytes(_checked(nvrtc.nvrtcGetCUBINSize(program)))
         _checked(nvrtc.nvrtcGetCUBIN(program, binary))
         return binary

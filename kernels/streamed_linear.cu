@@ -9,10 +9,9 @@
 // GATED: the weight is that of gate and up, [2 * outputs, inputs]. A tile has both halves of its outputs, eight rows of
 // the one and eight of the other in turn.
 //
-// Macros, all numbers: TOKENS (8, 16, 32 or 64) WARPGROUPS SPLITS STAGES, and 0 or 1: GATED FLOAT16 (else bfloat16).
+// Macros beside hopper.cuh's, all numbers: TOKENS (8, 16, 32 or 64) WARPGROUPS SPLITS STAGES, and 0 or 1: GATED.
 
 constexpr int larger(int a, int b) { return a > b ? a : b; }
-constexpr int STEP = 64;                        // inputs of a stage: what a row of it has, 128 bytes, is swizzled as one
 constexpr int ROWS = 64 * WARPGROUPS, OUTPUTS = GATED ? ROWS / 2 : ROWS;
 constexpr int WEIGHT_BYTES = ROWS * STEP * 2, X_BYTES = TOKENS * STEP * 2, STAGE_BYTES = WEIGHT_BYTES + X_BYTES;
 constexpr int PITCH = ROWS + 4;                 // floats of a token's sums; lanes that write them meet in no bank
@@ -20,28 +19,7 @@ constexpr int RING_BYTES = larger(STAGES * STAGE_BYTES, (TOKENS * PITCH * 4 + 15
 constexpr int CONSUMERS = 128 * WARPGROUPS, THREADS = CONSUMERS + 32;
 constexpr int VALUES = 8;                       // that a thread writes at once
 
-struct alignas(64) TensorMap {
-    u64 words[16];
-};
-
-// ---- barriers
-
 __device__ __forceinline__ void sync_consumers() { asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory"); }
-__device__ __forceinline__ void sync_cluster() {
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-__device__ __forceinline__ void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-__device__ __forceinline__ void let_next_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-
-// ---- loads; what lies behind a tensor's end comes as zeros
-
-__device__ __forceinline__ void load(void* to, const TensorMap& x, int input, u64* barrier) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
-            shared_address(to)),
-        "l"(&x), "r"(input), "r"(0), "r"(shared_address(barrier))
-        : "memory");
-}
 // The weight as [rows / 8 (of half), halves, 8, inputs].
 __device__ __forceinline__ void load_weight(void* to, const TensorMap& weight, int input, int tile, u64* barrier) {
     asm volatile(
@@ -49,46 +27,6 @@ __device__ __forceinline__ void load_weight(void* to, const TensorMap& weight, i
         "[%0], [%1, {%2, %3, %3, %4}], [%5];" ::"r"(shared_address(to)),
         "l"(&weight), "r"(input), "r"(0), "r"(tile * (OUTPUTS / 8)), "r"(shared_address(barrier))
         : "memory");
-}
-
-// ---- products
-
-#define FOUR(i) "+f"(sums[i]), "+f"(sums[i + 1]), "+f"(sums[i + 2]), "+f"(sums[i + 3])
-#define SIXTEEN(i) FOUR(i), FOUR(i + 4), FOUR(i + 8), FOUR(i + 12)
-#if TOKENS == 8
-#define SHAPE "m64n8k16"
-#define OPERANDS "{%0, %1, %2, %3}, %4, %5"
-#define SUMS FOUR(0)
-#elif TOKENS == 16
-#define SHAPE "m64n16k16"
-#define OPERANDS "{%0, %1, %2, %3, %4, %5, %6, %7}, %8, %9"
-#define SUMS FOUR(0), FOUR(4)
-#elif TOKENS == 32
-#define SHAPE "m64n32k16"
-#define OPERANDS "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, %16, %17"
-#define SUMS SIXTEEN(0)
-#else
-#define SHAPE "m64n64k16"
-#define OPERANDS                                                                                                       \
-    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, "  \
-    "%24, %25, %26, %27, %28, %29, %30, %31}, %32, %33"
-#define SUMS SIXTEEN(0), SIXTEEN(16)
-#endif
-#if FLOAT16
-#define TYPE "f16"
-#else
-#define TYPE "bf16"
-#endif
-
-// sums += 64 rows of a weight times x, 16 inputs of each.
-__device__ __forceinline__ void multiply(float* sums, u64 rows, u64 x) {
-    asm volatile("wgmma.mma_async.sync.aligned." SHAPE ".f32." TYPE "." TYPE " " OPERANDS ", 1, 1, 1, 0, 0;"
-                 : SUMS
-                 : "l"(rows), "l"(x));
-}
-// Where the matrix units find rows of STEP inputs, which the accelerator swizzled in groups of eight rows.
-__device__ __forceinline__ u64 descriptor(const void* rows) {
-    return (u64)((shared_address(rows) & 0x3ffff) >> 4) | 1ull << 16 | (u64)(8 * STEP * 2 >> 4) << 32 | 1ull << 62;
 }
 
 // ---- sums
@@ -105,11 +43,6 @@ __device__ __forceinline__ float high(u32 pair) { return wide((u16)(pair >> 16))
 __device__ __forceinline__ float low(u32 pair) { return __uint_as_float(pair << 16); }
 __device__ __forceinline__ float high(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
 #endif
-__device__ __forceinline__ u32 pair_of(float first, float second) {
-    u32 pair;
-    asm("cvt.rn." TYPE "x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
-    return pair;
-}
 __device__ __forceinline__ void add(float* sums, const uint4& pairs) {
     sums[0] += low(pairs.x), sums[1] += high(pairs.x), sums[2] += low(pairs.y), sums[3] += high(pairs.y);
     sums[4] += low(pairs.z), sums[5] += high(pairs.z), sums[6] += low(pairs.w), sums[7] += high(pairs.w);
@@ -167,7 +100,7 @@ streamed_linear(const __grid_constant__ TensorMap x, const __grid_constant__ Ten
                     wait(empty + stage, (step / STAGES - 1) & 1);
                     begin(step);
                 }
-                load(ring + stage * STAGE_BYTES + WEIGHT_BYTES, x, (first_step + step) * STEP, full + stage);
+                load(ring + stage * STAGE_BYTES + WEIGHT_BYTES, x, (first_step + step) * STEP, 0, full + stage);
             }
         }
         __syncwarp();

@@ -16,17 +16,14 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.cuda_kernel import CudaKernel, tensor_map
+from kernels.cuda_kernel import HOPPER_ALIGNMENT, HOPPER_DTYPES, HOPPER_STEP, CudaKernel, tensor_map
 from kernels.triton_launch import is_hopper, multiprocessors, shared_bytes
 
 MAX_ROWS = 64
-_DTYPES = (torch.bfloat16, torch.float16)
-_STEP = 64  # inputs of a stage
 _TILE = 64  # rows of the weight that four warps multiply
 _MAX_STAGES = 16
 _RING_BYTES = 192 << 10  # more would only keep the next kernel's programs out
 _RESERVED_BYTES = 1 << 10  # of shared memory, that the system takes for each program
-_ALIGNED = 16  # bytes, for the memory accelerator
 _VALUES = 8  # that a thread writes at once
 
 
@@ -53,7 +50,7 @@ class _Plan:
 
 
 def _stage_bytes(tile_rows: int, tokens: int) -> int:
-    return (tile_rows + tokens) * _STEP * 2
+    return (tile_rows + tokens) * HOPPER_STEP * 2
 
 
 @cache
@@ -64,7 +61,7 @@ def _plan(tokens: int, rows: int, inputs: int, device: torch.device) -> _Plan | 
     processors = multiprocessors(device)
     warpgroups = 2 if rows > 2 * processors * _TILE else 1
     tiles = triton.cdiv(rows, warpgroups * _TILE)
-    steps = inputs // _STEP
+    steps = inputs // HOPPER_STEP
     splits, most = 1, 8 if tokens <= 16 else 4  # adding up takes time for each token
     while 2 * splits <= most and 2 * splits * tiles <= processors and steps >= 8 * splits:
         splits *= 2
@@ -85,10 +82,12 @@ def suits_stream(x: Tensor, weight: Tensor, *, gated: bool = False) -> bool:
     return (
         0 < tokens <= MAX_ROWS
         and is_hopper(x.device)  # later ones multiply by other instructions
-        and x.dtype in _DTYPES
-        and inputs % _STEP == 0
+        and x.dtype in HOPPER_DTYPES
+        and inputs % HOPPER_STEP == 0
         and rows % (_VALUES * (2 if gated else 1)) == 0
-        and all(address % _ALIGNED == 0 for address in (x.data_ptr(), weight.data_ptr(), x.stride(0) * x.itemsize))
+        and all(
+            address % HOPPER_ALIGNMENT == 0 for address in (x.data_ptr(), weight.data_ptr(), x.stride(0) * x.itemsize)
+        )
         and _plan(tokens, rows, inputs, x.device) is not None
     )
 
@@ -101,9 +100,8 @@ def _kernel(plan: _Plan, gated: bool, dtype: torch.dtype, device: torch.device) 
         "SPLITS": plan.splits,
         "STAGES": plan.stages,
         "GATED": int(gated),
-        "FLOAT16": int(dtype == torch.float16),
     }
-    return CudaKernel("streamed_linear.cu", "streamed_linear", macros, plan.shared_bytes, device)
+    return CudaKernel("streamed_linear", plan.tokens, macros, plan.shared_bytes, dtype, device)
 
 
 def streamed_linear(
@@ -116,14 +114,14 @@ def streamed_linear(
     outputs = weight.shape[0] // halves
     plan = _plan(tokens, weight.shape[0], inputs, x.device)
     assert plan is not None
-    assert all(tensor is None or tensor.data_ptr() % _ALIGNED == 0 for tensor in (bias, residual))
+    assert all(tensor is None or tensor.data_ptr() % HOPPER_ALIGNMENT == 0 for tensor in (bias, residual))
     out = torch.empty((tokens, outputs), dtype=x.dtype, device=x.device) if residual is None else residual
-    x_map = tensor_map(x, (inputs, tokens), (x.stride(0),), (_STEP, plan.tokens))
+    x_map = tensor_map(x, (inputs, tokens), (x.stride(0),), (HOPPER_STEP, plan.tokens))
     weight_map = tensor_map(
         weight,
         (inputs, 8, halves, outputs // 8),
         (inputs, outputs * inputs, 8 * inputs),
-        (_STEP, 8, halves, plan.tile_rows // 8 // halves),
+        (HOPPER_STEP, 8, halves, plan.tile_rows // 8 // halves),
     )
     _kernel(plan, gated, x.dtype, x.device)(
         plan.programs,

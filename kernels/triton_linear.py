@@ -1,5 +1,6 @@
-"""Linear layers on CUDA, each by the fastest of four: the kernel of few rows, the one that streams its weight, tiles,
-or the library's product with norm and activation in launches of their own. `kernels.linear` holds the references."""
+"""Linear layers on CUDA, each by the fastest of five: the kernel of few rows, the one that streams its weight, that of
+gate and up, tiles, or the library's product with norm and activation in launches of their own. `kernels.linear` holds
+the references."""
 
 from collections.abc import Callable
 
@@ -38,6 +39,14 @@ def _streams(x: Tensor, weight: Tensor, *, gated: bool = False) -> bool:
     return suits_stream(x, weight, gated=gated)
 
 
+def _gates(x: Tensor, gate_up: Tensor) -> bool:
+    if not is_hopper(x.device) or _is_small(gate_up):
+        return False
+    from kernels.gated_linear import suits_gated
+
+    return suits_gated(x, gate_up)
+
+
 def _own_product(x: Tensor, weight: Tensor, *, gated: bool = False) -> Callable[..., Tensor] | None:
     """`streamed_linear` or `tiled_linear`, which are called alike; None: the library's is faster."""
     if _streams(x, weight, gated=gated):
@@ -61,9 +70,13 @@ def norm_gated_linear(x: Tensor, norm: Tensor, eps: float, gate_up: Tensor) -> T
     """`kernels.linear.norm_gated_linear` for CUDA tensors; x's last dimension and gate_up are contiguous."""
     if _few(x, gate_up, gated=True):
         return few_rows_linear(x, gate_up, norm=norm, eps=eps, gated=True)
-    normed = rms_norm(x, norm, eps, early=_streams(x, gate_up, gated=True))
+    normed = rms_norm(x, norm, eps, early=_streams(x, gate_up, gated=True) or _gates(x, gate_up))
     if (product := _own_product(normed, gate_up, gated=True)) is not None:
         return product(normed, gate_up, gated=True)
+    if _gates(normed, gate_up):
+        from kernels.gated_linear import gated_linear
+
+        return gated_linear(normed, gate_up)
     return silu_mul(F.linear(normed, gate_up))
 
 

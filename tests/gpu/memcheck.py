@@ -21,6 +21,7 @@ def _calls() -> dict[str, Callable[[], object]]:
     import torch
 
     from kernels import triton_norm
+    from tests.gpu import test_gated_linear as gated
     from tests.gpu import test_persistent_layers as persistent
     from tests.gpu import test_streamed_linear as streamed
     from tests.kernels import checks
@@ -60,6 +61,10 @@ def _calls() -> dict[str, Callable[[], object]]:
         "streamed_linear": lambda: (
             streamed.check(streamed.randn(5, 192), streamed.weight(200, 192)),
             streamed.check_gated(streamed.randn(33, 576), streamed.weight(2 * 104, 576)),
+        ),
+        "gated_linear": lambda: (
+            gated.check(streamed.randn(70, 192), streamed.weight(2 * 104, 192)),
+            gated.check(streamed.randn(133, 576), streamed.weight(2 * 4008, 576)),
         ),
         "_rope_write_kernel": lambda: checks.check_rope_write_kv(37, 8, 2, 64, 16, True, dtype),
         "_rms_norm_kernel": lambda: checks.check_rms_norm(5, 576, dtype),

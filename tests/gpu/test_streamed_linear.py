@@ -133,7 +133,7 @@ def test_a_chain_of_launches_in_a_graph_always_gives_the_same() -> None:
     check_replays(chain, first)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 9, 40])
+@pytest.mark.parametrize("rows", [1, 2, 3, 9, 40, 100, 200])
 def test_layers_are_the_same_with_and_without_early_starts(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Qwen2.5-0.5B's shape: of its products some are streamed and some are not, and all write one residual."""
     slow, output, norm = weight(896, 9344), weight(896, 896, seed=2), 1 + weight(1, 896)[0]

@@ -1,0 +1,129 @@
+// Gate, up and SiLU of 65 to 256 tokens, at the pace of the weight's bytes: see gated_linear.py for when and why.
+//
+// out [tokens, outputs] = silu(gate) * up, [gate, up] = x [tokens, inputs] @ weight [2 * outputs, inputs]^T. A program
+// has 128 tokens, 64 for each of two warpgroups, and takes tile after tile of ROWS rows of the weight. Its last warp brings
+// both through a ring of stages in shared memory, by the tensor memory accelerator; x waits for the kernel before this
+// one, the weight does not. With more than 128 tokens two programs are a cluster: each brings half of a tile to both.
+//
+// A tile has both halves of its outputs, eight rows of the one and eight of the other in turn, so that a thread has both
+// of an output.
+//
+// Macros beside hopper.cuh's, all numbers: SHARING (1 or 2 programs) ROWS (in sixteens for each of them) STAGES.
+
+constexpr int WARPGROUPS = 2, TOKENS = 64 * WARPGROUPS, OUTPUTS = ROWS / 2;
+constexpr int WEIGHT_BYTES = ROWS * STEP * 2, X_BYTES = TOKENS * STEP * 2, STAGE_BYTES = WEIGHT_BYTES + X_BYTES;
+constexpr int CONSUMERS = 128 * WARPGROUPS, THREADS = CONSUMERS + 32;
+
+__device__ __forceinline__ void arrive_at(u64* barrier, int program) {
+    asm volatile(
+        "{\n.reg .u32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+        "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(shared_address(barrier)),
+        "r"(program)
+        : "memory");
+}
+// A share of a tile of the weight, as [outputs / 8, halves, 8, inputs], to all programs of the cluster; each counts its
+// bytes in a barrier of its own.
+__device__ __forceinline__ void load_weight(void* to, const TensorMap& weight, int input, int share, u64* barrier) {
+#if SHARING == 1
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
+        "[%0], [%1, {%2, %3, %3, %4}], [%5];" ::"r"(shared_address(to)),
+        "l"(&weight), "r"(input), "r"(0), "r"(share * (OUTPUTS / 8)), "r"(shared_address(barrier))
+        : "memory");
+#else
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+        "[%0], [%1, {%2, %3, %3, %4}], [%5], %6;" ::"r"(shared_address(to)),
+        "l"(&weight), "r"(input), "r"(0), "r"(share * (OUTPUTS / SHARING / 8)), "r"(shared_address(barrier)),
+        "h"((u16)((1 << SHARING) - 1))
+        : "memory");
+#endif
+}
+__device__ __forceinline__ float silu(float x) { return __fdividef(x, 1 + __expf(-x)); }
+
+// A stage of the ring, and how often the ring was gone around.
+struct Place {
+    int stage = 0;
+    u32 round = 0;
+    __device__ __forceinline__ void next() {
+        if (++stage == STAGES) stage = 0, ++round;
+    }
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(SHARING, 1, 1)
+gated_linear(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight, u16* out, int tokens,
+             int inputs, int outputs) {
+    extern __shared__ __align__(1024) unsigned char ring[];
+    u64 *full = (u64*)(ring + STAGES * STAGE_BYTES), *empty = full + STAGES;
+    const int rank = blockIdx.x % SHARING, first_tile = blockIdx.x / SHARING, tiles_apart = gridDim.x / SHARING;
+    const int steps = inputs / STEP, tiles = (outputs + OUTPUTS - 1) / OUTPUTS;
+    if (threadIdx.x == 0) {
+        for (int stage = 0; stage < STAGES; ++stage) init(full + stage, 1), init(empty + stage, WARPGROUPS * SHARING);
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    let_next_start();
+    sync_cluster();
+
+    if (threadIdx.x == CONSUMERS) {
+        const auto begin = [&](const Place& at, int tile, int step) {
+            expect(full + at.stage, STAGE_BYTES);
+            load_weight(ring + at.stage * STAGE_BYTES + rank * (WEIGHT_BYTES / SHARING), weight, step * STEP,
+                        tile * SHARING + rank, full + at.stage);
+        };
+        Place at;
+        for (int step = 0; step < STAGES; ++step, at.next()) begin(at, first_tile, step);  // there are as many at least
+        wait_for_previous();
+        at = {};
+        for (int tile = first_tile; tile < tiles; tile += tiles_apart)
+            for (int step = 0; step < steps; ++step, at.next()) {
+                if (at.round) {
+                    wait(empty + at.stage, at.round - 1 & 1);
+                    begin(at, tile, step);
+                }
+                load(ring + at.stage * STAGE_BYTES + WEIGHT_BYTES, x, step * STEP, rank * TOKENS, full + at.stage);
+            }
+    } else if (threadIdx.x < CONSUMERS) {
+        const int warpgroup = threadIdx.x / 128, thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
+        const int token = rank * TOKENS + warpgroup * 64 + warp * 16 + lane / 4;  // and eight more
+        Place at, before;
+        const auto let_load = [&] {
+            if (thread < SHARING) arrive_at(empty + before.stage, thread);
+            before.next();
+        };
+        wait_for_previous();
+        for (int tile = first_tile; tile < tiles; tile += tiles_apart) {
+            float sums[ROWS / 2] = {};
+#pragma unroll 1
+            for (int step = 0; step < steps; ++step, at.next()) {
+                const unsigned char* stage = ring + at.stage * STAGE_BYTES;
+                wait(full + at.stage, at.round & 1);
+                const u64 rows = descriptor(stage);
+                const u64 values = descriptor(stage + WEIGHT_BYTES + warpgroup * (X_BYTES / WARPGROUPS));
+                asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+                for (int part = 0; part < STEP / 16; ++part)  // of 32 bytes
+                    multiply(sums, values + part * 2, rows + part * 2);
+                asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+                if (step) {
+                    asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");  // all steps before this one
+                    let_load();
+                }
+            }
+            asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+            let_load();
+
+            const int first = tile * OUTPUTS;
+            u16* to = out + (long long)token * outputs + first + lane % 4 * 2;
+#pragma unroll
+            for (int eight = 0; eight < OUTPUTS / 8; ++eight, to += 8) {
+                const float *gate = sums + eight * 8, *up = gate + 4;
+                if (first + eight * 8 >= outputs) break;
+                if (token < tokens) *(u32*)to = pair_of(silu(gate[0]) * up[0], silu(gate[1]) * up[1]);
+                if (token + 8 < tokens)
+                    *(u32*)(to + 8ll * outputs) = pair_of(silu(gate[2]) * up[2], silu(gate[3]) * up[3]);
+            }
+        }
+    }
+    __syncwarp();
+    sync_cluster();  // while the other may still say that it is done with this program's rows
+}

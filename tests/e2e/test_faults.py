@@ -190,19 +190,6 @@ def test_a_worker_drains_on_sigterm(pairs: Cluster) -> None:
     assert_well(pairs)
 
 
-def test_nothing_is_left_behind() -> None:
-    with Cluster() as cluster:
-        cluster.client.generate(SHORT, max_tokens=2)
-        pools = _pools(process.pid for process in cluster.processes.values())
-        for name in ("router-0", "prefill-0", "decode-0"):
-            cluster.signal(name, signal.SIGTERM)
-        for process in cluster.processes.values():
-            assert process.wait(timeout=20) == 0
-        assert not any(pool.exists() for pool in pools)
-    with pytest.raises(Unavailable), Client(cluster.target) as client:
-        client.model(timeout=2)
-
-
 def test_a_second_ctrl_c_hurries_and_leaves_nothing_behind_either() -> None:
     command = [sys.executable, "-c", "from cli.main import main; main('serve')", "--listen=127.0.0.1:0", "--threads=1"]
     with subprocess.Popen([*command, "--num-blocks=256"], stderr=subprocess.PIPE, text=True) as serve:
@@ -220,6 +207,19 @@ def test_a_second_ctrl_c_hurries_and_leaves_nothing_behind_either() -> None:
             threading.Thread(target=serve.stderr.read, daemon=True).start()
             assert serve.wait(timeout=15) == 0
     assert not any(pool.exists() for pool in pools)
+
+
+def test_nothing_is_left_behind(pair: Cluster) -> None:
+    """The last one of this cluster's, which it ends."""
+    pair.client.generate(SHORT, max_tokens=2)
+    pools = _pools(process.pid for process in pair.processes.values())
+    for name in ("router-0", "prefill-0", "decode-0"):
+        pair.signal(name, signal.SIGTERM)
+    for process in pair.processes.values():
+        assert process.wait(timeout=20) == 0
+    assert not any(pool.exists() for pool in pools)
+    with pytest.raises(Unavailable), Client(pair.target) as client:
+        client.model(timeout=2)
 
 
 def _pools(pids: Iterable[int]) -> set[Path]:

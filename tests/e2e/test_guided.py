@@ -84,15 +84,15 @@ def test_the_same_alone_together_and_after_preemptions(cluster: Cluster, tmp_pat
             assert_follows(answer, guide)
     together = ask_all(cluster)
     cluster.assert_blocks_home()
-    scarce = {"decode_flags": {"num-blocks": 24}, "router_flags": {"headroom-tokens": 1}}
+    scarce = {"decode_flags": {"num-blocks": 14}, "router_flags": {"headroom-tokens": 1}}
     with tiny_cluster(tmp_path, **scarce) as small:
-        preempted = ask_all(small)
+        rounds = [ask_all(small) for _ in range(3)]  # who is preempted in one is a matter of timing
         small.assert_blocks_home()
-    resumed = [guide for answer, guide in zip(preempted, MIXED, strict=True) if answer.finish.usage.resumes]
-    assert any(guide not in PLAIN for guide in resumed)
+    resumed = [place for answers in rounds for place, answer in enumerate(answers) if answer.finish.usage.resumes]
+    assert any(MIXED[place] not in PLAIN for place in resumed)
     tokens = [answer.token_ids for answer in alone]
-    assert [answer.token_ids for answer in together] == tokens
-    assert [answer.token_ids for answer in preempted] == tokens
+    for answers in (together, *rounds):
+        assert [answer.token_ids for answer in answers] == tokens
 
 
 def test_several_answers_to_a_chat_in_a_stream_with_log_probabilities(cluster: Cluster) -> None:

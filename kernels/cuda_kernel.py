@@ -14,8 +14,6 @@ from torch import Tensor
 
 from kernels import cuda_source, triton_launch
 
-# What the linear layers for Hopper take.
-HOPPER_DTYPES = (torch.bfloat16, torch.float16)
 HOPPER_STEP = 64  # inputs of a stage
 HOPPER_ALIGNMENT = 16  # bytes, for the memory accelerator
 
@@ -64,6 +62,18 @@ class CudaKernel:
             config.attrs, config.numAttrs = [dependent], 1
         addresses = (ctypes.c_void_p * len(arguments))(*map(_address, arguments))
         _checked(driver.cuLaunchKernelEx(config, self._function, ctypes.addressof(addresses), 0))
+
+
+def suits_hopper(x: Tensor, weight: Tensor) -> bool:
+    """Whether the linear layers for Hopper can take these, x [rows, inputs] and weight [outputs, inputs]; each asks for
+    more."""
+    addresses = (x.data_ptr(), weight.data_ptr(), x.stride(0) * x.itemsize)
+    return (
+        triton_launch.is_hopper(x.device)  # later ones multiply by other instructions
+        and x.dtype in (torch.bfloat16, torch.float16)
+        and x.shape[1] % HOPPER_STEP == 0
+        and all(address % HOPPER_ALIGNMENT == 0 for address in addresses)
+    )
 
 
 def tensor_map(tensor: Tensor, sizes: Sequence[int], strides: Sequence[int], box: Sequence[int]) -> driver.CUtensorMap:

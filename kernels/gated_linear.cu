@@ -1,12 +1,13 @@
 // Gate, up and SiLU of 65 to 256 tokens, at the pace of the weight's bytes: see gated_linear.py for when and why.
 //
 // out [tokens, outputs] = silu(gate) * up, [gate, up] = x [tokens, inputs] @ weight [2 * outputs, inputs]^T. A program
-// has 128 tokens, 64 for each of two warpgroups, and takes tile after tile of ROWS rows of the weight. Its last warp brings
-// both through a ring of stages in shared memory, by the tensor memory accelerator; x waits for the kernel before this
-// one, the weight does not. With more than 128 tokens two programs are a cluster: each brings half of a tile to both.
+// has 128 tokens, 64 for each of two warpgroups, and takes tile after tile of ROWS rows of the weight. Its last warp
+// brings both through a ring of stages in shared memory, by the tensor memory accelerator; x waits for the kernel
+// before this one, the weight does not. With more than 128 tokens two programs are a cluster: each brings half of a
+// tile to both.
 //
-// A tile has both halves of its outputs, eight rows of the one and eight of the other in turn, so that a thread has both
-// of an output.
+// A tile has both halves of its outputs, eight rows of the one and eight of the other in turn, so that a thread has
+// both of an output.
 //
 // Macros beside hopper.cuh's, all numbers: SHARING (1 or 2 programs) ROWS (in sixteens for each of them) STAGES.
 
@@ -21,20 +22,16 @@ __device__ __forceinline__ void arrive_at(u64* barrier, int program) {
         "r"(program)
         : "memory");
 }
-// A share of a tile of the weight, as [outputs / 8, halves, 8, inputs], to all programs of the cluster; each counts its
-// bytes in a barrier of its own.
-__device__ __forceinline__ void load_weight(void* to, const TensorMap& weight, int input, int share, u64* barrier) {
+// A share of a tile of the weight to all programs of the cluster; each counts its bytes in a barrier of its own.
+__device__ __forceinline__ void load_share(void* to, const TensorMap& weight, int input, int share, u64* barrier) {
+    const int eight = share * (OUTPUTS / SHARING / 8);
 #if SHARING == 1
-    asm volatile(
-        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
-        "[%0], [%1, {%2, %3, %3, %4}], [%5];" ::"r"(shared_address(to)),
-        "l"(&weight), "r"(input), "r"(0), "r"(share * (OUTPUTS / 8)), "r"(shared_address(barrier))
-        : "memory");
+    load_weight(to, weight, input, eight, barrier);
 #else
     asm volatile(
         "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
         "[%0], [%1, {%2, %3, %3, %4}], [%5], %6;" ::"r"(shared_address(to)),
-        "l"(&weight), "r"(input), "r"(0), "r"(share * (OUTPUTS / SHARING / 8)), "r"(shared_address(barrier)),
+        "l"(&weight), "r"(input), "r"(0), "r"(eight), "r"(shared_address(barrier)),
         "h"((u16)((1 << SHARING) - 1))
         : "memory");
 #endif
@@ -67,8 +64,8 @@ gated_linear(const __grid_constant__ TensorMap x, const __grid_constant__ Tensor
     if (threadIdx.x == CONSUMERS) {
         const auto begin = [&](const Place& at, int tile, int step) {
             expect(full + at.stage, STAGE_BYTES);
-            load_weight(ring + at.stage * STAGE_BYTES + rank * (WEIGHT_BYTES / SHARING), weight, step * STEP,
-                        tile * SHARING + rank, full + at.stage);
+            load_share(ring + at.stage * STAGE_BYTES + rank * (WEIGHT_BYTES / SHARING), weight, step * STEP,
+                       tile * SHARING + rank, full + at.stage);
         };
         Place at;
         for (int step = 0; step < STAGES; ++step, at.next()) begin(at, first_tile, step);  // there are as many at least
@@ -99,17 +96,13 @@ gated_linear(const __grid_constant__ TensorMap x, const __grid_constant__ Tensor
                 wait(full + at.stage, at.round & 1);
                 const u64 rows = descriptor(stage);
                 const u64 values = descriptor(stage + WEIGHT_BYTES + warpgroup * (X_BYTES / WARPGROUPS));
-                asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-#pragma unroll
-                for (int part = 0; part < STEP / 16; ++part)  // of 32 bytes
-                    multiply(sums, values + part * 2, rows + part * 2);
-                asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+                multiply_stage(sums, values, rows);
                 if (step) {
-                    asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");  // all steps before this one
+                    wait_for_stages_but<1>();
                     let_load();
                 }
             }
-            asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+            wait_for_stages_but<0>();
             let_load();
 
             const int first = tile * OUTPUTS;

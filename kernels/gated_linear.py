@@ -15,8 +15,8 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.cuda_kernel import HOPPER_ALIGNMENT, HOPPER_DTYPES, HOPPER_STEP, CudaKernel, tensor_map
-from kernels.triton_launch import is_hopper, multiprocessors, shared_bytes
+from kernels.cuda_kernel import HOPPER_STEP, CudaKernel, suits_hopper, tensor_map
+from kernels.triton_launch import multiprocessors, shared_bytes
 
 _TOKENS = 128  # of a program
 MAX_ROWS = 2 * _TOKENS
@@ -58,17 +58,7 @@ def _plan(tokens: int, rows: int, inputs: int, device: torch.device) -> _Plan:
 
 def suits_gated(x: Tensor, weight: Tensor) -> bool:
     """Whether `gated_linear` takes these."""
-    tokens, inputs = x.shape
-    return (
-        0 < tokens <= MAX_ROWS
-        and is_hopper(x.device)  # later ones multiply by other instructions
-        and x.dtype in HOPPER_DTYPES
-        and inputs % HOPPER_STEP == 0
-        and weight.shape[0] % _UNIT == 0
-        and all(
-            address % HOPPER_ALIGNMENT == 0 for address in (x.data_ptr(), weight.data_ptr(), x.stride(0) * x.itemsize)
-        )
-    )
+    return 0 < x.shape[0] <= MAX_ROWS and suits_hopper(x, weight) and weight.shape[0] % _UNIT == 0
 
 
 @cache

@@ -1,6 +1,5 @@
-// What the linear layers for Hopper GPUs share, put before each of them by cuda_source.py, after mbarrier.cuh: clusters,
-// dependent launch, the tensor memory accelerator, and the matrix units' way to find their factors. multiply() itself
-// comes after it: sums += 64 rows times a factor's rows, 16 inputs of each.
+// What the linear layers for Hopper GPUs share, put before each of them by cuda_source.py, after mbarrier.cuh:
+// clusters, dependent launch, the tensor memory accelerator, and the matrix units.
 //
 // Macro, 0 or 1: FLOAT16 (else bfloat16).
 
@@ -30,10 +29,35 @@ __device__ __forceinline__ void load(void* to, const TensorMap& x, int input, in
         "l"(&x), "r"(input), "r"(token), "r"(shared_address(barrier))
         : "memory");
 }
+// A tile of a weight, as [rows / 8 (of half), halves, 8, inputs], from its group of eight rows (of each half) on.
+__device__ __forceinline__ void load_weight(void* to, const TensorMap& weight, int input, int eight, u64* barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
+        "[%0], [%1, {%2, %3, %3, %4}], [%5];" ::"r"(shared_address(to)),
+        "l"(&weight), "r"(input), "r"(0), "r"(eight), "r"(shared_address(barrier))
+        : "memory");
+}
+
 // Where the matrix units find rows of STEP inputs, which the accelerator swizzled in groups of eight rows.
 __device__ __forceinline__ u64 descriptor(const void* rows) {
     return (u64)((shared_address(rows) & 0x3ffff) >> 4) | 1ull << 16 | (u64)(8 * STEP * 2 >> 4) << 32 | 1ull << 62;
 }
+// sums += 64 rows times a factor's rows, 16 inputs of each; for as many of these as the kernel asks cuda_source.py for.
+__device__ __forceinline__ void multiply(float* sums, u64 rows, u64 columns);
+// All inputs of a stage; still under way when it returns.
+__device__ __forceinline__ void multiply_stage(float* sums, u64 rows, u64 columns) {
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+    for (int part = 0; part < STEP / 16; ++part)  // of 32 bytes
+        multiply(sums, rows + part * 2, columns + part * 2);
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+// Until all stages but the `last` ones are multiplied.
+template <int last>
+__device__ __forceinline__ void wait_for_stages_but() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(last) : "memory");
+}
+
 __device__ __forceinline__ u32 pair_of(float first, float second) {
     u32 pair;
     asm("cvt.rn." TYPE "x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));

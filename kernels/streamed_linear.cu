@@ -20,14 +20,6 @@ constexpr int CONSUMERS = 128 * WARPGROUPS, THREADS = CONSUMERS + 32;
 constexpr int VALUES = 8;                       // that a thread writes at once
 
 __device__ __forceinline__ void sync_consumers() { asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory"); }
-// The weight as [rows / 8 (of half), halves, 8, inputs].
-__device__ __forceinline__ void load_weight(void* to, const TensorMap& weight, int input, int tile, u64* barrier) {
-    asm volatile(
-        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
-        "[%0], [%1, {%2, %3, %3, %4}], [%5];" ::"r"(shared_address(to)),
-        "l"(&weight), "r"(input), "r"(0), "r"(tile * (OUTPUTS / 8)), "r"(shared_address(barrier))
-        : "memory");
-}
 
 // ---- sums
 
@@ -90,7 +82,8 @@ streamed_linear(const __grid_constant__ TensorMap x, const __grid_constant__ Ten
             const auto begin = [&](int step) {
                 const int stage = step % STAGES;
                 expect(full + stage, STAGE_BYTES);
-                load_weight(ring + stage * STAGE_BYTES, weight, (first_step + step) * STEP, tile, full + stage);
+                load_weight(ring + stage * STAGE_BYTES, weight, (first_step + step) * STEP, tile * (OUTPUTS / 8),
+                            full + stage);
             };
             for (int step = 0; step < min(STAGES, steps); ++step) begin(step);
             wait_for_previous();
@@ -114,18 +107,13 @@ streamed_linear(const __grid_constant__ TensorMap x, const __grid_constant__ Ten
     for (int step = 0; step < steps; ++step) {
         const unsigned char* stage = ring + step % STAGES * STAGE_BYTES;
         wait(full + step % STAGES, step / STAGES & 1);
-        const u64 rows = descriptor(stage + warpgroup * 64 * STEP * 2), columns = descriptor(stage + WEIGHT_BYTES);
-        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-#pragma unroll
-        for (int part = 0; part < STEP / 16; ++part)  // of 32 bytes
-            multiply(sums, rows + part * 2, columns + part * 2);
-        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+        multiply_stage(sums, descriptor(stage + warpgroup * 64 * STEP * 2), descriptor(stage + WEIGHT_BYTES));
         if (step) {
-            asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");  // all steps before this one
+            wait_for_stages_but<1>();
             if (threadIdx.x % 128 == 0) arrive(empty + (step - 1) % STAGES);
         }
     }
-    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+    wait_for_stages_but<0>();
     sync_consumers();  // nobody reads the ring any more
 
     float* staged = (float*)ring;  // [TOKENS, PITCH]

@@ -16,8 +16,8 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.cuda_kernel import HOPPER_ALIGNMENT, HOPPER_DTYPES, HOPPER_STEP, CudaKernel, tensor_map
-from kernels.triton_launch import is_hopper, multiprocessors, shared_bytes
+from kernels.cuda_kernel import HOPPER_ALIGNMENT, HOPPER_STEP, CudaKernel, suits_hopper, tensor_map
+from kernels.triton_launch import multiprocessors, shared_bytes
 
 MAX_ROWS = 64
 _TILE = 64  # rows of the weight that four warps multiply
@@ -81,13 +81,8 @@ def suits_stream(x: Tensor, weight: Tensor, *, gated: bool = False) -> bool:
     rows = weight.shape[0]
     return (
         0 < tokens <= MAX_ROWS
-        and is_hopper(x.device)  # later ones multiply by other instructions
-        and x.dtype in HOPPER_DTYPES
-        and inputs % HOPPER_STEP == 0
+        and suits_hopper(x, weight)
         and rows % (_VALUES * (2 if gated else 1)) == 0
-        and all(
-            address % HOPPER_ALIGNMENT == 0 for address in (x.data_ptr(), weight.data_ptr(), x.stride(0) * x.itemsize)
-        )
         and _plan(tokens, rows, inputs, x.device) is not None
     )
 

@@ -13,18 +13,13 @@ if torch.cuda.get_device_capability()[0] != 9:
 from kernels.gated_linear import MAX_ROWS, gated_linear, suits_gated
 from kernels.triton_linear import norm_gated_linear
 from kernels.triton_norm import rms_norm
-from tests.gpu.test_streamed_linear import BF16, check_replays, randn, weight
+from tests.gpu.test_streamed_linear import BF16, check_replays, gated_reference, randn, weight
 from tests.kernels.inputs import DEVICE, assert_close
-
-
-def reference(x: Tensor, w: Tensor) -> Tensor:
-    gate, up = F.linear(x.float(), w.float()).chunk(2, dim=1)
-    return F.silu(gate) * up
 
 
 def check(x: Tensor, w: Tensor) -> None:
     assert suits_gated(x, w)
-    assert_close(gated_linear(x, w), reference(x, w))
+    assert_close(gated_linear(x, w), gated_reference(x, w))
 
 
 # One tile or many, with ends; fewer steps than stages; one round, and several with a last one that not all have.
@@ -53,7 +48,7 @@ def test_large_numbers() -> None:
     w = torch.zeros(16, 64, dtype=BF16, device=DEVICE)
     w[:8, 0] = torch.tensor([-1e30, -200, -90, 0, 90, 200, 1e30, 1], device=DEVICE)
     w[8:, 0] = 2
-    assert_close(gated_linear(x, w), reference(x, w))
+    assert_close(gated_linear(x, w), gated_reference(x, w))
 
 
 def test_what_lies_behind_the_tensors_does_not_matter() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from common.kv_pool import KvPool
 from common.model_config import ModelConfig
 from common.weights import Weights
+from kernels.hidden import Hidden
 from kernels.ops import LayersOfOneToken, Ops
 from kernels.rope import Rotation
 
@@ -36,16 +37,17 @@ class Model:
         """
         config, weights, ops = self.config, self._weights, self._ops
         eps = config.rms_norm_eps
-        hidden = F.embedding(tokens, weights.embedding)
-        for index, layer in enumerate(weights.layers):
+        hidden = Hidden(F.embedding(tokens, weights.embedding))
+        next_norms = [*(layer.attention_norm for layer in weights.layers[1:]), None]
+        for index, (layer, next_norm) in enumerate(zip(weights.layers, next_norms, strict=True)):
             key_cache, value_cache = pool.layer(index)
             qkv = ops.norm_linear(hidden, layer.attention_norm, eps, layer.qkv, layer.qkv_bias)
             rotation = Rotation(positions, self._cos_sin, slots, layer.q_norm, layer.k_norm, eps)
             attended = attend(qkv, rotation, key_cache, value_cache).flatten(1)
-            hidden = ops.add_linear(hidden, attended, layer.output, layer.output_bias)
+            hidden = ops.add_linear(hidden, attended, layer.output, layer.output_bias, layer.mlp_norm)
             activated = ops.norm_gated_linear(hidden, layer.mlp_norm, eps, layer.gate_up)
-            hidden = ops.add_linear(hidden, activated, layer.down, None)
-        return hidden
+            hidden = ops.add_linear(hidden, activated, layer.down, None, next_norm)
+        return hidden.states
 
     def fused_layers(self, pool: KvPool) -> LayersOfOneToken | None:
         """What `forward` does for one token of one sequence, as one operation, where there is one."""
@@ -58,7 +60,7 @@ class Model:
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [N, H], of what `forward` returned -> [N, V], in the model's dtype."""
         weights = self._weights
-        return self._ops.norm_linear(hidden, weights.norm, self.config.rms_norm_eps, weights.lm_head, None)
+        return self._ops.norm_linear(Hidden(hidden), weights.norm, self.config.rms_norm_eps, weights.lm_head, None)
 
 
 def rotary_table(config: ModelConfig) -> Tensor:

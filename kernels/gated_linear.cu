@@ -36,7 +36,6 @@ __device__ __forceinline__ void load_share(void* to, const TensorMap& weight, in
         : "memory");
 #endif
 }
-__device__ __forceinline__ float silu(float x) { return __fdividef(x, 1 + __expf(-x)); }
 
 // A stage of the ring, and how often the ring was gone around.
 struct Place {

@@ -63,3 +63,4 @@ __device__ __forceinline__ u32 pair_of(float first, float second) {
     asm("cvt.rn." TYPE "x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
     return pair;
 }
+__device__ __forceinline__ float silu(float x) { return __fdividef(x, 1 + __expf(-x)); }

@@ -6,27 +6,28 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.activation import silu_mul
+from kernels.hidden import Hidden
 from kernels.norm import rms_norm
 
 
-def norm_linear(x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """linear(rms_norm(x)).
+def norm_linear(hidden: Hidden, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """linear(rms_norm(hidden)).
 
-    x [T, H]; norm [H]; weight [N, H]; bias [N] or None; one dtype. Returns [T, N].
+    hidden [T, H]; norm [H]; weight [N, H]; bias [N] or None; one dtype. Returns [T, N].
     """
-    normed = rms_norm(x, norm, eps)
+    normed = rms_norm(hidden.states, norm, eps)
     if _is_quicker_transposed(normed, weight):
         product = (weight @ normed.t()).t().contiguous()
         return product if bias is None else product.add_(bias)
     return F.linear(normed, weight, bias)
 
 
-def norm_gated_linear(x: Tensor, norm: Tensor, eps: float, gate_up: Tensor) -> Tensor:
-    """silu(gate(rms_norm(x))) * up(rms_norm(x)).
+def norm_gated_linear(hidden: Hidden, norm: Tensor, eps: float, gate_up: Tensor) -> Tensor:
+    """silu(gate(rms_norm(hidden))) * up(rms_norm(hidden)).
 
-    x [T, H]; norm [H]; gate_up [2 I, H]: gate in the first half, up in the second; one dtype. Returns [T, I].
+    hidden [T, H]; norm [H]; gate_up [2 I, H]: gate in the first half, up in the second; one dtype. Returns [T, I].
     """
-    normed = rms_norm(x, norm, eps)
+    normed = rms_norm(hidden.states, norm, eps)
     if _is_quicker_transposed(normed, gate_up):
         return silu_mul((gate_up @ normed.t()).t().contiguous())
     if normed.device.type == "cpu":
@@ -36,12 +37,13 @@ def norm_gated_linear(x: Tensor, norm: Tensor, eps: float, gate_up: Tensor) -> T
     return silu_mul(F.linear(normed, gate_up))
 
 
-def add_linear(residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Adds linear(x) to `residual`, in place, and returns it.
+def add_linear(hidden: Hidden, x: Tensor, weight: Tensor, bias: Tensor | None, next_norm: Tensor | None) -> Hidden:
+    """Adds linear(x) to the hidden states, in place. next_norm: the weight of the norm that comes next, which may be
+    begun; None where none does.
 
-    residual [T, H], contiguous; x [T, K]; weight [H, K]; bias [H] or None; one dtype.
+    hidden [T, H]; x [T, K]; weight [H, K]; bias and next_norm [H] or None; one dtype.
     """
-    return residual.add_(F.linear(x, weight, bias))
+    return Hidden(hidden.states.add_(F.linear(x, weight, bias)))
 
 
 def _is_quicker_transposed(x: Tensor, weight: Tensor) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kernels import attention, linear, rope, sampling, step
 from kernels.attention import DecodeAttention, PrefillAttention
+from kernels.hidden import Hidden
 from kernels.rope import Rotation
 
 
@@ -76,9 +77,9 @@ class FuseLayers(Protocol):
 class Ops:
     """Functions of one meaning and signature on every device; their references say what they do."""
 
-    norm_linear: Callable[[Tensor, Tensor, float, Tensor, Tensor | None], Tensor]
-    norm_gated_linear: Callable[[Tensor, Tensor, float, Tensor], Tensor]
-    add_linear: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+    norm_linear: Callable[[Hidden, Tensor, float, Tensor, Tensor | None], Tensor]
+    norm_gated_linear: Callable[[Hidden, Tensor, float, Tensor], Tensor]
+    add_linear: Callable[[Hidden, Tensor, Tensor, Tensor | None, Tensor | None], Hidden]
     rope_write_kv: Callable[[Tensor, Rotation, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
     prefill_attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, PrefillAttention, float], Tensor]
     plan_decode: Callable[[Tensor, Tensor, Tensor], DecodeAttention]

@@ -2,22 +2,28 @@
 //
 // out [tokens, outputs] = weight [outputs, inputs] @ x [tokens, inputs], which the matrix units take with the weight's
 // rows first, as they come in 64s and tokens do not have to. A program has a tile of WARPGROUPS * 64 rows and one of
-// SPLITS equal parts of the inputs. Its last warp brings both through a ring of stages in shared memory, by the tensor
+// SPLITS equal parts of the inputs. Its last warp brings both through rings of stages in shared memory, by the tensor
 // memory accelerator; x waits for the kernel before this one, the weight does not. The SPLITS programs of a tile are a
 // cluster and add their sums up in each other's shared memory, always in the same order.
 //
 // GATED: the weight is that of gate and up, [2 * outputs, inputs]. A tile has both halves of its outputs, eight rows of
 // the one and eight of the other in turn.
 //
-// Macros beside hopper.cuh's, all numbers: TOKENS (8, 16, 32 or 64) WARPGROUPS SPLITS STAGES, and 0 or 1: GATED.
+// A norm between two layers has no launch of its own: the first leaves its outputs times the norm's weight, and the sum
+// of squares of each token's part of a tile; the second divides its sums by the root.
+//
+// Macros beside hopper.cuh's, all numbers: TOKENS (8, 16, 32 or 64) WARPGROUPS SPLITS WEIGHT_STAGES X_STAGES (as many at
+// most), and 0 or 1: GATED.
 
 constexpr int larger(int a, int b) { return a > b ? a : b; }
 constexpr int ROWS = 64 * WARPGROUPS, OUTPUTS = GATED ? ROWS / 2 : ROWS;
-constexpr int WEIGHT_BYTES = ROWS * STEP * 2, X_BYTES = TOKENS * STEP * 2, STAGE_BYTES = WEIGHT_BYTES + X_BYTES;
+constexpr int WEIGHT_BYTES = ROWS * STEP * 2, X_BYTES = TOKENS * STEP * 2;  // of a stage
 constexpr int PITCH = ROWS + 4;                 // floats of a token's sums; lanes that write them meet in no bank
-constexpr int RING_BYTES = larger(STAGES * STAGE_BYTES, (TOKENS * PITCH * 4 + 15) / 16 * 16);
+constexpr int RING_BYTES = larger(WEIGHT_STAGES * WEIGHT_BYTES + X_STAGES * X_BYTES, (TOKENS * PITCH * 4 + 15) / 16 * 16);
 constexpr int CONSUMERS = 128 * WARPGROUPS, THREADS = CONSUMERS + 32;
 constexpr int VALUES = 8;                       // that a thread writes at once
+constexpr int VECTORS = OUTPUTS / VALUES;
+constexpr int TOKENS_AT_ONCE = CONSUMERS / VECTORS * SPLITS, ITEMS = (TOKENS + TOKENS_AT_ONCE - 1) / TOKENS_AT_ONCE;
 
 __device__ __forceinline__ void sync_consumers() { asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory"); }
 
@@ -59,19 +65,51 @@ __device__ __forceinline__ void gather(float* sums, const float* staged) {
     }
 }
 
+__device__ __forceinline__ uint4 round(const float* sums) {
+    return make_uint4(pair_of(sums[0], sums[1]), pair_of(sums[2], sums[3]), pair_of(sums[4], sums[5]),
+                      pair_of(sums[6], sums[7]));
+}
+
+// ---- the norm between two layers
+
+// Of `lanes` neighbours, a power of two, which all get it.
+template <int lanes>
+__device__ __forceinline__ float sum_of_lanes(float value) {
+    const u32 lane = threadIdx.x % 32, all = 0xffffffffu >> (32 - lanes) << lane / lanes * lanes;
+#pragma unroll
+    for (int apart = lanes / 2; apart; apart /= 2) value += __shfl_xor_sync(all, value, apart);
+    return value;
+}
+// What each token's sums are to be multiplied with; squares [tokens, parts].
+__device__ __forceinline__ void scale_tokens(float* scales, const float* squares, int tokens, int parts, int inputs,
+                                             float eps) {
+    constexpr int LANES = CONSUMERS / TOKENS < 32 ? CONSUMERS / TOKENS : 32;  // that share a token
+    const int token = threadIdx.x / LANES, lane = threadIdx.x % LANES;
+    float sum = 0;
+    if (token < tokens)
+#pragma unroll 8
+        for (int part = lane; part < parts; part += LANES) sum += squares[token * parts + part];
+    sum = sum_of_lanes<LANES>(sum);
+    if (token < TOKENS && lane == 0) scales[token] = rsqrtf(sum / inputs + eps);
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #if SPLITS > 1
 __cluster_dims__(SPLITS, 1, 1)
 #endif
-streamed_linear(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight, const u16* bias,
-                const u16* residual, u16* out, int tokens, int inputs, int outputs) {
+streamed_linear(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight, const float* squares,
+                const u16* bias, const u16* residual, u16* out, const u16* next_norm, u16* next_x, float* next_squares,
+                int tokens, int inputs, int outputs, int parts, float eps) {
     extern __shared__ __align__(1024) unsigned char ring[];
-    u64 *full = (u64*)(ring + RING_BYTES), *empty = full + STAGES;
+    unsigned char* x_ring = ring + WEIGHT_STAGES * WEIGHT_BYTES;
+    u64 *full = (u64*)(ring + RING_BYTES), *x_full = full + WEIGHT_STAGES, *empty = x_full + X_STAGES;
+    float* scales = (float*)(empty + X_STAGES);  // [TOKENS]
     const int tile = blockIdx.x / SPLITS, split = blockIdx.x % SPLITS;
     const int all_steps = inputs / STEP, most_steps = (all_steps + SPLITS - 1) / SPLITS;
     const int first_step = split * most_steps, steps = max(0, min(most_steps, all_steps - first_step));
     if (threadIdx.x == 0) {
-        for (int stage = 0; stage < STAGES; ++stage) init(full + stage, 1), init(empty + stage, WARPGROUPS);
+        for (int stage = 0; stage < WEIGHT_STAGES; ++stage) init(full + stage, 1);
+        for (int stage = 0; stage < X_STAGES; ++stage) init(x_full + stage, 1), init(empty + stage, WARPGROUPS);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     let_next_start();
@@ -79,21 +117,20 @@ streamed_linear(const __grid_constant__ TensorMap x, const __grid_constant__ Ten
 
     if (threadIdx.x >= CONSUMERS) {
         if (threadIdx.x == CONSUMERS) {
+            const auto input = [&](int step) { return (first_step + step) * STEP; };
             const auto begin = [&](int step) {
-                const int stage = step % STAGES;
-                expect(full + stage, STAGE_BYTES);
-                load_weight(ring + stage * STAGE_BYTES, weight, (first_step + step) * STEP, tile * (OUTPUTS / 8),
-                            full + stage);
+                const int stage = step % WEIGHT_STAGES;
+                expect(full + stage, WEIGHT_BYTES);
+                load_weight(ring + stage * WEIGHT_BYTES, weight, input(step), tile * (OUTPUTS / 8), full + stage);
             };
-            for (int step = 0; step < min(STAGES, steps); ++step) begin(step);
+            for (int step = 0; step < min(WEIGHT_STAGES, steps); ++step) begin(step);
             wait_for_previous();
             for (int step = 0; step < steps; ++step) {
-                const int stage = step % STAGES;
-                if (step >= STAGES) {
-                    wait(empty + stage, (step / STAGES - 1) & 1);
-                    begin(step);
-                }
-                load(ring + stage * STAGE_BYTES + WEIGHT_BYTES, x, (first_step + step) * STEP, 0, full + stage);
+                const int stage = step % X_STAGES, next = step - X_STAGES + WEIGHT_STAGES;
+                if (step >= X_STAGES) wait(empty + stage, (step / X_STAGES - 1) & 1);
+                expect(x_full + stage, X_BYTES);
+                load(x_ring + stage * X_BYTES, x, input(step), 0, x_full + stage);
+                if (step >= X_STAGES && next < steps) begin(next);
             }
         }
         __syncwarp();
@@ -101,16 +138,34 @@ streamed_linear(const __grid_constant__ TensorMap x, const __grid_constant__ Ten
         return;
     }
 
+    // What is added to the sums is on its way while they are made.
+    const int vector = threadIdx.x % VECTORS, output = tile * OUTPUTS + vector * VALUES;
+    const int first_token = threadIdx.x / VECTORS * SPLITS + split;
+    const bool inside = output < outputs;
+    uint4 biases = {}, norms = {}, residuals[ITEMS] = {};
+    if (inside && bias) biases = *(const uint4*)(bias + output);
+    if (inside && next_norm) norms = *(const uint4*)(next_norm + output);
+    wait_for_previous();
+#pragma unroll
+    for (int item = 0; item < ITEMS; ++item) {
+        const int token = first_token + item * TOKENS_AT_ONCE;
+        if (inside && residual && token < tokens)
+            residuals[item] = *(const uint4*)(residual + (long long)token * outputs + output);
+    }
+    if (squares) scale_tokens(scales, squares, tokens, parts, inputs, eps);
+
     const int warpgroup = threadIdx.x / 128, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
     float sums[TOKENS / 2] = {};
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
-        const unsigned char* stage = ring + step % STAGES * STAGE_BYTES;
-        wait(full + step % STAGES, step / STAGES & 1);
-        multiply_stage(sums, descriptor(stage + warpgroup * 64 * STEP * 2), descriptor(stage + WEIGHT_BYTES));
+        const int stage = step % WEIGHT_STAGES, x_stage = step % X_STAGES;
+        wait(full + stage, step / WEIGHT_STAGES & 1);
+        wait(x_full + x_stage, step / X_STAGES & 1);
+        multiply_stage(sums, descriptor(ring + stage * WEIGHT_BYTES + warpgroup * 64 * STEP * 2),
+                       descriptor(x_ring + x_stage * X_BYTES));
         if (step) {
             wait_for_stages_but<1>();
-            if (threadIdx.x % 128 == 0) arrive(empty + (step - 1) % STAGES);
+            if (threadIdx.x % 128 == 0) arrive(empty + (step - 1) % X_STAGES);
         }
     }
     wait_for_stages_but<0>();
@@ -126,26 +181,38 @@ streamed_linear(const __grid_constant__ TensorMap x, const __grid_constant__ Ten
     else
         sync_consumers();
 
-    wait_for_previous();  // which has ended where there was x to wait for
-    constexpr int VECTORS = OUTPUTS / VALUES;
-    for (int item = threadIdx.x;; item += CONSUMERS) {
-        const int token = item / VECTORS * SPLITS + split, vector = item % VECTORS;
+#pragma unroll
+    for (int item = 0; item < ITEMS; ++item) {
+        const int token = first_token + item * TOKENS_AT_ONCE;
         if (token >= tokens) break;
-        const int output = tile * OUTPUTS + vector * VALUES;
-        if (output >= outputs) continue;
-        const float* at = staged + token * PITCH + vector * VALUES * (GATED ? 2 : 1);
-        float total[VALUES];
-        gather(total, at);
-        if (bias) add(total, *(const uint4*)(bias + output));
-        if (GATED) {
-            float up[VALUES];
-            gather(up, at + VALUES);
-            for (int i = 0; i < VALUES; ++i) total[i] = total[i] / (1 + __expf(-total[i])) * up[i];
+        float square = 0;
+        if (inside) {
+            const float* at = staged + token * PITCH + vector * VALUES * (GATED ? 2 : 1);
+            const float scale = squares ? scales[token] : 1;
+            float total[VALUES];
+            gather(total, at);
+            for (int i = 0; i < VALUES; ++i) total[i] *= scale;
+            if (GATED) {
+                float up[VALUES];
+                gather(up, at + VALUES);
+                for (int i = 0; i < VALUES; ++i) total[i] = silu(total[i]) * up[i] * scale;
+            } else {
+                add(total, biases), add(total, residuals[item]);
+            }
+            const long long place = (long long)token * outputs + output;
+            const uint4 rounded = round(total);
+            *(uint4*)(out + place) = rounded;
+            if (next_norm) {
+                float values[VALUES] = {}, norm[VALUES] = {};
+                add(values, rounded), add(norm, norms);
+                for (int i = 0; i < VALUES; ++i) square += values[i] * values[i], values[i] *= norm[i];
+                *(uint4*)(next_x + place) = round(values);
+            }
         }
-        const long long place = (long long)token * outputs + output;
-        if (residual) add(total, *(const uint4*)(residual + place));
-        *(uint4*)(out + place) = make_uint4(pair_of(total[0], total[1]), pair_of(total[2], total[3]),
-                                            pair_of(total[4], total[5]), pair_of(total[6], total[7]));
+        if (next_norm) {
+            square = sum_of_lanes<VECTORS>(square);
+            if (vector == 0) next_squares[token * (gridDim.x / SPLITS) + tile] = square;
+        }
     }
     __syncwarp();
     if (SPLITS > 1) sync_cluster();  // while others may still read this program's sums

@@ -2,12 +2,11 @@
 gate and up, tiles, or the library's product with norm and activation in launches of their own. `kernels.linear` holds
 the references."""
 
-from collections.abc import Callable
-
 import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import triton_few_rows
+from kernels.hidden import Hidden
 from kernels.triton_activation import silu_mul
 from kernels.triton_few_rows import few_rows_linear
 from kernels.triton_launch import is_hopper
@@ -15,10 +14,9 @@ from kernels.triton_norm import rms_norm
 from kernels.triton_tiled_linear import suits_tiles, tiled_linear
 
 # Measured on an H100 (docs/kernels.md): elements of a weight up to which own kernels are faster than the library's at
-# any number of rows that they take; and rows of such a weight, up to which it is best taken as few, and streamed.
+# any number of rows that they take; and rows of such a weight, up to which it is best taken as few.
 _SMALL_WEIGHT = 1 << 23
 _FEW_ROWS = 2
-_STREAMED_ROWS = 32
 
 
 def _is_small(weight: Tensor) -> bool:
@@ -32,7 +30,7 @@ def _few(x: Tensor, weight: Tensor, *, gated: bool = False) -> bool:
 
 
 def _streams(x: Tensor, weight: Tensor, *, gated: bool = False) -> bool:
-    if not is_hopper(x.device) or (x.shape[0] > _STREAMED_ROWS and _is_small(weight)):
+    if not is_hopper(x.device):
         return False
     from kernels.streamed_linear import suits_stream  # needs CUDA's bindings, which Triton's interpreter does without
 
@@ -47,46 +45,63 @@ def _gates(x: Tensor, gate_up: Tensor) -> bool:
     return suits_gated(x, gate_up)
 
 
-def _own_product(x: Tensor, weight: Tensor, *, gated: bool = False) -> Callable[..., Tensor] | None:
-    """`streamed_linear` or `tiled_linear`, which are called alike; None: the library's is faster."""
-    if _streams(x, weight, gated=gated):
-        from kernels.streamed_linear import streamed_linear
-
-        return streamed_linear
-    return tiled_linear if _is_small(weight) and suits_tiles(x, weight) else None
+def _tiles(x: Tensor, weight: Tensor) -> bool:
+    return _is_small(weight) and suits_tiles(x, weight)
 
 
-def norm_linear(x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`kernels.linear.norm_linear` for CUDA tensors; x's last dimension and the weight are contiguous."""
+def norm_linear(hidden: Hidden, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`kernels.linear.norm_linear` for CUDA tensors; the last dimensions are contiguous."""
+    x = hidden.states
     if _few(x, weight):
         return few_rows_linear(x, weight, norm=norm, eps=eps, bias=bias)
-    normed = rms_norm(x, norm, eps, early=_streams(x, weight))
-    if (product := _own_product(normed, weight)) is not None:
-        return product(normed, weight, bias=bias)
+    if _streams(x, weight):
+        return _normed_stream(hidden, norm, eps, weight, bias=bias)
+    normed = rms_norm(x, norm, eps)
+    if _tiles(normed, weight):
+        return tiled_linear(normed, weight, bias=bias)
     return F.linear(normed, weight, bias)
 
 
-def norm_gated_linear(x: Tensor, norm: Tensor, eps: float, gate_up: Tensor) -> Tensor:
-    """`kernels.linear.norm_gated_linear` for CUDA tensors; x's last dimension and gate_up are contiguous."""
+def norm_gated_linear(hidden: Hidden, norm: Tensor, eps: float, gate_up: Tensor) -> Tensor:
+    """`kernels.linear.norm_gated_linear` for CUDA tensors; the last dimensions are contiguous."""
+    x = hidden.states
     if _few(x, gate_up, gated=True):
         return few_rows_linear(x, gate_up, norm=norm, eps=eps, gated=True)
-    normed = rms_norm(x, norm, eps, early=_streams(x, gate_up, gated=True) or _gates(x, gate_up))
-    if (product := _own_product(normed, gate_up, gated=True)) is not None:
-        return product(normed, gate_up, gated=True)
-    if _gates(normed, gate_up):
+    if _streams(x, gate_up, gated=True):
+        return _normed_stream(hidden, norm, eps, gate_up, gated=True)
+    gates = _gates(x, gate_up)
+    normed = rms_norm(x, norm, eps, early=gates)
+    if gates:
         from kernels.gated_linear import gated_linear
 
         return gated_linear(normed, gate_up)
+    if _tiles(normed, gate_up):
+        return tiled_linear(normed, gate_up, gated=True)
     return silu_mul(F.linear(normed, gate_up))
 
 
-def add_linear(residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`kernels.linear.add_linear` for CUDA tensors; x's last dimension and the weight are contiguous."""
+def add_linear(hidden: Hidden, x: Tensor, weight: Tensor, bias: Tensor | None, next_norm: Tensor | None) -> Hidden:
+    """`kernels.linear.add_linear` for CUDA tensors; the last dimensions are contiguous."""
+    states = hidden.states
     if _few(x, weight):
-        return few_rows_linear(x, weight, bias=bias, residual=residual)
-    if (product := _own_product(x, weight)) is not None:
-        return product(x, weight, bias=bias, residual=residual)
-    residual.addmm_(x, weight.t())
+        return Hidden(few_rows_linear(x, weight, bias=bias, residual=states))
+    if _streams(x, weight):
+        from kernels.streamed_linear import add_streamed_linear
+
+        return add_streamed_linear(states, x, weight, bias, next_norm)
+    if _tiles(x, weight):
+        return Hidden(tiled_linear(x, weight, bias=bias, residual=states))
+    states.addmm_(x, weight.t())
     if bias is not None:
-        residual.add_(bias)
-    return residual
+        states.add_(bias)
+    return Hidden(states)
+
+
+def _normed_stream(
+    hidden: Hidden, norm: Tensor, eps: float, weight: Tensor, *, bias: Tensor | None = None, gated: bool = False
+) -> Tensor:
+    from kernels.streamed_linear import streamed_linear
+
+    if (begun := hidden.begun) is not None:
+        return streamed_linear(begun.x, weight, squares=begun.squares, eps=eps, bias=bias, gated=gated)
+    return streamed_linear(rms_norm(hidden.states, norm, eps, early=True), weight, bias=bias, gated=gated)

@@ -32,6 +32,7 @@ from kernels import (
     triton_tiled_linear,
 )
 from kernels.attention import DecodeAttention, PrefillAttention
+from kernels.hidden import Hidden
 from kernels.triton_few_rows import Cut
 from kernels.triton_tiled_linear import Tile
 
@@ -177,14 +178,14 @@ def linear_calls(layer: Layer, rows: int, weight_bytes: int, most_sets: int) -> 
     sets = min(sets_for(weight_bytes), most_sets)
     matrices = 2 if layer.kind == "gated" else 1
     weights = [randn(matrices * layer.outputs, layer.inputs).mul_(layer.inputs**-0.5) for _ in range(sets)]
-    x, norm, residual = randn(rows, layer.inputs), randn(layer.inputs), randn(rows, layer.outputs)
+    x, norm, hidden = randn(rows, layer.inputs), randn(layer.inputs), Hidden(randn(rows, layer.outputs))
 
     def call(weight: Tensor) -> Tensor:
         if layer.kind == "norm":
-            return triton_linear.norm_linear(x, norm, 1e-6, weight, None)
+            return triton_linear.norm_linear(Hidden(x), norm, 1e-6, weight, None)
         if layer.kind == "gated":
-            return triton_linear.norm_gated_linear(x, norm, 1e-6, weight)
-        return triton_linear.add_linear(residual, x, weight, None)
+            return triton_linear.norm_gated_linear(Hidden(x), norm, 1e-6, weight)
+        return triton_linear.add_linear(hidden, x, weight, None, None).states
 
     return [partial(call, weight) for weight in weights]
 

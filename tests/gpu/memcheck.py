@@ -61,6 +61,7 @@ def _calls() -> dict[str, Callable[[], object]]:
         "streamed_linear": lambda: (
             streamed.check(streamed.randn(5, 192), streamed.weight(200, 192)),
             streamed.check_gated(streamed.randn(33, 576), streamed.weight(2 * 104, 576)),
+            streamed.check_begun_norm(5, 576),
         ),
         "gated_linear": lambda: (
             gated.check(streamed.randn(70, 192), streamed.weight(2 * 104, 192)),

@@ -11,6 +11,7 @@ if torch.cuda.get_device_capability()[0] != 9:
     pytest.skip("no Hopper GPU: its matrix units' instructions are what this is written in", allow_module_level=True)
 
 from kernels.gated_linear import MAX_ROWS, gated_linear, suits_gated
+from kernels.hidden import Hidden
 from kernels.triton_linear import norm_gated_linear
 from kernels.triton_norm import rms_norm
 from tests.gpu.test_streamed_linear import BF16, check_replays, gated_reference, randn, weight
@@ -69,7 +70,7 @@ def test_a_chain_of_launches_in_a_graph_always_gives_the_same(rows: int) -> None
     def chain() -> Tensor:
         hidden = x.clone()
         for gate_up, down, norm in layers:
-            hidden = hidden + F.linear(norm_gated_linear(hidden, norm, 1e-6, gate_up), down)
+            hidden = hidden + F.linear(norm_gated_linear(Hidden(hidden), norm, 1e-6, gate_up), down)
         return hidden
 
     def by_library() -> Tensor:

@@ -8,6 +8,7 @@ if not torch.cuda.is_available():  # importing the kernels here would keep tests
     pytest.skip("no CUDA device: torch.cuda.is_available() is False", allow_module_level=True)
 
 from kernels import flash_attention_3, triton_decode_attention, triton_launch, triton_linear, triton_sampling
+from kernels.hidden import Hidden
 from kernels.rope import Rotation
 from tests.kernels import checks
 from tests.kernels.inputs import DEVICE, assert_close, causal_attention, paged, randn
@@ -72,11 +73,11 @@ def test_kernels_that_start_early_wait_for_what_they_read() -> None:
     down = randn(hidden, intermediate, dtype=torch.bfloat16, seed=3).mul_(intermediate**-0.5)
 
     def run(start: Tensor) -> Tensor:
-        residual = start.clone()
+        residual = Hidden(start.clone())
         for _ in range(50):
             activated = triton_linear.norm_gated_linear(residual, norm, 1e-6, gate_up)
-            residual = triton_linear.add_linear(residual, activated, down, None)
-        return residual
+            residual = triton_linear.add_linear(residual, activated, down, None, norm)
+        return residual.states
 
     for rows in tokens:
         start = randn(rows, hidden, dtype=torch.bfloat16, seed=rows)

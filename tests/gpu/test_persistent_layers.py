@@ -14,6 +14,7 @@ if not torch.cuda.is_available():
 from common.graph_capture import capture
 from common.weights import LayerWeights
 from kernels import attention, linear, step
+from kernels.hidden import Hidden
 from kernels.ops import LayersOfOneToken
 from kernels.persistent_layers import fuse_layers
 from kernels.rope import Rotation
@@ -125,17 +126,17 @@ def expected(case: Case, pool: Tensor, lengths: Tensor) -> Tensor:
     def wide(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.double()
 
-    hidden = case.embedding.double()[case.tokens.long()]
+    hidden = Hidden(case.embedding.double()[case.tokens.long()])
     for index, layer in enumerate(case.layers):
         keys, values = pool[:, index, 0], pool[:, index, 1]
         qkv = linear.norm_linear(hidden, layer.attention_norm.double(), EPS, layer.qkv.double(), wide(layer.qkv_bias))
         rotation = Rotation(positions, case.cos_sin.double(), slots, wide(layer.q_norm), wide(layer.k_norm), EPS)
         plan = attention.plan_decode(case.block_table, seq_lens, keys)
         attended = attention.decode_attention(qkv, rotation, keys, values, plan, pool.shape[-1] ** -0.5).flatten(1)
-        hidden = linear.add_linear(hidden, attended, layer.output.double(), wide(layer.output_bias))
+        hidden = linear.add_linear(hidden, attended, layer.output.double(), wide(layer.output_bias), None)
         activated = linear.norm_gated_linear(hidden, layer.mlp_norm.double(), EPS, layer.gate_up.double())
-        hidden = linear.add_linear(hidden, activated, layer.down.double(), None)
-    return hidden
+        hidden = linear.add_linear(hidden, activated, layer.down.double(), None, None)
+    return hidden.states
 
 
 def check_steps(case: Case, lengths: Sequence[int]) -> None:

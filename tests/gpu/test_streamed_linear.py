@@ -14,7 +14,8 @@ if torch.cuda.get_device_capability()[0] != 9:
 
 from common.graph_capture import capture
 from kernels import triton_launch, triton_linear
-from kernels.streamed_linear import MAX_ROWS, streamed_linear, suits_stream
+from kernels.hidden import Hidden
+from kernels.streamed_linear import MAX_ROWS, add_streamed_linear, streamed_linear, suits_stream
 from kernels.triton_launch import multiprocessors
 from kernels.triton_norm import rms_norm
 from tests.kernels.inputs import DEVICE, assert_close
@@ -34,9 +35,11 @@ def weight(outputs: int, inputs: int, dtype: torch.dtype = BF16, seed: int = 1) 
 def check(x: Tensor, w: Tensor, *, bias: Tensor | None = None, residual: Tensor | None = None) -> None:
     assert suits_stream(x, w)
     expected = F.linear(x.float(), w.float(), None if bias is None else bias.float())
-    if residual is not None:
-        expected += residual.float()
-    assert_close(streamed_linear(x, w, bias=bias, residual=residual), expected)
+    if residual is None:
+        assert_close(streamed_linear(x, w, bias=bias), expected)
+        return
+    expected += residual.float()
+    assert_close(add_streamed_linear(residual, x, w, bias, None).states, expected)
 
 
 def gated_reference(x: Tensor, w: Tensor) -> Tensor:
@@ -86,7 +89,7 @@ def test_bias_and_residual(rows: int, outputs: int, inputs: int, dtype: torch.dt
     check(x, w, bias=bias)
     check(x, w, bias=bias, residual=residual.clone())
     given = residual.clone()
-    assert streamed_linear(x, w, residual=given).data_ptr() == given.data_ptr()
+    assert add_streamed_linear(given, x, w, None, None).states is given
 
 
 @pytest.mark.parametrize("dtype", [BF16, torch.float16])
@@ -118,9 +121,8 @@ def test_a_chain_of_launches_in_a_graph_always_gives_the_same() -> None:
     def chain() -> Tensor:
         hidden = x.clone()
         for gate_up, down, norm in layers:
-            hidden = streamed_linear(
-                streamed_linear(rms_norm(hidden, norm, 1e-6), gate_up, gated=True), down, residual=hidden
-            )
+            activated = streamed_linear(rms_norm(hidden, norm, 1e-6), gate_up, gated=True)
+            add_streamed_linear(hidden, activated, down, None, None)
         return hidden
 
     def reference() -> Tensor:
@@ -137,6 +139,25 @@ def test_a_chain_of_launches_in_a_graph_always_gives_the_same() -> None:
     check_replays(chain, first)
 
 
+def test_a_chain_without_launches_of_norms_in_a_graph_always_gives_the_same() -> None:
+    layers = [
+        (weight(2 * 1536, 512, seed=i), weight(512, 1536, seed=100 + i), 1 + weight(1, 512)[0]) for i in range(12)
+    ]
+    x = randn(33, 512)
+
+    def chain(*, begin: bool) -> Tensor:
+        hidden = Hidden(x.clone())
+        for gate_up, down, norm in layers:
+            activated = triton_linear.norm_gated_linear(hidden, norm, 1e-6, gate_up)
+            hidden = triton_linear.add_linear(hidden, activated, down, None, norm if begin else None)
+        return hidden.states
+
+    first, with_launches = chain(begin=True), chain(begin=False)
+    error = (first.float() - with_launches.float()).norm() / with_launches.float().norm()
+    assert error < 3e-2
+    check_replays(lambda: chain(begin=True), first)
+
+
 @pytest.mark.parametrize("rows", [1, 2, 3, 9, 40, 100, 200])
 def test_layers_are_the_same_with_and_without_early_starts(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Qwen2.5-0.5B's shape: of its products some are streamed and some are not, and all write one residual."""
@@ -145,18 +166,87 @@ def test_layers_are_the_same_with_and_without_early_starts(rows: int, monkeypatc
     x, attended, hidden = randn(rows, 9344), randn(rows, 896, seed=5), randn(rows, 896, seed=6)
 
     def layers() -> Tensor:
-        residual = hidden.clone()
+        residual = Hidden(hidden.clone())
         for _ in range(8):
-            triton_linear.add_linear(residual, attended, output, None)
-            triton_linear.add_linear(residual, x, slow, None)
+            residual = triton_linear.add_linear(residual, attended, output, None, None)
+            residual = triton_linear.add_linear(residual, x, slow, None, norm)
             activated = triton_linear.norm_gated_linear(residual, norm, 1e-6, gate_up)
-            triton_linear.add_linear(residual, activated, down, None)
-        return residual
+            residual = triton_linear.add_linear(residual, activated, down, None, None)
+        return residual.states
 
     monkeypatch.setattr(triton_launch, "enabled", False)
     expected = layers()
     monkeypatch.setattr(triton_launch, "enabled", True)
     check_replays(layers, expected)
+
+
+def check_begun(rows: int, hidden_size: int, norm: Tensor) -> Hidden:
+    """By a layer of 320 inputs. One token is far larger than the others."""
+    states, x = randn(rows, hidden_size, seed=2), randn(rows, 320, seed=3)
+    states[0] *= 100
+    output = weight(hidden_size, 320)
+    expected = states.float() + x.float() @ output.float().T
+    hidden = add_streamed_linear(states, x, output, None, norm)
+    assert hidden.states is states
+    assert_close(states, expected)
+    assert hidden.begun is not None
+    assert_close(hidden.begun.x, states.float() * norm.float())
+    torch.testing.assert_close(hidden.begun.squares.sum(1), states.float().square().sum(1), rtol=1e-5, atol=0)
+    return hidden
+
+
+def check_begun_norm(rows: int, hidden_size: int) -> None:
+    """Ended by a layer with SiLU and by one without."""
+    norm = 1 + randn(hidden_size, seed=4) / 5
+    hidden = check_begun(rows, hidden_size, norm)
+    normed = F.rms_norm(hidden.states.float(), (hidden_size,), norm.float(), 1e-6)
+    bias, qkv, gate_up = randn(200, seed=5), weight(200, hidden_size), weight(2 * 104, hidden_size)
+    assert_close(ended(hidden, qkv, bias=bias), normed @ qkv.float().T + bias.float())
+    gate, up = (normed @ gate_up.float().T).chunk(2, dim=1)
+    assert_close(ended(hidden, gate_up, gated=True), F.silu(gate) * up)
+
+
+def ended(hidden: Hidden, w: Tensor, *, bias: Tensor | None = None, gated: bool = False) -> Tensor:
+    assert hidden.begun is not None
+    return streamed_linear(hidden.begun.x, w, squares=hidden.begun.squares, eps=1e-6, bias=bias, gated=gated)
+
+
+# Hidden sizes of one tile and of as many as there may be.
+@pytest.mark.parametrize("rows", [1, 5, 8, 16, 31, 64])
+@pytest.mark.parametrize("hidden_size", [64, 576, 1024])
+def test_a_norm_that_is_begun_and_ended(hidden_size: int, rows: int) -> None:
+    check_begun_norm(rows, hidden_size)
+
+
+@pytest.mark.parametrize("rows", [1, 9, 64])
+@pytest.mark.parametrize("hidden_size", [8, 328])
+def test_a_norm_is_begun_over_part_of_a_tile(hidden_size: int, rows: int) -> None:
+    check_begun(rows, hidden_size, 1 + randn(hidden_size, seed=4) / 5)
+
+
+def test_a_layer_takes_the_norm_from_where_it_was_begun() -> None:
+    """Not once more from the states, which are spoilt here."""
+    hidden = add_streamed_linear(randn(9, 512), randn(9, 256, seed=1), weight(512, 256), None, 1 + weight(1, 512)[0])
+    w = weight(320, 512, seed=2)
+    expected = ended(hidden, w)
+    hidden.states.fill_(torch.nan)
+    assert torch.equal(triton_linear.norm_linear(hidden, weight(1, 512)[0], 1e-6, w, None), expected)
+
+
+def test_no_norm_is_begun_where_it_would_end_in_many_parts() -> None:
+    hidden = add_streamed_linear(randn(9, 1088), randn(9, 256, seed=1), weight(1088, 256), None, weight(1, 1088)[0])
+    assert hidden.begun is None
+
+
+def test_no_norm_is_begun_in_float16() -> None:
+    """A state of 60,000 times its weight of 2 is infinite there."""
+    states = torch.full((4, 128), 6e4, dtype=torch.float16, device=DEVICE)
+    w, zeros = weight(128, 64, torch.float16), torch.zeros(4, 64, dtype=torch.float16, device=DEVICE)
+    norm = torch.full((128,), 2, dtype=torch.float16, device=DEVICE)
+    hidden = triton_linear.add_linear(Hidden(states), zeros, w, None, norm)
+    assert hidden.begun is None
+    eye = torch.eye(128, dtype=torch.float16, device=DEVICE)
+    assert_close(triton_linear.norm_linear(hidden, norm, 1e-6, eye, None), norm.expand(4, 128))
 
 
 def test_what_does_not_suit() -> None:

@@ -28,6 +28,7 @@ from kernels import (
     triton_sampling,
     triton_step,
 )
+from kernels.hidden import Hidden
 from tests.kernels.inputs import DEVICE, INTERPRETED, assert_close, causal_attention, paged, prefill_batch, randn
 
 if INTERPRETED and triton.__version__.startswith("3.6") and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
@@ -57,14 +58,14 @@ def check_linear(
     bias = randn(outputs, dtype=dtype, seed=4) if with_bias else None
     wide_bias = None if bias is None else bias.double()
     poison(rows * outputs, dtype)
-    actual = triton_linear.norm_linear(x, scale, 1e-5, weight, bias)
-    assert_close(actual, linear.norm_linear(x.double(), scale.double(), 1e-5, weight.double(), wide_bias))
+    actual = triton_linear.norm_linear(Hidden(x), scale, 1e-5, weight, bias)
+    assert_close(actual, linear.norm_linear(Hidden(x.double()), scale.double(), 1e-5, weight.double(), wide_bias))
 
     residual = randn(rows, outputs, dtype=dtype, seed=5)
-    expected = linear.add_linear(residual.double(), x.double(), weight.double(), wide_bias)
-    actual = triton_linear.add_linear(residual, x, weight, bias)
-    assert actual.data_ptr() == residual.data_ptr()
-    assert_close(actual, expected)
+    expected = linear.add_linear(Hidden(residual.double()), x.double(), weight.double(), wide_bias, None)
+    actual = triton_linear.add_linear(Hidden(residual), x, weight, bias, None)
+    assert actual.states.data_ptr() == residual.data_ptr()
+    assert_close(actual.states, expected.states)
 
 
 def check_norm_gated_linear(rows: int, intermediate: int, inputs: int, dtype: torch.dtype) -> None:
@@ -72,8 +73,8 @@ def check_norm_gated_linear(rows: int, intermediate: int, inputs: int, dtype: to
     gate_up = randn(2 * intermediate, inputs, dtype=dtype, seed=2).div_(inputs**0.5)
     scale = randn(inputs, dtype=dtype, seed=3)
     poison(rows * intermediate, dtype)
-    actual = triton_linear.norm_gated_linear(x, scale, 1e-5, gate_up)
-    assert_close(actual, linear.norm_gated_linear(x.double(), scale.double(), 1e-5, gate_up.double()))
+    actual = triton_linear.norm_gated_linear(Hidden(x), scale, 1e-5, gate_up)
+    assert_close(actual, linear.norm_gated_linear(Hidden(x.double()), scale.double(), 1e-5, gate_up.double()))
 
 
 def check_step(rows: int, block_size: int) -> None:

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.hidden import Hidden
 from kernels.linear import add_linear, norm_gated_linear, norm_linear
 
 EPS = 1e-5
@@ -32,9 +33,12 @@ def test_against_the_definition_in_float64(rows: int, outputs: int, dtype: torch
         assert actual.is_contiguous()
         torch.testing.assert_close(actual, expected.to(dtype), **tolerance)
 
-    close(norm_linear(x, norm, EPS, weight, None), product)
-    close(norm_linear(x, norm, EPS, weight, bias), product + bias.double())
+    close(norm_linear(Hidden(x), norm, EPS, weight, None), product)
+    close(norm_linear(Hidden(x), norm, EPS, weight, bias), product + bias.double())
     gate, up = product.chunk(2, dim=-1)
-    close(norm_gated_linear(x, norm, EPS, weight), F.silu(gate) * up)
+    close(norm_gated_linear(Hidden(x), norm, EPS, weight), F.silu(gate) * up)
     residual = _randn(rows, outputs, dtype=dtype, seed=5)
-    close(add_linear(residual.clone(), x, weight, bias), residual.double() + x.double() @ weight.double().T + bias)
+    hidden = Hidden(residual.clone())
+    added = add_linear(hidden, x, weight, bias, None)
+    assert added.states is hidden.states
+    close(added.states, residual.double() + x.double() @ weight.double().T + bias)

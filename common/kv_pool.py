@@ -33,6 +33,11 @@ class KvLayout:
         return self.num_blocks * self.block_bytes
 
 
+def blocks_for(tokens: int, block_size: int) -> int:
+    """Blocks that so many tokens take; the last one may be partly filled."""
+    return -(-tokens // block_size)
+
+
 def view(memory: Tensor, layout: KvLayout) -> Tensor:
     """`memory` (contiguous, layout.pool_bytes bytes of any dtype) as a tensor of layout.shape, sharing storage."""
     return memory.view(torch.uint8).view(torch_dtype(layout.dtype)).view(layout.shape)

@@ -16,7 +16,7 @@ from common.cpu_memory import keep_freed_memory
 from common.gpu_memory import Passes, bytes_for
 from common.grammar import CompiledGrammars, GrammarError, load_tokenizer
 from common.guided_sampling import Follower, GuidedSampling
-from common.kv_pool import KvLayout, KvPool, view
+from common.kv_pool import KvLayout, KvPool, blocks_for, view
 from common.model import Model
 from common.model_config import ModelConfig, ModelError
 from common.sequence import SequenceSpec
@@ -140,7 +140,7 @@ def load(
             "--num-blocks, or --max-length where that is meant",
             tokens=max_length,
             context_length=model.context_length,
-            num_blocks_for_all=-(-model.context_length // config.block_size),
+            num_blocks_for_all=blocks_for(model.context_length, config.block_size),
         )
     ops = select(device)
     guided = load_guided(directory, model)

@@ -6,6 +6,7 @@ from collections import defaultdict
 
 from common.attempts import Attempts
 from common.cache_report import CacheReport
+from common.kv_pool import blocks_for
 from common.lifecycle import Lifecycle
 from common.load_report import INTERVAL_SECONDS, LoadReport
 from common.sequence import SequenceSpec
@@ -153,7 +154,7 @@ class Engine:
         """Why nothing can be done with this Start; None where it can."""
         if start.first_token >= self._parts.model.config.vocab_size:
             return f"first_token {start.first_token} is not in the vocabulary"
-        blocks = -(-sequence.kv_len // self._parts.pool.layout.block_size)
+        blocks = blocks_for(sequence.kv_len, self._parts.pool.layout.block_size)
         named, generations = len(start.kv.block_ids), len(start.kv.generations)
         if named != blocks or generations != blocks:
             return f"{named} blocks with {generations} generations were named for a prompt of {blocks}"

@@ -10,6 +10,7 @@ from torch import Tensor
 from common.device_io import HostCopy, mark
 from common.guided_sampling import Allowed, Follower
 from common.host_logprobs import HostLogprobs
+from common.kv_pool import blocks_for
 from common.special_sampling import AdjustedRows, TokenCounts, wants_adjusting, wants_logprobs
 from common.worker_parts import WorkerParts
 from decode_worker.batch import DecodeBatch
@@ -41,8 +42,8 @@ class Runner:
     """Owns the batch on the device and what a step needs. `launch` returns at once on a GPU."""
 
     def __init__(self, parts: WorkerParts, max_batch: int) -> None:
-        block_size = parts.pool.layout.block_size
-        self.batch = DecodeBatch(max_batch, -(-parts.max_length // block_size), parts.device)
+        max_blocks = blocks_for(parts.max_length, parts.pool.layout.block_size)
+        self.batch = DecodeBatch(max_batch, max_blocks, parts.device)
         self._stepper = Stepper(parts.model, parts.pool, parts.ops, parts.model.fused_layers(parts.pool))
         self._counts = TokenCounts(parts.model.config.vocab_size, parts.device)
         self._slots: dict[Sequence, int] = {}  # of the sequences in the batch whose logits are adjusted

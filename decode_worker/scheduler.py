@@ -11,6 +11,7 @@ from enum import Enum, auto
 
 from common.block_pool import BlockPool
 from common.guided_sampling import Follower
+from common.kv_pool import blocks_for
 from common.prefix_hash import extend
 from common.sequence import SequenceSpec
 from common.tracing import OFF, Span
@@ -89,9 +90,9 @@ class Scheduler:
         spec = sequence.spec
         prefills = sequence.state is State.PREFILLING
         hits = self._blocks.match(spec.hashes_before_last_token(self._block_size) if prefills else spec.block_hashes)
-        for_prompt = self._blocks_for(length)
+        for_prompt = blocks_for(length, self._block_size)
         # The last token of all is never run, so its KV needs no place.
-        for_all = self._blocks_for(min(length + headroom_tokens, spec.max_length - 1))
+        for_all = blocks_for(min(length + headroom_tokens, spec.max_length - 1), self._block_size)
         promised = max(for_all - for_prompt, 0)
         missing = for_prompt - len(hits)
         if missing + promised > self._blocks.available - self._promised:
@@ -161,6 +162,3 @@ class Scheduler:
         if sequence.state is State.OVER and sequence.steps_in_flight == 0:
             blocks, sequence.blocks = sequence.blocks, []
             self._blocks.release(blocks)
-
-    def _blocks_for(self, tokens: int) -> int:
-        return -(-tokens // self._block_size)

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from common.kv_pool import blocks_for
 from kernels.attention import PrefillAttention
 from prefill_worker.scheduler import Chunk
 
@@ -74,7 +75,7 @@ class PackedBatch:
 def exact_shape(chunks: Sequence[Chunk], block_size: int) -> BatchShape:
     """Without padding."""
     longest = max(chunk.end for chunk in chunks)
-    return BatchShape(sum(chunk.end - chunk.start for chunk in chunks), len(chunks), -(-longest // block_size))
+    return BatchShape(sum(chunk.end - chunk.start for chunk in chunks), len(chunks), blocks_for(longest, block_size))
 
 
 def pack(chunks: Sequence[Chunk], block_size: int, shape: BatchShape) -> NDArray[np.int32]:
@@ -85,7 +86,7 @@ def pack(chunks: Sequence[Chunk], block_size: int, shape: BatchShape) -> NDArray
     for row, (chunk, (start, end)) in enumerate(zip(chunks, pairwise(starts), strict=True)):
         tokens[start:end] = chunk.prompt.spec.token_ids[chunk.start : chunk.end]
         positions[start:end] = position = np.arange(chunk.start, chunk.end)
-        table = np.asarray(chunk.prompt.blocks[: -(-chunk.end // block_size)], dtype=np.int32)
+        table = np.asarray(chunk.prompt.blocks[: blocks_for(chunk.end, block_size)], dtype=np.int32)
         slots[start:end] = table[position // block_size] * block_size + position % block_size
         blocks = tables[row * shape.table_blocks : (row + 1) * shape.table_blocks]
         blocks[: len(table)], blocks[len(table) :] = table, 0

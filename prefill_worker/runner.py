@@ -9,6 +9,7 @@ from torch import Tensor
 from common.device_io import HostCopy, to_device
 from common.guided_sampling import Allowed
 from common.host_logprobs import HostLogprobs
+from common.kv_pool import blocks_for
 from common.sequence import SequenceSpec
 from common.special_sampling import TokenCounts, wants_adjusting, wants_logprobs
 from common.worker_parts import WorkerParts
@@ -59,7 +60,7 @@ class Runner:
         parts = self._parts
         if parts.device.type != "cuda":
             return
-        table_blocks = -(-parts.max_length // parts.pool.layout.block_size)
+        table_blocks = blocks_for(parts.max_length, parts.pool.layout.block_size)
         self.graphs = PrefillGraphs(self._forward, max_tokens, table_blocks, parts.device)
         parts.warm_up_sampling()
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from common.block_pool import BlockPool
 from common.guided_sampling import Follower
+from common.kv_pool import blocks_for
 from common.sequence import SequenceSpec
 from common.tracing import OFF, Span
 
@@ -86,9 +87,7 @@ class Scheduler:
         if prompt is None:
             return
         prompt.dropped = True
-        if prompt.launched_len == prompt.computed_len:
-            self._leave(prompt)
-            self._blocks.release(prompt.blocks)
+        self._release_if_idle(prompt)
 
     def drop_connection(self, connection: int) -> None:
         for prompt in [*self._waiting.values(), *self._running.values()]:
@@ -117,9 +116,7 @@ class Scheduler:
             self._blocks.publish(prompt.blocks[index], prompt.spec.block_hashes[index])
         prompt.computed_len = chunk.end
         if prompt.dropped:
-            if prompt.launched_len == prompt.computed_len:
-                self._leave(prompt)
-                self._blocks.release(prompt.blocks)
+            self._release_if_idle(prompt)
             return False
         if chunk.is_last:
             self._leave(prompt)
@@ -152,7 +149,7 @@ class Scheduler:
         """Gives a waiting prompt its blocks, those that are cached and fresh ones; False where there are too few. One
         that has blocks already gives those back that the cache has meanwhile got."""
         hits = self._blocks.match(prompt.spec.hashes_before_last_token(self._block_size))
-        missing = 0 if prompt.blocks else -(-prompt.length // self._block_size) - len(hits)
+        missing = 0 if prompt.blocks else blocks_for(prompt.length, self._block_size) - len(hits)
         if missing > self._blocks.available:
             self._blocks.release(hits)
             return False
@@ -163,6 +160,12 @@ class Scheduler:
         self._running[prompt.attempt_id] = prompt
         self._computing.update(prompt.spec.block_hashes[len(hits) :])
         return True
+
+    def _release_if_idle(self, dropped: Prompt) -> None:
+        """Takes a dropped prompt out, unless a chunk that writes to its blocks is still being computed."""
+        if dropped.launched_len == dropped.computed_len:
+            self._leave(dropped)
+            self._blocks.release(dropped.blocks)
 
     def _leave(self, prompt: Prompt) -> None:
         del self._running[prompt.attempt_id]

@@ -25,6 +25,12 @@ class WorkerMetrics:
             "twostroke_attempts_ended", "Attempts that this worker ended, by cause", ("cause",), registry=self.registry
         )
 
+        self.prompt_tokens = Counter(
+            "twostroke_prompt_tokens", "Prompt tokens, by where their KV came from", ("source",), registry=self.registry
+        )
+        self.computed_tokens = self.prompt_tokens.labels("computed")
+        self.cached_tokens = self.prompt_tokens.labels("cache")
+
     def ended(self, cause: "pb.Ended.Cause.ValueType") -> None:
         self._ended.labels(causes.name_of(cause)).inc()
 

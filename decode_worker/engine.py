@@ -17,9 +17,10 @@ from decode_worker.loop import DecodeLoop, StepTokens, Turn
 from decode_worker.metrics import DecodeMetrics
 from decode_worker.own_prompts import OwnPrompts
 from decode_worker.peer_pools import PeerPools
-from decode_worker.pulls import Pull, Pulled, Puller
+from decode_worker.pulls import Pull, Puller
 from decode_worker.runner import Runner
 from decode_worker.scheduler import Sequence, State
+from decode_worker.telemetry import DecodeTelemetry
 from prefill_worker.loop import GRAMMAR_POLL_SECONDS
 from prefill_worker.runner import FirstToken
 from twostroke.v1 import inference_pb2
@@ -46,6 +47,7 @@ class Engine:
         self._service = service
         self._metrics = metrics
         self._tracing = tracing
+        self._telemetry = DecodeTelemetry(metrics, service.address, parts.pool.layout)
         self._attempts = Attempts(parts, service, metrics)
         self._loop = DecodeLoop(parts, runner, max_batch)
         self._scheduler = self._loop.scheduler
@@ -53,7 +55,6 @@ class Engine:
         self._peers = PeerPools(parts.pool.layout, parts.device, metrics.peer_speed, service.wake)
         self._puller = Puller(parts.pool, self._peers)
         self._uncompiled: list[Sequence] = []  # their KV is here, their grammar not compiled yet
-        self._totals = inference_pb2.Totals()
 
     def run(self, lifecycle: Lifecycle) -> None:
         cache = CacheReport(self._service, self._parts.blocks)
@@ -122,14 +123,14 @@ class Engine:
         self._service.outgoing(connection).reserved.add(
             attempt_id=reserve.attempt_id,
             refused=not admitted,
-            cached_tokens=sequence.cached_blocks * self._parts.pool.layout.block_size,
+            cached_tokens=self._cached_tokens(sequence),
         )
         if admitted and reserve.prefill:
             self._own_prompts.add(sequence)
 
     def _drop(self, sequence: Sequence) -> None:
         if sequence.state is State.RUNNING:
-            self._trace_decode(sequence, "dropped")
+            self._telemetry.decoded(sequence, "dropped")
         self._own_prompts.drop(sequence)
         self._loop.drop(sequence)
 
@@ -169,14 +170,13 @@ class Engine:
             sequence = pulled.sequence
             if sequence.state is State.OVER:
                 self._scheduler.release_if_idle(sequence)
-            elif pulled.problem:
+                continue
+            self._telemetry.pulled(pulled)
+            if pulled.problem:
                 cause = pb.Ended.CAUSE_LEASE_LOST if pulled.lease_lost else pb.Ended.CAUSE_FAILED
-                self._trace_transfer(pulled)
                 self._loop.drop(sequence)
                 self._end(sequence, cause, pulled.problem)
             else:
-                self._measure(pulled)
-                self._trace_transfer(pulled)
                 self._service.outgoing(sequence.connection).started.add(
                     attempt_id=sequence.attempt_id, transfer_ms=pulled.milliseconds
                 )
@@ -196,23 +196,15 @@ class Engine:
         self._service.flush()
 
     def _announce(self, sequence: Sequence, first: FirstToken) -> None:
-        cached = self._take_in(sequence)
-        sequence.trace.record(
-            "prefill",
-            sequence.received_at,
-            {
-                "twostroke.worker": self._service.address,
-                "twostroke.input_tokens": sequence.kv_len,
-                "twostroke.cached_tokens": cached,
-            },
-        )
-        self._metrics.computed_tokens.inc(sequence.kv_len - cached)
-        self._metrics.output_tokens.inc()
-        self._totals.prefilled_tokens += sequence.kv_len
-        self._totals.output_tokens += 1
+        cached = self._cached_tokens(sequence)
+        self._telemetry.prefilled_own(sequence, cached)
         self._service.outgoing(sequence.connection).prefilled.add(
             attempt_id=sequence.attempt_id, first_token=first.token, logprobs=first.logprobs, cached_tokens=cached
         )
+
+    def _cached_tokens(self, sequence: Sequence) -> int:
+        """Tokens of the prompt whose KV was in the pool already."""
+        return sequence.cached_blocks * self._parts.pool.layout.block_size
 
     def _start_compiled(self) -> None:
         waiting, self._uncompiled = self._uncompiled, []
@@ -228,61 +220,21 @@ class Engine:
         if not self._loop.start(sequence):
             self._end(sequence, pb.Ended.CAUSE_FINISHED)
 
-    def _take_in(self, sequence: Sequence) -> int:
-        """Counts a prompt that is here; returns its tokens that were here already."""
-        cached = sequence.cached_blocks * self._parts.pool.layout.block_size
-        self._metrics.cached_tokens.inc(cached)
-        self._totals.prompt_tokens += sequence.kv_len
-        self._totals.cached_tokens += cached
-        return cached
-
-    def _measure(self, pulled: Pulled) -> None:
-        layout, sequence = self._parts.pool.layout, pulled.sequence
-        self._metrics.pulled_tokens.inc(sequence.kv_len - self._take_in(sequence))
-        self._metrics.handover_bytes.inc((len(sequence.blocks) - sequence.cached_blocks) * layout.block_bytes)
-        self._metrics.handover_seconds.observe(pulled.milliseconds / 1000)
-
-    def _trace_transfer(self, pulled: Pulled) -> None:
-        sequence = pulled.sequence
-        sequence.trace.record(
-            "transfer",
-            time.monotonic() - pulled.milliseconds / 1000,
-            {
-                "twostroke.worker": self._service.address,
-                "twostroke.blocks": len(sequence.blocks) - sequence.cached_blocks,
-            },
-            pulled.problem,
-        )
-
-    def _trace_decode(self, sequence: Sequence, outcome: str) -> None:
-        """The first token is not among those it counts: it was sampled by who prefilled the prompt."""
-        sequence.trace.record(
-            "decode",
-            sequence.running_since,
-            {
-                "twostroke.worker": self._service.address,
-                "twostroke.outcome": outcome,
-                "twostroke.output_tokens": len(sequence.tokens) - len(sequence.spec.token_ids) - 1,
-            },
-        )
-
     def _tell(self, turn: Turn) -> None:
         for step in turn.steps:
+            self._telemetry.stepped(step)
             self._tell_tokens(step)
         for sequence in turn.finished:
-            self._trace_decode(sequence, "finished")
+            self._telemetry.decoded(sequence, "finished")
             self._end(sequence, pb.Ended.CAUSE_FINISHED)
         for sequence in turn.preempted:
-            self._trace_decode(sequence, "preempted")
+            self._telemetry.decoded(sequence, "preempted")
             self._end(sequence, pb.Ended.CAUSE_PREEMPTED)
         for sequence, problem in turn.failed:
-            self._trace_decode(sequence, "failed")
+            self._telemetry.decoded(sequence, "failed")
             self._end(sequence, pb.Ended.CAUSE_REJECTED, problem)
 
     def _tell_tokens(self, step: StepTokens) -> None:
-        self._metrics.batch_sequences.observe(len(step.sequences))
-        self._metrics.output_tokens.inc(len(step.tokens))
-        self._totals.output_tokens += len(step.tokens)
         rows_of: dict[int, list[int]] = defaultdict(list)
         for row, sequence in enumerate(step.sequences):
             rows_of[sequence.connection].append(row)
@@ -301,7 +253,7 @@ class Engine:
             waiting=self._scheduler.waiting_count,
             running=self._scheduler.running_count,
             blocks=self._parts.blocks_load(reserved=self._scheduler.promised),
-            totals=self._totals,
+            totals=self._telemetry.totals,
         )
 
 

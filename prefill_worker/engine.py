@@ -10,6 +10,7 @@ from common.sequence import SequenceSpec
 from common.tracing import Tracing
 from common.worker_parts import WorkerParts
 from common.worker_service import WorkerService
+from common.worker_telemetry import WorkerTelemetry
 from prefill_worker.leases import Leases
 from prefill_worker.loop import GRAMMAR_POLL_SECONDS, PrefillLoop, Turn
 from prefill_worker.metrics import PrefillMetrics
@@ -38,22 +39,25 @@ class Engine:
         self._service = service
         self._metrics = metrics
         self._tracing = tracing
+        self._telemetry = WorkerTelemetry(metrics, service.address)
         self._attempts = Attempts(parts, service, metrics)
         self._loop = PrefillLoop(parts, runner, max_batch_tokens)
         self._scheduler = self._loop.scheduler
         self._leases = Leases(parts.blocks, lease_seconds)
-        self._totals = inference_pb2.Totals()
 
     def run(self, lifecycle: Lifecycle) -> None:
         cache = CacheReport(self._service, self._parts.blocks)
         load = LoadReport(self._service, self._metrics, lambda: self._load(ready=not lifecycle.draining))
         while not lifecycle.over(idle=self._idle):
-            self._receive(lifecycle.draining)
-            self._expire_leases()
-            self._tell(self._loop.turn())
+            self.turn(lifecycle.draining)
             cache.send()
             load.send_if_due()
             self._service.flush()
+
+    def turn(self, draining: bool) -> None:
+        self._receive(draining)
+        self._expire_leases()
+        self._tell(self._loop.turn())
 
     @property
     def _idle(self) -> bool:
@@ -108,21 +112,7 @@ class Engine:
             )
 
     def _announce(self, prompt: Prompt, first: FirstToken) -> None:
-        self._metrics.cached_tokens.inc(prompt.cached_len)
-        self._metrics.computed_tokens.inc(prompt.length - prompt.cached_len)
-        self._totals.prompt_tokens += prompt.length
-        self._totals.prefilled_tokens += prompt.length
-        self._totals.cached_tokens += prompt.cached_len
-        self._totals.output_tokens += 1
-        prompt.trace.record(
-            "prefill",
-            prompt.received_at,
-            {
-                "twostroke.worker": self._service.address,
-                "twostroke.input_tokens": prompt.length,
-                "twostroke.cached_tokens": prompt.cached_len,
-            },
-        )
+        self._telemetry.prefilled(prompt.trace, prompt.received_at, prompt.length, prompt.cached_len)
         self._leases.grant(prompt, time.monotonic())
         self._service.outgoing(prompt.connection).prefilled.add(
             attempt_id=prompt.attempt_id,
@@ -143,7 +133,7 @@ class Engine:
             running=self._scheduler.running_count,
             leases=len(self._leases),
             blocks=self._parts.blocks_load(reserved=0),
-            totals=self._totals,
+            totals=self._telemetry.totals,
         )
 
 

@@ -15,7 +15,7 @@ from common.config import WorkerConfig
 from common.cpu_memory import keep_freed_memory
 from common.gpu_memory import Passes, bytes_for
 from common.grammar import CompiledGrammars, GrammarError, load_tokenizer
-from common.guided_sampling import Follower, GuidedSampling
+from common.guided_sampling import GrammarState, GuidedSampling
 from common.kv_pool import KvLayout, KvPool, blocks_for, view
 from common.model import Model
 from common.model_config import ModelConfig, ModelError
@@ -66,9 +66,9 @@ class WorkerParts:
         if spec.grammar and self.guided is None:
             raise ValueError("output cannot be made to follow a grammar here; the worker's log says why")
 
-    def follower(self, spec: SequenceSpec) -> Follower | None:
-        """Of a sequence that was checked: where it is in its grammar, if it follows one; that begins to be compiled."""
-        return self.guided.follow(spec) if self.guided is not None and spec.grammar else None
+    def grammar_state(self, spec: SequenceSpec) -> GrammarState | None:
+        """The grammar state of a sequence that `check` let through; None if it follows no grammar."""
+        return self.guided.begin(spec) if self.guided is not None and spec.grammar else None
 
     def warm_up_sampling(self) -> None:
         """Does all that can be done to logits once, so that no request waits for what the device compiles or loads."""

@@ -115,9 +115,9 @@ class Engine:
             return
         state = State.PREFILLING if reserve.prefill else State.RESERVED
         trace = self._tracing.below(reserve.traceparent)
-        follower = self._parts.follower(spec)
+        grammar = self._parts.grammar_state(spec)
         sequence = Sequence(
-            reserve.attempt_id, connection, spec, list(spec.token_ids), state, follower=follower, trace=trace
+            reserve.attempt_id, connection, spec, list(spec.token_ids), state, grammar=grammar, trace=trace
         )
         admitted = self._scheduler.reserve(sequence, reserve.headroom_tokens)
         self._service.outgoing(connection).reserved.add(
@@ -213,7 +213,7 @@ class Engine:
                 self._start(sequence)
 
     def _start(self, sequence: Sequence) -> None:
-        if sequence.follower is not None and not sequence.follower.ready:
+        if sequence.grammar is not None and not sequence.grammar.ready:
             self._uncompiled.append(sequence)  # a step would wait for it, and all others with it
             return
         sequence.running_since = time.monotonic()

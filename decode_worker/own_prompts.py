@@ -34,7 +34,7 @@ class OwnPrompts:
         blocks, sequence.blocks = sequence.blocks, []
         self._sequences[sequence.attempt_id] = sequence
         self._loop.scheduler.add(
-            Prompt(sequence.attempt_id, sequence.connection, sequence.spec, blocks, follower=sequence.follower)
+            Prompt(sequence.attempt_id, sequence.connection, sequence.spec, blocks, grammar=sequence.grammar)
         )
 
     def drop(self, sequence: Sequence) -> None:

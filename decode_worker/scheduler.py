@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from common.block_pool import BlockPool
-from common.guided_sampling import Follower
+from common.guided_sampling import GrammarState
 from common.kv_pool import blocks_for
 from common.prefix_hash import extend
 from common.sequence import SequenceSpec
@@ -38,7 +38,7 @@ class Sequence:
     last_hash: bytes = b""  # of the last full block
     kv_len: int = 0  # tokens whose KV is there, or is being computed by launched steps
     steps_in_flight: int = 0
-    follower: Follower | None = None  # of its grammar
+    grammar: GrammarState | None = None  # how far the output is in its grammar, if it follows one
     trace: Span = OFF  # of the attempt
     received_at: float = field(default_factory=time.monotonic)
     running_since: float = 0.0

@@ -91,8 +91,8 @@ class Engine:
         spec = self._attempts.accept(connection, prefill, _length, refusal, under_way)
         if spec is not None:
             trace = self._tracing.below(prefill.traceparent)
-            follower = self._parts.follower(spec)
-            self._scheduler.add(Prompt(prefill.attempt_id, connection, spec, follower=follower, trace=trace))
+            grammar = self._parts.grammar_state(spec)
+            self._scheduler.add(Prompt(prefill.attempt_id, connection, spec, grammar=grammar, trace=trace))
 
     def _expire_leases(self) -> None:
         for lease in self._leases.expire(time.monotonic()):

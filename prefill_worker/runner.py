@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from common.device_io import HostCopy, to_device
-from common.guided_sampling import Allowed
+from common.guided_sampling import AllowedTokens
 from common.host_logprobs import HostLogprobs
 from common.kv_pool import blocks_for
 from common.sequence import SequenceSpec
@@ -73,15 +73,15 @@ class Runner:
         tokens, logprobs = self._first_tokens(specs, hidden, allowed)
         return LaunchedBatch(chunks, HostCopy(tokens), logprobs, allowed.problems if allowed is not None else {})
 
-    def _allowed(self, prompts: list[Prompt]) -> Allowed | None:
+    def _allowed(self, prompts: list[Prompt]) -> AllowedTokens | None:
         """What the first tokens may be; None where they may be anything."""
-        followers = {row: prompt.follower for row, prompt in enumerate(prompts) if prompt.follower is not None}
-        if self._parts.guided is None or not followers:
+        states = {row: prompt.grammar for row, prompt in enumerate(prompts) if prompt.grammar is not None}
+        if self._parts.guided is None or not states:
             return None
-        return self._parts.guided.allowed(followers)
+        return self._parts.guided.allowed(states)
 
     def _first_tokens(
-        self, specs: list[SequenceSpec], hidden: Tensor, allowed: Allowed | None
+        self, specs: list[SequenceSpec], hidden: Tensor, allowed: AllowedTokens | None
     ) -> tuple[Tensor, HostLogprobs | None]:
         """`hidden` [L, H] is what `_last_hidden` has just returned."""
         if not specs:

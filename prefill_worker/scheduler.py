@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from common.block_pool import BlockPool
-from common.guided_sampling import Follower
+from common.guided_sampling import GrammarState
 from common.kv_pool import blocks_for
 from common.sequence import SequenceSpec
 from common.tracing import OFF, Span
@@ -23,7 +23,7 @@ class Prompt:
     launched_len: int = 0  # tokens whose KV is there or being computed
     computed_len: int = 0  # tokens whose KV is there
     dropped: bool = False  # its blocks go home with the chunk that is being computed
-    follower: Follower | None = None  # of its grammar
+    grammar: GrammarState | None = None  # how far the output is in its grammar, if it follows one
     trace: Span = OFF  # of the attempt
     received_at: float = field(default_factory=time.monotonic)
 
@@ -127,7 +127,7 @@ class Scheduler:
             if prompt.launched_len < prompt.length and not prompt.dropped:
                 yield prompt
         for prompt in list(self._waiting.values()):
-            if prompt.follower is not None and not prompt.follower.ready:
+            if prompt.grammar is not None and not prompt.grammar.ready:
                 self.held_back = True
                 continue
             if self._is_being_computed(prompt):

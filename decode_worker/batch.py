@@ -1,4 +1,4 @@
-"""The running batch, resident on the device: one row for each sequence, touched only where something changed."""
+"""The running batch, resident on the device: one row per sequence, written only where something changed."""
 
 from dataclasses import dataclass
 
@@ -10,17 +10,17 @@ from torch import Tensor
 from common.device_io import to_device
 from decode_worker.scheduler import Sequence
 
-# length of a row that no sequence has; steps leave it alone
+# Length of a row without a sequence, which steps leave alone.
 UNUSED = -1
 
 
 @dataclass(frozen=True, slots=True)
 class BatchState:
-    """Device tensors of R rows, all views of one int32 buffer: one scatter brings every change of a turn."""
+    """Device tensors of R rows, all views of one int32 buffer, so that one scatter writes all changes of a turn."""
 
     seeds: Tensor  # [R] int64
     tokens: Tensor  # [R] int32, the token that the next step consumes
-    lengths: Tensor  # [R] int32, its position: how many tokens have KV; UNUSED where there is no sequence
+    lengths: Tensor  # [R] int32, that token's position: how many tokens have KV; or UNUSED
     temperature: Tensor  # [R] float32
     top_p: Tensor  # [R] float32
     min_p: Tensor  # [R] float32
@@ -42,11 +42,12 @@ class BatchState:
 
 
 class DecodeBatch:
-    """Rows 0 to count-1 hold the running sequences; a sequence that leaves is replaced by the last one.
+    """Keeps the running sequences in the first rows: the last one takes the place of one that leaves.
 
     Args:
-        max_rows: sequences at most.
+        max_rows: most sequences.
         max_blocks: blocks of the longest sequence.
+        device: where the batch lies.
     """
 
     def __init__(self, max_rows: int, max_blocks: int, device: torch.device) -> None:
@@ -69,7 +70,7 @@ class DecodeBatch:
         )
         self.state.lengths.fill_(UNUSED)
         self._row_of: dict[Sequence, int] = {}
-        # What the device has: the row where a sequence's next token lies, and how many of its blocks are in the table.
+        # What the device knows: in which row a sequence's next token lies, and how many of its blocks.
         self._device_row: dict[Sequence, int] = {}
         self._device_blocks: dict[Sequence, int] = {}
         self._changed_rows: set[int] = set()
@@ -136,7 +137,7 @@ class DecodeBatch:
         columns = [2 * row, 2 * row + 1, *(column * rows + row for column in range(3, 8))]
         values = [*seed, sequence.kv_len, *floats, sampling.top_k]
         if sequence not in self._device_row:
-            # A new row's token is known here; that of a moved one may still be on its way out of the last step.
+            # The host knows the token of a new row. That of a moved row may not have left the last step yet.
             columns.append(2 * rows + row)
             values.append(sequence.tokens[sequence.kv_len])
         self._device_row[sequence] = row

@@ -1,5 +1,5 @@
-"""The decode worker's loop: receive, take in KV that arrived; when the next step is due, one chunk of own prompts and
-one turn of the batch; tell routers what they gave."""
+"""The decode worker's loop: receive messages and KV; once the next step is due, prefill one batch of own prompts and make
+one turn of the running batch; tell routers what came of them."""
 
 import time
 from collections import defaultdict
@@ -26,9 +26,9 @@ from prefill_worker.runner import FirstToken
 from twostroke.v1 import inference_pb2
 from twostroke.v1 import worker_pb2 as pb
 
-# How often the loop looks after KV on its way while it has nothing else to do.
+# How often an idle loop checks whether KV has arrived.
 PULL_POLL_SECONDS = 0.0002
-# How often it looks, while it need not launch the next step yet, whether the one that runs is over all the same.
+# How often it checks whether the running step has ended earlier than expected.
 STEP_POLL_SECONDS = 0.001
 
 
@@ -54,7 +54,7 @@ class Engine:
         self._own_prompts = own_prompts
         self._peers = PeerPools(parts.pool.layout, parts.device, metrics.peer_speed, service.wake)
         self._puller = Puller(parts.pool, self._peers)
-        self._uncompiled: list[Sequence] = []  # their KV is here, their grammar not compiled yet
+        self._uncompiled: list[Sequence] = []  # have their KV, but their grammar is not compiled yet
 
     def run(self, lifecycle: Lifecycle) -> None:
         cache = CacheReport(self._service, self._parts.blocks)
@@ -72,12 +72,12 @@ class Engine:
         self._finish_pulls()
         self._start_compiled()
         if self._pause() > 0:
-            return  # who comes before the next step is launched is in it
+            return  # until a step is due, sequences that arrive can still join it
         self._prefill()
         self._tell(self._loop.turn())
 
     def _pause(self) -> float:
-        """Seconds for which nothing but receiving is to be done."""
+        """Seconds that the loop can wait for messages, having nothing else to do."""
         if self._own_prompts.busy:
             return 0.0
         pause = min(self._loop.spare_seconds(), STEP_POLL_SECONDS) if self._loop.busy else INTERVAL_SECONDS
@@ -135,7 +135,7 @@ class Engine:
         self._loop.drop(sequence)
 
     def _end(self, sequence: Sequence, cause: "pb.Ended.Cause.ValueType", detail: str = "") -> None:
-        """Tells the router of a sequence that is out already."""
+        """Tells the router the end of a sequence that is out of the scheduler already."""
         self._attempts.end(sequence.connection, sequence.attempt_id, cause, detail, sequence.spec.request_id)
 
     def _started(self, connection: int, start: pb.Start) -> Sequence | None:
@@ -143,7 +143,7 @@ class Engine:
         if sequence is None or sequence.state is not State.RESERVED:
             return None
         problem = self._problem(sequence, start)
-        if problem is not None:  # the workers', or the router's: the request is as good elsewhere
+        if problem is not None:  # a fault of a worker or the router, not of the request, which can go on elsewhere
             self._drop(sequence)
             self._end(sequence, pb.Ended.CAUSE_FAILED, problem)
             return None
@@ -152,7 +152,7 @@ class Engine:
         return sequence
 
     def _problem(self, sequence: Sequence, start: pb.Start) -> str | None:
-        """Why nothing can be done with this Start; None where it can."""
+        """What is wrong with this Start; None if it is right."""
         if start.first_token >= self._parts.model.config.vocab_size:
             return f"first_token {start.first_token} is not in the vocabulary"
         blocks = blocks_for(sequence.kv_len, self._parts.pool.layout.block_size)
@@ -185,7 +185,7 @@ class Engine:
     def _prefill(self) -> None:
         if not self._own_prompts.busy:
             return
-        self._service.flush()  # what is to be said need not wait for the chunk, nor the first tokens for a step
+        self._service.flush()  # messages need not wait for the chunk, nor its first tokens for the step
         for sequence, first in self._own_prompts.turn():
             if first.problem is None:
                 self._announce(sequence, first)
@@ -214,7 +214,7 @@ class Engine:
 
     def _start(self, sequence: Sequence) -> None:
         if sequence.grammar is not None and not sequence.grammar.ready:
-            self._uncompiled.append(sequence)  # a step would wait for it, and all others with it
+            self._uncompiled.append(sequence)  # in the batch, it would make the whole step wait
             return
         sequence.running_since = time.monotonic()
         if not self._loop.start(sequence):
@@ -258,5 +258,5 @@ class Engine:
 
 
 def _length(spec: SequenceSpec) -> int:
-    """Tokens that a decode worker may have to hold: prompt and output."""
+    """Tokens of the sequence here: prompt and output."""
     return spec.max_length

@@ -1,4 +1,4 @@
-"""Launches decode steps: in CUDA graphs on a GPU, one operation after another on a CPU."""
+"""Launches decode steps: as CUDA graphs on a GPU, eagerly on a CPU."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,30 +23,30 @@ log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A launched step: its sequences, row by row, and what it gives for each, once the device is through with it."""
+    """A launched step: its sequences, row by row, and what it gives for each of them once the device is done."""
 
     sequences: tuple[Sequence, ...]
     tokens: HostCopy
     logprobs: HostLogprobs | None
     beginning: torch.cuda.Event | None  # on the device's clock
-    late: bool  # the step before it was over when it was launched
-    problems: Mapping[int, str]  # by row: its token means nothing, the sequence's grammar failed
+    late: bool  # the step before it was already over
+    problems: Mapping[int, str]  # by row: the sequence's grammar failed, and its token means nothing
 
     @property
     def seconds(self) -> float:
-        """What the step took, once its tokens are there."""
+        """How long the step took. Only once its tokens have arrived."""
         return self.tokens.seconds_since(self.beginning)
 
 
 class Runner:
-    """Owns the batch on the device and what a step needs. `launch` returns at once on a GPU."""
+    """Owns the batch on the device and what a step needs besides. On a GPU `launch` returns at once."""
 
     def __init__(self, parts: WorkerParts, max_batch: int) -> None:
         max_blocks = blocks_for(parts.max_length, parts.pool.layout.block_size)
         self.batch = DecodeBatch(max_batch, max_blocks, parts.device)
         self._stepper = Stepper(parts.model, parts.pool, parts.ops, parts.model.fused_layers(parts.pool))
         self._counts = TokenCounts(parts.model.config.vocab_size, parts.device)
-        self._slots: dict[Sequence, int] = {}  # of the sequences in the batch whose logits are adjusted
+        self._slots: dict[Sequence, int] = {}  # in the token counts, of sequences whose logits are adjusted
         self._with_logprobs: set[Sequence] = set()
         self._guided = parts.guided
         self._with_grammar: set[Sequence] = set()
@@ -77,7 +77,7 @@ class Runner:
 
     @torch.inference_mode()
     def launch(self, before: Step | None) -> Step:
-        """One step of every sequence in the batch. `before`: the one that was launched last, if it was not read yet."""
+        """One step of every sequence in the batch. `before` is the step launched last, if it has not been read yet."""
         beginning = mark(self.batch.state.tokens.device)
         self.batch.upload()
         sequences = tuple(self.batch.sequences)
@@ -101,8 +101,8 @@ class Runner:
         return Step(sequences, HostCopy(tokens), logprobs, beginning, late, problems)
 
     def _allowed(self, before: Step | None) -> AllowedTokens:
-        """What may come next in the rows that follow a grammar. Where that depends on a step that is not over, waits
-        for it: the device goes on meanwhile with the model's part of the step that is being launched."""
+        """The tokens that grammars allow next. Waits for the step before if a grammar depends on it; the device
+        meanwhile runs the model for the step that is being launched."""
         assert self._guided is not None
         unread: dict[Sequence, int] = {}
         if before is not None and any(sequence.steps_in_flight for sequence in self._with_grammar):

@@ -49,8 +49,7 @@ class DecodeTelemetry(WorkerTelemetry):
         self.totals.output_tokens += len(step.tokens)
 
     def decoded(self, sequence: Sequence, outcome: str) -> None:
-        """A running sequence left the batch. Its first token is not counted: whoever prefilled the prompt sampled
-        it."""
+        """A running sequence left the batch. Its first token does not count: that was sampled by the prefill."""
         sequence.trace.record(
             "decode",
             sequence.running_since,

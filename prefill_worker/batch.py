@@ -12,12 +12,12 @@ from common.kv_pool import blocks_for
 from kernels.attention import PrefillAttention
 from prefill_worker.scheduler import Chunk
 
-_ALIGNMENT = 4  # int32 values: tensors begin at multiples of 16 bytes, as kernels like it
+_ALIGNMENT = 4  # int32 values: tensors start at multiples of 16 bytes, which kernels load fastest
 
 
 @dataclass(frozen=True, slots=True)
 class BatchShape:
-    """Room for a batch; what a batch leaves of it is padding."""
+    """Room for a batch. What a batch does not fill is padding."""
 
     tokens: int  # T
     chunks: int  # B
@@ -28,16 +28,16 @@ class BatchShape:
 
     @property
     def size(self) -> int:
-        """int32 values of an array with all of it."""
+        """Number of int32 values in the array that a batch of this shape is packed into."""
         return int(self._sections()[-1].stop)
 
     def split(self, array: NDArray[np.int32]) -> list[NDArray[np.int32]]:
-        """Views of the parts of an array: tokens, positions, slots, rows that end a prompt, the running sums of query
+        """Views of the sections of such an array: tokens, positions, slots, rows that end a prompt, cumulative query
         lengths, KV lengths, block tables."""
         return [array[section] for section in self._sections()]
 
     def views(self, array: Tensor, query_lens: tuple[int, ...] = (), kv_lens: tuple[int, ...] = ()) -> "PackedBatch":
-        """The batch in an array [size] int32 that `pack` has written. Lengths: as PrefillAttention wants them."""
+        """The batch in an array [size] int32 that `pack` has written. For the lengths see `PrefillAttention`."""
         tokens, positions, slots, last_tokens, cu_query_lens, seq_lens, tables = map(
             array.__getitem__, self._sections()
         )
@@ -63,7 +63,7 @@ class BatchShape:
 
 @dataclass(frozen=True, slots=True)
 class PackedBatch:
-    """T tokens of B chunks, one after another, then padding."""
+    """T tokens of B chunks, packed one after another, then padding."""
 
     tokens: Tensor  # [T] int32
     positions: Tensor  # [T] int32
@@ -73,13 +73,13 @@ class PackedBatch:
 
 
 def exact_shape(chunks: Sequence[Chunk], block_size: int) -> BatchShape:
-    """Without padding."""
+    """The shape that the chunks fill without padding."""
     longest = max(chunk.end for chunk in chunks)
     return BatchShape(sum(chunk.end - chunk.start for chunk in chunks), len(chunks), blocks_for(longest, block_size))
 
 
 def pack(chunks: Sequence[Chunk], block_size: int, shape: BatchShape) -> NDArray[np.int32]:
-    """Writes a batch that `shape` has room for. Returns the array up to the last block table that is used."""
+    """Writes a batch that fits `shape`. Returns the array up to the last block table in use."""
     array = np.empty(shape.size, dtype=np.int32)
     tokens, positions, slots, last_tokens, cu_query_lens, seq_lens, tables = shape.split(array)
     starts = list(accumulate((chunk.end - chunk.start for chunk in chunks), initial=0))
@@ -92,7 +92,7 @@ def pack(chunks: Sequence[Chunk], block_size: int, shape: BatchShape) -> NDArray
         blocks[: len(table)], blocks[len(table) :] = table, 0
     tokens[starts[-1] :] = positions[starts[-1] :] = 0
     slots[starts[-1] :] = -1
-    cu_query_lens[: len(starts)], cu_query_lens[len(starts) :] = starts, starts[-1]  # who is not there has no length
+    cu_query_lens[: len(starts)], cu_query_lens[len(starts) :] = starts, starts[-1]  # absent chunks have length 0
     seq_lens[: len(chunks)], seq_lens[len(chunks) :] = [chunk.end for chunk in chunks], 0
     ends = [end - 1 for chunk, end in zip(chunks, starts[1:], strict=True) if chunk.is_last]
     last_tokens[: len(ends)], last_tokens[len(ends) :] = ends, 0

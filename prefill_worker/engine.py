@@ -1,4 +1,4 @@
-"""The prefill worker's loop: receive, one turn of prompts, announce those that are complete, under a lease."""
+"""The prefill worker's loop: receive messages, compute a batch, announce complete prompts and lease their blocks."""
 
 import time
 
@@ -19,8 +19,8 @@ from prefill_worker.scheduler import Prompt
 from twostroke.v1 import inference_pb2
 from twostroke.v1 import worker_pb2 as pb
 
-# Prompts that wait here at most, of all routers. One router sends ahead for two batches only; but a prompt of which all
-# but a token is cached hardly counts there.
+# Most prompts that wait here, of all routers together. A router sends at most two batches ahead, counted in tokens, so
+# prompts that are almost wholly cached may come in large numbers.
 MAX_WAITING = 4096
 
 
@@ -64,7 +64,7 @@ class Engine:
         return not (self._scheduler.waiting_count or self._scheduler.running_count or self._leases)
 
     def _pause(self) -> float:
-        """Seconds for which nothing but receiving is to be done."""
+        """Seconds that the loop can wait for messages, having nothing else to do."""
         if self._loop.held_back:
             return GRAMMAR_POLL_SECONDS
         return 0.0 if self._loop.busy else INTERVAL_SECONDS
@@ -138,5 +138,5 @@ class Engine:
 
 
 def _length(spec: SequenceSpec) -> int:
-    """Tokens that a prefill worker has to hold, with the one that it samples."""
+    """Tokens of the sequence here: the prompt, and the one that is sampled."""
     return len(spec.token_ids) + 1

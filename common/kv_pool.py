@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from common.dtypes import torch_dtype
+from twostroke.v1 import worker_pb2 as pb
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,3 +66,14 @@ class KvPool:
 def allocate(layout: KvLayout, device: torch.device) -> KvPool:
     """A pool in plain memory that no other process can read; workers get theirs from a transport."""
     return KvPool(layout, torch.zeros(layout.shape, dtype=torch_dtype(layout.dtype), device=device))
+
+
+def layout_to_proto(layout: KvLayout) -> pb.KvLayout:
+    return pb.KvLayout(
+        num_blocks=layout.num_blocks,
+        num_layers=layout.num_layers,
+        block_size=layout.block_size,
+        num_kv_heads=layout.num_kv_heads,
+        head_dim=layout.head_dim,
+        dtype=layout.dtype,
+    )

@@ -1,5 +1,5 @@
-"""The decode worker's loop: receive messages and KV; once the next step is due, prefill one batch of own prompts and make
-one turn of the running batch; tell routers what came of them."""
+"""The decode worker's loop: receive messages and KV; once the next step is due, prefill one batch of own prompts and
+make one turn of the running batch; tell routers what came of them."""
 
 import time
 from collections import defaultdict

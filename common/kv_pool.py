@@ -48,9 +48,9 @@ class KvPool:
     """A pool's tensor and the caches of its layers.
 
     Args:
-        layout: the shape.
-        tensor: of that shape and dtype. Zeroed where it is new: on a CPU, attention multiplies what lies past a
-            sequence's end by 0, so it must be finite.
+        layout: the pool's shape.
+        tensor: memory of that shape and dtype. All its values must be finite, because attention on a CPU multiplies
+            those past a sequence's end by 0.
     """
 
     def __init__(self, layout: KvLayout, tensor: Tensor) -> None:
@@ -64,11 +64,12 @@ class KvPool:
 
 
 def allocate(layout: KvLayout, device: torch.device) -> KvPool:
-    """A pool in plain memory that no other process can read; workers get theirs from a transport."""
+    """A zeroed pool in private memory. Workers get theirs from a transport, so that peers can read it."""
     return KvPool(layout, torch.zeros(layout.shape, dtype=torch_dtype(layout.dtype), device=device))
 
 
 def layout_to_proto(layout: KvLayout) -> pb.KvLayout:
+    """The layout as routers are told of it."""
     return pb.KvLayout(
         num_blocks=layout.num_blocks,
         num_layers=layout.num_layers,

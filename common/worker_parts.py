@@ -1,4 +1,4 @@
-"""What every worker is made of: a model on a device, a pool of KV blocks, and the words to introduce itself with."""
+"""What every worker is made of: a model on a device, a pool of KV blocks, and the hello that it greets routers with."""
 
 import uuid
 from dataclasses import dataclass, replace
@@ -39,7 +39,7 @@ class WorkerParts:
     blocks: BlockPool
     device: torch.device
     hello: pb.WorkerHello
-    guided: GuidedSampling | None = None  # None: no output can be made to follow a grammar here
+    guided: GuidedSampling | None = None  # None: grammars are not supported with this model's files
 
     @property
     def max_length(self) -> int:
@@ -51,7 +51,7 @@ class WorkerParts:
         return self.hello.pool
 
     def check(self, spec: SequenceSpec, length: int) -> None:
-        """Raises ValueError, with a sentence, for a sequence of up to `length` tokens that cannot be served here."""
+        """Raises ValueError, with a sentence, if a sequence of up to `length` tokens cannot be served here."""
         if length > self.max_length:
             raise ValueError(f"{length} tokens do not fit; the longest sequence here has {self.max_length}")
         if len(spec.block_hashes) != len(spec.token_ids) // self.pool.layout.block_size:
@@ -68,7 +68,7 @@ class WorkerParts:
         return self.guided.begin(spec) if self.guided is not None and spec.grammar else None
 
     def warm_up_sampling(self) -> None:
-        """Does all that can be done to logits once, so that no request waits for what the device compiles or loads."""
+        """Does everything that can be done to logits once, so that no request waits while kernels are compiled."""
         vocab_size, dtype = self.model.config.vocab_size, self.pool.tensor.dtype
         special_sampling.warm_up(self.ops.sample, vocab_size, dtype, self.device)
         guided_sampling.warm_up(vocab_size, dtype, self.device)
@@ -188,7 +188,7 @@ def _log_loaded(name: str, device: torch.device, layout: KvLayout, max_length: i
 
 
 def load_guided(directory: Path, model: ModelConfig) -> GuidedSampling | None:
-    """None, and a line in the log, where requests that ask for it are to be refused."""
+    """What runs grammars; or None, and a line in the log, if requests with a grammar must be refused."""
     try:
         grammars = CompiledGrammars(load_tokenizer(directory, model))
     except GrammarError as error:

@@ -81,7 +81,7 @@ def serve(
 
 
 class _GivenUp(Exception):
-    """A part died, and a new start would not mend it, or a worker is of no use to the others."""
+    """A part died and a restart would not help, or a worker is of no use to the others."""
 
 
 def _supervise(
@@ -164,7 +164,7 @@ def part(module: str, settings: type[Any], config: ServeConfig, own: dict[str, o
 
 @contextmanager
 def _secret(config: ServeConfig) -> Iterator[ServeConfig]:
-    """With API keys the parts need a secret, and where none is given they get one that lasts as long as they do."""
+    """With API keys the parts need a cluster secret. If none is set, makes one that lasts as long as the cluster."""
     if config.api_keys is None or config.cluster_secret_file is not None:
         yield config
         return
@@ -178,14 +178,14 @@ def _client(config: ServeConfig, target: str) -> Client:
     secret = cluster_secret.read(config.cluster_secret_file) if config.cluster_secret_file else None
     return Client(
         target,
-        api_key=secret if config.api_keys else None,  # the router takes it for one
+        api_key=secret if config.api_keys else None,  # which the router accepts
         tls=channel_credentials(pem.read(config)) or False,
         tls_server_name=config.tls_server_name,
     )
 
 
 def _answers(router: Child, target: str, config: ServeConfig) -> bool:
-    """Whether it is this router that answers at `target`, and no other."""
+    """Whether it is this router, and no other, that answers at `target`."""
     assert router.process is not None
     return probe(target, service_of_process(router.process.pid), config) is None
 
@@ -212,7 +212,7 @@ def _with_port(listen: str) -> str:
 
 
 def _reachable(address: str) -> str:
-    """Where processes of this machine reach what listens at `address`."""
+    """Where processes of this machine can call what listens at `address`."""
     host, _, port = address.rpartition(":")
     return f"127.0.0.1:{port}" if host in ANY_HOST else address
 

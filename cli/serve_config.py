@@ -15,7 +15,7 @@ from router.config import Silence
 @Parameter(name="*")
 @dataclass(frozen=True, slots=True)
 class ServeConfig(SecurityConfig):
-    """What `serve` passes on: to each part, the flags that it knows by the same name and that are set."""
+    """Each part gets the settings that it has by the same name, if they are set."""
 
     prefill_workers: NonNegativeInt = 1
     """Number of prefill workers. 0: the decode workers prefill, which --prefill-tokens must allow."""
@@ -24,7 +24,7 @@ class ServeConfig(SecurityConfig):
     """Number of decode workers."""
 
     devices: tuple[str, ...] = ("auto",)
-    """Devices of the workers, prefill workers first, in turn: cpu, cuda or cuda:N."""
+    """Devices of the workers, in turn, prefill workers first: cpu, cuda or cuda:N."""
 
     listen: Listen = "127.0.0.1:8600"
     """Address to serve at, host:port. Port 0 picks a free one."""
@@ -45,7 +45,7 @@ class ServeConfig(SecurityConfig):
     """Tokens in a KV block."""
 
     num_blocks: PositiveInt | None = None
-    """KV blocks of each worker. Not set: as many as fit the memory that is free."""
+    """KV blocks of each worker. Not set: a share of the free memory."""
 
     max_length: PositiveInt | None = None
     """Tokens of the longest sequence, prompt and output together. Not set: the model's context length."""
@@ -69,7 +69,7 @@ class ServeConfig(SecurityConfig):
     """Most tokens of prompts that a decode worker computes between two decode steps."""
 
     headroom_tokens: NonNegativeInt | None = None
-    """Room for output that an attempt reserves on a decode worker, in tokens; doubled with each preemption."""
+    """Tokens of output that an attempt reserves room for on a decode worker; doubled with each preemption."""
 
     max_queue: PositiveInt | None = None
     """Most requests that wait for a worker."""
@@ -78,10 +78,10 @@ class ServeConfig(SecurityConfig):
     """Times that a request may lose a worker or its KV and go on."""
 
     worker_grace: NonNegativeFloat = 30.0
-    """Seconds that requests wait for a worker of a role that has none: longer than one takes that is started again."""
+    """Seconds that requests wait for a worker of a role that has none: longer than a restart takes."""
 
     worker_silence_seconds: Silence | None = None
-    """Seconds without a word from a worker's engine after which its requests go on elsewhere."""
+    """Seconds without a message from a worker's engine, after which its requests go on elsewhere."""
 
     drain_seconds: NonNegativeFloat | None = None
     """Seconds that running requests get to finish after Ctrl-C."""
@@ -96,7 +96,7 @@ class ServeConfig(SecurityConfig):
     """Port of the router's Prometheus metrics; the workers take those after it. Not set: none are served."""
 
     otlp_endpoint: str | None = None
-    """OpenTelemetry collector that traces go to, over OTLP's gRPC: http://HOST:4317, or https. Not set: no traces."""
+    """OpenTelemetry collector that traces go to, by OTLP over gRPC: http://HOST:4317, or https. Not set: no traces."""
 
     log_format: Literal["people", "json"] | None = None
     """How log lines look."""

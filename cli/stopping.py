@@ -30,13 +30,19 @@ def stop_signals() -> Iterator[list[int]]:
 
 
 def stop(stages: Iterable[list[Child]], seconds: float, signals: list[int]) -> None:
-    """Stops the router first, so that requests finish or end in order, then the workers; a second signal hurries."""
+    """Stops one stage after another; another signal meanwhile hurries it.
+
+    Args:
+        stages: the router comes before the workers, so that requests can finish.
+        seconds: how long each stage may take.
+        signals: the list of `stop_signals`.
+    """
     received = len(signals)
     for children in stages:
         for child in children:
             child.send(signal.SIGTERM)
         _wait_for(children, seconds, lambda: len(signals) > received)
-        # A second SIGTERM ends a part at once, in order: killed, a worker would leave its shared memory behind.
+        # A second SIGTERM ends a part at once but in order. Killed, a worker would leave its shared memory behind.
         for child in children:
             child.send(signal.SIGTERM)
         _wait_for(children, HURRY_SECONDS)
@@ -48,7 +54,7 @@ def stop(stages: Iterable[list[Child]], seconds: float, signals: list[int]) -> N
 
 
 def _wait_for(children: Iterable[Child], seconds: float, hurried: Callable[[], bool] = lambda: False) -> None:
-    """Returns when all have ended, when the time is up, or when `hurried` says so."""
+    """Returns when all have ended, the time is up, or `hurried` says so."""
     deadline = time.monotonic() + seconds
     while any(child.running for child in children) and time.monotonic() < deadline and not hurried():
         time.sleep(0.02)

@@ -173,7 +173,7 @@ def _dtype(raw: dict[str, Any]) -> str:
 
 def _rope(raw: dict[str, Any]) -> tuple[float, Llama3Scaling | None]:
     parameters = _object(raw, "rope_parameters") or _object(raw, "rope_scaling")
-    theta = _number(parameters if parameters.get("rope_theta") else raw, "rope_theta", 10000.0)
+    theta = _number(raw if parameters.get("rope_theta") is None else parameters, "rope_theta", 10000.0)
     partial = parameters.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
     if partial not in (None, 1):
         raise ModelError(f"partial_rotary_factor {partial} is not supported: whole heads must be rotated")
@@ -230,7 +230,9 @@ def _positive(raw: dict[str, Any], key: str, default: int | None = None) -> int:
 
 
 def _number(raw: dict[str, Any], key: str, default: float | None = None) -> float:
-    value = raw.get(key) or default
+    value = raw.get(key)
+    if value is None:
+        value = default
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < _LARGEST:
         raise ModelError(f"config.json must give {key} as a positive number; it gives {value!r}")
     return float(value)

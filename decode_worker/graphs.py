@@ -39,15 +39,15 @@ class DecodeGraphs:
             for graphs, step in ((self._plain, stepper.plain), (self._logits, stepper.logits)):
                 graphs[size] = capture(partial(step, rows), pool)
 
-    def padded(self, rows: int) -> int:
-        return next(size for size in self._sizes if size >= rows)
-
     def plain(self, rows: int) -> Tensor:
-        graph, tokens = self._plain[self.padded(rows)]
+        graph, tokens = self._plain[self._padded(rows)]
         graph.replay()
         return tokens[:rows]
 
     def logits(self, rows: int) -> Tensor:
-        graph, logits = self._logits[self.padded(rows)]
+        graph, logits = self._logits[self._padded(rows)]
         graph.replay()
         return logits[:rows]
+
+    def _padded(self, rows: int) -> int:
+        return next(size for size in self._sizes if size >= rows)

@@ -37,7 +37,7 @@ class Turn:
 class DecodeLoop:
     def __init__(self, parts: WorkerParts, runner: Runner, max_batch: int) -> None:
         self.scheduler = Scheduler(parts.blocks, parts.pool.layout.block_size, max_batch)
-        self.runner = runner
+        self._runner = runner
         self._batch = runner.batch
         self._in_flight: deque[Step] = deque()
         # On a GPU the next step is launched before the running one is read, so that the GPU never waits for Python.
@@ -62,13 +62,13 @@ class DecodeLoop:
         if sequence.spec.ends_with(sequence.tokens[-1], len(sequence.tokens)):
             self.scheduler.end(sequence)
             return False
-        self.runner.add(sequence)
+        self._runner.add(sequence)
         return True
 
     def drop(self, sequence: Sequence) -> None:
         """Takes a sequence out, whatever its state."""
         if sequence in self._batch:
-            self.runner.remove(sequence)
+            self._runner.remove(sequence)
         self.scheduler.end(sequence)
 
     def turn(self) -> Turn:
@@ -92,7 +92,7 @@ class DecodeLoop:
             turn.preempted.append(victim)
 
     def _launch(self) -> Step:
-        step = self.runner.launch(self._in_flight[-1] if self._in_flight else None)
+        step = self._runner.launch(self._in_flight[-1] if self._in_flight else None)
         if self._in_flight:
             self._pace.launched(step.late)
         else:
@@ -101,7 +101,7 @@ class DecodeLoop:
             sequence.kv_len += 1
             sequence.steps_in_flight += 1
             if not sequence.wants_step:
-                self.runner.remove(sequence)
+                self._runner.remove(sequence)
         return step
 
     def _read(self, step: Step, turn: Turn) -> None:

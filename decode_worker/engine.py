@@ -67,6 +67,7 @@ class Engine:
         self._peers.close()
 
     def turn(self, draining: bool) -> None:
+        """Takes in what has arrived; if a step is due, makes one. `draining`: accepts no new attempts."""
         self._receive(draining)
         self._tell_opened()
         self._finish_pulls()
@@ -88,8 +89,8 @@ class Engine:
         return not (self._scheduler.count or self._loop.busy or self._puller.busy or self._own_prompts.busy)
 
     def _receive(self, draining: bool) -> None:
-        waits = self._own_prompts.held_back and not (self._loop.busy or self._puller.busy)
-        for received in self._service.receive(GRAMMAR_POLL_SECONDS if waits else self._pause()):
+        only_grammars = self._own_prompts.waits_for_grammar and not (self._loop.busy or self._puller.busy)
+        for received in self._service.receive(GRAMMAR_POLL_SECONDS if only_grammars else self._pause()):
             if received.message is None:
                 for orphan in self._scheduler.of_connection(received.connection):
                     self._drop(orphan)

@@ -27,9 +27,9 @@ class OwnPrompts:
         return bool(self._sequences) or self._loop.busy
 
     @property
-    def held_back(self) -> bool:
+    def waits_for_grammar(self) -> bool:
         """Whether all that is left to do waits for grammars to be compiled."""
-        return self._loop.held_back
+        return self._loop.waits_for_grammar
 
     def add(self, sequence: Sequence) -> None:
         """Takes the sequence and its blocks over, until `turn` returns them."""

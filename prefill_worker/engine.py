@@ -55,6 +55,7 @@ class Engine:
             self._service.flush()
 
     def turn(self, draining: bool) -> None:
+        """Takes in what has arrived, and computes one batch. `draining`: accepts no new attempts."""
         self._receive(draining)
         self._expire_leases()
         self._tell(self._loop.turn())
@@ -65,7 +66,7 @@ class Engine:
 
     def _pause(self) -> float:
         """Seconds that the loop can wait for messages, having nothing else to do."""
-        if self._loop.held_back:
+        if self._loop.waits_for_grammar:
             return GRAMMAR_POLL_SECONDS
         return 0.0 if self._loop.busy else INTERVAL_SECONDS
 

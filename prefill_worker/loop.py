@@ -25,7 +25,7 @@ class PrefillLoop:
     def __init__(self, parts: WorkerParts, runner: Runner, max_batch_tokens: int) -> None:
         self.scheduler = Scheduler(parts.blocks, parts.pool.layout.block_size, max_batch_tokens)
         self.busy = False  # there may be something to do in the next turn
-        self.held_back = False  # but only once a grammar is compiled
+        self.waits_for_grammar = False  # but only once a grammar is compiled
         self._runner = runner
         self._in_flight: deque[LaunchedBatch] = deque()
         # On a GPU the next batch is launched before the first tokens of the running one are read.
@@ -35,12 +35,11 @@ class PrefillLoop:
         chunks = self.scheduler.schedule()
         if chunks:
             self._in_flight.append(self._runner.launch(chunks))
-        complete: list[tuple[Prompt, FirstToken]] = []
-        if len(self._in_flight) > (self._batches_ahead if chunks else 0):
-            complete += self._read(self._in_flight.popleft())
+        enough_ahead = len(self._in_flight) > (self._batches_ahead if chunks else 0)
+        complete = list(self._read(self._in_flight.popleft())) if enough_ahead else []
         at_work = bool(chunks or self._in_flight)
-        self.held_back = self.scheduler.held_back and not at_work
-        self.busy = at_work or self.held_back
+        self.waits_for_grammar = self.scheduler.waits_for_grammar and not at_work
+        self.busy = at_work or self.waits_for_grammar
         return Turn(sum(chunk.end - chunk.start for chunk in chunks), complete)
 
     def _read(self, batch: LaunchedBatch) -> Iterator[tuple[Prompt, FirstToken]]:

@@ -62,7 +62,7 @@ class Scheduler:
         self._waiting: dict[int, Prompt] = {}  # in order of arrival
         self._running: dict[int, Prompt] = {}  # have blocks, and chunks left to launch or to finish
         self._computing: set[bytes] = set()  # hashes of blocks that a running prompt will publish
-        self.held_back = False  # a prompt was left out of the last batch because its grammar is not compiled yet
+        self.waits_for_grammar = False  # a prompt was left out of the last batch for that
 
     @property
     def waiting_count(self) -> int:
@@ -96,7 +96,7 @@ class Scheduler:
 
     def schedule(self) -> list[Chunk]:
         """The next batch; empty when nothing can run now."""
-        self.held_back = False
+        self.waits_for_grammar = False
         budget = self._max_batch_tokens
         chunks: list[Chunk] = []
         for prompt in self._candidates():
@@ -128,7 +128,7 @@ class Scheduler:
                 yield prompt
         for prompt in list(self._waiting.values()):
             if prompt.grammar is not None and not prompt.grammar.ready:
-                self.held_back = True
+                self.waits_for_grammar = True
                 continue
             if self._is_being_computed(prompt):
                 continue

@@ -1,4 +1,4 @@
-"""A router and workers as processes of this machine, for as long as a `with` lasts."""
+"""A router and workers as processes of this machine, for the duration of a `with` block."""
 
 import subprocess
 import sys
@@ -17,11 +17,14 @@ Flags = Mapping[str, object]
 
 @dataclass
 class Cluster:
-    """Flags are named as on the command line, without dashes in front: {"num-blocks": 64}. Logs go to `logs`. Without
-    workers it is a router in front of another cluster's, whose addresses are among its flags."""
+    """Flags are named as on the command line, without leading dashes: {"num-blocks": 64}. Logs go to `logs`.
+
+    Raises:
+        RuntimeError: on entry, if a part ends or the cluster is not ready in time; with the end of the logs.
+    """
 
     router: Flags
-    workers: Sequence[tuple[str, Flags]]  # what `python -m` runs, and its flags
+    workers: Sequence[tuple[str, Flags]]  # ("prefill_worker" or "decode_worker", its flags); may be empty
     logs: Path
     start_seconds: float = 180.0
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)

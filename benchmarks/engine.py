@@ -1,9 +1,9 @@
-"""The engine on a CPU: in one process against transformers' `generate`, and a whole cluster against the one process.
+"""The engine on a CPU: in one process against transformers' `generate`, and a whole cluster against one process.
 
     python -m benchmarks.engine --threads 1 --out engine.json
 
-All in float32, greedy, SmolLM2, with one number of torch threads for everything. What is compared takes turns, round by
-round, and the median of the rounds' ratios counts. Answers are compared, too: other tokens would make the figures void.
+All in float32, greedy, SmolLM2, with the same number of torch threads. The two sides take turns, round by round, and
+the median of the rounds' ratios counts. Answers are compared, too: different tokens would make the figures void.
 """
 
 import asyncio
@@ -54,7 +54,7 @@ def main(
 ) -> int:
     """Measures the engine on this machine's CPU."""
     torch.set_num_threads(threads)
-    keep_freed_memory()  # transformers, measured in this process, gets the benefit of it, too
+    keep_freed_memory()  # transformers runs in this process and benefits from it, too
     directory = resolve(EMBEDDED)
     loaded = load_model(directory, "float32", CPU, dummy=False, max_length=MAX_LENGTH)
     reference = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
@@ -124,7 +124,7 @@ def _cluster(loaded: LoadedModel, prompts: list[list[int]], count: int, rounds: 
 
 
 def _bare_decode_rate(loaded: LoadedModel, prompts: list[list[int]], count: int) -> float:
-    """Tokens per second of the decode loop, with every sequence in the batch. KV is noise: it costs the same."""
+    """Tokens per second of the decode loop, with every sequence in the batch. KV is noise, which takes as long."""
     parts = worker_parts(loaded, BLOCKS)
     loop = DecodeLoop(parts, Runner(parts, len(prompts)), len(prompts))
     for index, tokens in enumerate(prompts):

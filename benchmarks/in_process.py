@@ -1,5 +1,4 @@
-"""Both workers' loops in one process, without router, gRPC and transport, for figures of the engine itself and for
-tests of it."""
+"""Both workers' loops in one process, without router, gRPC and transport: to measure and to test the engine itself."""
 
 from collections import deque
 from collections.abc import Sequence as Items
@@ -21,14 +20,16 @@ from prefill_worker.scheduler import Prompt
 
 
 class InProcess:
-    """Prefill and decode with a pool each; a finished prompt's blocks are copied from one to the other. Prompts go
-    first: while one waits that the decode side has room for, no step runs, which suits throughput best.
+    """Prefill and decode with a pool each; a finished prompt's blocks are copied from one to the other.
+
+    Prompts go first: no decode step runs while there is a prompt that the decode side has room for. That is best for
+    throughput.
 
     Args:
         prefill, decode: parts of one model, on one device.
-        max_batch: sequences decoded together.
-        max_batch_tokens: tokens of a prefill batch.
-        headroom_tokens: room for output that is set aside for each sequence.
+        max_batch: most sequences in a decode step.
+        max_batch_tokens: most tokens in a prefill batch.
+        headroom_tokens: output tokens that room is reserved for, for each sequence.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class InProcess:
         self.preemptions = 0
 
     def run(self, specs: Items[SequenceSpec]) -> list[list[int]]:
-        """Runs all to their ends; returns the output of each."""
+        """Runs all sequences to their ends. Returns the output tokens of each."""
         waiting = deque(enumerate(specs))
         resumed: deque[tuple[int, SequenceSpec]] = deque()
         running: dict[int, Sequence] = {}
@@ -90,7 +91,7 @@ class InProcess:
         resumed: deque[tuple[int, SequenceSpec]],
         running: dict[int, Sequence],
     ) -> None:
-        """Resumed sequences first; one of them comes back only when its whole need fits."""
+        """Resumed sequences come first, and only once all that they may need fits."""
         while queue := resumed or waiting:
             index, spec = queue[0]
             sequence = Sequence(index, 0, spec, list(spec.token_ids))
@@ -103,7 +104,8 @@ class InProcess:
             self._prompts.scheduler.add(Prompt(index, 0, spec))
 
     def _hand_over(self, complete: list[tuple[Prompt, FirstToken]], running: dict[int, Sequence]) -> list[Sequence]:
-        """Copies what the decode side lacks and starts it there. Returns those whose first token was their last."""
+        """Copies the blocks that the decode side lacks, and starts the sequences there. Returns those whose first token
+        was also their last."""
         ready = [(prompt, running[prompt.attempt_id], first.token) for prompt, first in complete]
         source: list[int] = []
         target: list[int] = []
@@ -136,7 +138,7 @@ def spec(
     block_size: int = 16,
     root: bytes = bytes(16),
 ) -> SequenceSpec:
-    """A prompt as the router would send it; no token ends it before `max_length`."""
+    """A sequence as the router would send it, without stop tokens: it ends at `max_length`."""
     return SequenceSpec(
         token_ids=tuple(tokens),
         prompt_length=len(tokens),

@@ -1,8 +1,8 @@
-"""Whether more demand than a pool holds costs throughput: the tokens per second of a cluster whose decode pool fits a
-few requests, with as many under way as fit, and with two and four times as many.
+"""Whether more demand than a pool holds costs throughput. Measures the tokens per second of a cluster whose decode pool
+holds a few requests, with as many requests at once as fit, and with two and four times as many.
 
-First attempts reserve little room for output, so that sequences do outgrow the pool and are preempted. The levels take
-turns, and each one's median counts: other programs on the machine disturb all of them alike.
+First attempts reserve little room for output, so that sequences outgrow the pool and are preempted. The levels take
+turns, so that other programs on the machine disturb all of them alike, and the median of each counts.
 
     python -m benchmarks.oversubscription --json oversubscription.json
 """
@@ -33,10 +33,10 @@ app = cyclopts.App(help=__doc__)
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    times: int  # the demand that fits
+    times: int  # demand, in multiples of what fits
     tokens_per_second: float
-    resumes: float  # for each request
-    slowest_seconds: float  # of a request
+    resumes: float  # per request
+    slowest_seconds: float  # of the slowest request
 
 
 def blocks(tokens: int) -> int:
@@ -44,7 +44,7 @@ def blocks(tokens: int) -> int:
 
 
 def measure(target: str, callers: int, rounds: int, prompt_tokens: int, output_tokens: int, salt: str) -> Level:
-    """So many callers, each of whom asks `rounds` times, one request after the other."""
+    """Has `callers` callers make `rounds` requests each, one after another."""
 
     def call(caller: int) -> list[tuple[float, int]]:
         answers = []
@@ -96,7 +96,7 @@ def main(
     headroom_tokens: int = 16,
     json_file: Annotated[Path | None, cyclopts.Parameter(name="--json")] = None,
 ) -> int:
-    """Measures on this machine's CPU; fails where 4 times the demand misses its bound.
+    """Measures on this machine's CPU. Fails if 4 times the demand misses its bound.
 
     Args:
         model: the embedded one's name, or a Hugging Face directory.

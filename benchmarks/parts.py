@@ -1,4 +1,4 @@
-"""Workers' parts in one process: a model, and pools in plain memory that no other process reads."""
+"""Workers' parts for one process: a model, and pools in private memory."""
 
 import random
 from collections.abc import MutableSequence
@@ -46,7 +46,7 @@ def load_model(directory: Path, dtype: str, device: torch.device, *, dummy: bool
 
 
 def worker_parts(loaded: LoadedModel, num_blocks: int, block_size: int = 16) -> WorkerParts:
-    """A pool of `num_blocks` that holds noise; blocks are given out in random order, as after hours of service."""
+    """Parts with a pool of `num_blocks` blocks of noise, allocated in random order, as after hours of service."""
     config = loaded.model.config
     layout = KvLayout(
         num_blocks, config.num_layers, block_size, config.num_kv_heads, config.head_dim, loaded.model.dtype

@@ -7,8 +7,8 @@ from socket import create_server
 
 
 def free_port() -> int:
-    """One of 127.0.0.1 below those that outgoing connections take: one of them may take any other before it is listened
-    on."""
+    """A free port of 127.0.0.1 from below the range that outgoing connections use: one of those could take any other
+    port before it is listened on."""
     first_of_connections = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     while True:
         port = random.SystemRandom().randrange(first_of_connections // 2, first_of_connections)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One line of the table. `ratio` is the figure in terms of what it is held against, and `bound` how far it may go:
-    the most where `at_most`, else the least."""
+    """One line of the table. `ratio` compares the figure with what it is measured against. `bound` is the lowest ratio
+    that is wanted, or the highest if `at_most`."""
 
     what: str
     measured: str
@@ -29,7 +29,7 @@ class Figure:
 
 @dataclass
 class Report:
-    """Sections that fail are printed and noted, and the others go on."""
+    """Goes on after a section that fails, and notes it."""
 
     path: Path | None
     figures: list[Figure] = field(default_factory=list)
@@ -50,7 +50,7 @@ class Report:
         self._write()
 
     def finish(self) -> int:
-        """Prints everything; returns the exit code: 1 where a section failed. A bound that was missed is no failure."""
+        """Prints everything. Returns the exit code: 1 if a section failed. A missed bound is no failure."""
         print(f"\n{_HEADER}")
         for figure in self.figures:
             print(_line(figure))

@@ -1,9 +1,9 @@
 """The router alone: real gRPC, fake workers, 256 streams, each part in a process of its own on the same two cores.
 
-Fake workers write the time into the tokens (tenths of a millisecond, modulo), so whoever holds a token knows its age.
-"Router" ages are taken in the router, when gRPC has accepted the message that the token is in; "client" ages where the
-client has it in its hands, Python on both sides included. The "bare" runs have no router and no workers: a gRPC server
-that writes finished chunks to the same clients at the same pace. What they take is gRPC's, not the router's.
+Fake workers use the time (in tenths of a millisecond, modulo) as token ids, so that every token tells its age. "Router"
+ages are taken in the router, once gRPC has accepted the token's message; "client" ages are taken where the client
+receives it, and include Python on both sides. In the "bare" runs there is no router and no worker, but a gRPC server
+that writes ready-made chunks to the same clients at the same pace: that is gRPC's share.
 
     python -m benchmarks.router --json router.json
 """
@@ -120,7 +120,7 @@ async def _router(pipe: Connection, directory: Path, addresses: Sequence[str]) -
 
 
 class _Timed:
-    """A call's context that notes how old tokens are once gRPC has their message."""
+    """A call's context that notes the age of tokens once gRPC has accepted their message."""
 
     def __init__(self, context: Any, ages: list[float]) -> None:
         self.abort = context.abort
@@ -161,7 +161,7 @@ async def _bare(pipe: Connection, groups: int, step_seconds: float) -> None:
 
 
 class _Bare:
-    """Streams in so many groups; those of a group write at the same time, as those of one decode worker do."""
+    """Streams in groups; those of a group write at the same time, like those of one decode worker."""
 
     def __init__(self, groups: int) -> None:
         self.ages: list[float] = []
@@ -218,7 +218,7 @@ async def _clients(pipe: Connection, address: str, streams: int, tokens: int) ->
 def run(
     name: str, directory: Path, streams: int, decode_workers: int, tokens_per_second: float, seconds: float
 ) -> Figures:
-    """Offers so many tokens a second to `streams` streams, evenly over the decode workers."""
+    """Offers `tokens_per_second` to `streams` streams, spread evenly over the decode workers."""
     step_seconds = streams / tokens_per_second
     pipe, its = spawn.Pipe()
     behind = spawn.Process(target=workers, args=(its, directory, decode_workers, step_seconds))
@@ -233,7 +233,7 @@ def run(
 
 
 def run_bare(name: str, streams: int, groups: int, tokens_per_second: float, seconds: float) -> Figures:
-    """The same tokens from a gRPC server that has them ready."""
+    """Sends the same tokens from a gRPC server that has them ready."""
     pipe, its = spawn.Pipe()
     server = spawn.Process(target=bare, args=(its, groups, streams / tokens_per_second))
     return _measure(name, streams, tokens_per_second, seconds, server, pipe)
@@ -315,7 +315,7 @@ def main(
     """Prints the router's figures.
 
     Args:
-        model: whose tokenizer is used; its weights are not.
+        model: the model whose tokenizer is used.
         streams: client streams at once.
         seconds: length of a run.
         json_file: also writes the figures there.

@@ -1,8 +1,8 @@
 """Cache-aware routing against round robin: prompts with shared prefixes on two prefill and two decode workers.
 
-There are more prefixes than one worker's pool holds, and fewer than two workers' pools hold: whoever sends a prefix
-always to the same worker finds it there. Real workers, fresh ones for each way of choosing; the router is in this
-process, where its choice can be exchanged.
+There are more prefixes than one worker's pool holds, but fewer than two hold, so a prefix that always goes to the same
+worker is found there. The workers are real, and fresh for each way of choosing. The router runs in this process, where
+its choice can be replaced.
 
     python -m benchmarks.routing --json routing.json
 """
@@ -65,7 +65,7 @@ class Figures:
 
 @contextmanager
 def round_robin() -> Iterator[None]:
-    """Within, workers take turns, as far as they have room."""
+    """In a `with` block, workers take turns, as far as they have room."""
     prefill_turns, decode_turns = count(), count()
 
     def prefill_worker(request: Request, workers: Iterable[Worker]) -> Worker | None:
@@ -145,13 +145,13 @@ def main(
     num_blocks: int = 136,
     json_file: Annotated[Path | None, cyclopts.Parameter(name="--json")] = None,
 ) -> int:
-    """Measures both ways of choosing on this machine's CPU; fails where cache-aware routing misses its bounds.
+    """Measures both ways of choosing on this machine's CPU. Fails if cache-aware routing misses its bounds.
 
     Args:
-        requests: measured ones; others are sent before, so that the pools are full.
-        concurrency: requests under way at once.
-        prefixes: different beginnings, drawn at random.
-        prefix_tokens: tokens of a beginning; 24 more follow in each prompt.
+        requests: measured requests. Others are sent before, to fill the pools.
+        concurrency: requests at once.
+        prefixes: number of different prefixes, drawn at random.
+        prefix_tokens: tokens of a prefix; 24 more follow in each prompt.
         num_blocks: KV blocks of 16 tokens of each worker.
         json_file: also writes the figures there.
     """

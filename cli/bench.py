@@ -1,4 +1,4 @@
-"""`twostroke bench`: a load against a running cluster."""
+"""`twostroke bench`: puts a load on a running cluster, and measures."""
 
 import asyncio
 import json as json_format
@@ -43,7 +43,7 @@ def bench(
     Parameters
     ----------
     json
-        File for the figures and every request's record.
+        File for the figures and a record of every request.
     plot_file
         File for a plot, such as run.png; needs matplotlib, which twostroke[plot] brings.
     """
@@ -80,7 +80,7 @@ class _Measured:
 
 
 async def _measure(connection: Connection, load: LoadConfig, measured: _Measured) -> None:
-    """What there is of `measured` stays where Ctrl-C ends this."""
+    """Fills `measured`, which keeps what there is if Ctrl-C ends this."""
     client = connection.async_client()
     async with client:
         measured.model = (await client.model(timeout=10)).name

@@ -53,8 +53,8 @@ def _read_question() -> str | None:
 def _answer(
     client: Client, messages: list[Message], sampling: Sampling, console: Console
 ) -> tuple[str | None, list[Message]]:
-    """Prints the answer while it comes. Returns as much of it as came, None where there is none to go on with; and the
-    messages that it answers: where the context is full, the oldest turns are left out."""
+    """Prints the answer as it comes. Returns what came of it, None if there is nothing to go on with; and the messages
+    that it answers, without the oldest turns if the context is full."""
     options = sampling.options()
     options["parsed"] = True
     try:
@@ -76,7 +76,8 @@ def _answer(
 
 
 def _print(pieces: Iterable[Piece], cut_off: str, console: Console) -> str | None:
-    """Raises InvalidArgument, which comes before any text; other errors are printed, after what came of the answer."""
+    """Prints pieces as they come, and returns the text. Raises InvalidArgument, which comes before any text; prints
+    other errors."""
     text, tokens, began, first, cut, thinking = "", 0, time.monotonic(), None, "", False
     try:
         for piece in pieces:
@@ -93,7 +94,7 @@ def _print(pieces: Iterable[Piece], cut_off: str, console: Console) -> str | Non
                 print("\n")
                 thinking = False
             print(piece.text, end="", flush=True)
-            for call in piece.tool_calls:  # though it was told of no tools
+            for call in piece.tool_calls:  # a model may make some up
                 console.out(f"{call.name}({call.arguments})", style="dim", highlight=False)
     except KeyboardInterrupt:
         print(" …", end="")

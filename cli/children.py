@@ -9,31 +9,31 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import IO, Any
 
-# A child that died this often within so many seconds would only die again.
+# A child that has died this often within this time would only die again.
 MOST_DEATHS = 5
 DEATHS_WITHIN_SECONDS = 60.0
 
 
 @dataclass(slots=True)
 class Child:
-    """A process that dies with this one. Started again with `start` after it died."""
+    """A process that dies with this one. After its death, `start` starts it again."""
 
     name: str
     command: list[str]
     output: IO[Any] = sys.stderr
-    """Where its standard and error output go."""
+    """Where its standard output and error go."""
     before_start: Callable[[], None] = lambda: None
-    """Raises what keeps it from being started, every time that it would be."""
+    """Called before every start; raises if there is a reason not to."""
     process: subprocess.Popen[bytes] | None = None
     deaths: list[float] = field(default_factory=list)
 
     def start(self) -> None:
         self.before_start()
-        # Its own process group: Ctrl-C at the terminal is for this process, which then stops its children in order.
+        # In a process group of its own: Ctrl-C at the terminal is for this process, which then stops its children.
         command = [sys.executable, "-m", "cli.bound_to_parent", str(os.getpid()), *self.command]
-        # Its settings are flags: a variable that was meant for one part of the cluster must not reach the others.
+        # All its settings are flags: a variable meant for one part of the cluster must not reach the others.
         environment = {name: value for name, value in os.environ.items() if not name.startswith("TWOSTROKE_")}
-        environment["PYTHONSAFEPATH"] = "1"  # else `python -m` imports what the user's folder has under our names
+        environment["PYTHONSAFEPATH"] = "1"  # or `python -m` would import the user's modules of the same names
         self.process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=self.output, stderr=self.output, env=environment, process_group=0
         )

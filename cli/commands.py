@@ -1,4 +1,4 @@
-"""The commands of `twostroke`. Each is imported when it is run, so that help comes at once."""
+"""The commands of `twostroke`. Each is imported only when it is run, so that help is quick."""
 
 from importlib import import_module
 
@@ -17,7 +17,7 @@ app = App(
     name="twostroke",
     help="LLM inference with prefill and decode in separate workers.",
     help_epilogue="Every flag is an environment variable too: --max-batch is TWOSTROKE_MAX_BATCH. Flags win.",
-    # Read from the package when asked for, and help is not parsed as markdown: either would double the time to --help.
+    # The version is read only if asked for, and help is not parsed as markdown: either would make --help twice as slow.
     version=lambda: import_module("importlib.metadata").version("twostroke"),
     help_format="plaintext",
     config=Env("TWOSTROKE_", command=False),
@@ -31,14 +31,14 @@ app.command(
 
     A part that dies is started again. A second Ctrl-C does not wait for running requests.
 
-    With a command, wait until the cluster is ready, run it with TWOSTROKE_TARGET set, then stop all.
+    With a command, wait until the cluster is ready, run the command with TWOSTROKE_TARGET set, then stop the cluster.
 
-    The parts' log lines are then shown only where one of them fails.
+    The parts' log lines are then shown only if one of them fails.
 
         twostroke serve --decode-workers 2 -- twostroke generate "Name three primary colors."
     """,
 )
-app.command("cli.parts:router", name="router", help="Run a router, the door that clients call.")
+app.command("cli.parts:router", name="router", help="Run a router, which clients call.")
 app.command("cli.parts:prefill_worker", name="prefill-worker", help="Run a worker that turns prompts into KV cache.")
 app.command("cli.parts:decode_worker", name="decode-worker", help="Run a worker that turns KV cache into tokens.")
 app.command(
@@ -52,7 +52,7 @@ app.command(
 app.command(
     "cli.generate:generate",
     name="generate",
-    help="""Ask a running cluster once; the answer appears as it is made.
+    help="""Ask a running cluster one question; the answer appears as it is generated.
 
         twostroke generate "Name three primary colors." --max-tokens 64
 
@@ -64,7 +64,7 @@ app.command(
     name="chat",
     help="""Talk with the model of a running cluster.
 
-    Ctrl-C cuts an answer short (what came of it stays in the conversation), Ctrl-D ends the program.
+    Ctrl-C cuts an answer short (the part that came stays in the conversation), Ctrl-D ends the program.
 
     When the context is full, the oldest questions and answers are left out.
     """,
@@ -82,7 +82,7 @@ app.command(
     name="bench",
     help="""Measure a running cluster under load: latencies, rates and goodput.
 
-    Ctrl-C ends it with the figures of the requests that had ended. It exits with 1 where more than half of them failed.
+    Ctrl-C ends it, with the figures of the requests that were done. It exits with 1 if more than half of them failed.
 
         twostroke bench --concurrency 16 --requests 200 --prompt-tokens 512 --output-tokens 128
 

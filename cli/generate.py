@@ -42,7 +42,7 @@ def generate(
     system
         A system message to put before it.
     raw
-        Continue the prompt as it is, without the model's chat template.
+        Continue the prompt as it stands, without the model's chat template.
     json
         Print one JSON object at the end: text, token ids, finish reason, usage and timing.
     """
@@ -77,7 +77,7 @@ def _read_standard_input() -> str:
 
 
 def _refused(sentence: str) -> SystemExit:
-    """As what is wrong with a flag ends the program."""
+    """Ends the program like a wrong flag does."""
     print(f"twostroke: {sentence}", file=sys.stderr)
     return SystemExit(2)
 
@@ -97,7 +97,7 @@ def _print_as_it_comes(client: Client, question: Prompt, options: Options) -> Fi
             finish = piece.finish
     except TwostrokeError:
         if end != "\n":
-            print(flush=True)  # what is said of it has a line of its own
+            print(flush=True)  # so that the error starts on a new line
         raise
     print()
     return finish

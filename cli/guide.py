@@ -1,4 +1,4 @@
-"""What an answer must follow, as flags."""
+"""Flags for what an answer must follow."""
 
 import json
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class Guide:
     """A regular expression that the whole answer matches."""
 
     choices: tuple[str, ...] | None = None
-    """The answer is this text, or another that is given in the same way."""
+    """The answer is one of these texts; may be given several times."""
 
     def options(self) -> Options:
         schema = None if self.json_schema is None else self.json_schema.read_text(encoding="utf-8")
@@ -44,7 +44,7 @@ class Guide:
 
 
 def is_one(_type: object, guide: Guide) -> None:
-    """Raises ValueError where there are several."""
+    """Raises ValueError if there are several."""
     flags = {"--json-schema": guide.json_schema, "--regex": guide.regex, "--choices": guide.choices}
     given = [flag for flag, value in flags.items() if value is not None]
     if len(given) > 1:

@@ -1,13 +1,13 @@
-"""The `twostroke` command, from its first moment: Ctrl-C ends it quietly while it still imports what it needs."""
+"""The `twostroke` command. Imports next to nothing at first, so that Ctrl-C ends it quietly even while it imports."""
 
 import os
 import sys
 
 
 def main(command: str | None = None) -> None:
-    """Runs the command line; `command` is what `python -m router` and its like put in front of their flags; it is
-    named in what the part says where it cannot start, which in `serve` several may do."""
-    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # else gRPC tells of every connection that ends
+    """Runs the command line. `python -m router` and its like pass their `command`, which their error messages then
+    name, because several parts of `serve` may write to one terminal."""
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # or gRPC logs every connection that ends
     try:
         _run(command)
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""Flags that several commands have."""
+"""Flags that several commands share."""
 
 import json
 import os
@@ -29,7 +29,7 @@ class Connection(TlsConfig):
     """Sent as a bearer token."""
 
     tls: bool = False
-    """Connect with TLS, against the system's certificate authorities where --tls-ca names no others."""
+    """Connect with TLS, and trust the system's certificate authorities unless --tls-ca names others."""
 
     timeout: float | None = None
     """Seconds that an answer may take. Not set: no limit."""
@@ -77,19 +77,19 @@ USUAL_TOKENS = 512
 @dataclass(frozen=True, slots=True)
 class Sampling:
     max_tokens: int | None = None
-    """Most tokens of the answer. Not set: 512, or what the context has room for where that is less."""
+    """Most tokens of the answer. Not set: 512, or what the context has room for if that is less."""
 
     temperature: float | None = None
     """0 is greedy; the router's default is 1."""
 
     top_k: int | None = None
-    """Sample from this many of the likeliest tokens."""
+    """Sample from this many of the likeliest tokens only."""
 
     top_p: float | None = None
-    """Sample from the likeliest tokens that have this probability together."""
+    """Sample from the likeliest tokens that together have this probability."""
 
     min_p: float | None = None
-    """Drop tokens less likely than this times the likeliest."""
+    """Drop tokens that are less likely than this times the likeliest."""
 
     repetition_penalty: float | None = None
     """Above 1: tokens of the prompt and the answer become less likely."""
@@ -125,15 +125,15 @@ class Sampling:
 
 
 def sentence_of(error: TwostrokeError) -> str:
-    """What a call's end is called at the command line."""
+    """How the command line tells of an error."""
     hint = "; set --api-key or TWOSTROKE_API_KEY" if isinstance(error, Unauthenticated) else ""
     return f"{error.message}{hint}"
 
 
 @contextmanager
 def errors_as_exit(timeout: float | None = None) -> Iterator[None]:
-    """Ends the program with a sentence where a call failed, or its output cannot be written, and quietly after Ctrl-C
-    or where nobody reads the output any more. `timeout`: seconds that its calls may take."""
+    """Ends the program with a sentence if a call fails or output cannot be written, and quietly after Ctrl-C or if
+    nobody reads the output any more. `timeout`: seconds that calls may take, as --timeout says."""
     try:
         yield
         sys.stdout.flush()
@@ -154,5 +154,5 @@ def errors_as_exit(timeout: float | None = None) -> Iterator[None]:
 
 
 def _drop_output() -> None:
-    """What could not be written is not tried once more at exit."""
+    """Keeps Python from trying to write the rest again at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

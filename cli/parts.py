@@ -38,7 +38,8 @@ def decode_worker(*, config: Annotated[DecodeConfig, Flags] = DecodeConfig()) ->
 
 @contextmanager
 def _ctrl_c_ends_it() -> Iterator[None]:
-    """At once, by the signal: a KeyboardInterrupt may get lost in the import of PyTorch, and the worker would go on."""
+    """Lets the signal itself end the process: a KeyboardInterrupt can get lost while PyTorch is imported, and then the
+    worker would start nevertheless."""
     handler = signal.getsignal(signal.SIGINT)
     if handler is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)

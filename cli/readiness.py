@@ -1,4 +1,4 @@
-"""Whether a cluster that was started is ready, and what keeps it from being so."""
+"""Whether a cluster that was started is ready, and if not, why."""
 
 import time
 from collections.abc import Callable
@@ -6,21 +6,25 @@ from collections.abc import Callable
 from twostroke import Client, TwostrokeError
 from twostroke.v1 import inference_pb2 as pb
 
-# The router tries a worker that does not fit, or that cannot read another's KV, again every five seconds. What stands
-# for so long is not about to change.
+# The router retries a worker that does not fit, or that cannot read another's KV, every five seconds. A problem that
+# has lasted for three tries is not about to go away.
 LASTING_SECONDS = 15.0
 
 ROLES = {pb.WORKER_ROLE_PREFILL: "prefill", pb.WORKER_ROLE_DECODE: "decode"}
 
 
 def problems_of(load: pb.GetLoadResponse) -> list[str]:
-    """Workers that are there and of no full use, and why: a sentence for each."""
+    """A sentence for each worker that is there but not fully usable."""
     return [f"{ROLES.get(problem.role)} worker {problem.address} {problem.reason}" for problem in load.problems]
 
 
 class Readiness:
-    """Of the router that `client` calls, and of so many workers; `is_own` asks whether that router is the one that was
-    started, and not another one that has its address."""
+    """
+    Args:
+        client: calls the router.
+        workers: how many there must be.
+        is_own: whether the router that answers is the one that was started, not another at the same address.
+    """
 
     def __init__(self, client: Client, workers: int, is_own: Callable[[], bool]) -> None:
         self._client = client
@@ -30,8 +34,8 @@ class Readiness:
         self._since: dict[str, float] = {}  # of each problem that there is: time.monotonic()
 
     def look(self) -> tuple[str | None, list[str]]:
-        """The model's name, once the router's health is SERVING and every worker takes requests; problems that were not
-        there when it looked last."""
+        """The model's name, once the router's health is SERVING and every worker takes requests; and the problems that
+        are new since the last look."""
         self._found = self._found or self._is_own()
         if not self._found:
             return None, []
@@ -51,10 +55,10 @@ class Readiness:
         return None, [problem for problem in self._since if problem not in known]
 
     def close(self) -> None:
-        """There is no more to ask; open, the client would only see the router go."""
+        """To be called once the cluster is ready: left open, the client would notice that the router goes."""
         self._client.close()
 
     def lasting_problem(self) -> str | None:
-        """A problem that has been there for too long to go away."""
+        """A problem that has lasted too long to go away, if there is one."""
         long_ago = time.monotonic() - LASTING_SECONDS
         return next((problem for problem, since in self._since.items() if since < long_ago), None)

@@ -1,33 +1,33 @@
-"""What of a conversation the context has room for, and how long an answer: asked where the router says that it is
-full."""
+"""How much of a conversation, and how long an answer, the context has room for. Asked once the router has said that it
+is full."""
 
 from dataclasses import dataclass
 
 from cli.options import Sampling
 from twostroke import ChatOptions, Client, Message, Messages
 
-# Of the context, the part that an answer must have room in before old turns are left out for it.
+# Old turns are left out until 1 / SHARE_OF_ANSWER of the context is free for the answer.
 SHARE_OF_ANSWER = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Fitting:
-    """What to ask instead, and the most tokens that its answer may have."""
+    """What to ask instead, and the most tokens that the answer may have."""
 
     messages: list[Message]
     max_tokens: int
 
 
 def room_for_answer(client: Client, prompt: str | Messages, sampling: Sampling) -> int | None:
-    """Tokens that are left for the answer, where nobody has said how many it may have and the usual number is too many.
-    None where its length is not what is wrong."""
+    """Tokens that are left for the answer, if the usual number is too many and the user has not set one. None if the
+    length is not what is wrong."""
     left = _longest(client) - _tokens(client, prompt, sampling)
     return left if sampling.max_tokens is None and 0 < left < sampling.most_tokens else None
 
 
 def fit(client: Client, messages: list[Message], sampling: Sampling) -> Fitting | None:
-    """The conversation without as many of its oldest turns as it takes; a system message stays. None where its length
-    is not what is wrong, or its last question alone is too long."""
+    """The conversation without its oldest turns, as many as it takes; a system message stays. None if the length is not
+    what is wrong, or the last question alone is too long."""
     longest, wanted = _longest(client), sampling.most_tokens
     least = min(wanted, longest // SHARE_OF_ANSWER) if sampling.max_tokens is None else wanted
     begin = 1 if messages[0]["role"] == "system" else 0

@@ -8,124 +8,32 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
-from types import FrameType
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from cyclopts import Parameter
-from cyclopts.types import NonNegativeFloat, NonNegativeInt, Port, PositiveFloat, PositiveInt
 
 from cli.children import Child
 from cli.readiness import Readiness
+from cli.serve_config import ServeConfig
+from cli.stopping import STOP_SECONDS, end_command, stop, stop_signals
 from common import cluster_secret, listening, pem
-from common.addresses import ANY_HOST, Listen
+from common.addresses import ANY_HOST
 from common.probe import probe, service_of_process
-from common.security_config import SecurityConfig, SettingsError, TlsConfig
+from common.security_config import SettingsError, TlsConfig
 from common.start_error import AddressError
 from common.tls import channel_credentials
 from decode_worker.config import DecodeConfig
 from prefill_worker.config import PrefillConfig
-from router.config import RouterConfig, Silence
+from router.config import RouterConfig
 from twostroke import Client
 
 POLL_SECONDS = 0.1
-STOP_SECONDS = 5.0
-HURRY_SECONDS = 3.0
-
-
-@Parameter(name="*")
-@dataclass(frozen=True, slots=True)
-class ServeConfig(SecurityConfig):
-    """What `serve` passes on: to each part, the flags that it knows by the same name and that are set."""
-
-    prefill_workers: NonNegativeInt = 1
-    """Number of prefill workers. 0: the decode workers prefill, which --prefill-tokens must allow."""
-
-    decode_workers: PositiveInt = 1
-    """Number of decode workers."""
-
-    devices: tuple[str, ...] = ("auto",)
-    """Devices of the workers, prefill workers first, in turn: cpu, cuda or cuda:N."""
-
-    listen: Listen = "127.0.0.1:8600"
-    """Address to serve at, host:port. Port 0 picks a free one."""
-
-    api_keys: Path | None = None
-    """File of the callers' API keys, as `twostroke key` makes them. Set: nobody is served without one."""
-
-    model: str | None = None
-    """Model to serve: a local Hugging Face directory. Not set: the embedded SmolLM2-135M-Instruct."""
-
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
-    """Type of weights and KV. auto: the model's own on a GPU, float32 on a CPU."""
-
-    load_format: Literal["auto", "dummy"] | None = None
-    """dummy: random weights for the model's config.json, for benchmarks."""
-
-    block_size: PositiveInt | None = None
-    """Tokens in a KV block."""
-
-    num_blocks: PositiveInt | None = None
-    """KV blocks of each worker. Not set: as many as fit the memory that is free."""
-
-    max_length: PositiveInt | None = None
-    """Tokens of the longest sequence, prompt and output together. Not set: the model's context length."""
-
-    max_batch_tokens: PositiveInt | None = None
-    """Most tokens in one forward pass of a prefill worker."""
-
-    lease_seconds: PositiveFloat | None = None
-    """Seconds that a prefill worker holds a finished prompt's blocks for a decode worker."""
-
-    max_batch: PositiveInt | None = None
-    """Most sequences that a decode worker decodes together."""
-
-    prefill_tokens: NonNegativeInt | None = None
-    """Prompts with at most this many tokens uncached on the decode worker are prefilled there, without a hand-over."""
-
-    prefill_overflow_tokens: NonNegativeInt | None = None
-    """Prompts with at most this many uncached tokens are prefilled there while all prefill workers are busy."""
-
-    prefill_chunk_tokens: PositiveInt | None = None
-    """Most tokens of prompts that a decode worker computes between two decode steps."""
-
-    headroom_tokens: NonNegativeInt | None = None
-    """Room for output that an attempt reserves on a decode worker, in tokens; doubled with each preemption."""
-
-    max_queue: PositiveInt | None = None
-    """Most requests that wait for a worker."""
-
-    max_resumes: NonNegativeInt | None = None
-    """Times that a request may lose a worker or its KV and go on."""
-
-    worker_grace: NonNegativeFloat = 30.0
-    """Seconds that requests wait for a worker of a role that has none: longer than one takes that is started again."""
-
-    worker_silence_seconds: Silence | None = None
-    """Seconds without a word from a worker's engine after which its requests go on elsewhere."""
-
-    drain_seconds: NonNegativeFloat | None = None
-    """Seconds that running requests get to finish after Ctrl-C."""
-
-    transport: Literal["auto", "shm", "cuda_ipc"] | None = None
-    """How KV goes from prefill to decode workers. auto: cuda_ipc on a GPU, shm on a CPU."""
-
-    threads: PositiveInt | None = None
-    """CPU threads of each worker."""
-
-    metrics_port: Port | None = None
-    """Port of the router's Prometheus metrics; the workers take those after it. Not set: none are served."""
-
-    otlp_endpoint: str | None = None
-    """OpenTelemetry collector that traces go to, over OTLP's gRPC: http://HOST:4317, or https. Not set: no traces."""
-
-    log_format: Literal["people", "json"] | None = None
-    """How log lines look."""
 
 
 def serve(
@@ -150,7 +58,7 @@ def serve(
     target = _reachable(listen)
     with (
         _secret(config) as config,
-        _stop_signals() as signals,
+        stop_signals() as signals,
         _client(config, target) as client,
         TemporaryFile() as log,
     ):
@@ -164,16 +72,16 @@ def serve(
             readiness = Readiness(client, len(workers), partial(_answers, router, target, config))
             raise SystemExit(_supervise(cluster, readiness, command, environment, signals))
         except _GivenUp as error:
-            _stop([[router], workers], STOP_SECONDS, signals)
+            stop([[router], workers], STOP_SECONDS, signals)
             log.seek(0)
             sys.stderr.write(log.read().decode(errors="replace"))
             raise SystemExit(f"twostroke serve: {error}; giving up") from error
         finally:
-            _stop([[router], workers], (config.drain_seconds or RouterConfig().drain_seconds) + STOP_SECONDS, signals)
+            stop([[router], workers], (config.drain_seconds or RouterConfig().drain_seconds) + STOP_SECONDS, signals)
 
 
 class _GivenUp(Exception):
-    """A part died, and a new start would not mend it, or a worker is of no use to the others."""
+    """A part died and a restart would not help, or a worker is of no use to the others."""
 
 
 def _supervise(
@@ -183,43 +91,52 @@ def _supervise(
     environment: dict[str, str],
     signals: list[int],
 ) -> int:
-    """Runs until a signal or the command's end; returns the exit code. Ctrl-C at the terminal reaches the command too,
-    and what it means is then for the command to say: in `twostroke chat` it ends an answer, and nothing else."""
+    """Runs until a signal or the command's end; returns the exit code. Ctrl-C at the terminal reaches the command, too,
+    which decides what it means: in `twostroke chat` it only ends an answer."""
     began = time.monotonic()
     model: str | None = None
     running: subprocess.Popen[bytes] | None = None
     try:
         while signal.SIGTERM not in signals and (running or not signals):
-            for child in cluster:
-                if death := child.death():
-                    if model is None or child.crash_loops:
-                        raise _GivenUp(f"{child.name} {death}")
-                    _say(f"{child.name} {death}; starting it again")
-                    try:
-                        child.start()
-                    except AddressError as error:
-                        raise _GivenUp(str(error)) from error
-            if model is None:
-                model, problems = readiness.look()
-                for problem in problems:
-                    _say(f"not ready yet: {problem}")
-                if model is not None:
-                    readiness.close()
-                    _say(f"ready at {environment['TWOSTROKE_TARGET']} after {time.monotonic() - began:.1f} s: {model}")
-                    if command:
-                        running = subprocess.Popen(command, env=environment)
-                elif (lasting := readiness.lasting_problem()) is not None:
-                    raise _GivenUp(lasting)
+            _restart_the_dead(cluster, ready=model is not None)
+            if model is None and (model := _model_if_ready(readiness)) is not None:
+                _say(f"ready at {environment['TWOSTROKE_TARGET']} after {time.monotonic() - began:.1f} s: {model}")
+                if command:
+                    running = subprocess.Popen(command, env=environment)
             if running and (code := running.poll()) is not None:
                 return code if code >= 0 else 128 - code
             time.sleep(POLL_SECONDS)
         if running:
-            return _end(running)
-        return 128 + signals[-1] if command else 0  # the command that never ran must not look like one that did well
+            return end_command(running)
+        return 128 + signals[-1] if command else 0  # a command that never ran must not look like one that succeeded
     except _GivenUp:
         if running:
-            _end(running)
+            end_command(running)
         raise
+
+
+def _restart_the_dead(cluster: list[Child], ready: bool) -> None:
+    for child in cluster:
+        if death := child.death():
+            if not ready or child.crash_loops:
+                raise _GivenUp(f"{child.name} {death}")
+            _say(f"{child.name} {death}; starting it again")
+            try:
+                child.start()
+            except AddressError as error:
+                raise _GivenUp(str(error)) from error
+
+
+def _model_if_ready(readiness: Readiness) -> str | None:
+    """The model's name once the cluster is ready; until then, says what keeps it from being so."""
+    model, problems = readiness.look()
+    for problem in problems:
+        _say(f"not ready yet: {problem}")
+    if model is not None:
+        readiness.close()
+    elif (lasting := readiness.lasting_problem()) is not None:
+        raise _GivenUp(lasting)
+    return model
 
 
 def _cluster(config: ServeConfig, listen: str) -> list[Child]:
@@ -247,7 +164,7 @@ def part(module: str, settings: type[Any], config: ServeConfig, own: dict[str, o
 
 @contextmanager
 def _secret(config: ServeConfig) -> Iterator[ServeConfig]:
-    """With API keys the parts need a secret, and where none is given they get one that lasts as long as they do."""
+    """With API keys the parts need a cluster secret. If none is set, makes one that lasts as long as the cluster."""
     if config.api_keys is None or config.cluster_secret_file is not None:
         yield config
         return
@@ -261,14 +178,14 @@ def _client(config: ServeConfig, target: str) -> Client:
     secret = cluster_secret.read(config.cluster_secret_file) if config.cluster_secret_file else None
     return Client(
         target,
-        api_key=secret if config.api_keys else None,  # the router takes it for one
+        api_key=secret if config.api_keys else None,  # which the router accepts
         tls=channel_credentials(pem.read(config)) or False,
         tls_server_name=config.tls_server_name,
     )
 
 
 def _answers(router: Child, target: str, config: ServeConfig) -> bool:
-    """Whether it is this router that answers at `target`, and no other."""
+    """Whether it is this router, and no other, that answers at `target`."""
     assert router.process is not None
     return probe(target, service_of_process(router.process.pid), config) is None
 
@@ -295,61 +212,9 @@ def _with_port(listen: str) -> str:
 
 
 def _reachable(address: str) -> str:
-    """Where processes of this machine reach what listens at `address`."""
+    """Where processes of this machine can call what listens at `address`."""
     host, _, port = address.rpartition(":")
     return f"127.0.0.1:{port}" if host in ANY_HOST else address
-
-
-def _stop(stages: Iterable[list[Child]], seconds: float, signals: list[int]) -> None:
-    """Stops the router first, so that requests finish or end in order, then the workers; a second signal hurries."""
-    received = len(signals)
-    for children in stages:
-        for child in children:
-            child.send(signal.SIGTERM)
-        _wait_for(children, seconds, lambda: len(signals) > received)
-        # A second SIGTERM ends a part at once, in order: killed, a worker would leave its shared memory behind.
-        for child in children:
-            child.send(signal.SIGTERM)
-        _wait_for(children, HURRY_SECONDS)
-        for child in children:
-            child.send(signal.SIGKILL)
-        for child in children:
-            if child.process:
-                child.process.wait()
-
-
-def _wait_for(children: Iterable[Child], seconds: float, hurried: Callable[[], bool] = lambda: False) -> None:
-    """Returns when all have ended, when the time is up, or when `hurried` says so."""
-    deadline = time.monotonic() + seconds
-    while any(child.running for child in children) and time.monotonic() < deadline and not hurried():
-        time.sleep(0.02)
-
-
-@contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM in a list instead of being ended by them."""
-    signals: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        signals.append(number)
-
-    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield signals
-    finally:
-        for handled, handler in previous.items():
-            signal.signal(handled, handler)
-
-
-def _end(command: subprocess.Popen[bytes]) -> int:
-    """Stops the command and returns its exit code."""
-    command.terminate()
-    try:
-        code = command.wait(timeout=STOP_SECONDS)
-    except subprocess.TimeoutExpired:
-        command.kill()
-        code = command.wait()
-    return code if code >= 0 else 128 - code
 
 
 def _say(text: str) -> None:

@@ -36,7 +36,7 @@ def top(
     Parameters
     ----------
     interval
-        Seconds between looks at the cluster.
+        Seconds between updates.
     once
         Print one frame after one interval, and end.
     """
@@ -55,7 +55,7 @@ def top(
 
 
 def _watch(client: Client, interval: float) -> None:
-    """Goes on while the router is away: whoever watches wants to see it come back."""
+    """Goes on while the router is away, so that one can see it come back."""
     before: Sample | None = None
     with Live(Text("no word from the router yet"), screen=True, auto_refresh=False) as live:
         while True:
@@ -78,8 +78,8 @@ def _sample(client: Client) -> Sample:
 
 
 def frame(before: Sample, now: Sample, console: Console) -> RenderableType:
-    """The cluster at `now`, with rates since `before`; blocks stand below where the console is too narrow for them.
-    Problems come first: what does not fit the screen is cut off at its end."""
+    """The cluster at `now`, with rates since `before`. On a narrow console, blocks come below the table. Problems come
+    first, because the end is cut off if the screen is too small."""
     wide = _frame(before, now, blocks_beside=True)
     wanted = console.measure(wide, options=console.options.update(width=UNLIMITED)).maximum
     shown = wide if wanted <= console.width else _frame(before, now, blocks_beside=False)
@@ -132,14 +132,14 @@ def _rate(count: int, seconds: float) -> float:
     return count / seconds if seconds > 0 else 0.0
 
 
-# How blocks are shown, in the order of the bar: the style and sign of each state. Signs tell them apart without colour.
+# How blocks are shown, in the order of the bar: style and sign of each state. Signs tell them apart without colours.
 STATES = (("in_use", "cyan", "█"), ("reserved", "magenta", "▓"), ("cached", "blue", "▒"), ("free", "bright_black", "░"))
 LEGEND = Text(" / ").join(Text(f"{sign} {state.replace('_', ' ')}", style=style) for state, style, sign in STATES)
 
 
 def _blocks(blocks: pb.Blocks) -> Text:
-    """A bar, and the numbers in its order. Reserved blocks are promised, not taken: in the bar they are part of the
-    free ones, and of the cached where these are too few."""
+    """A bar, and the numbers in its order. Reserved blocks are promised but not taken: the bar shows them in place of
+    free ones and, if those are too few, of cached ones."""
     reserved_free = min(blocks.reserved, blocks.free)
     reserved_cached = min(blocks.reserved - reserved_free, blocks.cached)
     counts = {

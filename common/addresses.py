@@ -1,4 +1,4 @@
-"""Addresses in settings, host:port, checked when they are read."""
+"""Addresses in settings: host:port, checked as they are read."""
 
 from typing import Annotated, Any
 
@@ -8,22 +8,22 @@ ANY_HOST = ("0.0.0.0", "[::]")
 
 
 def is_unix(address: str) -> bool:
-    """Whether it names a socket of this machine, not a host and a port."""
+    """Whether the address is that of a Unix socket, not a host and a port."""
     return address.startswith(("unix:", "unix-abstract:"))
 
 
 def with_port(listen: str, port: int) -> str:
-    """`listen` with the port that it got, which is another where it asked for a free one."""
+    """`listen` with the port that the server really got: another one if it asked for port 0."""
     return listen if is_unix(listen) else f"{listen.rpartition(':')[0]}:{port}"
 
 
 def check_listen(_type: Any, address: str) -> None:
-    """Raises ValueError, with a sentence, for what cannot be listened on. Port 0 stands for a free one."""
+    """Raises ValueError, with a sentence, for an address that cannot be listened on. Port 0 stands for a free one."""
     _check(address, lowest_port=0)
 
 
 def check_target(_type: Any, address: str | None) -> None:
-    """Raises ValueError, with a sentence, for what cannot be called. None: no address is set."""
+    """Raises ValueError, with a sentence, for an address that cannot be called. None: no address is set."""
     if address is not None:
         _check(address, lowest_port=1)
 
@@ -39,7 +39,7 @@ def _check(address: str, lowest_port: int) -> None:
     if ":" in host and "/" not in host and not (host.startswith("[") and host.endswith("]")):
         raise ValueError("Must be host:port, with brackets around an IPv6 address: [::1]:8600.")
     try:
-        host.encode("idna")  # what a look-up of the name begins with
+        host.encode("idna")  # as a look-up of the name would do first
     except UnicodeError as error:
         raise ValueError("Must be host:port; no host can have this name.") from error
 

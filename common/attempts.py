@@ -1,4 +1,4 @@
-"""What both kinds of worker do with an attempt before and after their own work on it."""
+"""What both kinds of worker do with an attempt at its beginning and at its end."""
 
 from collections.abc import Callable
 
@@ -13,12 +13,12 @@ from twostroke.v1 import worker_pb2 as pb
 
 log = structlog.get_logger(__name__)
 
-# Ends that come with every request, or with every request of a pool that is too small for all; metrics count them.
+# Ends that are no news, so they are not logged: they come with every request, or whenever a pool is short of blocks.
 _USUAL = (pb.Ended.CAUSE_FINISHED, pb.Ended.CAUSE_PREEMPTED)
 
 
 class Attempts:
-    """Lets attempts in, and tells routers of their ends."""
+    """Accepts attempts, and tells routers how they end."""
 
     def __init__(self, parts: WorkerParts, service: WorkerService, metrics: WorkerMetrics) -> None:
         self._parts = parts
@@ -33,10 +33,14 @@ class Attempts:
         refusal: "pb.Ended.Cause.ValueType | None",
         under_way: bool,
     ) -> SequenceSpec | None:
-        """The sequence that a router asks for; None where it cannot be served, which the router is told.
+        """The sequence that a router asks for; None if it cannot be served, and then the router is told so.
 
-        `length` says how many tokens of it this worker will have to hold; `refusal`, why it takes none now, if that is
-        so; `under_way`, that there is an attempt of this id already, which goes on.
+        Args:
+            connection: the router's.
+            asked: its message.
+            length: gives the number of tokens of a sequence that this worker will have to hold.
+            refusal: why the worker takes no attempts now, if it does not.
+            under_way: there is an attempt of this id already. That one goes on.
         """
         if refusal is not None:
             self.end(connection, asked.attempt_id, refusal, request_id=asked.sequence.request_id)
@@ -59,7 +63,7 @@ class Attempts:
         detail: str = "",
         request_id: str = "",
     ) -> None:
-        """Tells the router that the attempt is over here, and that nothing is held for it any more."""
+        """Tells the router that the attempt is over here, and that the worker holds nothing for it any more."""
         self._metrics.ended(cause)
         self._service.outgoing(connection).ended.add(attempt_id=attempt_id, cause=cause, detail=detail)
         if cause not in _USUAL:

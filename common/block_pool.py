@@ -30,9 +30,9 @@ class BlockPool:
 
     Args:
         num_blocks: blocks of the pool.
-        generations: one counter for each block, raised every time the block is handed out by `allocate`, before its
-            new owner can write to it. Pass memory that peers can read: whoever copied a block, and then still finds the
-            generation it was told, has copied what it meant to. Its values are taken as they are.
+        generations: one counter for each block, in memory that peers can read; its values are kept. `allocate` raises
+            a block's counter each time, before the new owner can write to the block. So a peer that copied a block, and
+            afterwards still finds the generation it was told, has copied what it meant to.
     """
 
     def __init__(self, num_blocks: int, generations: Generations | None = None) -> None:
@@ -61,7 +61,7 @@ class BlockPool:
 
     @property
     def cached_count(self) -> int:
-        """Blocks that nobody holds, and that can be found by their hash until they are evicted."""
+        """Blocks that nobody holds but that can be found by their hash until they are evicted."""
         return self._cached_count
 
     @property
@@ -86,10 +86,10 @@ class BlockPool:
         return len(hashes)
 
     def take_changes(self) -> dict[bytes, bool] | None:
-        """The hashes that became findable (True) or were forgotten (False) since the last call: the last word on each.
+        """Hashes that became findable (True) or were forgotten (False) since the last call, each with its latest state.
 
-        None where there is no such record: at the first call, and after more changes than are worth keeping. Then
-        `hashes` has all that can be found. Nothing is recorded before the first call.
+        None if there is no record of that: at the first call, and after more changes than are worth keeping. Then ask
+        `hashes` for everything that can be found.
         """
         changes, self._changes = self._changes, {}
         return changes
@@ -159,13 +159,13 @@ class BlockPool:
             self._changes = None
 
     def publish(self, block: int, hash: bytes) -> None:
-        """Makes a block that is complete findable by its `hash`.
+        """Makes a complete block findable by its 16-byte `hash`.
 
-        If another block already goes by that hash, that one stays the one to be found, and this one becomes free (not
-        cached) when its last reference goes. Publishing a block again under its own hash changes nothing.
+        If another block has that hash already, `match` goes on finding that one, and this one becomes free (not cached)
+        with its last release. Publishing a block again under its own hash changes nothing.
 
         Raises:
-            ValueError: nobody holds the block, or it goes by another hash.
+            ValueError: nobody holds the block, or it has another hash.
         """
         if self._references[block] == 0:
             raise ValueError(f"block {block} is published, but nobody holds it")
@@ -180,11 +180,11 @@ class BlockPool:
     def release(self, blocks: Iterable[int]) -> None:
         """Drops one reference from each of `blocks`, given in the order of their sequence.
 
-        Those without references become cached where they were published, else free. The sequence's end is dropped
-        first, so that it is evicted before the beginning, without which it could not be found.
+        Blocks without references become cached if they were published, else free. The end of the sequence is released
+        first, and so evicted first: without the beginning it could not be found anyway.
 
         Raises:
-            ValueError: nobody holds one of the blocks. Those after it in `blocks` were released.
+            ValueError: nobody holds one of the blocks. Those after it in `blocks` have been released.
         """
         references, hashes = self._references, self._hashes
         older, newer = self._older, self._newer

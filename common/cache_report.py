@@ -6,7 +6,7 @@ from twostroke.v1 import worker_pb2 as pb
 
 
 class CacheReport:
-    """A router that has just connected is told everything, the others what changed."""
+    """Tells a new router everything that can be found, and the others what has changed."""
 
     def __init__(self, service: WorkerService, blocks: BlockPool) -> None:
         self._service = service

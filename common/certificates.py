@@ -1,4 +1,4 @@
-"""A part's certificate files, followed while it runs: renewed ones count from the next connection on."""
+"""A part's certificate files, watched while it runs: renewed ones apply from the next connection on."""
 
 import threading
 import time
@@ -17,8 +17,11 @@ LOOK_SECONDS = 1.0
 
 class Certificates:
     """
+    Args:
+        config: which files.
+
     Raises:
-        SettingsError: as `pem.read`.
+        SettingsError: a file is missing or wrong, as `pem.read` says.
     """
 
     def __init__(self, config: SecurityConfig) -> None:
@@ -32,8 +35,8 @@ class Certificates:
         self._pem = pem.read(config)
 
     def now(self) -> Pem:
-        """What the files held when they last were right, as far as that is known since a second. It costs a look at
-        them once a second, and may be called on any thread."""
+        """What the files held when they were last right. Checks for changes at most once a second. Safe from any
+        thread."""
         with self._lock:
             if time.monotonic() >= self._look_at:
                 self._look_at = time.monotonic() + LOOK_SECONDS
@@ -50,7 +53,7 @@ class Certificates:
             found = pem.read(self._config)
         except (SettingsError, OSError) as error:
             problem = str(error)
-        # Files are renewed one after the other: the key may be that of the next certificate already.
+        # Files are renewed one after another, so the key may already belong to the next certificate.
         if self._state() != state:
             return
         if found is not None:
@@ -58,7 +61,7 @@ class Certificates:
             log.info("certificates read again", expires=_date(found.own.expires if found.own else None))
         elif problem != self._problem:
             log.error("the certificates stay as they were", reason=problem)
-        # Wrong files are read at each look, changed or not: it may have been their permissions.
+        # Wrong files are read again at every check, changed or not: their permissions may have been mended.
         self._problem = problem
 
     def _state(self) -> list[file_state.State | None]:

@@ -1,4 +1,4 @@
-"""The secret by which routers and workers of a cluster know one another: metadata of the calls between them."""
+"""The secret by which routers and workers of a cluster know one another, sent as metadata of the calls between them."""
 
 import hmac
 import time
@@ -20,7 +20,7 @@ log = structlog.get_logger(__name__)
 METADATA_KEY = "twostroke-cluster-secret"
 MIN_LENGTH = 16
 
-# Whoever is refused tries on, each worker about twice a second; of those of one host the log hears once in so long.
+# Whoever is refused tries again, about twice a second: refusals are logged once per host in this time.
 TELL_AGAIN_SECONDS = 600.0
 MAX_HOSTS = 1024
 
@@ -31,7 +31,7 @@ _Response = TypeVar("_Response")
 def read(path: Path) -> str:
     """
     Raises:
-        SettingsError: the file cannot be read, or holds no secret that is worth the name.
+        SettingsError: the file cannot be read, or its secret is too short or not printable ASCII.
     """
     try:
         secret = path.read_text().strip()
@@ -46,22 +46,23 @@ def read(path: Path) -> str:
 
 
 def same(given: str | bytes, secret: str | bytes) -> bool:
-    """Compares in a time that tells nothing about where the two differ."""
+    """Compares in constant time, so that nothing can be learned from how long it takes."""
     given, secret = (value.encode() if isinstance(value, str) else value for value in (given, secret))
     return hmac.compare_digest(given, secret)
 
 
 def metadata_value(metadata: Iterable[tuple[str, str | bytes]] | None, key: str) -> str | bytes:
-    """The value of `key` in a call's metadata; empty where it has none."""
+    """The value of `key` in a call's metadata; empty if it has none."""
     return next((value for name, value in metadata or () if name == key), "")
 
 
 class SecretInterceptor(grpc.aio.ServerInterceptor):
-    """Guards one service (given by its full name); health, reflection and the rest are not its business.
+    """Refuses calls of one service without the secret. Health, reflection and other services stay open.
 
     Args:
-        secret: what callers must send; None refuses every call.
-        refusal: the sentence for those who are refused.
+        service: full name of the service.
+        secret: what callers must send. None: every call is refused.
+        refusal: what refused callers are told.
     """
 
     def __init__(self, service: str, secret: str | None, refusal: str) -> None:
@@ -82,7 +83,7 @@ class SecretInterceptor(grpc.aio.ServerInterceptor):
         return await continuation(details)
 
     def _tell(self, method: str, peer: str) -> None:
-        host = unquote(peer.rpartition(":")[0])  # each try may come from another port
+        host = unquote(peer.rpartition(":")[0])  # without the port, which changes with each try
         now = time.monotonic()
         if now - self._told.get(host, -TELL_AGAIN_SECONDS) < TELL_AGAIN_SECONDS:
             return

@@ -38,24 +38,24 @@ class WorkerConfig(SecurityConfig):
     """Address to serve routers at, host:port. Port 0 picks a free one."""
 
     advertise: Target | None = None
-    """Address that routers are told, host:port. Not set: that of `listen`, with the port it got; where that is every
-    address of this machine, the one that leads to the router."""
+    """Address that routers are told, host:port. Not set: that of `listen`; if that is every address of this machine,
+    the one that leads to the router."""
 
     router: tuple[Target, ...] = ()
-    """Addresses of routers to register with, host:port. None: a router has this worker's address in its settings."""
+    """Addresses of routers to register with, host:port. Not set: a router has this worker's address in its settings."""
 
     insecure: bool = False
-    """Listen where other machines reach it, though neither a secret nor certificates keep out who is not a router."""
+    """Listen where other machines can reach this worker, although no secret and no certificates keep strangers out."""
 
     block_size: PositiveInt = 16
     """Tokens in a KV block. Equal on all workers of a cluster."""
 
     num_blocks: PositiveInt | None = None
-    """KV blocks in the pool. Not set: as many as fit the memory that is free."""
+    """KV blocks in the pool. Not set: a share of the free memory."""
 
     max_length: PositiveInt | None = None
     """Tokens of the longest sequence, prompt and output together. Not set: the model's context length, or the whole
-    pool where that is less."""
+    pool if that is less."""
 
     transport: Literal["auto", "shm", "cuda_ipc"] = "auto"
     """How KV goes from prefill to decode workers. auto: cuda_ipc on a GPU, shm on a CPU."""
@@ -70,7 +70,7 @@ class WorkerConfig(SecurityConfig):
     """Port of Prometheus metrics, on the host of `listen`. Not set: none are served."""
 
     otlp_endpoint: str | None = None
-    """OpenTelemetry collector that traces go to, over OTLP's gRPC: http://HOST:4317, or https. Not set: no traces.
+    """OpenTelemetry collector that traces go to, by OTLP over gRPC: http://HOST:4317, or https. Not set: no traces.
     Needs the extra `tracing`; OpenTelemetry's own variables (OTEL_*) set the rest."""
 
     log_format: Literal["people", "json"] = "people"

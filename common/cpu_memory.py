@@ -17,9 +17,9 @@ LARGEST_KEPT_BYTES = 1 << 30
 def keep_freed_memory() -> None:
     """Lets glibc keep freed memory instead of giving it back to the kernel.
 
-    A forward pass allocates the same large tensors again and again. By default glibc maps each anew, and the kernel
-    zeroes every page at its first touch: that was four fifths of the time of decode attention at batch 16. Does nothing
-    with other C libraries.
+    A forward pass allocates the same large tensors again and again. By default glibc maps each of them afresh, and the
+    kernel zeroes every page when it is first touched. That took four fifths of the time of decode attention at batch
+    16. Does nothing with other C libraries.
     """
     if platform.libc_ver()[0] != "glibc":
         return

@@ -14,7 +14,7 @@ def to_device(array: NDArray[Any], device: torch.device) -> Tensor:
 
 
 def copy_to_device(array: NDArray[Any], target: Tensor) -> None:
-    """Brings a one-dimensional array to the beginning of `target`, on CUDA as `to_device` does."""
+    """Copies a one-dimensional array to the beginning of `target`, in the same way."""
     target[: len(array)].copy_(_staged(array, target.device), non_blocking=True)
 
 
@@ -24,7 +24,7 @@ def _staged(array: NDArray[Any], device: torch.device) -> Tensor:
 
 
 class HostCopy:
-    """A device tensor on its way to the host; `get` waits for this copy alone."""
+    """A device tensor on its way to the host. `get` waits for this copy and nothing later."""
 
     def __init__(self, tensor: Tensor) -> None:
         if tensor.device.type == "cpu":
@@ -44,14 +44,14 @@ class HostCopy:
         return self._host
 
     def seconds_since(self, earlier: torch.cuda.Event | None) -> float:
-        """What the device took from `earlier`, a `mark`, to the arrival, which must be over; 0 on a CPU."""
+        """Device time from `earlier`, a `mark`, until the copy arrived, which it must have; 0 on a CPU."""
         if self._arrival is None or earlier is None:
             return 0.0
         return float(earlier.elapsed_time(self._arrival)) / 1000
 
 
 def mark(device: torch.device) -> torch.cuda.Event | None:
-    """A point of the current stream, in time: that behind everything launched so far. None on a CPU."""
+    """An event behind everything launched so far on the current stream, to measure time from. None on a CPU."""
     if device.type == "cpu":
         return None
     event: torch.cuda.Event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]

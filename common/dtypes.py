@@ -6,4 +6,5 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 def torch_dtype(name: str) -> torch.dtype:
+    """The dtype called "float32", "bfloat16" or "float16"."""
     return _DTYPES[name]

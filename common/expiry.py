@@ -1,16 +1,20 @@
-"""When a certificate expires. Python's ssl tells that of one which a handshake has shown it, and of no other."""
+"""When a certificate expires. Python's ssl only tells that of a certificate that a peer has shown in a handshake."""
 
 import ssl
 from contextlib import suppress
 from pathlib import Path
 
-# OpenSSL's X509_V_FLAG_NO_CHECK_TIME, which ssl has no name for: that of an expired certificate is told, too.
+# OpenSSL's X509_V_FLAG_NO_CHECK_TIME, for which ssl has no name: expired certificates are read, too.
 NO_CHECK_TIME = 0x200000
 
 
 def of(own: ssl.SSLContext, certificate: Path) -> float | None:
-    """Seconds since 1970; None for a certificate that callers would refuse at any time. `own` has it loaded, with its
-    key, and asks callers for none."""
+    """Seconds since 1970; None for a certificate that callers would never accept.
+
+    Args:
+        own: a server's context with the certificate and its key, which asks callers for no certificate.
+        certificate: the certificate's file.
+    """
     caller = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     caller.check_hostname = False
     caller.load_verify_locations(certificate)

@@ -7,7 +7,7 @@ State = tuple[int, int, int]
 
 
 def of(path: Path) -> State | None:
-    """Differs whenever the file does; None while there is none."""
+    """A value that changes whenever the file does; None if there is no file."""
     try:
         status = os.stat(path)
     except OSError:

@@ -1,4 +1,4 @@
-"""What tells one model from another: workers may exchange KV, and share hashes of it, only where it is equal."""
+"""What tells models apart: workers exchange KV, and share its hashes, only if their fingerprints are equal."""
 
 import hashlib
 import json
@@ -12,12 +12,15 @@ _SAMPLE_BYTES = 1024
 
 
 def compute(directory: Path, load_format: str, dtype: str, layout: KvLayout) -> str:
-    """32 hex digits (128 bits) of blake2b over config.json, the dtype served, the shape of a KV block, and the weights.
+    """32 hex digits (128 bits) of BLAKE2b over config.json, the dtype served, the shape of a KV block, and the weights.
 
-    Of the weights it takes each file's safetensors header (names, dtypes, shapes, offsets) and 1 KiB from the middle of
-    each tensor: two models that differ in any tensor as a whole differ here, and a model of 16 GB is read in
-    milliseconds. With load_format "dummy" there are no files, and the configuration says all. The number of blocks is
-    left out: workers of one cluster may have pools of different sizes.
+    Of the weights it reads each file's safetensors header (names, dtypes, shapes, offsets) and 1 KiB from the middle of
+    each tensor: enough to tell apart models that were trained differently, and 16 GB take milliseconds. With
+    load_format "dummy" there are no weights to read. The number of blocks is left out, because workers of one cluster
+    may have pools of different sizes.
+
+    Raises:
+        ModelError: a file of weights is missing or damaged.
     """
     digest = hashlib.blake2b(digest_size=16)
     digest.update(json.dumps(json.loads((directory / "config.json").read_bytes()), sort_keys=True).encode())

@@ -7,10 +7,9 @@ from contextlib import contextmanager
 
 @contextmanager
 def none_in_imports() -> Iterator[None]:
-    """Keeps the collector from looking for garbage in what is imported meanwhile, then and later.
+    """Keeps the collector away from whatever is imported meanwhile, now and later.
 
-    There is next to none in modules, and looking for it again and again as they grow is a quarter of what PyTorch's
-    import takes.
+    Modules hold next to no garbage, and looking for it again and again takes a quarter of PyTorch's import time.
     """
     gc.disable()
     try:
@@ -21,10 +20,9 @@ def none_in_imports() -> Iterator[None]:
 
 
 def forget_start() -> None:
-    """Takes everything that is there now out of the collector's sight. Call it once, when a part is ready.
+    """Hides everything that exists now from the collector. Call it once, when a part is ready.
 
-    What start-up made stays to the end: going through it again and again (100 ms with torch's modules) would only make
-    pauses.
+    What start-up made stays until the end, and going through it takes 100 ms with torch's modules: a pause each time.
     """
     gc.collect()
     gc.freeze()

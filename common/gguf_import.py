@@ -33,9 +33,8 @@ _TENSORS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "ou
 def convert(source: Path, target: Path) -> None:
     """Writes the model of the GGUF file `source` into the existing directory `target`.
 
-    Weights are stored as float32: a quantized weight (scale times a small integer, plus an offset) is exact in no
-    smaller type, so whoever reads the directory computes with the very numbers of the file; and a float32 start,
-    the default on a CPU, copies them without a conversion.
+    Weights are stored as float32. No smaller type holds a quantized weight (scale times a small integer, plus an
+    offset) exactly, and a worker that serves float32, the default on a CPU, can use the file as it is.
 
     Raises:
         ModelError: the file is damaged, or of another architecture or kind of tokenizer.
@@ -45,7 +44,7 @@ def convert(source: Path, target: Path) -> None:
         _convert(source, target)
     except (ModelError, OSError):
         raise
-    except Exception as error:  # whatever the libraries say of a damaged file, and they say it in many ways
+    except Exception as error:  # the libraries raise many kinds for a damaged file
         raise ModelError(f"{source} is damaged, or no GGUF file of this kind: {error!r}") from error
 
 
@@ -58,15 +57,15 @@ def _convert(source: Path, target: Path) -> None:
     config = _config(metadata, tied="output.weight" not in names)
     parse_config(config)
     _write_json(target / "config.json", config)
-    # not by its save(), which raises of a full disk what it raises of damage: Exception
+    # not by its save(), which raises a plain Exception for a full disk, too
     (target / "tokenizer.json").write_text(_tokenizer(metadata).to_str(pretty=True), encoding="utf-8")
     _write_json(target / "tokenizer_config.json", _tokenizer_config(metadata))
     _write_safetensors(target / "model.safetensors", _tensors(reader), config)
 
 
 class _Reader(GGUFReader):
-    """The library's, but that it reads nothing beyond the file's end: there it finds counts that it would follow for
-    years."""
+    """The library's reader, except that it refuses to read beyond the file's end, where it would find absurd counts and
+    loop for years."""
 
     def _get(self, offset: int, dtype: npt.DTypeLike, count: int = 1, override_order: Any = None) -> NDArray[Any]:
         if not 0 <= int(offset) + np.dtype(dtype).itemsize * int(count) <= len(self.data):
@@ -99,8 +98,8 @@ def _config(metadata: dict[str, Any], tied: bool) -> dict[str, Any]:
 
 
 def _tensors(reader: GGUFReader) -> dict[str, ReaderTensor]:
-    """The file's tensors by their Hugging Face names, layer by layer, a layer's q, k and v and its gate and up one
-    after another: a reader that wants them as one matrix has it without a copy."""
+    """The file's tensors by their Hugging Face names, layer by layer. Each layer's q, k and v, and its gate and up, are
+    neighbours, so that a reader gets them as one matrix without a copy."""
     places = {kind: place for place, kind in enumerate(_LAYER_TENSORS)}
     named: dict[tuple[int, int], tuple[str, ReaderTensor]] = {}
     for index, tensor in enumerate(reader.tensors):
@@ -116,8 +115,8 @@ def _tensors(reader: GGUFReader) -> dict[str, ReaderTensor]:
 def _write_safetensors(path: Path, tensors: dict[str, ReaderTensor], config: dict[str, Any]) -> None:
     """Writes the tensors as float32, one at a time.
 
-    Not by the library, which sorts them by name and aligns them to 8 bytes: here they keep their order and start at
-    multiples of a cache line, from where the CPU computes fastest when it maps the file.
+    The safetensors library would sort them by name and align them to 8 bytes. Here they keep their order, and the data
+    starts at a multiple of a cache line, which is fastest for a CPU that maps the file.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0

@@ -1,7 +1,7 @@
-"""Grammars that output can be made to follow, compiled by llguidance: which tokens may come next.
+"""Grammars that output can be made to follow, compiled by llguidance.
 
-A grammar is text as `LLMatcher.grammar_from_*` writes it. Routers compile one to say what is wrong with it, workers to
-follow it, with the same tokenizer and limits: what a router lets through, a worker can begin.
+A grammar is text as `LLMatcher.grammar_from_*` writes it. Routers compile it to say what is wrong with it, workers to
+follow it, with the same tokenizer and limits, so that a worker can begin whatever a router lets through.
 """
 
 import threading
@@ -17,14 +17,15 @@ from common.model_config import ModelConfig
 
 T = TypeVar("T")
 
-# The library's own, but for the lexer's states: all sequences of a grammar share them, and each takes some 100 bytes.
-# They bound neither a compilation, see router/grammar_check.py, nor the work for a long text, see guided_sampling.py.
+# The library's defaults except for the lexer's states, which all sequences of a grammar share; each takes about 100
+# bytes. The time that a compilation takes is limited in router/grammar_check.py, that of an output in
+# guided_sampling.py.
 _LIMITS = LLParserLimits(max_lexer_states=100_000, verbose_errors=False)
 
-# Compiled grammars that are kept. That of a JSON schema of 256 KiB has 10 MB, that of a usual one some 10 KB.
+# Compiled grammars to keep. That of a JSON schema of 256 KiB takes 10 MB, that of a usual one about 10 KB.
 KEPT = 32
 
-# The library recurses along rules that name each other, and overflows what a thread usually has at a thousand of them.
+# The library recurses along rules that name each other, and a thousand of them overflow a thread's usual stack.
 STACK_BYTES = 64 << 20
 
 
@@ -33,8 +34,13 @@ class GrammarError(ValueError):
 
 
 def load_tokenizer(directory: Path, model: ModelConfig) -> LLTokenizer:
-    """The tokens of `directory`/tokenizer.json, as grammars need them. Takes a third of a second for each 50,000, in
-    which no other thread of Python's runs. Raises GrammarError, with what is missing."""
+    """The tokens of `directory`/tokenizer.json, as grammars need them.
+
+    Takes a third of a second for each 50,000 tokens, during which it holds the GIL.
+
+    Raises:
+        GrammarError: what is missing, in a sentence.
+    """
     file = directory / "tokenizer.json"
     if not file.is_file():
         raise GrammarError("the model directory has no tokenizer.json")
@@ -47,10 +53,10 @@ def load_tokenizer(directory: Path, model: ModelConfig) -> LLTokenizer:
 
 
 def compile_grammar(tokenizer: LLTokenizer, grammar: str) -> LLMatcher:
-    """A matcher at the beginning of the output; other threads of Python's run meanwhile. Raises GrammarError."""
+    """A matcher at the beginning of the output. Releases the GIL. Raises GrammarError."""
     matcher = LLMatcher(tokenizer, grammar, limits=_LIMITS, log_level=0)
     if not matcher.is_error():
-        matcher.compute_bitmask()  # shows that there is a first token; copies of the matcher find it computed
+        matcher.compute_bitmask()  # checks that there is a first token, and is cached for copies of the matcher
     if matcher.is_error():
         raise GrammarError(problem_of(matcher))
     return matcher
@@ -64,8 +70,8 @@ def problem_of(matcher: LLMatcher) -> str:
 
 
 class OncePerGrammar(Generic[T]):
-    """Does something once with each grammar, on a thread, and keeps what came of those that were asked for last. Safe
-    from one thread."""
+    """Runs `work` once for each grammar, on a thread, and keeps the most recently used results. For one caller's thread
+    only."""
 
     def __init__(self, work: Callable[[str], T]) -> None:
         self._work = work
@@ -78,7 +84,7 @@ class OncePerGrammar(Generic[T]):
             threading.stack_size(usual)
 
     def __contains__(self, grammar: str) -> bool:
-        """Whether it is done, or about to be."""
+        """Whether the work is done or under way."""
         return grammar in self._kept
 
     @property
@@ -87,7 +93,7 @@ class OncePerGrammar(Generic[T]):
         return sum(not result.done() for result in self._kept.values())
 
     def get(self, grammar: str) -> Future[T]:
-        """What came of it; or a GrammarError."""
+        """The result of the work, or a GrammarError; starts the work if need be."""
         result = self._kept.get(grammar)
         if result is None:
             result = self._kept[grammar] = self._thread.submit(self._work, grammar)
@@ -97,13 +103,13 @@ class OncePerGrammar(Generic[T]):
         return result
 
     def forget(self, grammar: str, result: Future[T]) -> None:
-        """Does it again when it is asked for next, unless that was done since `result`."""
+        """Makes the next `get` start the work again, unless `result` has been replaced already."""
         if self._kept.get(grammar) is result:
             del self._kept[grammar]
 
 
 class CompiledGrammars(OncePerGrammar[LLMatcher]):
-    """Matchers at the beginning, to be copied."""
+    """Matchers at the beginning of the output, to be copied for each sequence."""
 
     def __init__(self, tokenizer: LLTokenizer) -> None:
         super().__init__(lambda grammar: compile_grammar(tokenizer, grammar))

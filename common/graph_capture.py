@@ -1,4 +1,4 @@
-"""Work on a GPU, captured once as a CUDA graph."""
+"""Captures work on a GPU as a CUDA graph."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -11,8 +11,15 @@ if TYPE_CHECKING:
 
 
 def capture(work: Callable[[], Tensor], pool: "_POOL_HANDLE") -> tuple[torch.cuda.CUDAGraph, Tensor]:
-    """A graph of `work`, and the tensor that every replay writes its output to. Runs it once before, which compiles and
-    loads kernels. `pool`, of torch.cuda.graph_pool_handle, is memory that graphs share."""
+    """Captures `work` after running it once, which compiles and loads its kernels.
+
+    Args:
+        work: launches kernels and returns their output.
+        pool: memory that several graphs share, from torch.cuda.graph_pool_handle.
+
+    Returns:
+        The graph, and the tensor that every replay writes its output to.
+    """
     work()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

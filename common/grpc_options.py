@@ -2,12 +2,12 @@
 
 
 def keepalive(seconds: int) -> tuple[tuple[str, int], ...]:
-    """A peer that is stopped or cut off is noticed within twice as many seconds, even when no call is under way."""
+    """Options that notice a stopped or unreachable peer within twice as many seconds, even if no call is under way."""
     milliseconds = 1_000 * seconds
     return (
         ("grpc.keepalive_time_ms", milliseconds),
         ("grpc.keepalive_timeout_ms", milliseconds),
-        # Of any ping: keepalive sends none of its own while another is out, and for that gRPC would wait a minute.
+        # For other pings, too: keepalive sends none while one of those is out, and gRPC would wait a minute for it.
         ("grpc.http2.ping_timeout_ms", milliseconds),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
@@ -16,7 +16,7 @@ def keepalive(seconds: int) -> tuple[tuple[str, int], ...]:
     )
 
 
-# Between the parts. What a worker loses is resumed elsewhere: the sooner the better.
+# Between the parts. A lost worker's requests are resumed elsewhere: the sooner the better.
 PEERS = keepalive(2)
-# From the router to its callers. Nothing brings back their answers, and their machines may be busy for a moment.
+# From the router to its callers. A lost call is not resumed, and a caller's machine may be busy for a moment.
 CALLERS = keepalive(5)

@@ -1,4 +1,4 @@
-"""Output that follows a grammar: where each sequence is in its own, and logits without the tokens that may not follow.
+"""Output that follows a grammar: how far each sequence is in its own, and logits without the tokens it does not allow.
 
 The tokens are sampled on the device, the grammars live on the host: before a sequence's next token can be drawn, the
 one before it must have been read.
@@ -19,16 +19,16 @@ from common.device_io import to_device
 from common.grammar import CompiledGrammars, GrammarError, problem_of
 from common.sequence import SequenceSpec
 
-# Seconds of work for the tokens of an output, at first and for each of them. Most grammars take some 10 us for a token;
-# one in which a text can be read in many ways takes more with each, and all sequences beside it wait.
+# Seconds of CPU time that a sequence may spend in its grammar: at the start, and earned back with each token. Most
+# grammars take about 10 us a token. An ambiguous one takes longer with every token, and the whole batch waits for it.
 WORK, WORK_PER_TOKEN = 0.1, 0.001
 
-# Of its grammar for one sequence: a step, and all sequences in it, waits for all but the first.
+# How often one sequence may have its grammar compiled. The whole batch waits for every time but the first.
 MOST_COMPILATIONS = 3
 
 
-class Follower:
-    """One sequence on its way through a grammar."""
+class GrammarState:
+    """How far one sequence's output is in its grammar."""
 
     def __init__(self, grammars: CompiledGrammars, grammar: str) -> None:
         self._grammars = grammars
@@ -41,18 +41,21 @@ class Follower:
 
     @property
     def ready(self) -> bool:
-        """Whether `matcher` would not have to wait."""
+        """Whether the grammar is compiled, so that `matcher` need not wait."""
         return self._compiled.done()
 
-    def add(self, tokens: Sequence[int]) -> None:
-        """The next tokens of the output."""
+    def accept(self, tokens: Sequence[int]) -> None:
+        """Moves on by the next tokens of the output."""
         self.output += tokens
         if self._matcher is not None:
             self._consume(self._matcher, tokens)
 
     def matcher(self) -> LLMatcher:
-        """At the end of the output, or in error. Waits for the grammar to be compiled; raises GrammarError where it
-        cannot be, or where following it takes too much work."""
+        """The matcher at the end of the output; it may be in error. Waits until the grammar is compiled.
+
+        Raises:
+            GrammarError: the grammar cannot be compiled, or following it takes too much work.
+        """
         if self._matcher is None:
             self._matcher = self._compiled.result().deep_copy()
             self._work_left = WORK
@@ -61,10 +64,12 @@ class Follower:
             raise GrammarError("following it takes too much work")
         return self._matcher
 
-    def anew(self) -> LLMatcher:
-        """As `matcher`, of a grammar that is compiled again: all matchers of one share what its lexer remembers, which
-        has a limit. Where that was full, one that fails has done nothing wrong; but one that was begun anew again and
-        again stays in error."""
+    def compile_again(self) -> LLMatcher:
+        """Like `matcher`, with the grammar compiled afresh.
+
+        All matchers of a compiled grammar share its lexer's states, whose number is limited, so one may fail because
+        the others used them up. After `MOST_COMPILATIONS` of them a sequence keeps its matcher, in error or not.
+        """
         if self._matcher is not None and self._compilations == MOST_COMPILATIONS:
             return self._matcher
         self._compilations += 1
@@ -84,16 +89,16 @@ class Follower:
 
 
 @dataclass(frozen=True, slots=True)
-class Allowed:
-    """What may come next in G rows of a batch. Rows whose grammar failed are not among them."""
+class AllowedTokens:
+    """The tokens that may come next in G rows of a batch. Rows whose grammar failed are not among them."""
 
     rows: list[int]
-    bits: NDArray[np.int32]  # [G, W]: a bit for each token that the tokenizer knows, the lowest first
+    bits: NDArray[np.int32]  # [G, W]: one bit for each token of the tokenizer, lowest bit first
     problems: dict[int, str]  # by row: why its grammar failed
 
     def restrict(self, logits: Tensor) -> Tensor:
-        """logits [B, V] with -inf in place of what may not come next; `logits` stays as it is. Tokens that the model
-        has and the tokenizer has not never may."""
+        """A copy of logits [B, V] with -inf for the tokens that are not allowed. Tokens that the model has and the
+        tokenizer lacks are never allowed."""
         if not self.rows:
             return logits
         rows, packed = (to_device(array, logits.device) for array in (np.asarray(self.rows), self.bits.view(np.uint8)))
@@ -106,36 +111,36 @@ class Allowed:
 
 
 class GuidedSampling:
-    """What a worker follows grammars with.
+    """Finds out which tokens the grammars of a batch allow.
 
     Args:
-        grammars: of the worker's own tokenizer.
-        vocab_size: of the model.
-        threads: that fill masks at most.
+        grammars: compiled with the worker's own tokenizer.
+        vocab_size: tokens that the model has.
+        threads: most CPU threads that fill bit masks.
     """
 
     def __init__(self, grammars: CompiledGrammars, vocab_size: int, threads: int) -> None:
         self._grammars = grammars
         self._words = -(-grammars.tokenizer.vocab_size // 32)
-        # The bits of tokens that the model has, too: tokenizers may know others.
+        # One bit for each token that the model has: a tokenizer may have more.
         self._of_model = np.packbits(np.arange(32 * self._words) < vocab_size, bitorder="little").view(np.int32)
         self._has_others = grammars.tokenizer.vocab_size > vocab_size
         self._executor = LLExecutor(threads)
 
-    def follow(self, spec: SequenceSpec) -> Follower:
-        """From the end of the output that the spec has."""
-        follower = Follower(self._grammars, spec.grammar)
-        follower.add(spec.output)
-        return follower
+    def begin(self, spec: SequenceSpec) -> GrammarState:
+        """The state after the output that the spec already has; starts to compile the grammar."""
+        state = GrammarState(self._grammars, spec.grammar)
+        state.accept(spec.output)
+        return state
 
-    def allowed(self, followers: Mapping[int, Follower]) -> Allowed:
-        """What may come next, for followers by row."""
+    def allowed(self, states: Mapping[int, GrammarState]) -> AllowedTokens:
+        """The tokens that may come next, for grammar states by row."""
         rows: list[int] = []
         matchers: list[LLMatcher] = []
         problems: dict[int, str] = {}
-        for row, follower in followers.items():
+        for row, state in states.items():
             try:
-                matchers.append(follower.matcher())
+                matchers.append(state.matcher())
                 rows.append(row)
             except GrammarError as error:
                 problems[row] = str(error)
@@ -144,19 +149,19 @@ class GuidedSampling:
             places = [(matcher, place) for place, matcher in enumerate(matchers)]
             fill_next_token_bitmask_par(self._executor, places, bits)
         for place, row in enumerate(rows):
-            if matchers[place].is_error() and (problem := self._fill_anew(followers[row], bits, place)):
+            if matchers[place].is_error() and (problem := self._fill_anew(states[row], bits, place)):
                 problems[row] = problem
             elif self._has_others and not (bits[place] & self._of_model).any():
                 problems[row] = "no token of the model follows"
         if not problems:
-            return Allowed(rows, bits, problems)
+            return AllowedTokens(rows, bits, problems)
         good = [place for place, row in enumerate(rows) if row not in problems]
-        return Allowed([rows[place] for place in good], bits[good], problems)
+        return AllowedTokens([rows[place] for place in good], bits[good], problems)
 
-    def _fill_anew(self, follower: Follower, bits: NDArray[np.int32], place: int) -> str:
-        """What is wrong with it; empty where it was nothing of its own."""
+    def _fill_anew(self, state: GrammarState, bits: NDArray[np.int32], place: int) -> str:
+        """Tries again with the grammar compiled afresh. Returns what is wrong with it; empty if nothing is."""
         try:
-            matcher = follower.anew()
+            matcher = state.compile_again()
         except GrammarError as error:
             return str(error)
         if not matcher.is_error():
@@ -166,8 +171,8 @@ class GuidedSampling:
 
 @torch.inference_mode()
 def warm_up(vocab_size: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Restricts logits of `dtype` once, and of float32, as penalties leave them: what the device loads for it would
-    otherwise be loaded while the first request that wants it, and all that run beside it, wait."""
-    allowed = Allowed([0], np.zeros((1, -(-vocab_size // 32)), dtype=np.int32), {})
+    """Restricts logits once in `dtype`, and once in float32, which penalties turn them into. Otherwise the first guided
+    request, and the whole batch with it, would wait while the device loads the kernels."""
+    allowed = AllowedTokens([0], np.zeros((1, -(-vocab_size // 32)), dtype=np.int32), {})
     for kind in (dtype, torch.float32):
         allowed.restrict(torch.zeros((1, vocab_size), dtype=kind, device=device))

@@ -9,8 +9,8 @@ Context = grpc.aio.ServicerContext[health_pb2.HealthCheckRequest, health_pb2.Hea
 
 
 class Health(health.aio.HealthServicer):
-    """In grpcio-health-checking's own (seen in 1.81), a watcher that leaves takes along the condition that all others
-    of its service wait for: they never hear of a change again, and clients that balance by health go on calling."""
+    """Replaces the `Watch` of grpcio-health-checking (1.81), in which a watcher that leaves removes the condition that
+    the other watchers of its service wait for. They never hear of a change again."""
 
     _server_status: dict[str, int]  # the library's
 

@@ -12,12 +12,12 @@ from twostroke.v1 import worker_pb2 as pb
 
 
 class HostLogprobs:
-    """Launches the log-probabilities of those rows of a batch that want them, and reads them when they are there.
+    """Launches the computation of log-probabilities for the rows of a batch that want them; `read` waits for it.
 
     Args:
-        specs: of the batch's rows, in order.
-        logits: [B, V], as the model gave them.
-        tokens: [B], what was sampled.
+        specs: the batch's rows, in order.
+        logits: [B, V] from the model, before penalties.
+        tokens: [B] int32, the sampled tokens.
     """
 
     def __init__(self, specs: Sequence[SequenceSpec], logits: Tensor, tokens: Tensor) -> None:
@@ -31,7 +31,7 @@ class HostLogprobs:
         self._top = HostCopy(computed.top)
 
     def read(self) -> dict[int, pb.Logprobs]:
-        """By row; empty where no row wants any."""
+        """Log-probabilities by row, of the rows that want any."""
         if not self._wanted:
             return {}
         tokens, ids, top = (copy.get().tolist() for copy in (self._tokens, self._top_ids, self._top))

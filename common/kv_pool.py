@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from common.dtypes import torch_dtype
+from twostroke.v1 import worker_pb2 as pb
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,11 @@ class KvLayout:
         return self.num_blocks * self.block_bytes
 
 
+def blocks_for(tokens: int, block_size: int) -> int:
+    """Blocks that so many tokens take; the last one may be partly filled."""
+    return -(-tokens // block_size)
+
+
 def view(memory: Tensor, layout: KvLayout) -> Tensor:
     """`memory` (contiguous, layout.pool_bytes bytes of any dtype) as a tensor of layout.shape, sharing storage."""
     return memory.view(torch.uint8).view(torch_dtype(layout.dtype)).view(layout.shape)
@@ -42,9 +48,9 @@ class KvPool:
     """A pool's tensor and the caches of its layers.
 
     Args:
-        layout: the shape.
-        tensor: of that shape and dtype. Zeroed where it is new: on a CPU, attention multiplies what lies past a
-            sequence's end by 0, so it must be finite.
+        layout: the pool's shape.
+        tensor: memory of that shape and dtype. All its values must be finite, because attention on a CPU multiplies
+            those past a sequence's end by 0.
     """
 
     def __init__(self, layout: KvLayout, tensor: Tensor) -> None:
@@ -58,5 +64,17 @@ class KvPool:
 
 
 def allocate(layout: KvLayout, device: torch.device) -> KvPool:
-    """A pool in plain memory that no other process can read; workers get theirs from a transport."""
+    """A zeroed pool in private memory. Workers get theirs from a transport, so that peers can read it."""
     return KvPool(layout, torch.zeros(layout.shape, dtype=torch_dtype(layout.dtype), device=device))
+
+
+def layout_to_proto(layout: KvLayout) -> pb.KvLayout:
+    """The layout as routers are told of it."""
+    return pb.KvLayout(
+        num_blocks=layout.num_blocks,
+        num_layers=layout.num_layers,
+        block_size=layout.block_size,
+        num_kv_heads=layout.num_kv_heads,
+        head_dim=layout.head_dim,
+        dtype=layout.dtype,
+    )

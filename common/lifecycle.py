@@ -1,4 +1,4 @@
-"""How a worker ends: SIGTERM lets running work finish within a limit, Ctrl-C (SIGINT) and a second SIGTERM do not."""
+"""How a worker ends: SIGTERM lets running work finish, within a limit; Ctrl-C (SIGINT) and a second SIGTERM do not."""
 
 import signal
 import sys
@@ -12,17 +12,18 @@ log = structlog.get_logger(__name__)
 
 
 def end_in_order() -> None:
-    """Until there is a `Lifecycle`, SIGTERM ends the process as Ctrl-C does, by an exception: what is to be done at
-    exit is done, and no pool stays in /dev/shm."""
+    """Makes SIGTERM end the process by an exception, as Ctrl-C does, until there is a `Lifecycle`. So exit handlers run
+    and leave no pool in /dev/shm."""
     signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
 
 
 class Lifecycle:
-    """Turns signals into two questions that the engine's loop asks every turn. The handlers log nothing: when a signal
-    comes, the main thread may be logging, and hold the log's lock.
+    """Turns signals into `draining` and `over`, which the engine's loop asks every turn.
+
+    The handlers log nothing: the main thread may hold the log's lock when a signal comes.
 
     Args:
-        refuse: tells whoever asks that nothing new is taken; called from the signal handler, before anything else.
+        refuse: makes health say that no new work is taken; called first, from the signal handler.
         wake: ends the loop's wait for messages; called from the signal handler.
         drain_seconds: how long running work may take after SIGTERM.
     """
@@ -32,7 +33,7 @@ class Lifecycle:
         self._wake = wake
         self._drain_seconds = drain_seconds
         self._deadline: float | None = None
-        self._unsaid = False  # that it drains
+        self._log_draining = False
         signal.signal(signal.SIGTERM, self._drain)
         signal.signal(signal.SIGINT, self._stop)
 
@@ -41,9 +42,9 @@ class Lifecycle:
         return self._deadline is not None
 
     def over(self, idle: bool) -> bool:
-        """Whether the loop should end now; `idle` says that no work is left."""
-        if self._unsaid:
-            self._unsaid = False
+        """Whether the loop should end now; `idle`: no work is left."""
+        if self._log_draining:
+            self._log_draining = False
             log.info("draining", seconds=self._drain_seconds)
         return self._deadline is not None and (idle or time.monotonic() >= self._deadline)
 
@@ -53,7 +54,7 @@ class Lifecycle:
             return
         self._refuse()
         self._deadline = time.monotonic() + self._drain_seconds
-        self._unsaid = True
+        self._log_draining = True
         self._wake()
 
     def _stop(self, _number: int, _frame: FrameType | None) -> None:

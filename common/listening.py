@@ -1,4 +1,4 @@
-"""Whether an address can be listened on, and why not: gRPC says only that it failed."""
+"""Whether an address can be listened on, and if not, why: gRPC only says that it failed."""
 
 import errno
 import socket
@@ -10,24 +10,25 @@ NOT_HERE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
 
 def check(address: str) -> None:
-    """
+    """Checks that `address` (host:port) is free. If the host's name stands for several addresses, this machine must
+    have one of them, and the port must be free at all that it has.
+
     Raises:
-        AddressError: the port is taken, or the host is not this machine; its sentence says which. A name may stand for
-            several addresses: the port must be free at all that this machine has, and it must have one.
+        AddressError: the port is taken, or the host is not this machine; the sentence says which.
     """
-    if is_unix(address) or "/" in address:  # a name with a scheme, which gRPC alone knows
+    if is_unix(address) or "/" in address:  # or with a scheme, which only gRPC understands
         return
     host, _, port = address.rpartition(":")
     try:
         found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
     except OSError as error:
         raise AddressError(f"cannot listen on {address}: {error.strerror}") from error
-    # gRPC takes either of these as all addresses of the machine, whatever family it has.
+    # gRPC takes either of these for all addresses of the machine, IPv4 and IPv6.
     here = host in ANY_HOST
     for family, kind, protocol, _, place in found:
         try:
             with socket.socket(family, kind, protocol) as tried:
-                tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as gRPC: old connections are no matter
+                tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as gRPC does: old connections do no harm
                 tried.bind(place)
             here = True
         except OSError as error:

@@ -1,4 +1,4 @@
-"""Tells routers how full a worker is: with every change, at most 20 times a second, and every second in any case."""
+"""Tells routers how full a worker is: after every change, at most 20 times a second, and at least once a second."""
 
 import time
 from collections.abc import Callable
@@ -23,7 +23,7 @@ class LoadReport:
         self._sent_at = 0.0
 
     def send_if_due(self) -> None:
-        """Puts the load into each router's outgoing message where it changed, or a second has gone by."""
+        """Puts the load into each router's outgoing message if it has changed, or a second has gone by."""
         now = time.monotonic()
         connections = self._service.connections
         new_router = connections != self._connections

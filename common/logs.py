@@ -1,4 +1,4 @@
-"""Log lines for people or for machines, through structlog."""
+"""Log lines for people or for machines, by structlog."""
 
 import logging
 import sys
@@ -10,8 +10,8 @@ import structlog
 def configure(log_format: Literal["people", "json"]) -> None:
     """Sets up this process's log: one line an event on stderr, with time and level.
 
-    Fields bound with `structlog.contextvars` (a request's id) are in every line of their task. Prompts and tokens are
-    never logged. Lines of the standard library's loggers, from warnings on, go to stderr as they are.
+    Fields bound with `structlog.contextvars`, such as a request's id, are in every line of their task. Prompts and
+    tokens are never logged. Warnings and errors of the standard library's loggers go to stderr as they are.
     """
     renderer: structlog.typing.Processor
     if log_format == "json":
@@ -32,7 +32,7 @@ def configure(log_format: Literal["people", "json"]) -> None:
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
-        # A line in one write: between the two of PrintLogger, another process on the same stderr may write its own.
+        # One write for each line: PrintLogger makes two, and another process may write to the same stderr in between.
         logger_factory=structlog.WriteLoggerFactory(sys.stderr),
         cache_logger_on_first_use=True,
     )

@@ -1,4 +1,4 @@
-"""A part's Prometheus metrics over HTTP, as protected as its other port."""
+"""Serves a part's Prometheus metrics over HTTP, with the same certificates as its other port."""
 
 import math
 import socket
@@ -15,14 +15,19 @@ from common.start_error import AddressError
 
 Request = socket.socket | tuple[bytes, socket.socket]
 
-# How long a caller may say nothing.
+# How long a caller may stay silent.
 SILENCE_SECONDS = 10.0
 
 
 def serve(registry: CollectorRegistry, listen: str, port: int | None, certificates: Certificates) -> None:
-    """Serves the metrics at `port` on the host of `listen` (where that is a socket's path, on loopback), from now on;
-    nothing where there is no port. With a certificate it speaks TLS only, with authorities for clients only to callers
-    with a certificate, and tells when its own expires.
+    """Serves `registry` from now on, on a thread; does nothing without a port.
+
+    Args:
+        registry: the metrics. With a certificate, its expiry is added to them.
+        listen: the part's address, whose host is used; loopback if it is a Unix socket.
+        port: where to listen.
+        certificates: with a certificate of its own the server speaks TLS only; with authorities for clients it also
+            asks callers for theirs.
 
     Raises:
         AddressError: the address cannot be listened on.
@@ -52,11 +57,11 @@ def _expiry(certificates: Certificates) -> float:
 
 class _Handler(WSGIRequestHandler):
     def log_message(self, format: str, *args: object) -> None:
-        """Scrapes are no news."""
+        """Does not log scrapes."""
 
 
 class _Server(ThreadingWSGIServer):
-    """Each connection has a thread of its own, for its handshake, too: none waits for another's."""
+    """Gives each connection a thread, on which its TLS handshake runs, too, so that none waits for another."""
 
     def __init__(self, host: str, port: int, certificates: Certificates) -> None:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -74,6 +79,6 @@ class _Server(ThreadingWSGIServer):
             super().finish_request(secured, client_address)
 
     def handle_error(self, request: Request, client_address: object) -> None:
-        """Callers that go, stall or are not let in are no news, either."""
+        """Does not log callers that go, stall or are refused."""
         if not isinstance(sys.exception(), OSError):
             super().handle_error(request, client_address)

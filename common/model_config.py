@@ -1,4 +1,4 @@
-"""A model's config.json, checked: what is not supported is refused by name. Imports no torch."""
+"""A model's config.json, checked: whatever is not supported is refused by name. Imports no torch."""
 
 import json
 from dataclasses import dataclass
@@ -16,10 +16,9 @@ _ARCHITECTURES = {
     "Qwen3ForCausalLM": "qwen3",
 }
 
-
-# Of any size in a config.json: far above every model, and far below what would exhaust a machine by itself.
+# Largest size and largest number in a config.json: far above those of any model, and small enough to do no harm.
 _MOST = 1 << 26
-_LARGEST = 1e30  # of any number
+_LARGEST = 1e30
 
 
 class ModelError(StartError, ValueError):
@@ -63,9 +62,14 @@ class ModelConfig:
 def load_config(directory: Path, max_length: int | None = None, *, to_run: bool = True) -> ModelConfig:
     """Reads `directory`/config.json, and generation_config.json for its end-of-sequence tokens.
 
-    `max_length` lowers the context length. The router, which does not run the model, says so with `to_run`: how long a
-    sequence may be, and so whether a sliding window matters, is for the workers to say. Raises ModelError for a file
-    that cannot be read and for a model that is not supported.
+    Args:
+        directory: a Hugging Face directory.
+        max_length: lowers the context length, in tokens.
+        to_run: False for the router, which does not run the model: whether a sliding window is shorter than sequences
+            may get is then left to the workers.
+
+    Raises:
+        ModelError: a file cannot be read, or the model is not supported.
     """
     raw = read_json(directory / "config.json")
     generation_file = directory / "generation_config.json"
@@ -76,7 +80,7 @@ def load_config(directory: Path, max_length: int | None = None, *, to_run: bool 
 def parse_config(
     raw: dict[str, Any], generation: dict[str, Any] | None = None, max_length: int | None = None, *, to_run: bool = True
 ) -> ModelConfig:
-    """`load_config` for what is already read."""
+    """Like `load_config`, for files that have been read already."""
     architecture = _architecture(raw)
     family = _ARCHITECTURES[architecture]
     _refuse_unsupported(raw)
@@ -126,7 +130,7 @@ def parse_config(
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Raises ModelError for a file that cannot be read, or holds no JSON object."""
+    """The JSON object in a file. Raises ModelError if it cannot be read or holds no object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -169,7 +173,7 @@ def _dtype(raw: dict[str, Any]) -> str:
 
 def _rope(raw: dict[str, Any]) -> tuple[float, Llama3Scaling | None]:
     parameters = _object(raw, "rope_parameters") or _object(raw, "rope_scaling")
-    theta = _number(parameters if parameters.get("rope_theta") else raw, "rope_theta", 10000.0)
+    theta = _number(raw if parameters.get("rope_theta") is None else parameters, "rope_theta", 10000.0)
     partial = parameters.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
     if partial not in (None, 1):
         raise ModelError(f"partial_rotary_factor {partial} is not supported: whole heads must be rotated")
@@ -193,7 +197,7 @@ def _rope(raw: dict[str, Any]) -> tuple[float, Llama3Scaling | None]:
 
 
 def _refuse_sliding_window(raw: dict[str, Any], family: str, context_length: int) -> None:
-    """A window at least as long as the context changes nothing."""
+    """Refuses windows that are shorter than the context; longer ones change nothing."""
     window = None if raw.get("sliding_window") is None else _positive(raw, "sliding_window")
     in_use = family == "mistral" or bool(raw.get("use_sliding_window", False))
     if family != "llama" and in_use and window is not None and window < context_length:
@@ -226,7 +230,9 @@ def _positive(raw: dict[str, Any], key: str, default: int | None = None) -> int:
 
 
 def _number(raw: dict[str, Any], key: str, default: float | None = None) -> float:
-    value = raw.get(key) or default
+    value = raw.get(key)
+    if value is None:
+        value = default
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < _LARGEST:
         raise ModelError(f"config.json must give {key} as a positive number; it gives {value!r}")
     return float(value)

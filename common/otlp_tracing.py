@@ -47,8 +47,8 @@ class OtlpSpan(Span):
 
 
 class OtlpTracing(Tracing):
-    """What OpenTelemetry's own environment variables set (sampling, batches, headers, certificates, the service's name
-    and attributes) is set by them here, too."""
+    """Sends spans to `endpoint`. OpenTelemetry's own environment variables set the rest: sampling, batches, headers,
+    certificates, the service's name and attributes."""
 
     def __init__(self, endpoint: str, service: str) -> None:
         own = Resource.create({"service.name": service, "service.version": version("twostroke")})
@@ -67,7 +67,7 @@ class OtlpTracing(Tracing):
 
     def stop(self) -> None:
         if self._stopping is None:
-            # On a thread of its own: where the collector is gone, the SDK would wait for it much longer.
+            # On another thread, because the SDK waits much longer if the collector is gone.
             self._stopping = threading.Thread(target=self._provider.shutdown, name="last spans", daemon=True)
             self._stopping.start()
         self._stopping.join(STOP_SECONDS)

@@ -1,4 +1,4 @@
-"""Under which address of this machine another part of the cluster reaches it."""
+"""At which address of this machine another part of the cluster reaches it."""
 
 import asyncio
 import ipaddress
@@ -8,17 +8,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """Where calls to a peer start."""
+    """Where calls to a peer come from."""
 
-    host: str  # of this machine, as it stands in an address
-    same_machine: bool  # the peer is here, too
+    host: str  # this machine's, as it stands in an address
+    same_machine: bool  # the peer is on this machine, too
 
 
 async def way_to(target: str, family: socket.AddressFamily = socket.AF_UNSPEC) -> Way:
-    """Asks the system's routes which address calls to `target` go out from. Nothing is sent.
+    """Asks the system from which address calls to `target` (host:port) would go out. Nothing is sent.
 
     Raises:
-        OSError: the target's name cannot be looked up, or no route of this family leads there.
+        OSError: the target's name cannot be looked up, or no route of this address family leads there.
     """
     host, _, port = target.rpartition("/")[2].rpartition(":")
     problem = OSError(f"no address of {target} can be called from here")

@@ -1,4 +1,4 @@
-"""How a part of a cluster listens, how it calls the other parts, and how they know that it is one of them."""
+"""How a part of a cluster listens, how it calls the other parts, and how they know that it is one of theirs."""
 
 import ipaddress
 from collections.abc import Sequence
@@ -19,13 +19,16 @@ Options = Sequence[tuple[str, int | str]]
 
 @dataclass(frozen=True, slots=True)
 class Peers:
+    """What a part needs to talk to the others: the cluster's secret and the part's certificates."""
+
     secret: str | None
     certificates: Certificates
     channel_options: Options
 
     @classmethod
     def of(cls, config: SecurityConfig) -> Self:
-        """
+        """Reads the files that `config` names.
+
         Raises:
             SettingsError: a file is missing or wrong; the sentence names it and its flag.
         """
@@ -36,7 +39,7 @@ class Peers:
         )
 
     def listen(self, server: grpc.aio.Server, address: str) -> int:
-        """Returns the port.
+        """Makes `server` listen on `address`, and returns the port.
 
         Raises:
             AddressError: the address cannot be listened on.
@@ -47,11 +50,12 @@ class Peers:
             if credentials is None:
                 return server.add_insecure_port(address)
             return server.add_secure_port(address, credentials)
-        except RuntimeError as error:  # which says no more; gRPC's own line before it has the reason
+        except RuntimeError as error:  # it has no details; gRPC has logged the reason
             raise AddressError(f"cannot listen on {address}") from error
 
     def channel(self, target: str, options: Options) -> grpc.aio.Channel:
-        """For one connection: a channel that connects anew does so with the certificates of its making."""
+        """A channel to another part. It reconnects with the certificates that it was made with, so make a new one for
+        each connection."""
         options = [*options, *self.channel_options]
         credentials = tls.channel_credentials(self.certificates.now())
         if credentials is None:
@@ -60,15 +64,16 @@ class Peers:
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """What calls to other parts carry."""
+        """Metadata that calls to other parts carry."""
         return () if self.secret is None else ((cluster_secret.METADATA_KEY, self.secret),)
 
 
 def of_worker(config: WorkerConfig) -> Peers:
-    """
+    """`Peers.of`, for a worker, which other machines must not reach without proof that they are routers.
+
     Raises:
-        SettingsError: as `Peers.of`; or other machines could reach the worker, and use it without a proof that they
-            are routers.
+        SettingsError: as `Peers.of`, or because the worker would listen for other machines without a secret or
+            certificates.
     """
     proof = config.cluster_secret_file or config.tls_client_ca
     if not (proof or config.insecure or only_local(config.listen)):
@@ -81,7 +86,7 @@ def of_worker(config: WorkerConfig) -> Peers:
 
 
 def only_local(listen: str) -> bool:
-    """Whether what listens at this address is reached from the same machine only."""
+    """Whether only this machine can reach what listens at this address."""
     host = listen.rpartition(":")[0].strip("[]")
     if is_unix(listen) or host == "localhost":
         return True

@@ -1,4 +1,4 @@
-"""PEM files of certificates, checked as they are read: gRPC itself says little about a file that is wrong."""
+"""PEM files of certificates, checked as they are read, because gRPC says little about a wrong file."""
 
 import ssl
 from dataclasses import dataclass
@@ -20,19 +20,20 @@ class Own:
 
 @dataclass(frozen=True, slots=True)
 class Pem:
-    """What the files held; None for those that are not set."""
+    """What the files hold; None for those that are not set."""
 
     own: Own | None
     ca: bytes | None
     client_ca: bytes | None
     context: ssl.SSLContext | None
-    """What servers other than gRPC's listen with."""
+    """For servers other than gRPC's."""
 
 
 def read(config: TlsConfig) -> Pem:
-    """
+    """Reads and checks the files that `config` names.
+
     Raises:
-        SettingsError: a file is missing, unreadable or not what it should be, or one is given without another.
+        SettingsError: a file is missing, unreadable or not what it should be, or one is set without another.
         OSError: a file went away while it was read.
     """
     own, context = _own(config)
@@ -60,7 +61,7 @@ def _own(config: TlsConfig) -> tuple[Own, ssl.SSLContext] | tuple[None, None]:
                     raise SettingsError(f"{flag} {path} is no PEM file")
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             try:
-                # The password is for keys that are encrypted, for which Python would ask at the terminal.
+                # Without a password, Python would ask for that of an encrypted key at the terminal.
                 context.load_cert_chain(certificate, key, password="")
             except ssl.SSLError as error:
                 reason = error.reason or "is there a password on the key?"

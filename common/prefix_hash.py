@@ -1,7 +1,7 @@
-"""Chained 128-bit names of full blocks: equal hashes mean the same tokens from the start, on one model, for one tenant.
+"""Chained 128-bit hashes of full blocks: equal hashes mean equal tokens from the start, on one model, for one tenant.
 
 BLAKE2b with a 16-byte digest (RFC 7693). Each block's hash covers the one before it, so a single look-up vouches for
-the whole prefix; it takes about 2^64 blocks for an even chance that two different ones share a hash.
+the whole prefix. Only among about 2^64 blocks is there an even chance that two different ones share a hash.
 """
 
 import struct
@@ -12,7 +12,7 @@ HASH_BYTES = 16  # of a block's hash, and of the root
 
 
 def cache_root(fingerprint: str, cache_salt: str) -> bytes:
-    """What a chain starts from: 16 bytes that depend on the model's fingerprint and the request's cache salt.
+    """Where a chain starts: 16 bytes that depend on the model's fingerprint and the request's cache salt.
 
     Sequences with different roots never share blocks.
     """
@@ -26,7 +26,7 @@ def extend(parent: bytes, tokens: Sequence[int]) -> bytes:
 
 
 def block_hashes(root: bytes, tokens: Sequence[int], block_size: int) -> list[bytes]:
-    """The hashes of the full blocks of `tokens`, in order; a last block that is only partly filled has none.
+    """The hashes of the full blocks of `tokens`, in order; a partly filled last block has none.
 
     O(len(tokens)); equal to calling `extend` block by block, and about half its cost.
     """

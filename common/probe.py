@@ -1,7 +1,7 @@
-"""`python -m common.probe HOST:PORT [SERVICE]`: asks a part's health once, for container health checks.
+"""`python -m common.probe HOST:PORT [SERVICE]`: asks once for a part's health, for health checks of containers.
 
-Exits with 0 when grpc.health.v1 says SERVING, else with 1 and a line that says why. Where the part serves TLS, it is
-asked with the TLS settings in the environment: TWOSTROKE_TLS_CA and so on, as the part has them.
+Exits with 0 if grpc.health.v1 says SERVING, else with 1 and a line that says why. For a part that serves TLS, it takes
+the TLS settings from the environment (TWOSTROKE_TLS_CA and so on), as the part itself does.
 """
 
 import os
@@ -20,13 +20,13 @@ PLAIN_TEXT = TlsConfig()
 
 
 def service_of_process(pid: int) -> str:
-    """Under this name a router's health speaks for its process alone: who started it can tell it from another one that
-    has its address."""
+    """The service name under which a router's health speaks for this one process. Whoever started it can so tell it
+    from another router at the same address."""
     return f"process {pid}"
 
 
 def probe(address: str, service: str, config: TlsConfig = PLAIN_TEXT) -> str | None:
-    """None when the service at `address` ("host:port") is serving, else a sentence."""
+    """None if the service at `address` ("host:port") is SERVING, else a sentence that says why not."""
     credentials, options = tls.channel_credentials(pem.read(config)), tls.channel_options(config)
     with (
         grpc.secure_channel(address, credentials, options) if credentials else grpc.insecure_channel(address)

@@ -1,4 +1,4 @@
-"""How an interceptor turns a call away."""
+"""How an interceptor refuses a call."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,8 +9,8 @@ import grpc
 def refuse(
     code: grpc.StatusCode, sentence: str, told: Callable[[str], None] = lambda _peer: None
 ) -> "grpc.RpcMethodHandler[Any, Any]":
-    """A handler for a call of any kind that ends it before its messages are read. `told` hears of whom, as gRPC has
-    it."""
+    """A handler for a call of any kind, which ends it with `code` and `sentence` before its messages are read.
+    `told` is called with the caller's address, as gRPC writes it."""
 
     async def end(_requests: object, context: "grpc.aio.ServicerContext[Any, Any]") -> None:
         told(context.peer())

@@ -36,9 +36,10 @@ def checkpoint_files(directory: Path) -> list[Path]:
 
 
 def read_header(file: Path) -> tuple[dict[str, dict[str, Any]], int]:
-    """({name: {"dtype", "shape", "data_offsets"}}, where the data starts). Raises ModelError for a damaged file."""
+    """({name: {"dtype", "shape", "data_offsets"}}, byte at which the data starts). Raises ModelError for a damaged
+    file."""
     try:
-        # the library checks the whole header, and it against the file's size
+        # the library checks the whole header, also against the file's size
         with safe_open(file, framework="pt"):
             pass
     except (SafetensorError, OSError) as error:
@@ -51,10 +52,12 @@ def read_header(file: Path) -> tuple[dict[str, dict[str, Any]], int]:
 
 
 def map_tensors(file: Path) -> dict[str, Tensor]:
-    """The file's tensors by name: views of one private mapping, read from disk only when they are used.
+    """The file's tensors by name, as views of one private mapping that is read from disk as it is used.
 
-    (safe_open gives each a storage of its own, so neighbours could not be seen as one.) Raises ModelError for a damaged
-    file or a dtype that is not supported.
+    (safe_open would give each a storage of its own, and neighbours could not be joined without a copy.)
+
+    Raises:
+        ModelError: the file is damaged, or a dtype is not supported.
     """
     header, data_start = read_header(file)
     mapping = torch.from_file(str(file), shared=False, size=file.stat().st_size, dtype=torch.uint8)

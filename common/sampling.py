@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from twostroke.v1 import worker_pb2 as pb
 
-# Of penalties, biases and the temperature: more than a router lets through, and too little to make logits infinite.
+# Largest penalty, bias or temperature: more than a router lets through, and too little to make logits infinite.
 MOST = 1_000
 
 
@@ -25,7 +25,7 @@ class SamplingParams:
     logprobs: int | None = None  # number of likeliest alternatives; None: no log-probabilities at all
 
     def check(self, vocab_size: int) -> None:
-        """Raises ValueError where a step could not be computed with this. (Narrower ranges are the router's affair.)"""
+        """Raises ValueError if a step could not be computed with this. (The router enforces narrower ranges.)"""
         numbers = (
             self.repetition_penalty,
             self.presence_penalty,
@@ -46,6 +46,7 @@ class SamplingParams:
 
 
 def sampling_from_proto(message: pb.SamplingParams) -> SamplingParams:
+    """The parameters as they came from a router; `check` tells whether they make sense."""
     return SamplingParams(
         temperature=message.temperature,
         top_k=message.top_k,

@@ -1,4 +1,4 @@
-"""Settings of who may talk to whom: the parts', and in `TlsConfig` also those of commands that call a router."""
+"""Settings of who may talk to whom, for the parts of a cluster and, in `TlsConfig`, for commands that call a router."""
 
 from dataclasses import dataclass
 from pathlib import Path

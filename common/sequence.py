@@ -1,4 +1,4 @@
-"""What a worker is asked to run."""
+"""A sequence as a router asks a worker to run it."""
 
 from dataclasses import dataclass, field
 
@@ -19,8 +19,8 @@ class SequenceSpec:
     prompt_length: int
     block_hashes: tuple[bytes, ...]  # one for each full block of token_ids
     sampling: SamplingParams
-    max_length: int  # tokens in all at which the sequence ends
-    min_length: int = 0  # tokens in all before which stop_token_ids are not sampled
+    max_length: int  # tokens of the whole sequence, at which it ends
+    min_length: int = 0  # tokens of the whole sequence, below which stop_token_ids are not sampled
     stop_token_ids: frozenset[int] = field(default_factory=frozenset)
     cache_root: bytes = b""  # what the chain of block hashes starts from
     request_id: str = ""  # the client's, for logs
@@ -32,17 +32,17 @@ class SequenceSpec:
         return self.token_ids[self.prompt_length :]
 
     def hashes_before_last_token(self, block_size: int) -> tuple[bytes, ...]:
-        """Hashes of the blocks that a prefill need not compute. The last token is always computed: its logits give the
-        next one."""
+        """Hashes of the blocks that a prefill can skip if they are cached. The last token is always computed, because
+        its logits give the next one."""
         return self.block_hashes[: (len(self.token_ids) - 1) // block_size]
 
     def ends_with(self, token: int, length: int) -> bool:
-        """Whether `token`, with which the sequence has `length` tokens, is its last one."""
+        """Whether `token` is the last one of the sequence, which has `length` tokens with it."""
         return token in self.stop_token_ids or length >= self.max_length
 
 
 def sequence_from_proto(message: pb.Sequence) -> SequenceSpec:
-    """Raises ValueError with a sentence where the message contradicts itself."""
+    """Raises ValueError, with a sentence, if the message contradicts itself."""
     hashes = message.block_hashes
     if len(hashes) % HASH_BYTES:
         raise ValueError(f"block_hashes has {len(hashes)} bytes, which is no multiple of {HASH_BYTES}")

@@ -1,7 +1,7 @@
-"""Penalties, biases, minimum lengths and log-probabilities: what is done to logits around the kernels' `sample`.
+"""Penalties, biases, minimum lengths and log-probabilities: what happens to logits around the kernels' `sample`.
 
-Most sequences need none of it, and those cost nothing here. For the others the device keeps which tokens were seen,
-and learns of each new token where it was sampled: the host need not have read it.
+Most sequences need none of it, and cost nothing here. For the others the device counts which tokens it has seen, and
+counts each new one as soon as it is sampled, before the host has read it.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from kernels.ops import Sample
 
 
 def wants_adjusting(spec: SequenceSpec, length: int) -> bool:
-    """Whether the logits of the token at index `length` or of a later one may have to be changed."""
+    """Whether logits of the token at index `length`, or of a later one, may have to be changed."""
     bars_stops = bool(spec.stop_token_ids) and length < spec.min_length
     return spec.sampling.has_penalties or bool(spec.sampling.logit_bias) or bars_stops
 
@@ -29,10 +29,10 @@ def wants_logprobs(spec: SequenceSpec) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class AdjustedRows:
-    """A of a batch's rows, on the device; made anew when the batch changes."""
+    """The A rows of a batch whose logits are changed, on the device. Made afresh when the batch changes."""
 
-    rows: Tensor  # [A] int64, of the logits
-    slots: Tensor  # [A] int64, of the TokenCounts
+    rows: Tensor  # [A] int64, in the logits
+    slots: Tensor  # [A] int64, in the TokenCounts
     repetition: Tensor  # [A, 1] float32
     presence: Tensor  # [A, 1] float32
     frequency: Tensor  # [A, 1] float32
@@ -44,7 +44,7 @@ class AdjustedRows:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """Log-probabilities of L rows' tokens under the model's own distribution, likeliest alternatives first."""
+    """Log-probabilities of L rows' tokens in the model's own distribution, and of the likeliest tokens there."""
 
     tokens: Tensor  # [L] float32
     top_ids: Tensor  # [L, K] int64
@@ -52,9 +52,10 @@ class TokenLogprobs:
 
 
 class TokenCounts:
-    """How often each sequence has sampled each token, and which tokens its prompt has.
+    """How often each sequence has sampled each token, and which tokens are in its prompt.
 
-    A sequence takes a slot (5 bytes for each token of the vocabulary) while it runs; the table doubles when it is full.
+    A running sequence has a slot, which takes 5 bytes for each token of the vocabulary. The table doubles when it is
+    full.
     """
 
     def __init__(self, vocab_size: int, device: torch.device) -> None:
@@ -64,7 +65,7 @@ class TokenCounts:
         self._free: list[int] = []
 
     def add(self, spec: SequenceSpec, tokens: Sequence[int]) -> int:
-        """Takes a slot for a sequence of so far `tokens`, prompt and output. Returns the slot."""
+        """Takes a slot for a sequence that has `tokens` (prompt and output) so far, and returns it."""
         if not self._free:
             self._grow()
         slot = self._free.pop()
@@ -80,7 +81,8 @@ class TokenCounts:
         self._free.append(slot)
 
     def select(self, entries: Sequence[tuple[int, int, SequenceSpec]]) -> AdjustedRows:
-        """Brings the rows of a batch that want adjusting to the device. `entries`: (row, slot, spec); not empty."""
+        """Copies what is to be changed in a batch to the device. `entries`: (row, slot, spec) of at least one
+        sequence."""
         params = [spec.sampling for _, _, spec in entries]
         stops = [sorted(spec.stop_token_ids) for _, _, spec in entries]
         most_stops = max(map(len, stops))
@@ -105,11 +107,15 @@ class TokenCounts:
         )
 
     def adjust(self, logits: Tensor, positions: Tensor, adjusted: AdjustedRows) -> Tensor:
-        """Logits to sample from: logits [B, V] with the adjusted rows changed, in float32; `logits` stays as it is.
+        """A copy of logits [B, V] to sample from, in float32, in which the `adjusted` rows are changed.
 
-        positions [B] int32 or int64: the index in its sequence of the token to sample. In this order: repetition
-        penalty over prompt and output (CTRL: Keskar et al., 2019, section 4.1), presence and frequency penalty over
-        the output, bias, and -inf for stop tokens at positions below the sequence's minimum length.
+        In this order: repetition penalty over prompt and output (CTRL: Keskar et al., 2019, section 4.1), presence and
+        frequency penalty over the output, bias, and -inf for stop tokens below the sequence's minimum length.
+
+        Args:
+            logits: [B, V] from the model.
+            positions: [B] int32 or int64, index in its sequence of the token to sample.
+            adjusted: what to change.
         """
         wide = logits.float() if logits.dtype != torch.float32 else logits.clone()
         changed = wide[adjusted.rows]
@@ -126,7 +132,7 @@ class TokenCounts:
         return wide
 
     def record(self, tokens: Tensor, adjusted: AdjustedRows) -> None:
-        """Counts the tokens [B] that a step sampled; in stream order with the steps, without reading them."""
+        """Counts the tokens [B] int32 that a step sampled, on the device and in stream order with the steps."""
         ids = tokens[adjusted.rows].long()
         self._sampled.index_put_((adjusted.slots, ids), self._sampled.new_ones(1), accumulate=True)
 
@@ -145,10 +151,13 @@ class TokenCounts:
 
 
 def logprobs(logits: Tensor, tokens: Tensor, rows: Tensor, top: int) -> TokenLogprobs:
-    """Log-probabilities of what was sampled, and of the likeliest tokens, before penalties and temperature.
+    """Log-probabilities of sampled tokens and of the likeliest tokens, before penalties and temperature.
 
-    logits [B, V] as the model gave them; tokens [B] int; rows [L] int64, those that want log-probabilities; top: the
-    most alternatives that one of them wants (it takes the first ones it asked for).
+    Args:
+        logits: [B, V] from the model.
+        tokens: [B] int32, what was sampled.
+        rows: [L] int64, the rows that want log-probabilities.
+        top: K, the most alternatives that any of them wants.
     """
     chosen = logits[rows].float().log_softmax(dim=-1)
     likeliest = chosen.topk(top, dim=-1)
@@ -159,14 +168,14 @@ def logprobs(logits: Tensor, tokens: Tensor, rows: Tensor, top: int) -> TokenLog
     )
 
 
-# Rows of logits that kernels are compiled for: few, and many.
+# Numbers of rows to warm up with: kernels are compiled separately for few and for many.
 _WARM_ROWS = (1, 64)
 
 
 @torch.inference_mode()
 def warm_up(sample: Sample, vocab_size: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Does all of this once, for logits of `dtype`. What is compiled or loaded only now would otherwise be so while the
-    first request that wants it, and all that run beside it, wait."""
+    """Does everything in this module once, for logits of `dtype`. Otherwise the first request that needs it, and the
+    whole batch with it, would wait while kernels are compiled and loaded."""
     params = SamplingParams(0, presence_penalty=1, logit_bias=((0, 1.0),))
     spec = SequenceSpec((0,), 1, (), params, 3, min_length=3, stop_token_ids=frozenset((0,)))
     counts = TokenCounts(vocab_size, device)

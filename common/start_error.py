@@ -2,7 +2,7 @@
 
 
 class StartError(Exception):
-    """Its text says in a sentence what is wrong and what to change; the command line prints that alone."""
+    """Its text says in a sentence what is wrong and what to change. The command line prints only that."""
 
 
 class AddressError(StartError, OSError):

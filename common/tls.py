@@ -8,20 +8,20 @@ from common.certificates import Certificates
 from common.pem import Own, Pem
 from common.security_config import TlsConfig
 
-# gRPC frees what it had made of the files of before as soon as it is told of new ones, though a connection that another
-# thread has accepted may be about to use it, which ends the process: https://github.com/grpc/grpc/issues/36693.
-# So such connections first have time to get on. New ones wait meanwhile; streams do not.
+# When gRPC is given new certificates it frees the old ones at once, although a connection that another thread has
+# accepted may be about to use them; then the process crashes: https://github.com/grpc/grpc/issues/36693. So such
+# connections get some time first. New connections wait meanwhile; streams do not.
 PAUSE_SECONDS = 0.5
 
 
 def server_credentials(certificates: Certificates) -> grpc.ServerCredentials | None:
-    """What to listen with at one port, each connection with the certificates of its time; None for plain text."""
+    """Credentials of a server, which shows each connection the current certificates; None for plain text."""
     given = certificates.now()
     if given.own is None:
         return None
 
     def renewed() -> grpc.ServerCertificateConfiguration | None:
-        # gRPC calls this before a connection's handshake, on a thread of its own, for one connection after the other.
+        # gRPC calls this before each connection's handshake, on one of its threads, one call at a time.
         nonlocal given
         found = certificates.now()
         if found is given or found.own is None:
@@ -38,7 +38,7 @@ def server_credentials(certificates: Certificates) -> grpc.ServerCredentials | N
 
 
 def channel_credentials(pem: Pem) -> grpc.ChannelCredentials | None:
-    """What to call others with; None for plain text."""
+    """Credentials for calling others; None for plain text."""
     if pem.ca is None:
         return None
     if pem.own is None:
@@ -47,7 +47,7 @@ def channel_credentials(pem: Pem) -> grpc.ChannelCredentials | None:
 
 
 def channel_options(config: TlsConfig) -> tuple[tuple[str, str], ...]:
-    """The options that make a channel's TLS look for `tls_server_name`."""
+    """Channel options that expect `tls_server_name` in the other side's certificate."""
     if config.tls_ca is None or config.tls_server_name is None:
         return ()
     return (("grpc.ssl_target_name_override", config.tls_server_name),)

@@ -1,5 +1,5 @@
-"""Spans of what happens to a request: those of this module are made by nobody and need no package, which is tracing
-switched off; common/otlp_tracing.py has those that reach a collector."""
+"""Spans of what happens to a request. Those of this module do nothing and need no packages: tracing is off.
+common/otlp_tracing.py has those that are sent to a collector."""
 
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias
@@ -12,9 +12,9 @@ Attributes: TypeAlias = Mapping[str, str | int | Sequence[str]]
 
 
 class Span:
-    """Something that takes time, under way."""
+    """Something under way that takes time."""
 
-    traceparent = ""  # W3C's, for another part to make spans below this one
+    traceparent = ""  # as W3C defines it, for other parts to add spans below this one
 
     def child(self, name: str, attributes: Attributes) -> "Span":
         """Begins a span below this one."""
@@ -37,21 +37,22 @@ class Tracing:
     """Where a part's spans begin."""
 
     def begin(self, name: str, traceparent: str, attributes: Attributes) -> Span:
-        """Begins a span for a call from outside: in the caller's trace, or in a new one where it has none."""
+        """Begins a span for a call from outside, in the caller's trace or, if it has none, in a new one."""
         return OFF
 
     def below(self, traceparent: str) -> Span:
-        """The span of another part, to add spans below it; `OFF` where there is none."""
+        """The span of another part, to add spans below it; `OFF` if there is none."""
         return OFF
 
     def stop(self) -> None:
-        """Sends what is left, for a few seconds at most. May be called twice."""
+        """Sends the last spans, which takes a few seconds at most. May be called twice."""
 
 
 def start(endpoint: str | None, service: str) -> Tracing:
-    """
+    """Starts tracing, if it is wanted.
+
     Args:
-        endpoint: a collector's URL, for OTLP over gRPC; None where no traces are wanted.
+        endpoint: URL of a collector that takes OTLP over gRPC; None: no traces are wanted.
         service: the name that this part's spans go by.
 
     Raises:

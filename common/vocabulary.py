@@ -1,4 +1,4 @@
-"""Which token each id stands for: what a router and its workers must agree on, or tokens are nonsense to one."""
+"""Which token each id stands for. A router and its workers must agree on that."""
 
 import hashlib
 import json
@@ -8,11 +8,14 @@ from common.model_config import ModelError, read_json
 
 
 def digest(directory: Path) -> str:
-    """32 hex digits (128 bits) of blake2b over the tokens of tokenizer.json by their ids, added ones among them; empty
-    where the directory has none, as a worker's may.
+    """32 hex digits (128 bits) of BLAKE2b over the ids and tokens of tokenizer.json, added ones included. Empty if the
+    directory has no such file, as a worker's may not.
 
-    Not over the file: libraries write the same tokenizer in many ways, and how text is cut concerns the router alone.
-    Raises ModelError.
+    It does not cover the whole file: libraries write the same tokenizer in many ways, and how text is split into tokens
+    concerns only the router.
+
+    Raises:
+        ModelError: the file cannot be read, or holds no vocabulary.
     """
     file = directory / "tokenizer.json"
     if not file.is_file():

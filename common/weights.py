@@ -1,4 +1,4 @@
-"""A model's weights, as the model takes them: read from safetensors, or made up."""
+"""A model's weights, laid out as the model takes them: read from safetensors files, or random."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -39,18 +39,24 @@ class Weights:
     embedding: Tensor  # [V, H]
     layers: tuple[LayerWeights, ...]
     norm: Tensor  # [H]
-    lm_head: Tensor  # [V, H]; the embedding itself where they are tied
+    lm_head: Tensor  # [V, H]; the embedding itself if they are tied
 
 
 def load(directory: Path, config: ModelConfig, dtype: str, device: torch.device) -> Weights:
     """Reads the safetensors files of a Hugging Face directory.
 
-    On a CPU, in the dtype that is stored, weights stay in the mapped file: nothing is read before it is used, and
-    workers of one host share the memory. Such a file must not be written to while it is served. Parts of a fused
-    matrix that lie apart in the file are copied.
+    On a CPU, weights that are stored in `dtype` stay in the mapped file: they are read as they are used, and workers of
+    one host share the memory. So the file must not be changed while it is served. Parts of a fused matrix are copied if
+    they are not neighbours in the file.
 
-    Raises ModelError, naming the file and the tensor, where one is missing, unknown, of a wrong shape or dtype, or a
-    file is damaged.
+    Args:
+        directory: where the files are.
+        config: the model's shape.
+        dtype: "float32", "bfloat16" or "float16".
+        device: where the weights go.
+
+    Raises:
+        ModelError: a file is damaged, or a tensor is missing, unknown, or of a wrong shape or dtype; it names both.
     """
     stored: dict[str, Tensor] = {}
     for file in checkpoint_files(directory):
@@ -81,8 +87,11 @@ def load(directory: Path, config: ModelConfig, dtype: str, device: torch.device)
 
 
 def dummy(config: ModelConfig, dtype: str, device: torch.device, seed: int = 0) -> Weights:
-    """Random weights for benchmarks: the same for the same seed on the same kind of device. Norms are 1 and biases 0;
-    the rest is normal with variance 1 / inputs, which keeps activations in range in every dtype."""
+    """Random weights for benchmarks: the same for the same seed on the same kind of device.
+
+    Norms are 1 and biases 0. The rest is normally distributed with variance 1 / inputs, which keeps activations in
+    range in every dtype.
+    """
     generator = torch.Generator(device).manual_seed(seed)
 
     def make(name: str, shape: tuple[int, ...]) -> Tensor:
@@ -132,7 +141,7 @@ def _assemble(config: ModelConfig, take: _Source) -> Weights:
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
-    """The concatenation of `parts` along their first dimension; without a copy where they lie end to end already."""
+    """`parts` joined along their first dimension, without a copy if they already lie end to end in memory."""
     first = parts[0]
     end = first.data_ptr()
     for part in parts:
@@ -144,7 +153,7 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 
 def _refuse_leftovers(stored: Iterable[str], directory: Path, config: ModelConfig) -> None:
-    """A tensor that the model has no use for means another model, except two that checkpoints carry for nothing."""
+    """Refuses tensors that the model does not have, except two that some checkpoints carry without need."""
     for name in stored:
         if not (name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_word_embeddings)):
             raise ModelError(

@@ -10,7 +10,7 @@ from twostroke.v1 import worker_pb2 as pb
 
 
 class WorkerMetrics:
-    """One set per worker; the kinds of worker add their own to `registry`."""
+    """One set per worker. Each kind of worker adds its own metrics to `registry`."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -25,6 +25,12 @@ class WorkerMetrics:
             "twostroke_attempts_ended", "Attempts that this worker ended, by cause", ("cause",), registry=self.registry
         )
 
+        self.prompt_tokens = Counter(
+            "twostroke_prompt_tokens", "Prompt tokens, by where their KV came from", ("source",), registry=self.registry
+        )
+        self.computed_tokens = self.prompt_tokens.labels("computed")
+        self.cached_tokens = self.prompt_tokens.labels("cache")
+
     def ended(self, cause: "pb.Ended.Cause.ValueType") -> None:
         self._ended.labels(causes.name_of(cause)).inc()
 
@@ -36,8 +42,9 @@ class WorkerMetrics:
             gauge.set(getattr(load.blocks, state))
 
     def serve(self, config: WorkerConfig, certificates: Certificates) -> None:
-        """
+        """Serves the metrics at `config.metrics_port`, if it is set.
+
         Raises:
-            AddressError: the port that was asked for is taken.
+            AddressError: the port is taken.
         """
         metrics_server.serve(self.registry, config.listen, config.metrics_port, certificates)

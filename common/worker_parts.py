@@ -1,6 +1,5 @@
-"""What every worker is made of: a model on a device, a pool of KV blocks, and the words to introduce itself with."""
+"""What every worker is made of: a model on a device, a pool of KV blocks, and the hello that it greets routers with."""
 
-import os
 import uuid
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -13,12 +12,15 @@ from common import fingerprint, guided_sampling, model_config, model_files, spec
 from common.block_pool import BlockPool
 from common.config import WorkerConfig
 from common.cpu_memory import keep_freed_memory
+from common.devices import choose_device, choose_dtype
 from common.gpu_memory import Passes, bytes_for
 from common.grammar import CompiledGrammars, GrammarError, load_tokenizer
-from common.guided_sampling import Follower, GuidedSampling
-from common.kv_pool import KvLayout, KvPool, view
+from common.guided_sampling import GrammarState, GuidedSampling
+from common.kv_pool import KvLayout, KvPool, blocks_for, layout_to_proto, view
 from common.model import Model
-from common.model_config import ModelConfig, ModelError
+from common.model_config import ModelConfig
+from common.own_host import host_id
+from common.pool_size import blocks_that_fit
 from common.sequence import SequenceSpec
 from common.transport import PoolMemory, create
 from kernels.ops import Ops, select
@@ -26,11 +28,6 @@ from twostroke.v1 import inference_pb2
 from twostroke.v1 import worker_pb2 as pb
 
 log = structlog.get_logger(__name__)
-
-# Share of the memory that is free once the weights are loaded that the pool takes where nobody says how many blocks.
-GPU_POOL_SHARE = 0.85
-CPU_POOL_SHARE = 0.1
-CPU_POOL_MOST_BYTES = 2 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +39,7 @@ class WorkerParts:
     blocks: BlockPool
     device: torch.device
     hello: pb.WorkerHello
-    guided: GuidedSampling | None = None  # None: no output can be made to follow a grammar here
+    guided: GuidedSampling | None = None  # None: grammars are not supported with this model's files
 
     @property
     def max_length(self) -> int:
@@ -54,7 +51,7 @@ class WorkerParts:
         return self.hello.pool
 
     def check(self, spec: SequenceSpec, length: int) -> None:
-        """Raises ValueError, with a sentence, for a sequence of up to `length` tokens that cannot be served here."""
+        """Raises ValueError, with a sentence, if a sequence of up to `length` tokens cannot be served here."""
         if length > self.max_length:
             raise ValueError(f"{length} tokens do not fit; the longest sequence here has {self.max_length}")
         if len(spec.block_hashes) != len(spec.token_ids) // self.pool.layout.block_size:
@@ -66,12 +63,12 @@ class WorkerParts:
         if spec.grammar and self.guided is None:
             raise ValueError("output cannot be made to follow a grammar here; the worker's log says why")
 
-    def follower(self, spec: SequenceSpec) -> Follower | None:
-        """Of a sequence that was checked: where it is in its grammar, if it follows one; that begins to be compiled."""
-        return self.guided.follow(spec) if self.guided is not None and spec.grammar else None
+    def grammar_state(self, spec: SequenceSpec) -> GrammarState | None:
+        """The grammar state of a sequence that `check` let through; None if it follows no grammar."""
+        return self.guided.begin(spec) if self.guided is not None and spec.grammar else None
 
     def warm_up_sampling(self) -> None:
-        """Does all that can be done to logits once, so that no request waits for what the device compiles or loads."""
+        """Does everything that can be done to logits once, so that no request waits while kernels are compiled."""
         vocab_size, dtype = self.model.config.vocab_size, self.pool.tensor.dtype
         special_sampling.warm_up(self.ops.sample, vocab_size, dtype, self.device)
         guided_sampling.warm_up(vocab_size, dtype, self.device)
@@ -92,10 +89,16 @@ class WorkerParts:
 def load(
     config: WorkerConfig, role: "inference_pb2.WorkerRole.ValueType", max_batch: int, passes: Passes
 ) -> WorkerParts:
-    """Loads the model and takes the pool's memory; leaves room for `passes` on a GPU.
+    """Loads the model and allocates the pool; on a GPU, leaves room for `passes`.
+
+    Args:
+        config: the worker's settings.
+        role: prefill or decode.
+        max_batch: what routers are told: most tokens in a prefill batch, or most sequences in a decode batch.
+        passes: what will be captured as CUDA graphs.
 
     Raises:
-        ModelError: the model cannot be served, or the pool would hold no sequence of it.
+        ModelError: the model cannot be served, or the pool would not hold a single block.
         TransportError: the transport that was asked for does not work here.
     """
     if config.threads is not None:
@@ -110,7 +113,46 @@ def load(
         loaded = weights.dummy(model, dtype, device)
     else:
         loaded = weights.load(directory, model, dtype, device)
-    layout = KvLayout(
+    layout = _layout(config, model, dtype, device, passes)
+    instance = uuid.uuid4().hex
+    transport = config.transport if config.transport != "auto" else ("cuda_ipc" if device.type == "cuda" else "shm")
+    memory = create(transport, layout, device, instance)
+    max_length = min(model.context_length, layout.num_blocks * layout.block_size)
+    _log_loaded(config.model, device, layout, max_length, model.context_length)
+    ops = select(device)
+    guided = load_guided(directory, model)
+    hello = pb.WorkerHello(
+        instance=instance,
+        role=role,
+        model=config.model,
+        fingerprint=fingerprint.compute(directory, config.load_format, dtype, layout),
+        pool=pb.PoolHandle(
+            instance=instance, transport=transport, descriptor=memory.descriptor, layout=layout_to_proto(layout)
+        ),
+        max_length=max_length,
+        max_batch=max_batch,
+        version=version("twostroke"),
+        dtype=dtype,
+        vocab_size=model.vocab_size,
+        eos_token_ids=model.eos_token_ids,
+        vocabulary=vocabulary.digest(directory),
+        host=host_id(),
+        guides=guided is not None,
+    )
+    return WorkerParts(
+        model=Model(model, loaded, ops),
+        ops=ops,
+        pool=KvPool(layout, view(memory.tensor, layout)),
+        memory=memory,
+        blocks=BlockPool(layout.num_blocks, memory.generations),
+        device=device,
+        hello=hello,
+        guided=guided,
+    )
+
+
+def _layout(config: WorkerConfig, model: ModelConfig, dtype: str, device: torch.device, passes: Passes) -> KvLayout:
+    one_block = KvLayout(
         num_blocks=1,
         num_layers=model.num_layers,
         block_size=config.block_size,
@@ -118,134 +160,38 @@ def load(
         head_dim=model.head_dim,
         dtype=dtype,
     )
-    num_blocks = config.num_blocks or blocks_that_fit(layout, device, bytes_for(passes, model, dtype))
-    layout = replace(layout, num_blocks=num_blocks)
-    instance = uuid.uuid4().hex
-    transport = config.transport if config.transport != "auto" else ("cuda_ipc" if device.type == "cuda" else "shm")
-    memory = create(transport, layout, device, instance)
-    max_length = min(model.context_length, num_blocks * config.block_size)
+    return replace(
+        one_block,
+        num_blocks=config.num_blocks or blocks_that_fit(one_block, device, bytes_for(passes, model, dtype)),
+    )
+
+
+def _log_loaded(name: str, device: torch.device, layout: KvLayout, max_length: int, context_length: int) -> None:
     log.info(
         "model loaded",
-        model=config.model,
-        dtype=dtype,
+        model=name,
+        dtype=layout.dtype,
         device=str(device),
-        blocks=num_blocks,
-        block_size=config.block_size,
+        blocks=layout.num_blocks,
+        block_size=layout.block_size,
         pool_mib=layout.pool_bytes >> 20,
         max_length=max_length,
     )
-    if max_length < model.context_length:
+    if max_length < context_length:
         log.warning(
             "the pool is smaller than the longest sequence that the model allows; longer requests are refused: set "
             "--num-blocks, or --max-length where that is meant",
             tokens=max_length,
-            context_length=model.context_length,
-            num_blocks_for_all=-(-model.context_length // config.block_size),
+            context_length=context_length,
+            num_blocks_for_all=blocks_for(context_length, layout.block_size),
         )
-    ops = select(device)
-    guided = load_guided(directory, model)
-    return WorkerParts(
-        model=Model(model, loaded, ops),
-        ops=ops,
-        pool=KvPool(layout, view(memory.tensor, layout)),
-        memory=memory,
-        blocks=BlockPool(num_blocks, memory.generations),
-        device=device,
-        hello=pb.WorkerHello(
-            instance=instance,
-            role=role,
-            model=config.model,
-            fingerprint=fingerprint.compute(directory, config.load_format, dtype, layout),
-            pool=pb.PoolHandle(
-                instance=instance,
-                transport=transport,
-                descriptor=memory.descriptor,
-                layout=layout_to_proto(layout),
-            ),
-            max_length=max_length,
-            max_batch=max_batch,
-            version=version("twostroke"),
-            dtype=dtype,
-            vocab_size=model.vocab_size,
-            eos_token_ids=model.eos_token_ids,
-            vocabulary=vocabulary.digest(directory),
-            host=host_id(),
-            guides=guided is not None,
-        ),
-        guided=guided,
-    )
 
 
 def load_guided(directory: Path, model: ModelConfig) -> GuidedSampling | None:
-    """None, and a line in the log, where requests that ask for it are to be refused."""
+    """What runs grammars; or None, and a line in the log, if requests with a grammar must be refused."""
     try:
         grammars = CompiledGrammars(load_tokenizer(directory, model))
     except GrammarError as error:
         log.warning("guided output is not served", reason=str(error))
         return None
     return GuidedSampling(grammars, model.vocab_size, torch.get_num_threads())
-
-
-def host_id() -> str:
-    """What the kernel calls its time since boot: the same in all containers of a host. Empty where it doesn't say."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
-    except OSError:
-        return ""
-
-
-def choose_device(name: str) -> torch.device:
-    """Raises ModelError where a GPU is asked for and there is none."""
-    available = torch.cuda.is_available()
-    if name == "auto":
-        name = "cuda" if available else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda":
-        if not available:
-            raise ModelError(
-                f"device {name} was asked for, but torch sees no GPU; use --device cpu, or check the driver"
-            )
-        if ":" not in name:
-            device = torch.device("cuda", 0)
-        if device.index >= torch.cuda.device_count():
-            raise ModelError(f"device {name} was asked for, but there are {torch.cuda.device_count()} GPUs")
-        torch.cuda.set_device(device)
-    return device
-
-
-def choose_dtype(name: str, model: ModelConfig, device: torch.device) -> str:
-    if name != "auto":
-        return name
-    if device.type == "cpu":
-        return "float32"
-    return "bfloat16" if model.dtype == "float32" else model.dtype
-
-
-def blocks_that_fit(layout: KvLayout, device: torch.device, kept_free: int) -> int:
-    """Blocks that fit the memory that is free now; on a GPU, `kept_free` bytes stay free. Raises ModelError where not
-    even one block fits."""
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-        budget = max(min(int(free * GPU_POOL_SHARE), free - kept_free), 0)
-    else:
-        budget = min(
-            int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * CPU_POOL_SHARE), CPU_POOL_MOST_BYTES
-        )
-    blocks = budget // layout.block_bytes
-    if blocks < 1:
-        raise ModelError(
-            f"no KV block of {layout.block_bytes} bytes fits the {budget >> 20} MiB that a pool may take; "
-            "say how many with --num-blocks, or make room"
-        )
-    return blocks
-
-
-def layout_to_proto(layout: KvLayout) -> pb.KvLayout:
-    return pb.KvLayout(
-        num_blocks=layout.num_blocks,
-        num_layers=layout.num_layers,
-        block_size=layout.block_size,
-        num_kv_heads=layout.num_kv_heads,
-        head_dim=layout.head_dim,
-        dtype=layout.dtype,
-    )

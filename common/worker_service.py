@@ -1,16 +1,14 @@
-"""The gRPC side of a worker: routers' streams on a thread of their own, two queues to the engine's loop.
+"""The gRPC side of a worker: routers' streams, on a thread of their own, with two queues to the engine's loop.
 
-The engine's loop owns the main thread, the model and the blocks. It takes what routers sent with `receive`, writes its
-answers into `outgoing(connection)`, and `flush`es them once a turn, so that a step of 256 sequences is one message.
+The engine's loop owns the main thread, the model and the blocks. It takes the routers' messages with `receive`, writes
+its answers into `outgoing(connection)`, and `flush`es them once a turn, so that a step of 256 sequences is one message.
 """
 
 import asyncio
 import queue
-import socket
 import threading
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,13 +17,13 @@ import grpc
 import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from common.addresses import ANY_HOST, is_unix, with_port
 from common.cluster_secret import SecretInterceptor
 from common.config import WorkerConfig
 from common.grpc_options import PEERS
 from common.health import Health
-from common.own_address import way_to
-from common.peers import Peers, only_local
+from common.peers import Peers
+from common.registration import Registration
+from common.unsent import Unsent
 from twostroke.v1 import worker_pb2 as pb
 from twostroke.v1 import worker_pb2_grpc
 
@@ -35,72 +33,64 @@ SERVICE = "twostroke.v1.Worker"
 
 WRONG_SECRET = "the worker has a cluster secret, and this call not the same: set --cluster-secret-file on the router"
 
-REGISTRATION = (*PEERS, ("grpc.use_local_subchannel_pool", 1))
-
-# A router that reads nothing for this many messages, or bytes of them, is cut off: its sequences end, and memory stays
-# bounded. To tell a message's size takes as long as to send it, so those that nearly all routers keep up with are not
-# measured.
-MAX_UNSENT_MESSAGES = 10_000
-MAX_UNSENT_BYTES = 64 << 20
-UNMEASURED_MESSAGES = 100
-
-# Messages that wait for the engine. No more are read until it takes some: gRPC then holds the routers up.
+# Most messages that wait for the engine. No more are read until it takes some, so gRPC holds the routers up.
 MAX_UNREAD_MESSAGES = 1_000
 UNREAD_PAUSE = 0.005  # seconds
 
-# Reasons that are remembered of routers that refuse this worker.
+# Most reasons to remember why routers refused this worker.
 MAX_REFUSALS = 256
 
-# An engine that has not come for messages for so long hangs: by then routers have left it, too, unless they are told to
-# wait longer than they do by themselves (--worker-silence-seconds).
+# An engine that has not called `receive` for this long hangs. By then routers have given it up, too, unless their
+# --worker-silence-seconds is longer than the default.
 SILENT_SECONDS = 30.0
 HEALTH_INTERVAL = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """What a router sent over one of its connections; a message of None says that the connection is gone."""
+    """A message from a router's connection; None if the connection is gone."""
 
     connection: int
     message: pb.RouterMessage | None
 
 
 class WorkerService(worker_pb2_grpc.WorkerServicer):
-    """Serves `twostroke.v1.Worker` and health at `config.listen`, to routers that `peers` knows.
+    """Serves `twostroke.v1.Worker` and health at `config.listen`, and registers with `config.router`.
+
+    Args:
+        hello: what every router is told first.
+        config: the worker's settings.
+        peers: the secret and certificates of the cluster.
 
     Raises:
-        OSError: the address cannot be listened on.
+        AddressError: the address cannot be listened on.
     """
 
     def __init__(self, hello: pb.WorkerHello, config: WorkerConfig, peers: Peers) -> None:
         self._hello = hello
-        self._routers = config.router
         self._peers = peers
         self._inbox: queue.SimpleQueue[Received] = queue.SimpleQueue()
         self._outgoing: dict[int, pb.WorkerMessage] = {}
-        self._connections: dict[int, _Unsent] = {}
+        self._connections: dict[int, Unsent] = {}
         self._next_connection = 0
-        self._refusals: dict[str, set[str]] = {}  # by router: its reasons, each of which is told once
+        self._refusals: dict[str, set[str]] = {}  # by router: its reasons, each of which is logged once
         self._health = Health()
         self._serving = self._hangs = self._stopped = False
-        self._healthy: bool | None = None  # as health says it now
+        self._healthy: bool | None = None  # what health says now
         self._turn_at = time.monotonic()
         self._loop = asyncio.new_event_loop()
         self._changed = asyncio.Event()
         started: Future[int] = Future()
         self._thread = threading.Thread(target=self._run, args=(config.listen, started), name="grpc", daemon=True)
         self._thread.start()
-        self._port = started.result()
-        self._host = config.listen.rpartition(":")[0]
-        self._advertise = config.advertise
-        listen = f"{socket.gethostname()}:0" if self._host in ANY_HOST else config.listen
-        self.address = config.advertise or with_port(listen, self._port)
-        self._loop.call_soon_threadsafe(self._start_registering)
+        registration = Registration(hello, peers, config.listen, started.result(), config.advertise)
+        self.address = registration.address
+        self._loop.call_soon_threadsafe(self._start_registering, registration, config.router)
 
     # ------------------------------------------------------------ called by the engine's loop
 
     def receive(self, timeout: float) -> list[Received]:
-        """Everything that routers have sent; waits up to `timeout` seconds where there is nothing."""
+        """Everything that routers have sent; waits up to `timeout` seconds if there is nothing."""
         received = []
         self._turn_at = time.monotonic()
         try:
@@ -132,8 +122,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             self._loop.call_soon_threadsafe(self._hand_over, outgoing)
 
     def set_serving(self, serving: bool) -> None:
-        """What health says from now on, as long as the engine makes its turns; safe from any thread and from signal
-        handlers."""
+        """What health says from now on, unless the engine hangs. Safe from any thread and from signal handlers."""
         self._serving = serving
         self._loop.call_soon_threadsafe(self._changed.set)
 
@@ -192,55 +181,8 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             for name in ("", SERVICE):
                 await self._health.set(name, status)
 
-    def _start_registering(self) -> None:
-        self._registrations = [self._loop.create_task(self._register(router)) for router in self._routers]
-
-    async def _register(self, router: str) -> None:
-        """Tells a router where this worker is, again and again: a router that restarts learns it within seconds."""
-        request = pb.RegisterRequest(instance=self._hello.instance, role=self._hello.role)
-        warned = False
-        failures: set[object] = set()  # kinds of, since it was registered: each is told once
-        while True:
-            # A new channel for each try: one that failed waits up to two minutes before it looks the name up again.
-            async with self._peers.channel(router, REGISTRATION) as channel:
-                stub = worker_pb2_grpc.RegistryStub(channel)
-                try:
-                    request.address, reachable = await self._address_towards(router)
-                    if not (reachable or warned):
-                        log.warning(
-                            "the router is on another machine, and cannot reach this worker at the address that it is "
-                            "told: set --listen or --advertise",
-                            router=router,
-                            address=request.address,
-                        )
-                        warned = True
-                    while True:
-                        response = await stub.Register(
-                            request, timeout=5, wait_for_ready=True, metadata=self._peers.metadata
-                        )
-                        if failures:
-                            log.info("registered", router=router)
-                        failures.clear()
-                        await asyncio.sleep(max(response.interval_ms, 100) / 1000)
-                except (grpc.aio.AioRpcError, OSError) as error:
-                    kind, detail = (
-                        (error.code(), error.details())
-                        if isinstance(error, grpc.aio.AioRpcError)
-                        else (type(error), str(error))
-                    )
-                    if kind not in failures:
-                        log.warning("cannot register yet; trying on", router=router, detail=detail)
-                    failures.add(kind)
-            await asyncio.sleep(0.5)
-
-    async def _address_towards(self, router: str) -> tuple[str, bool]:
-        """What this router is told, and whether it can reach the worker there."""
-        if is_unix(router):
-            return self.address, True
-        way = await way_to(router, socket.AF_INET if self._host == "0.0.0.0" else socket.AF_UNSPEC)
-        from_anywhere = self._advertise is None and self._host in ANY_HOST
-        address = f"{way.host}:{self._port}" if from_anywhere else self.address
-        return address, way.same_machine or not only_local(address)
+    def _start_registering(self, registration: Registration, routers: tuple[str, ...]) -> None:
+        self._registrations = [self._loop.create_task(registration.keep(router)) for router in routers]
 
     def _hand_over(self, outgoing: dict[int, pb.WorkerMessage]) -> None:
         for connection, message in outgoing.items():
@@ -260,7 +202,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         yield pb.WorkerMessage(hello=self._hello)
         task = asyncio.current_task()
         assert task is not None
-        unsent = _Unsent(cut_off=task.cancel)
+        unsent = Unsent(cut_off=task.cancel)
         reader = asyncio.create_task(self._read(hello.hello.router, requests, unsent))
         try:
             while await unsent.ready.wait() and not reader.done():
@@ -270,8 +212,8 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         finally:
             reader.cancel()
 
-    async def _read(self, router: str, requests: AsyncIterator[pb.RouterMessage], unsent: "_Unsent") -> None:
-        """Owns the connection: it is there for the engine as long as this runs."""
+    async def _read(self, router: str, requests: AsyncIterator[pb.RouterMessage], unsent: Unsent) -> None:
+        """Reads a router's messages. The engine sees the connection for as long as this runs."""
         connection = self._next_connection
         self._next_connection += 1
         self._connections[connection] = unsent
@@ -300,37 +242,8 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
 
     def _tell_refusal(self, router: str, reason: str) -> None:
         if sum(map(len, self._refusals.values())) >= MAX_REFUSALS:
-            self._refusals.clear()  # each is told once more
+            self._refusals.clear()  # each will be logged once more
         reasons = self._refusals.setdefault(router, set())
         if reason not in reasons:
             reasons.add(reason)
             log.error("the router refuses this worker, which gets no requests", router=router, reason=reason)
-
-
-class _Unsent:
-    """Messages on their way to one router."""
-
-    def __init__(self, cut_off: Callable[[], object]) -> None:
-        self.ready = asyncio.Event()
-        self._messages: deque[tuple[pb.WorkerMessage, int]] = deque()  # with the bytes of each that was measured
-        self._bytes = 0
-        self._cut_off = cut_off
-
-    def put(self, message: pb.WorkerMessage) -> None:
-        count = len(self._messages)
-        size = message.ByteSize() if count >= UNMEASURED_MESSAGES else 0
-        if count >= MAX_UNSENT_MESSAGES or self._bytes + size > MAX_UNSENT_BYTES:
-            log.error("a router does not read; cutting it off", unsent=count, mebibytes=self._bytes >> 20)
-            self._cut_off()
-            return
-        self._messages.append((message, size))
-        self._bytes += size
-        self.ready.set()
-
-    def take(self) -> pb.WorkerMessage | None:
-        """The next one to be sent; None where there is none."""
-        if not self._messages:
-            return None
-        message, size = self._messages.popleft()
-        self._bytes -= size
-        return message

@@ -1,4 +1,4 @@
-"""The running batch, resident on the device: one row for each sequence, touched only where something changed."""
+"""The running batch, resident on the device: one row per sequence, written only where something changed."""
 
 from dataclasses import dataclass
 
@@ -10,17 +10,21 @@ from torch import Tensor
 from common.device_io import to_device
 from decode_worker.scheduler import Sequence
 
-# length of a row that no sequence has; steps leave it alone
+# Length of a row without a sequence, which steps leave alone.
 UNUSED = -1
+
+# Columns of the buffer, of one int32 for each row; the seeds take the first two.
+TOKENS, LENGTHS, TEMPERATURE, TOP_P, MIN_P, TOP_K = range(2, 8)
+COLUMNS = 8
 
 
 @dataclass(frozen=True, slots=True)
 class BatchState:
-    """Device tensors of R rows, all views of one int32 buffer: one scatter brings every change of a turn."""
+    """Device tensors of R rows, all views of one int32 buffer, so that one scatter writes all changes of a turn."""
 
     seeds: Tensor  # [R] int64
     tokens: Tensor  # [R] int32, the token that the next step consumes
-    lengths: Tensor  # [R] int32, its position: how many tokens have KV; UNUSED where there is no sequence
+    lengths: Tensor  # [R] int32, that token's position: how many tokens have KV; or UNUSED
     temperature: Tensor  # [R] float32
     top_p: Tensor  # [R] float32
     min_p: Tensor  # [R] float32
@@ -42,11 +46,12 @@ class BatchState:
 
 
 class DecodeBatch:
-    """Rows 0 to count-1 hold the running sequences; a sequence that leaves is replaced by the last one.
+    """Keeps the running sequences in the first rows: the last one takes the place of one that leaves.
 
     Args:
-        max_rows: sequences at most.
+        max_rows: most sequences.
         max_blocks: blocks of the longest sequence.
+        device: where the batch lies.
     """
 
     def __init__(self, max_rows: int, max_blocks: int, device: torch.device) -> None:
@@ -54,22 +59,22 @@ class DecodeBatch:
         self._device = device
         self._max_rows = max_rows
         self._max_blocks = max_blocks
-        self._tables_at = 8 * max_rows
+        self._tables_at = COLUMNS * max_rows
         self._buffer = torch.zeros(self._tables_at + max_rows * max_blocks, dtype=torch.int32, device=device)
-        columns = self._buffer[: self._tables_at].view(8, max_rows)
+        columns = self._buffer[: self._tables_at].view(COLUMNS, max_rows)
         self.state = BatchState(
             seeds=self._buffer[: 2 * max_rows].view(torch.int64),
-            tokens=columns[2],
-            lengths=columns[3],
-            temperature=columns[4].view(torch.float32),
-            top_p=columns[5].view(torch.float32),
-            min_p=columns[6].view(torch.float32),
-            top_k=columns[7],
+            tokens=columns[TOKENS],
+            lengths=columns[LENGTHS],
+            temperature=columns[TEMPERATURE].view(torch.float32),
+            top_p=columns[TOP_P].view(torch.float32),
+            min_p=columns[MIN_P].view(torch.float32),
+            top_k=columns[TOP_K],
             block_tables=self._buffer[self._tables_at :].view(max_rows, max_blocks),
         )
         self.state.lengths.fill_(UNUSED)
         self._row_of: dict[Sequence, int] = {}
-        # What the device has: the row where a sequence's next token lies, and how many of its blocks are in the table.
+        # What the device knows: in which row a sequence's next token lies, and how many of its blocks.
         self._device_row: dict[Sequence, int] = {}
         self._device_blocks: dict[Sequence, int] = {}
         self._changed_rows: set[int] = set()
@@ -117,6 +122,7 @@ class DecodeBatch:
         return self._device_blocks[sequence] != len(sequence.blocks)
 
     def _growth_edit(self, sequence: Sequence) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+        """The sequence's new blocks: where in the buffer, and what."""
         known = self._device_blocks[sequence]
         self._device_blocks[sequence] = len(sequence.blocks)
         start = self._tables_at + self._row_of[sequence] * self._max_blocks
@@ -126,18 +132,19 @@ class DecodeBatch:
         )
 
     def _row_edit(self, row: int) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+        """All of a row, except the token of a sequence that only moved: where in the buffer, and what."""
         rows = self._max_rows
         if row >= len(self.sequences):
-            return np.asarray([3 * rows + row], dtype=np.int64), np.asarray([UNUSED], dtype=np.int32)
+            return np.asarray([LENGTHS * rows + row], dtype=np.int64), np.asarray([UNUSED], dtype=np.int32)
         sequence = self.sequences[row]
         sampling = sequence.spec.sampling
         seed = np.asarray([sampling.seed], dtype=np.uint64).view(np.int32)
         floats = np.asarray([sampling.temperature, sampling.top_p, sampling.min_p], dtype=np.float32).view(np.int32)
-        columns = [2 * row, 2 * row + 1, *(column * rows + row for column in range(3, 8))]
+        columns = [2 * row, 2 * row + 1, *(column * rows + row for column in range(LENGTHS, COLUMNS))]
         values = [*seed, sequence.kv_len, *floats, sampling.top_k]
         if sequence not in self._device_row:
-            # A new row's token is known here; that of a moved one may still be on its way out of the last step.
-            columns.append(2 * rows + row)
+            # The host knows the token of a new row. That of a moved row may not have left the last step yet.
+            columns.append(TOKENS * rows + row)
             values.append(sequence.tokens[sequence.kv_len])
         self._device_row[sequence] = row
         table_at = self._tables_at + row * self._max_blocks

@@ -12,15 +12,15 @@ class DecodeConfig(WorkerConfig):
     """Settings of a decode worker."""
 
     max_batch: PositiveInt = 64
-    """Most sequences that are decoded together."""
+    """Most sequences in a decode step."""
 
     prefill_tokens: NonNegativeInt = 0
-    """Prompts with at most this many tokens uncached on this worker are prefilled here, without a hand-over; any prompt
-    is, while there is no prefill worker."""
+    """Prompts with at most this many tokens uncached on this worker are prefilled here, without a hand-over. With this
+    or --prefill-overflow-tokens above 0, so is any prompt while there is no prefill worker."""
 
     prefill_overflow_tokens: NonNegativeInt = 0
     """Prompts with at most this many uncached tokens are prefilled here, one at a time, while all prefill workers are
-    busy. 0, here and for --prefill-tokens: none, ever."""
+    busy. If this and --prefill-tokens are 0, no prompts are."""
 
     prefill_chunk_tokens: PositiveInt = 512
-    """Most tokens of prompts that are computed here between two decode steps."""
+    """Most prompt tokens that are computed here between two decode steps."""

@@ -13,19 +13,19 @@ from decode_worker.step import Stepper
 
 
 def ladder(max_batch: int) -> tuple[int, ...]:
-    """Batch sizes to capture: a batch runs in the smallest that holds it, and padding stays cheap."""
+    """Batch sizes to capture, dense enough to keep padding cheap: a batch runs in the smallest that holds it."""
     sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, max_batch, 32)]
     return (*(size for size in sizes if size < max_batch), max_batch)
 
 
 def passes(max_batch: int) -> Passes:
-    """What graphs of batches up to this size need memory for."""
+    """What `DecodeGraphs` for batches of up to `max_batch` will need memory for."""
     return Passes(max_batch, max_batch, 2 * len(ladder(max_batch)))
 
 
 class DecodeGraphs:
-    """Replays the captured step. `plain` is the whole step; `logits` ends before sampling, for batches in which a
-    sequence asks for penalties, biases or logprobs, which run eagerly after it."""
+    """The captured step. `plain` is the whole step. `logits` stops before sampling, which then runs eagerly: for
+    batches in which a sequence wants penalties, biases, log-probabilities or a grammar."""
 
     def __init__(self, stepper: Stepper, state: BatchState, max_batch: int) -> None:
         self._sizes = ladder(max_batch)
@@ -33,21 +33,21 @@ class DecodeGraphs:
         self._plain: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._logits: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         pool = torch.cuda.graph_pool_handle()
-        # The largest first: the smaller ones then fit into the memory that it took.
+        # Largest first, so that the smaller ones reuse its memory.
         for size in tqdm(self._sizes[::-1], desc="capturing CUDA graphs", unit="graph"):
             rows = state.first(size)
             for graphs, step in ((self._plain, stepper.plain), (self._logits, stepper.logits)):
                 graphs[size] = capture(partial(step, rows), pool)
 
-    def padded(self, rows: int) -> int:
-        return next(size for size in self._sizes if size >= rows)
-
     def plain(self, rows: int) -> Tensor:
-        graph, tokens = self._plain[self.padded(rows)]
+        graph, tokens = self._plain[self._padded(rows)]
         graph.replay()
         return tokens[:rows]
 
     def logits(self, rows: int) -> Tensor:
-        graph, logits = self._logits[self.padded(rows)]
+        graph, logits = self._logits[self._padded(rows)]
         graph.replay()
         return logits[:rows]
+
+    def _padded(self, rows: int) -> int:
+        return next(size for size in self._sizes if size >= rows)

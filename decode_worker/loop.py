@@ -1,6 +1,6 @@
-"""The running batch, turn by turn: give each sequence the block it writes to, launch a step, read the one before.
+"""Decode, turn by turn: give each sequence the block that it writes to, launch a step, read the step before.
 
-Where sequences come from and who hears of their tokens is not known here; see engine.py for that.
+Knows nothing of messages: engine.py adds sequences and sends their tokens on.
 """
 
 import time
@@ -16,7 +16,7 @@ from twostroke.v1 import worker_pb2 as pb
 
 @dataclass(frozen=True, slots=True)
 class StepTokens:
-    """What a step gave: parallel lists. `logprobs` is empty where no sequence asked for any."""
+    """What a step gave, in parallel lists. `logprobs` is empty if no sequence asked for any."""
 
     sequences: list[Sequence]
     tokens: list[int]
@@ -25,51 +25,50 @@ class StepTokens:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What happened in a turn, in this order. Who finished or was preempted is out of the batch, its blocks on their
-    way home."""
+    """What happened in a turn, in this order. Sequences that finished, failed or were preempted have left the batch;
+    their blocks are released, or will be after the last step that writes to them."""
 
     steps: list[StepTokens] = field(default_factory=list)
     finished: list[Sequence] = field(default_factory=list)
     preempted: list[Sequence] = field(default_factory=list)
-    failed: list[tuple[Sequence, str]] = field(default_factory=list)  # with the reason: no token of it can follow
+    failed: list[tuple[Sequence, str]] = field(default_factory=list)  # and why: no token can follow
 
 
 class DecodeLoop:
     def __init__(self, parts: WorkerParts, runner: Runner, max_batch: int) -> None:
         self.scheduler = Scheduler(parts.blocks, parts.pool.layout.block_size, max_batch)
-        self.runner = runner
+        self._runner = runner
         self._batch = runner.batch
         self._in_flight: deque[Step] = deque()
-        # On a GPU a step is launched before the one before it is read, so that the GPU never waits for Python.
+        # On a GPU the next step is launched before the running one is read, so that the GPU never waits for Python.
         self._steps_ahead = 1 if parts.device.type == "cuda" else 0
         self._pace = Pace()
 
     @property
     def busy(self) -> bool:
-        """Whether the next turn has something to do."""
+        """Whether there is anything to do in the next turn."""
         return bool(self._batch) or bool(self._in_flight)
 
     def spare_seconds(self) -> float:
-        """How long the next turn may wait, for sequences that its step can then take in, before the device waits for
-        it. To be asked again now and then: the step that runs may end sooner than is thought."""
+        """How long the next turn can wait for more sequences to join its step before the device runs out of work. Ask
+        again from time to time: the running step may end sooner than expected."""
         if not (self._batch and self._in_flight) or self._in_flight[0].tokens.arrived:
             return 0.0
         return self._pace.spare(time.monotonic())
 
     def start(self, sequence: Sequence) -> bool:
-        """A reserved sequence's KV and its first token are here. False where that token was its last one; then it is
-        over."""
+        """Adds a sequence whose KV and first token are here. False if that token already ended it."""
         self.scheduler.start(sequence)
         if sequence.spec.ends_with(sequence.tokens[-1], len(sequence.tokens)):
             self.scheduler.end(sequence)
             return False
-        self.runner.add(sequence)
+        self._runner.add(sequence)
         return True
 
     def drop(self, sequence: Sequence) -> None:
-        """Takes a sequence out, in whatever state."""
+        """Takes a sequence out, whatever its state."""
         if sequence in self._batch:
-            self.runner.remove(sequence)
+            self._runner.remove(sequence)
         self.scheduler.end(sequence)
 
     def turn(self) -> Turn:
@@ -85,7 +84,7 @@ class DecodeLoop:
         starved = self.scheduler.grow(self._batch.sequences)
         if not starved:
             return
-        while self._in_flight:  # their tokens are owed before anyone is preempted, and may end a sequence
+        while self._in_flight:  # a preempted sequence keeps all its tokens; and one that ends here frees its blocks
             self._read(self._in_flight.popleft(), turn)
         while starved := self.scheduler.grow([sequence for sequence in starved if sequence in self._batch]):
             victim = self.scheduler.cheapest()
@@ -93,7 +92,7 @@ class DecodeLoop:
             turn.preempted.append(victim)
 
     def _launch(self) -> Step:
-        step = self.runner.launch(self._in_flight[-1] if self._in_flight else None)
+        step = self._runner.launch(self._in_flight[-1] if self._in_flight else None)
         if self._in_flight:
             self._pace.launched(step.late)
         else:
@@ -102,7 +101,7 @@ class DecodeLoop:
             sequence.kv_len += 1
             sequence.steps_in_flight += 1
             if not sequence.wants_step:
-                self.runner.remove(sequence)
+                self._runner.remove(sequence)
         return step
 
     def _read(self, step: Step, turn: Turn) -> None:

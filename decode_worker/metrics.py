@@ -15,11 +15,7 @@ class DecodeMetrics(WorkerMetrics):
             "twostroke_batch_sequences", "Sequences of a step", buckets=SEQUENCE_BUCKETS, registry=self.registry
         )
         self.output_tokens = Counter("twostroke_output_tokens", "Tokens generated", registry=self.registry)
-        prompt_tokens = Counter(
-            "twostroke_prompt_tokens", "Prompt tokens, by where their KV came from", ("source",), registry=self.registry
-        )
-        self.pulled_tokens, self.cached_tokens = prompt_tokens.labels("prefill worker"), prompt_tokens.labels("cache")
-        self.computed_tokens = prompt_tokens.labels("computed")
+        self.pulled_tokens = self.prompt_tokens.labels("prefill worker")
         self.handover_bytes = Counter(
             "twostroke_handover_bytes", "KV pulled from prefill workers", registry=self.registry
         )

@@ -1,4 +1,4 @@
-"""Prompts that this worker prefills itself: the prefill worker's loop beside its own, on the same pool and stream."""
+"""Prompts that a decode worker prefills itself, with the prefill worker's loop, on its own pool and stream."""
 
 from common.worker_parts import WorkerParts
 from decode_worker.scheduler import Sequence
@@ -8,10 +8,12 @@ from prefill_worker.scheduler import Prompt
 
 
 class OwnPrompts:
-    """Reserved sequences on their way to their first token. Their KV goes into the blocks that they decode in.
+    """Reserved sequences whose prompts are prefilled here, into the blocks that they will decode in.
 
     Args:
-        chunk_tokens: of prompts, that one turn computes at most: so long does a decode step wait.
+        parts: the model and the pool.
+        runner: computes the chunks.
+        chunk_tokens: most prompt tokens in a turn, for which decode steps have to wait.
     """
 
     def __init__(self, parts: WorkerParts, runner: Runner, chunk_tokens: int) -> None:
@@ -21,29 +23,31 @@ class OwnPrompts:
 
     @property
     def busy(self) -> bool:
-        """Whether the next turn has something to do."""
+        """Whether there is anything to do in the next turn."""
         return bool(self._sequences) or self._loop.busy
 
     @property
-    def held_back(self) -> bool:
-        """Whether all that the last turn had to do waits for grammars to be compiled."""
-        return self._loop.held_back
+    def waits_for_grammar(self) -> bool:
+        """Whether all that is left to do waits for grammars to be compiled."""
+        return self._loop.waits_for_grammar
 
     def add(self, sequence: Sequence) -> None:
-        """Its blocks are the prompt's until `turn` gives the sequence back."""
+        """Takes the sequence and its blocks over, until `turn` returns them."""
         blocks, sequence.blocks = sequence.blocks, []
         self._sequences[sequence.attempt_id] = sequence
         self._loop.scheduler.add(
-            Prompt(sequence.attempt_id, sequence.connection, sequence.spec, blocks, follower=sequence.follower)
+            Prompt(sequence.attempt_id, sequence.connection, sequence.spec, blocks, grammar=sequence.grammar)
         )
 
     def drop(self, sequence: Sequence) -> None:
-        """Takes a sequence out; one that is not here is left alone. Its blocks go home now, or with its last chunk."""
+        """Takes a sequence out, and releases its blocks now or after its last launched chunk. Does nothing if it is
+        not here."""
         if self._sequences.pop(sequence.attempt_id, None) is not None:
             self._loop.scheduler.drop(sequence.attempt_id)
 
     def turn(self) -> list[tuple[Sequence, FirstToken]]:
-        """Computes one chunk; returns the sequences whose KV is in place, with the first token at their end."""
+        """Computes one batch of chunks. Returns the sequences whose prompts are complete; their first token is already
+        appended."""
         return [(self._filled(prompt, first), first) for prompt, first in self._loop.turn().complete]
 
     def _filled(self, prompt: Prompt, first: FirstToken) -> Sequence:

@@ -1,4 +1,4 @@
-"""The pools of prefill workers, each opened once and proven on its own thread, and closed when its owner is gone."""
+"""The pools of prefill workers: each opened and probed once, on another thread, and closed when its owner is gone."""
 
 import time
 from collections.abc import Callable, Container
@@ -15,9 +15,9 @@ from twostroke.v1 import worker_pb2 as pb
 
 log = structlog.get_logger(__name__)
 
-# How often pools of workers that may be gone are looked after.
+# How often to check for pools whose owners are gone.
 CHECK_SECONDS = 1.0
-# A router names the prefill workers of this host only; one that names ever new ones gets no more opened.
+# Most pools open at once. A router only names the prefill workers of this host, so more would be a fault of its own.
 MAX_POOLS = 64
 
 
@@ -32,9 +32,9 @@ class PeerPools:
     """
     Args:
         layout: of the pool that is read into.
-        device: where that lies.
-        speeds: of each open pool, by instance: bytes per second of the first blocks read.
-        wake: called, from any thread, when `answers` has something new.
+        device: where that pool lies.
+        speeds: gauge of each open pool, by instance: bytes per second at which its first blocks were read.
+        wake: called from any thread when `answers` has something new.
     """
 
     def __init__(self, layout: KvLayout, device: torch.device, speeds: Gauge, wake: Callable[[], None]) -> None:
@@ -48,7 +48,7 @@ class PeerPools:
         self._next_check = 0.0  # time.monotonic()
 
     def open(self, handle: pb.PoolHandle) -> Future[PeerPool]:
-        """Of the worker's one pool, whoever asks."""
+        """The worker's pool, opened once however often it is asked for."""
         opening = self._pools.get(handle.instance)
         if opening is None and len(self._pools) >= MAX_POOLS:
             opening = Future()
@@ -58,13 +58,13 @@ class PeerPools:
         return opening
 
     def prove(self, connection: int, handle: pb.PoolHandle) -> None:
-        """Opens it before there is anything to pull; `answers` has the outcome."""
+        """Opens a pool before there is anything to pull from it; `answers` returns the outcome."""
         opening = self.open(handle)
         self._asked.append(_Asked(connection, handle.instance, opening))
         opening.add_done_callback(lambda _: self._wake())
 
     def answers(self) -> list[tuple[int, pb.PoolOpened]]:
-        """What came of `prove` since the last call, by connection."""
+        """Outcomes of `prove` since the last call, with the connection that asked."""
         if not self._asked:
             return []
         over = [asked for asked in self._asked if asked.opening.done()]
@@ -75,8 +75,8 @@ class PeerPools:
         ]
 
     def close_gone(self, in_use: Callable[[], Container[str]]) -> None:
-        """Closes the pools of workers that are no more, so that their memory can be freed, and forgets those that could
-        not be opened, so that who asks next tries again. To be called every turn; it looks every second."""
+        """Closes the pools of workers that are gone, so that their memory can be freed, and forgets those that could
+        not be opened, so that the next `open` tries again. Call it every turn; it checks once a second."""
         if (now := time.monotonic()) < self._next_check:
             return
         self._next_check = now + CHECK_SECONDS

@@ -1,4 +1,4 @@
-"""KV on its way from prefill workers' pools into this worker's."""
+"""KV on its way from prefill workers' pools into this worker's pool."""
 
 import time
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ from twostroke.v1 import worker_pb2 as pb
 
 @dataclass(frozen=True, slots=True)
 class Pull:
-    """What one sequence lacks, and where it lies."""
+    """A sequence that lacks KV, and where that KV is."""
 
     sequence: Sequence
     source: pb.KvLocation
@@ -23,7 +23,7 @@ class Pull:
 
 @dataclass(frozen=True, slots=True)
 class Pulled:
-    """A pull that is over. `problem` is empty where the KV is in place; `lease_lost` tells stale blocks from faults."""
+    """A pull that is over. `problem` is empty if the KV is in place; `lease_lost`: the blocks were stale."""
 
     sequence: Sequence
     milliseconds: float
@@ -32,9 +32,9 @@ class Pulled:
 
 
 class Puller:
-    """Reads blocks from prefill workers' pools, all of a turn and a worker in one transfer.
+    """Reads blocks from prefill workers' pools, in one transfer for each turn and worker.
 
-    A sequence in here counts as having a step in flight: its blocks are being written.
+    A pull counts as a step in flight of its sequence, because it writes to the sequence's blocks.
     """
 
     def __init__(self, pool: KvPool, peers: PeerPools) -> None:
@@ -53,7 +53,7 @@ class Puller:
             self._waiting.append((self._peers.open(pull.source.pool), pull))
 
     def poll(self) -> list[Pulled]:
-        """What has arrived, or failed, since the last call; starts what could not start before."""
+        """Returns the pulls that ended since the last call, and starts those whose pools have been opened."""
         over = self._read_waiting()
         still_under_way = []
         for peer, transfer, pulls in self._under_way:
@@ -73,7 +73,7 @@ class Puller:
         return over
 
     def _sources(self) -> set[str]:
-        """Instances of the workers that are read from, or are about to be."""
+        """Instances of the workers with pulls waiting or under way."""
         pulls = [pull for _, pull in self._waiting]
         pulls += [pull for _, _, together in self._under_way for pull in together]
         return {pull.source.pool.instance for pull in pulls}
@@ -94,7 +94,7 @@ class Puller:
         for peer, pulls in ready.items():
             try:
                 self._read(peer, pulls)
-            except TransportError:  # of one of them, it may be: the others need not fail with it
+            except TransportError:  # perhaps because of one of them: the others need not fail with it
                 over += self._read_each(peer, pulls)
         return over
 
@@ -122,7 +122,7 @@ def _pulled(pull: Pull, problem: str = "", lease_lost: bool = False) -> Pulled:
 
 
 def _checked(peer: PeerPool, pull: Pull) -> Pulled:
-    """The generations are looked at after the copy: had a block been reused meanwhile, its generation would be new."""
+    """Compares generations, after the copy: a block that was reused meanwhile has a new one."""
     cached = pull.sequence.cached_blocks
     if peer.generations_hold(pull.source.block_ids[cached:], pull.source.generations[cached:]):
         return _pulled(pull)

@@ -1,4 +1,4 @@
-"""Launches decode steps: in CUDA graphs on a GPU, one operation after another on a CPU."""
+"""Launches decode steps: as CUDA graphs on a GPU, eagerly on a CPU."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from common.device_io import HostCopy, mark
-from common.guided_sampling import Allowed, Follower
+from common.guided_sampling import AllowedTokens, GrammarState
 from common.host_logprobs import HostLogprobs
+from common.kv_pool import blocks_for
 from common.special_sampling import AdjustedRows, TokenCounts, wants_adjusting, wants_logprobs
 from common.worker_parts import WorkerParts
 from decode_worker.batch import DecodeBatch
@@ -22,33 +23,33 @@ log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A launched step: its sequences, row by row, and what it gives for each, once the device is through with it."""
+    """A launched step: its sequences, row by row, and what it gives for each of them once the device is done."""
 
     sequences: tuple[Sequence, ...]
     tokens: HostCopy
     logprobs: HostLogprobs | None
     beginning: torch.cuda.Event | None  # on the device's clock
-    late: bool  # the step before it was over when it was launched
-    problems: Mapping[int, str]  # by row: its token means nothing, the sequence's grammar failed
+    late: bool  # the step before it was already over
+    problems: Mapping[int, str]  # by row: the sequence's grammar failed, and its token means nothing
 
     @property
     def seconds(self) -> float:
-        """What the step took, once its tokens are there."""
+        """How long the step took. Only once its tokens have arrived."""
         return self.tokens.seconds_since(self.beginning)
 
 
 class Runner:
-    """Owns the batch on the device and what a step needs. `launch` returns at once on a GPU."""
+    """Owns the batch on the device and what a step needs besides. On a GPU `launch` returns at once."""
 
     def __init__(self, parts: WorkerParts, max_batch: int) -> None:
-        block_size = parts.pool.layout.block_size
-        self.batch = DecodeBatch(max_batch, -(-parts.max_length // block_size), parts.device)
+        max_blocks = blocks_for(parts.max_length, parts.pool.layout.block_size)
+        self.batch = DecodeBatch(max_batch, max_blocks, parts.device)
         self._stepper = Stepper(parts.model, parts.pool, parts.ops, parts.model.fused_layers(parts.pool))
         self._counts = TokenCounts(parts.model.config.vocab_size, parts.device)
-        self._slots: dict[Sequence, int] = {}  # of the sequences in the batch whose logits are adjusted
-        self._asks: set[Sequence] = set()  # for log-probabilities
+        self._slots: dict[Sequence, int] = {}  # in the token counts, of sequences whose logits are adjusted
+        self._with_logprobs: set[Sequence] = set()
         self._guided = parts.guided
-        self._follow: set[Sequence] = set()  # a grammar
+        self._with_grammar: set[Sequence] = set()
         self._adjusted: AdjustedRows | None = None
         self.graphs: DecodeGraphs | None = None
         if parts.device.type == "cuda":
@@ -61,27 +62,27 @@ class Runner:
         if wants_adjusting(sequence.spec, len(sequence.tokens)):
             self._slots[sequence] = self._counts.add(sequence.spec, sequence.tokens)
         if wants_logprobs(sequence.spec):
-            self._asks.add(sequence)
-        if sequence.follower is not None:
-            self._follow.add(sequence)
+            self._with_logprobs.add(sequence)
+        if sequence.grammar is not None:
+            self._with_grammar.add(sequence)
         self._adjusted = None
 
     def remove(self, sequence: Sequence) -> None:
         self.batch.remove(sequence)
         if (slot := self._slots.pop(sequence, None)) is not None:
             self._counts.remove(slot)
-        self._asks.discard(sequence)
-        self._follow.discard(sequence)
+        self._with_logprobs.discard(sequence)
+        self._with_grammar.discard(sequence)
         self._adjusted = None
 
     @torch.inference_mode()
     def launch(self, before: Step | None) -> Step:
-        """One step of every sequence in the batch. `before`: the one that was launched last, if it was not read yet."""
+        """One step of every sequence in the batch. `before` is the step launched last, if it has not been read yet."""
         beginning = mark(self.batch.state.tokens.device)
         self.batch.upload()
         sequences = tuple(self.batch.sequences)
         rows = len(sequences)
-        if not self._slots and not self._asks and not self._follow:
+        if not self._slots and not self._with_logprobs and not self._with_grammar:
             tokens = self._plain(rows)
             return Step(sequences, HostCopy(tokens), None, beginning, late=_is_over(before), problems={})
         state = self.batch.state.first(rows)
@@ -89,32 +90,32 @@ class Runner:
         late = _is_over(before)
         adjusted = self._adjusted_rows() if self._slots else None
         sampled = logits if adjusted is None else self._counts.adjust(logits, state.lengths + 1, adjusted)
-        allowed = self._allowed(before) if self._follow else None
+        allowed = self._allowed(before) if self._with_grammar else None
         tokens = self._stepper.sample(state, sampled if allowed is None else allowed.restrict(sampled))
         if adjusted is not None:
             self._counts.record(tokens, adjusted)
         self._stepper.advance(state, tokens)
         specs = [sequence.spec for sequence in sequences]
-        logprobs = HostLogprobs(specs, logits, tokens) if self._asks else None
+        logprobs = HostLogprobs(specs, logits, tokens) if self._with_logprobs else None
         problems = allowed.problems if allowed is not None else {}
         return Step(sequences, HostCopy(tokens), logprobs, beginning, late, problems)
 
-    def _allowed(self, before: Step | None) -> Allowed:
-        """What may come next in the rows that follow a grammar. Where that depends on a step that is not over, waits
-        for it: the device goes on meanwhile with the model's part of the step that is being launched."""
+    def _allowed(self, before: Step | None) -> AllowedTokens:
+        """The tokens that grammars allow next. Waits for the step before if a grammar depends on it; the device
+        meanwhile runs the model for the step that is being launched."""
         assert self._guided is not None
         unread: dict[Sequence, int] = {}
-        if before is not None and any(sequence.steps_in_flight for sequence in self._follow):
+        if before is not None and any(sequence.steps_in_flight for sequence in self._with_grammar):
             unread = dict(zip(before.sequences, before.tokens.get().tolist(), strict=True))
-        followers: dict[int, Follower] = {}
+        states: dict[int, GrammarState] = {}
         for row, sequence in enumerate(self.batch.sequences):
-            if (follower := sequence.follower) is None:
+            if (state := sequence.grammar) is None:
                 continue
-            follower.add(sequence.tokens[sequence.spec.prompt_length + len(follower.output) :])
+            state.accept(sequence.tokens[sequence.spec.prompt_length + len(state.output) :])
             if sequence.steps_in_flight:
-                follower.add([unread[sequence]])
-            followers[row] = follower
-        return self._guided.allowed(followers)
+                state.accept([unread[sequence]])
+            states[row] = state
+        return self._guided.allowed(states)
 
     def _plain(self, rows: int) -> Tensor:
         if self.graphs is not None:

@@ -1,7 +1,7 @@
-"""Which sequences have room and which run: admission by reservation, growth block by block, preemption.
+"""Which sequences are admitted and which run: reservation, growth block by block, preemption.
 
-A sequence is admitted with blocks for its prompt and a promise of blocks for some output. Promised blocks are only
-counted, not taken, so that the prefix cache may use them until they are needed.
+A sequence is admitted with blocks for its prompt and a promise of more for some output. Promised blocks are counted but
+not taken, so the prefix cache can use them until they are needed.
 """
 
 import time
@@ -10,18 +10,19 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from common.block_pool import BlockPool
-from common.guided_sampling import Follower
+from common.guided_sampling import GrammarState
+from common.kv_pool import blocks_for
 from common.prefix_hash import extend
 from common.sequence import SequenceSpec
 from common.tracing import OFF, Span
 
 
 class State(Enum):
-    RESERVED = auto()  # has its blocks; waits for the prefill worker
+    RESERVED = auto()  # has its blocks and waits for the prefill worker
     PULLING = auto()  # its KV is on its way
-    PREFILLING = auto()  # its KV is being computed here; until it is there, its blocks are the prefill scheduler's
+    PREFILLING = auto()  # is prefilled here; until that is done, its blocks belong to the prefill scheduler
     RUNNING = auto()
-    OVER = auto()  # holds its blocks only until the launched steps that write to them are through
+    OVER = auto()  # keeps its blocks only until the launched steps that write to them are over
 
 
 @dataclass(slots=True, eq=False)
@@ -29,27 +30,27 @@ class Sequence:
     attempt_id: int
     connection: int
     spec: SequenceSpec
-    tokens: list[int]  # prompt and output, as far as the host has read it
+    tokens: list[int]  # prompt and output, as far as the host has read them
     state: State = State.RESERVED
     blocks: list[int] = field(default_factory=list)
-    cached_blocks: int = 0  # leading blocks that were here already
-    promised: int = 0  # blocks set aside for output and not taken yet
+    cached_blocks: int = 0  # leading blocks that the pool already had
+    promised: int = 0  # blocks for output that are not taken yet
     last_hash: bytes = b""  # of the last full block
-    kv_len: int = 0  # tokens whose KV is there, or is being computed by launched steps
+    kv_len: int = 0  # tokens whose KV is there or is being computed by launched steps
     steps_in_flight: int = 0
-    follower: Follower | None = None  # of its grammar
+    grammar: GrammarState | None = None  # how far the output is in its grammar, if it follows one
     trace: Span = OFF  # of the attempt
     received_at: float = field(default_factory=time.monotonic)
     running_since: float = 0.0
 
     @property
     def wants_step(self) -> bool:
-        """The step at position kv_len gives token kv_len + 1, which must lie below max_length."""
+        """Whether another step is needed: one at position kv_len makes the token at index kv_len + 1."""
         return self.state is State.RUNNING and self.kv_len + 1 < self.spec.max_length
 
 
 class Scheduler:
-    """Owns the worker's sequences and their blocks. O(1) per block; only preemption looks at all that run."""
+    """Owns the worker's sequences and their blocks. O(1) per block; only preemption goes through all sequences."""
 
     def __init__(self, blocks: BlockPool, block_size: int, max_batch: int) -> None:
         self._blocks = blocks
@@ -81,17 +82,17 @@ class Scheduler:
         return [sequence for sequence in self._sequences.values() if sequence.connection == connection]
 
     def reserve(self, sequence: Sequence, headroom_tokens: int) -> bool:
-        """Takes blocks for the sequence's tokens and a promise for `headroom_tokens` more; False where there is no
-        room, and then nothing is taken."""
+        """Takes blocks for the sequence's tokens, and a promise of blocks for `headroom_tokens` more. False if there is
+        no room; then nothing is taken."""
         if len(self._sequences) >= self._max_batch:
             return False
         length = len(sequence.tokens)
         spec = sequence.spec
         prefills = sequence.state is State.PREFILLING
         hits = self._blocks.match(spec.hashes_before_last_token(self._block_size) if prefills else spec.block_hashes)
-        for_prompt = self._blocks_for(length)
-        # The last token of all is never run, so its KV needs no place.
-        for_all = self._blocks_for(min(length + headroom_tokens, spec.max_length - 1))
+        for_prompt = blocks_for(length, self._block_size)
+        # The very last token is never run, so it needs no room for KV.
+        for_all = blocks_for(min(length + headroom_tokens, spec.max_length - 1), self._block_size)
         promised = max(for_all - for_prompt, 0)
         missing = for_prompt - len(hits)
         if missing + promised > self._blocks.available - self._promised:
@@ -106,7 +107,7 @@ class Scheduler:
         return True
 
     def start(self, sequence: Sequence) -> None:
-        """The sequence's KV is in its blocks: it may run, and others may find its full blocks."""
+        """The sequence's KV is in place: it may run, and its full blocks are published."""
         sequence.state = State.RUNNING
         hashes = sequence.spec.block_hashes
         for index in range(sequence.cached_blocks, len(hashes)):
@@ -114,7 +115,7 @@ class Scheduler:
         sequence.last_hash = hashes[-1] if hashes else sequence.spec.cache_root
 
     def grow(self, running: Iterable[Sequence]) -> list[Sequence]:
-        """Gives each sequence the block that its next step writes to. Returns those for which there was none."""
+        """Gives each sequence the block that its next step writes to. Returns those that got none."""
         starved = []
         for sequence in running:
             if sequence.kv_len < len(sequence.blocks) * self._block_size or not sequence.wants_step:
@@ -129,17 +130,17 @@ class Scheduler:
         return starved
 
     def cheapest(self) -> Sequence:
-        """The running sequence that costs least to bring back: the fewest tokens to prefill again.
+        """The running sequence that costs least to bring back: the one with the fewest tokens to prefill again.
 
-        Those that still hold a promise go last. One that starves holds none, so a sequence is safe for as long as its
-        promise lasts; routers promise more with each preemption, and soon a sequence's whole need. So there is progress
-        however short blocks are.
+        Sequences that still have promised blocks come last. As a starved sequence has none, one is safe for as long as
+        its promise lasts. Routers ask for more with each preemption, up to all that a sequence may need, so there is
+        progress however scarce blocks are.
         """
         running = (sequence for sequence in self._sequences.values() if sequence.state is State.RUNNING)
         return min(running, key=lambda sequence: (sequence.promised > 0, len(sequence.tokens)))
 
     def deliver(self, sequence: Sequence, token: int) -> None:
-        """A step of the sequence is through: its KV is in place, and it gave `token`."""
+        """A step of the sequence is over: it wrote one token's KV, and made `token`."""
         sequence.tokens.append(token)
         computed = len(sequence.tokens) - 1
         if computed % self._block_size == 0:
@@ -148,7 +149,7 @@ class Scheduler:
             self._blocks.publish(sequence.blocks[computed // self._block_size - 1], sequence.last_hash)
 
     def end(self, sequence: Sequence) -> None:
-        """Takes the sequence out; its blocks go home now, or with its last launched step."""
+        """Takes the sequence out. Its blocks are released now, or after the last launched step that writes to them."""
         if sequence.state is State.OVER:
             return
         sequence.state = State.OVER
@@ -161,6 +162,3 @@ class Scheduler:
         if sequence.state is State.OVER and sequence.steps_in_flight == 0:
             blocks, sequence.blocks = sequence.blocks, []
             self._blocks.release(blocks)
-
-    def _blocks_for(self, tokens: int) -> int:
-        return -(-tokens // self._block_size)

@@ -1,4 +1,4 @@
-"""One decode step: the model over one token of every sequence, sampling, and the state moved on to the next token."""
+"""One decode step: run the model over one token of every sequence, sample, and advance the batch's state."""
 
 from dataclasses import dataclass
 
@@ -13,12 +13,12 @@ from kernels.rope import Rotation
 
 @dataclass(frozen=True, slots=True)
 class Stepper:
-    """The step as torch operations, for eager use and for capture in a CUDA graph."""
+    """The step as torch operations, to be run eagerly or captured in a CUDA graph."""
 
     model: Model
     pool: KvPool
     ops: Ops
-    alone: LayersOfOneToken | None  # the layers of a batch of one
+    alone: LayersOfOneToken | None  # all layers for a batch of one, if there is such a kernel
 
     def logits(self, state: BatchState) -> Tensor:
         """Runs the model over `state.tokens` [B] and writes their KV. Returns logits [B, V]."""
@@ -29,18 +29,19 @@ class Stepper:
         return self._draw(state, logits, state.lengths + 1)
 
     def advance(self, state: BatchState, tokens: Tensor) -> None:
-        """Makes `tokens` those that the next step consumes."""
+        """Makes `tokens` [B] the input of the next step."""
         self.ops.advance(state.tokens, state.lengths, tokens)
 
     def plain(self, state: BatchState) -> Tensor:
-        """The whole step, for batches without penalties, biases and logprobs."""
+        """The whole step, if no sequence wants penalties, biases, log-probabilities or a grammar. Returns tokens [B]
+        int32."""
         logits, seq_lens = self._run(state)
         tokens = self._draw(state, logits, seq_lens)
         self.advance(state, tokens)
         return tokens
 
     def _run(self, state: BatchState) -> tuple[Tensor, Tensor]:
-        """Logits, and the lengths of the sequences with the token that was run."""
+        """Logits [B, V], and the sequences' lengths [B] int32 including the token that was run."""
         positions, slots, seq_lens = self.ops.locate(state.lengths, state.block_tables, self.pool.layout.block_size)
         if self.alone is not None and len(state.tokens) == 1:
             hidden = self.alone(state.tokens, positions, slots, seq_lens, state.block_tables)

@@ -1,4 +1,4 @@
-"""The client's part of deploy/compose_test.sh: what must be true of the cluster behind TWOSTROKE_PORT at each stage."""
+"""The client of deploy/compose_test.sh: checks the cluster behind TWOSTROKE_PORT at each stage of the test."""
 
 import os
 import subprocess
@@ -15,11 +15,11 @@ from twostroke.v1 import inference_pb2 as pb
 TARGET = f"127.0.0.1:{os.environ['TWOSTROKE_PORT']}"
 NAMES = ("Paris", "Mercury", "Rex", "Java", "Victoria", "Python", "Amazon", "Orion")
 PROMPTS = tuple(f"{name} is the name of a" for name in NAMES)
-LONG = 96  # tokens of the answers that workers are killed under
+LONG = 96  # tokens of the answers during which workers are killed
 
 
 def answers(client: Client, tokens: int, progress: Semaphore | None = None) -> list[tuple[int, ...]]:
-    """Greedy answers to all prompts, in flight at once; `progress` is released with every piece of one."""
+    """Greedy answers to all prompts, asked at once. `progress` is released with every piece of an answer."""
 
     def ask(prompt: str) -> tuple[int, ...]:
         answer: list[int] = []

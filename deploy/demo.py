@@ -1,4 +1,4 @@
-"""What `make demo` runs against the cluster: a short talk in two turns, and what each turn took."""
+"""What `make demo` runs against the cluster: a short chat in two turns, and how long each phase of them took."""
 
 import os
 

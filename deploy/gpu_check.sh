@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one go: tests first, then measurements, then all tables again.
-#   deploy/gpu_check.sh [FOLDER]    logs and JSON go to FOLDER (build/gpu-check where none is given)
+#   deploy/gpu_check.sh [FOLDER]    logs and JSON go to FOLDER (build/gpu-check by default)
 # Settings, as environment variables:
 #   PYTHON    the Python that has torch, triton, cupy and cuda-bindings (python3)
-#   STEPS     what to run, of: kernels-tests engine-tests kernels handover engine interference one-sequence throughput;
-#             and of those that are run only where they are asked for: memcheck, which needs compute-sanitizer, and with
-#             two GPUs crossover (2 minutes), goodput and goodput-long (8 to 10 minutes each)
-#   TWOSTROKE_TEST_MODEL    SmolLM2-135M-Instruct as a directory or GGUF, where its package is not installed
-# Each step has a time limit, and the next one runs whatever became of it. Exit code 1: a step failed.
+#   STEPS     what to run; by default: kernels-tests engine-tests kernels handover engine interference one-sequence
+#             throughput. Only on request: memcheck, which needs compute-sanitizer; and, on two GPUs, crossover (2
+#             minutes), goodput and goodput-long (8 to 10 minutes each)
+#   TWOSTROKE_TEST_MODEL    SmolLM2-135M-Instruct as a directory or GGUF file, if its package is not installed
+# Each step has a time limit, and a step that fails does not keep the next ones from running. Exit code 1: a step failed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=$(realpath -m "${1:-build/gpu-check}")

@@ -18,7 +18,7 @@ def pages() -> dict[str, dict[str, str]]:
     """The generated parts of each page, by name."""
     sys.path[:0] = [str(ROOT), str(ROOT / "protos")]
     from cli.options import Connection, Sampling
-    from cli.serve import ServeConfig
+    from cli.serve_config import ServeConfig
     from common.config import WorkerConfig
     from common.security_config import SecurityConfig, TlsConfig
     from decode_worker.config import DecodeConfig

@@ -8,15 +8,16 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from common.kv_pool import blocks_for
 from kernels.attention import PrefillAttention
 from prefill_worker.scheduler import Chunk
 
-_ALIGNMENT = 4  # int32 values: tensors begin at multiples of 16 bytes, as kernels like it
+_ALIGNMENT = 4  # int32 values: tensors start at multiples of 16 bytes, which kernels load fastest
 
 
 @dataclass(frozen=True, slots=True)
 class BatchShape:
-    """Room for a batch; what a batch leaves of it is padding."""
+    """Room for a batch. What a batch does not fill is padding."""
 
     tokens: int  # T
     chunks: int  # B
@@ -27,16 +28,16 @@ class BatchShape:
 
     @property
     def size(self) -> int:
-        """int32 values of an array with all of it."""
+        """Number of int32 values in the array that a batch of this shape is packed into."""
         return int(self._sections()[-1].stop)
 
     def split(self, array: NDArray[np.int32]) -> list[NDArray[np.int32]]:
-        """Views of the parts of an array: tokens, positions, slots, rows that end a prompt, the running sums of query
+        """Views of the sections of such an array: tokens, positions, slots, rows that end a prompt, cumulative query
         lengths, KV lengths, block tables."""
         return [array[section] for section in self._sections()]
 
     def views(self, array: Tensor, query_lens: tuple[int, ...] = (), kv_lens: tuple[int, ...] = ()) -> "PackedBatch":
-        """The batch in an array [size] int32 that `pack` has written. Lengths: as PrefillAttention wants them."""
+        """The batch in an array [size] int32 that `pack` has written. For the lengths see `PrefillAttention`."""
         tokens, positions, slots, last_tokens, cu_query_lens, seq_lens, tables = map(
             array.__getitem__, self._sections()
         )
@@ -62,7 +63,7 @@ class BatchShape:
 
 @dataclass(frozen=True, slots=True)
 class PackedBatch:
-    """T tokens of B chunks, one after another, then padding."""
+    """T tokens of B chunks, packed one after another, then padding."""
 
     tokens: Tensor  # [T] int32
     positions: Tensor  # [T] int32
@@ -72,26 +73,26 @@ class PackedBatch:
 
 
 def exact_shape(chunks: Sequence[Chunk], block_size: int) -> BatchShape:
-    """Without padding."""
+    """The shape that the chunks fill without padding."""
     longest = max(chunk.end for chunk in chunks)
-    return BatchShape(sum(chunk.end - chunk.start for chunk in chunks), len(chunks), -(-longest // block_size))
+    return BatchShape(sum(chunk.end - chunk.start for chunk in chunks), len(chunks), blocks_for(longest, block_size))
 
 
 def pack(chunks: Sequence[Chunk], block_size: int, shape: BatchShape) -> NDArray[np.int32]:
-    """Writes a batch that `shape` has room for. Returns the array up to the last block table that is used."""
+    """Writes a batch that fits `shape`. Returns the array up to the last block table in use."""
     array = np.empty(shape.size, dtype=np.int32)
     tokens, positions, slots, last_tokens, cu_query_lens, seq_lens, tables = shape.split(array)
     starts = list(accumulate((chunk.end - chunk.start for chunk in chunks), initial=0))
     for row, (chunk, (start, end)) in enumerate(zip(chunks, pairwise(starts), strict=True)):
         tokens[start:end] = chunk.prompt.spec.token_ids[chunk.start : chunk.end]
         positions[start:end] = position = np.arange(chunk.start, chunk.end)
-        table = np.asarray(chunk.prompt.blocks[: -(-chunk.end // block_size)], dtype=np.int32)
+        table = np.asarray(chunk.prompt.blocks[: blocks_for(chunk.end, block_size)], dtype=np.int32)
         slots[start:end] = table[position // block_size] * block_size + position % block_size
         blocks = tables[row * shape.table_blocks : (row + 1) * shape.table_blocks]
         blocks[: len(table)], blocks[len(table) :] = table, 0
     tokens[starts[-1] :] = positions[starts[-1] :] = 0
     slots[starts[-1] :] = -1
-    cu_query_lens[: len(starts)], cu_query_lens[len(starts) :] = starts, starts[-1]  # who is not there has no length
+    cu_query_lens[: len(starts)], cu_query_lens[len(starts) :] = starts, starts[-1]  # absent chunks have length 0
     seq_lens[: len(chunks)], seq_lens[len(chunks) :] = [chunk.end for chunk in chunks], 0
     ends = [end - 1 for chunk, end in zip(chunks, starts[1:], strict=True) if chunk.is_last]
     last_tokens[: len(ends)], last_tokens[len(ends) :] = ends, 0

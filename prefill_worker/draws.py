@@ -11,7 +11,7 @@ from torch import Tensor
 from common.sequence import SequenceSpec
 
 COLUMNS = 7  # int32 values for each row; a seed takes two
-# Columns begin at multiples of so many values, 16 bytes: a kernel is compiled once more for pointers that do not.
+# Columns start at multiples of this many values (16 bytes): Triton would compile a kernel again for other pointers.
 ALIGNMENT = 4
 
 
@@ -28,7 +28,7 @@ class Draws:
 
 
 def pack(specs: Sequence[SequenceSpec], rows: int) -> NDArray[np.int32]:
-    """One row for each prompt, and rows that are greedy for the rest; [size(rows)]."""
+    """An array [size(rows)]: one row for each prompt, and greedy rows as padding."""
     array = np.zeros((COLUMNS, _width(rows)), dtype=np.int32)
     params = [spec.sampling for spec in specs]
     count = len(specs)
@@ -42,12 +42,12 @@ def pack(specs: Sequence[SequenceSpec], rows: int) -> NDArray[np.int32]:
 
 
 def size(rows: int) -> int:
-    """Values of an array for so many rows."""
+    """Number of int32 values in the array for this many rows."""
     return COLUMNS * _width(rows)
 
 
 def views(array: Tensor, rows: int) -> Draws:
-    """The draws in the first `size(rows)` values of an array of `pack`, on whichever device."""
+    """The draws in the first `size(rows)` values of an array that `pack` wrote, on any device."""
     columns = array[: size(rows)].view(COLUMNS, -1)
     seeds = columns[:2].reshape(-1).view(torch.int64)
     temperature, top_p, min_p = columns[2:5, :rows].view(torch.float32)

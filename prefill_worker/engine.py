@@ -1,4 +1,4 @@
-"""The prefill worker's loop: receive, one turn of prompts, announce those that are complete, under a lease."""
+"""The prefill worker's loop: receive messages, compute a batch, announce complete prompts and lease their blocks."""
 
 import time
 
@@ -10,6 +10,7 @@ from common.sequence import SequenceSpec
 from common.tracing import Tracing
 from common.worker_parts import WorkerParts
 from common.worker_service import WorkerService
+from common.worker_telemetry import WorkerTelemetry
 from prefill_worker.leases import Leases
 from prefill_worker.loop import GRAMMAR_POLL_SECONDS, PrefillLoop, Turn
 from prefill_worker.metrics import PrefillMetrics
@@ -18,8 +19,8 @@ from prefill_worker.scheduler import Prompt
 from twostroke.v1 import inference_pb2
 from twostroke.v1 import worker_pb2 as pb
 
-# Prompts that wait here at most, of all routers. One router sends ahead for two batches only; but a prompt of which all
-# but a token is cached hardly counts there.
+# Most prompts that wait here, of all routers together. A router sends at most two batches ahead, counted in tokens, so
+# prompts that are almost wholly cached may come in large numbers.
 MAX_WAITING = 4096
 
 
@@ -38,30 +39,34 @@ class Engine:
         self._service = service
         self._metrics = metrics
         self._tracing = tracing
+        self._telemetry = WorkerTelemetry(metrics, service.address)
         self._attempts = Attempts(parts, service, metrics)
         self._loop = PrefillLoop(parts, runner, max_batch_tokens)
         self._scheduler = self._loop.scheduler
         self._leases = Leases(parts.blocks, lease_seconds)
-        self._totals = inference_pb2.Totals()
 
     def run(self, lifecycle: Lifecycle) -> None:
         cache = CacheReport(self._service, self._parts.blocks)
         load = LoadReport(self._service, self._metrics, lambda: self._load(ready=not lifecycle.draining))
         while not lifecycle.over(idle=self._idle):
-            self._receive(lifecycle.draining)
-            self._expire_leases()
-            self._tell(self._loop.turn())
+            self.turn(lifecycle.draining)
             cache.send()
             load.send_if_due()
             self._service.flush()
+
+    def turn(self, draining: bool) -> None:
+        """Takes in what has arrived, and computes one batch. `draining`: accepts no new attempts."""
+        self._receive(draining)
+        self._expire_leases()
+        self._tell(self._loop.turn())
 
     @property
     def _idle(self) -> bool:
         return not (self._scheduler.waiting_count or self._scheduler.running_count or self._leases)
 
     def _pause(self) -> float:
-        """Seconds for which nothing but receiving is to be done."""
-        if self._loop.held_back:
+        """Seconds that the loop can wait for messages, having nothing else to do."""
+        if self._loop.waits_for_grammar:
             return GRAMMAR_POLL_SECONDS
         return 0.0 if self._loop.busy else INTERVAL_SECONDS
 
@@ -87,8 +92,8 @@ class Engine:
         spec = self._attempts.accept(connection, prefill, _length, refusal, under_way)
         if spec is not None:
             trace = self._tracing.below(prefill.traceparent)
-            follower = self._parts.follower(spec)
-            self._scheduler.add(Prompt(prefill.attempt_id, connection, spec, follower=follower, trace=trace))
+            grammar = self._parts.grammar_state(spec)
+            self._scheduler.add(Prompt(prefill.attempt_id, connection, spec, grammar=grammar, trace=trace))
 
     def _expire_leases(self) -> None:
         for lease in self._leases.expire(time.monotonic()):
@@ -108,21 +113,7 @@ class Engine:
             )
 
     def _announce(self, prompt: Prompt, first: FirstToken) -> None:
-        self._metrics.cached_tokens.inc(prompt.cached_len)
-        self._metrics.computed_tokens.inc(prompt.length - prompt.cached_len)
-        self._totals.prompt_tokens += prompt.length
-        self._totals.prefilled_tokens += prompt.length
-        self._totals.cached_tokens += prompt.cached_len
-        self._totals.output_tokens += 1
-        prompt.trace.record(
-            "prefill",
-            prompt.received_at,
-            {
-                "twostroke.worker": self._service.address,
-                "twostroke.input_tokens": prompt.length,
-                "twostroke.cached_tokens": prompt.cached_len,
-            },
-        )
+        self._telemetry.prefilled(prompt.trace, prompt.received_at, prompt.length, prompt.cached_len)
         self._leases.grant(prompt, time.monotonic())
         self._service.outgoing(prompt.connection).prefilled.add(
             attempt_id=prompt.attempt_id,
@@ -143,10 +134,10 @@ class Engine:
             running=self._scheduler.running_count,
             leases=len(self._leases),
             blocks=self._parts.blocks_load(reserved=0),
-            totals=self._totals,
+            totals=self._telemetry.totals,
         )
 
 
 def _length(spec: SequenceSpec) -> int:
-    """Tokens that a prefill worker has to hold, with the one that it samples."""
+    """Tokens of the sequence here: the prompt, and the one that is sampled."""
     return len(spec.token_ids) + 1

@@ -14,14 +14,14 @@ from prefill_worker.draws import Draws
 
 @dataclass(frozen=True, slots=True)
 class Forward:
-    """The work as torch operations, for eager use and for capture in CUDA graphs."""
+    """The forward pass as torch operations, to be run eagerly or captured in CUDA graphs."""
 
     model: Model
     pool: KvPool
     ops: Ops
 
     def last_hidden(self, batch: PackedBatch) -> Tensor:
-        """Writes the KV of all tokens. Returns the hidden states of `batch.last_tokens`, [B, H]."""
+        """Runs the model and writes the KV of all tokens. Returns hidden states [B, H] of `batch.last_tokens`."""
         scale = self.model.config.head_dim**-0.5
 
         def attend(qkv: Tensor, rotation: Rotation, key_cache: Tensor, value_cache: Tensor) -> Tensor:
@@ -32,7 +32,7 @@ class Forward:
         return hidden.index_select(0, batch.last_tokens)
 
     def draw(self, logits: Tensor, draws: Draws) -> Tensor:
-        """The first token of every row of logits [R, V], [R] int32."""
+        """Samples from logits [R, V]. Returns first tokens [R] int32."""
         return self.ops.sample(
             logits, draws.temperature, draws.top_k, draws.top_p, draws.min_p, draws.seeds, draws.positions
         )

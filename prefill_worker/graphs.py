@@ -1,5 +1,5 @@
-"""CUDA graphs of prefill, captured at start: a batch is one copy and one replay, where launching its kernels one by one
-takes Python longer than the GPU takes to run them."""
+"""CUDA graphs of prefill, captured at start: a batch is one copy and one replay. Python takes longer to launch the
+kernels of a small batch one by one than the GPU takes to run them."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -20,9 +20,9 @@ from prefill_worker.scheduler import Chunk, max_chunks
 
 
 def token_ladder(most: int) -> tuple[int, ...]:
-    """Tokens of the batches to capture. A batch runs in the smallest that holds it: from 512 tokens on an eighth of it
-    is padding at most, and none where it uses up its budget. Only batches of very short chunks, of which a graph may
-    have no room for so many, take a larger one."""
+    """Token counts to capture. A batch runs in the smallest graph that holds it. From 512 tokens on at most an eighth
+    is padding, and a batch that uses up its budget has none. Only a batch of very many short chunks needs a larger
+    graph than its tokens do."""
     sizes = []
     size = 16
     while size < most:
@@ -37,8 +37,8 @@ def row_ladder(most: int) -> tuple[int, ...]:
 
 
 def shapes(max_tokens: int, table_blocks: int, block_size: int) -> list[BatchShape]:
-    """Of the batches to capture, the best for any batch before the others that it fits. Those of few tokens are there
-    twice: kernels do otherwise where no sequence is long."""
+    """The shapes to capture, best fit first: a batch takes the first that holds it. Small ones are there twice, because
+    kernels work differently if no sequence is long."""
     short_blocks = min(SHORT_TOKENS // block_size, table_blocks) or table_blocks
     return [
         BatchShape(tokens, max_chunks(tokens), blocks)
@@ -48,18 +48,18 @@ def shapes(max_tokens: int, table_blocks: int, block_size: int) -> list[BatchSha
 
 
 def passes(max_tokens: int) -> Passes:
-    """What graphs for batches of up to so many tokens need memory for."""
+    """What `PrefillGraphs` for batches of up to `max_tokens` will need memory for."""
     rows = max_chunks(max_tokens)
     with_both_widths = shapes(max_tokens, table_blocks=2, block_size=SHORT_TOKENS)
     return Passes(max_tokens, rows, len(with_both_widths) + len(row_ladder(rows)))
 
 
 class PrefillGraphs:
-    """Replays of `Forward`: of the model, by tokens of a batch, and of drawing first tokens, by prompts that it ends.
+    """`Forward`, captured: the model for each shape of `shapes`, and sampling for each size of `row_ladder`.
 
     Args:
         forward: what is captured.
-        max_tokens: of a batch; a batch has at most `max_chunks` of that.
+        max_tokens: tokens of the largest batch, which has at most `max_chunks(max_tokens)` chunks.
         table_blocks: blocks of the longest sequence.
     """
 
@@ -78,14 +78,14 @@ class PrefillGraphs:
         self._capture_all(forward)
 
     def last_hidden(self, chunks: Sequence[Chunk]) -> Tensor:
-        """Runs a batch. Returns the hidden states of the tokens that end a prompt, [L, H], until the next call."""
+        """Runs a batch. Returns hidden states [L, H] of the tokens that end a prompt, valid until the next call."""
         shape = self._shape(chunks)
         self._write(chunks, shape)
         self._forwards[shape].replay()
         return self._hidden[: sum(chunk.is_last for chunk in chunks)]
 
     def first_tokens(self, specs: Sequence[SequenceSpec]) -> Tensor:
-        """Draws the first tokens of the prompts that the last batch ended, [L] int32."""
+        """Samples the first tokens [L] int32 of the prompts that ended in the last batch."""
         rows = next(size for size in self._rows if size >= len(specs))
         copy_to_device(draws.pack(specs, rows), self._draws)
         graph, tokens = self._first_tokens[rows]
@@ -103,7 +103,7 @@ class PrefillGraphs:
     def _capture_all(self, forward: Forward) -> None:
         count = len(self._shapes) + len(self._rows)
         with tqdm(total=count, desc="capturing CUDA graphs of prefill", unit="graph") as progress:
-            # The largest first: the smaller ones then fit into the memory that it took.
+            # Largest first, so that the smaller ones reuse its memory.
             for shape in self._shapes[::-1]:
                 self._write([], shape)
                 self._forwards[shape] = capture(partial(self._keep_hidden, forward, shape), self._pool)[0]

@@ -16,12 +16,12 @@ class Lease:
 
 
 class Leases:
-    """Blocks by attempt. A lease ends when the router says so, when the router goes, or by itself."""
+    """Blocks held for each attempt, until the router ends the lease or disconnects, or the lease expires."""
 
     def __init__(self, blocks: BlockPool, seconds: float) -> None:
         self._blocks = blocks
         self._seconds = seconds
-        self._leases: dict[int, Lease] = {}  # the oldest first, so the first to expire first
+        self._leases: dict[int, Lease] = {}  # oldest first, so in order of expiry
 
     def __len__(self) -> int:
         return len(self._leases)
@@ -44,8 +44,8 @@ class Leases:
             self.end(attempt_id)
 
     def expire(self, now: float) -> list[Lease]:
-        """Ends what was not taken in time, and returns it. The reader of a block that went this way sees its generation
-        change and drops what it read."""
+        """Ends the leases that were not taken in time, and returns them. If a decode worker is still reading such a
+        block, it will find another generation afterwards and discard what it read."""
         expired = []
         for lease in self._leases.values():
             if lease.expires > now:

@@ -1,6 +1,6 @@
-"""Prompts through the model, turn by turn: schedule a batch of chunks, launch it, read the one before.
+"""Prefill, turn by turn: schedule a batch of chunks, launch it, read the batch before.
 
-Where prompts come from and who hears of their first tokens is not known here; see engine.py for that.
+Knows nothing of messages: engine.py adds prompts and announces their first tokens.
 """
 
 from collections import deque
@@ -11,7 +11,7 @@ from common.worker_parts import WorkerParts
 from prefill_worker.runner import FirstToken, LaunchedBatch, Runner
 from prefill_worker.scheduler import Prompt, Scheduler
 
-# How often to look whether a grammar is compiled, where there is nothing else to do.
+# How often an idle loop checks whether a grammar is compiled.
 GRAMMAR_POLL_SECONDS = 0.001
 
 
@@ -24,23 +24,22 @@ class Turn:
 class PrefillLoop:
     def __init__(self, parts: WorkerParts, runner: Runner, max_batch_tokens: int) -> None:
         self.scheduler = Scheduler(parts.blocks, parts.pool.layout.block_size, max_batch_tokens)
-        self.busy = False  # whether the last turn had something to do, so that the next one may, too
-        self.held_back = False  # whether all that it has to do waits for grammars to be compiled
+        self.busy = False  # there may be something to do in the next turn
+        self.waits_for_grammar = False  # but only once a grammar is compiled
         self._runner = runner
         self._in_flight: deque[LaunchedBatch] = deque()
-        # On a GPU the next batch is launched before the first tokens of this one are read.
+        # On a GPU the next batch is launched before the first tokens of the running one are read.
         self._batches_ahead = 1 if parts.device.type == "cuda" else 0
 
     def turn(self) -> Turn:
         chunks = self.scheduler.schedule()
         if chunks:
             self._in_flight.append(self._runner.launch(chunks))
-        complete: list[tuple[Prompt, FirstToken]] = []
-        if len(self._in_flight) > (self._batches_ahead if chunks else 0):
-            complete += self._read(self._in_flight.popleft())
+        enough_ahead = len(self._in_flight) > (self._batches_ahead if chunks else 0)
+        complete = list(self._read(self._in_flight.popleft())) if enough_ahead else []
         at_work = bool(chunks or self._in_flight)
-        self.held_back = self.scheduler.held_back and not at_work
-        self.busy = at_work or self.held_back
+        self.waits_for_grammar = self.scheduler.waits_for_grammar and not at_work
+        self.busy = at_work or self.waits_for_grammar
         return Turn(sum(chunk.end - chunk.start for chunk in chunks), complete)
 
     def _read(self, batch: LaunchedBatch) -> Iterator[tuple[Prompt, FirstToken]]:

@@ -1,6 +1,6 @@
 """Prometheus metrics of a prefill worker."""
 
-from prometheus_client import Counter, Histogram
+from prometheus_client import Histogram
 
 from common.worker_metrics import WorkerMetrics
 
@@ -13,7 +13,3 @@ class PrefillMetrics(WorkerMetrics):
         self.batch_tokens = Histogram(
             "twostroke_batch_tokens", "Tokens of a prefill batch", buckets=TOKEN_BUCKETS, registry=self.registry
         )
-        tokens = Counter(
-            "twostroke_prompt_tokens", "Prompt tokens, by where their KV came from", ("source",), registry=self.registry
-        )
-        self.computed_tokens, self.cached_tokens = tokens.labels("computed"), tokens.labels("cache")

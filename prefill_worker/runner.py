@@ -1,4 +1,4 @@
-"""Runs packed batches of chunks and samples the first token of each prompt that they end."""
+"""Runs packed batches of chunks, and samples the first token of each prompt that ends in one."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from common.device_io import HostCopy, to_device
-from common.guided_sampling import Allowed
+from common.guided_sampling import AllowedTokens
 from common.host_logprobs import HostLogprobs
+from common.kv_pool import blocks_for
 from common.sequence import SequenceSpec
 from common.special_sampling import TokenCounts, wants_adjusting, wants_logprobs
 from common.worker_parts import WorkerParts
@@ -29,22 +30,22 @@ class FirstToken:
 
 @dataclass(frozen=True, slots=True)
 class LaunchedBatch:
-    """A batch that the device is at work on, with the first tokens of the prompts that it ends, in order."""
+    """A batch on the device, with the first tokens of the prompts that end in it, in order."""
 
     chunks: list[Chunk]
     tokens: HostCopy
     logprobs: HostLogprobs | None
-    problems: Mapping[int, str]  # by place among the tokens
+    problems: Mapping[int, str]  # by index in `tokens`
 
     def first_tokens(self) -> list[FirstToken]:
-        """Waits for the batch."""
+        """The first tokens; waits until the batch has been computed."""
         logprobs = self.logprobs.read() if self.logprobs is not None else {}
         tokens = enumerate(self.tokens.get().tolist())
         return [FirstToken(token, logprobs.get(row), self.problems.get(row)) for row, token in tokens]
 
 
 class Runner:
-    """Owns what batches need besides their prompts. `launch` returns at once on a GPU."""
+    """Owns what a batch needs besides its prompts. On a GPU `launch` returns at once."""
 
     def __init__(self, parts: WorkerParts) -> None:
         self._parts = parts
@@ -53,13 +54,15 @@ class Runner:
         self.graphs: PrefillGraphs | None = None
 
     def capture(self, max_tokens: int) -> None:
-        """Captures CUDA graphs for batches of up to `max_tokens`; before that, and on a CPU, operations run one after
-        another. No request then pays for kernels being compiled or loaded, and memory that is too small for the largest
-        batch shows at start."""
+        """Captures CUDA graphs for batches of up to `max_tokens`. Does nothing on a CPU, where operations run eagerly.
+
+        It also compiles and loads every kernel, so that no request has to wait for that, and fails now where there is
+        too little memory for the largest batch.
+        """
         parts = self._parts
         if parts.device.type != "cuda":
             return
-        table_blocks = -(-parts.max_length // parts.pool.layout.block_size)
+        table_blocks = blocks_for(parts.max_length, parts.pool.layout.block_size)
         self.graphs = PrefillGraphs(self._forward, max_tokens, table_blocks, parts.device)
         parts.warm_up_sampling()
 
@@ -68,21 +71,21 @@ class Runner:
         prompts = [chunk.prompt for chunk in chunks if chunk.is_last]
         specs = [prompt.spec for prompt in prompts]
         hidden = self._last_hidden(chunks, len(specs))
-        allowed = self._allowed(prompts)  # on the host, while the device is at work
+        allowed = self._allowed(prompts)  # on the host, while the device runs the model
         tokens, logprobs = self._first_tokens(specs, hidden, allowed)
         return LaunchedBatch(chunks, HostCopy(tokens), logprobs, allowed.problems if allowed is not None else {})
 
-    def _allowed(self, prompts: list[Prompt]) -> Allowed | None:
-        """What the first tokens may be; None where they may be anything."""
-        followers = {row: prompt.follower for row, prompt in enumerate(prompts) if prompt.follower is not None}
-        if self._parts.guided is None or not followers:
+    def _allowed(self, prompts: list[Prompt]) -> AllowedTokens | None:
+        """The tokens that grammars allow first; None if no prompt has a grammar."""
+        states = {row: prompt.grammar for row, prompt in enumerate(prompts) if prompt.grammar is not None}
+        if self._parts.guided is None or not states:
             return None
-        return self._parts.guided.allowed(followers)
+        return self._parts.guided.allowed(states)
 
     def _first_tokens(
-        self, specs: list[SequenceSpec], hidden: Tensor, allowed: Allowed | None
+        self, specs: list[SequenceSpec], hidden: Tensor, allowed: AllowedTokens | None
     ) -> tuple[Tensor, HostLogprobs | None]:
-        """`hidden` [L, H] is what `_last_hidden` has just returned."""
+        """First tokens [L] int32 from `hidden` [L, H], which `_last_hidden` has just returned."""
         if not specs:
             return hidden.new_empty(0, dtype=torch.int32), None
         special = [(row, spec) for row, spec in enumerate(specs) if wants_adjusting(spec, len(spec.token_ids))]
@@ -96,7 +99,7 @@ class Runner:
         return tokens, HostLogprobs(specs, logits, tokens) if asks else None
 
     def _last_hidden(self, chunks: list[Chunk], count: int) -> Tensor:
-        """Hidden states of the `count` tokens that end a prompt."""
+        """Hidden states [L, H] of the `count` tokens that end a prompt."""
         if self.graphs is not None:
             return self.graphs.last_hidden(chunks)
         parts = self._parts

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from common.block_pool import BlockPool
-from common.guided_sampling import Follower
+from common.guided_sampling import GrammarState
+from common.kv_pool import blocks_for
 from common.sequence import SequenceSpec
 from common.tracing import OFF, Span
 
@@ -17,12 +18,12 @@ class Prompt:
     attempt_id: int
     connection: int
     spec: SequenceSpec
-    blocks: list[int] = field(default_factory=list)  # none yet, or all that it needs: a decode worker reserves them
+    blocks: list[int] = field(default_factory=list)  # all or none; a decode worker's own prompts come with theirs
     cached_len: int = 0  # tokens whose KV was found in the pool
     launched_len: int = 0  # tokens whose KV is there or being computed
     computed_len: int = 0  # tokens whose KV is there
-    dropped: bool = False  # its blocks go home with the chunk that is being computed
-    follower: Follower | None = None  # of its grammar
+    dropped: bool = False  # its blocks are released once its last launched chunk is computed
+    grammar: GrammarState | None = None  # how far the output is in its grammar, if it follows one
     trace: Span = OFF  # of the attempt
     received_at: float = field(default_factory=time.monotonic)
 
@@ -45,13 +46,13 @@ class Chunk:
 
 
 def max_chunks(tokens: int) -> int:
-    """Chunks of a batch of up to so many tokens. A batch of a fixed size, as a CUDA graph has it, has room for a fixed
-    number of them, and each costs a little also where it is not there."""
+    """Most chunks in a batch of up to this many tokens. A CUDA graph has room for a fixed number of chunks, and each
+    costs a little even when it is empty."""
     return min(max(tokens // 8, 8), 128)
 
 
 class Scheduler:
-    """The waiting queue and the prompts being computed. Every operation is O(1) per prompt or block."""
+    """The waiting queue and the running prompts. Every operation is O(1) per prompt or block."""
 
     def __init__(self, blocks: BlockPool, block_size: int, max_batch_tokens: int) -> None:
         self._blocks = blocks
@@ -59,9 +60,9 @@ class Scheduler:
         self._max_batch_tokens = max_batch_tokens
         self._max_batch_chunks = max_chunks(max_batch_tokens)
         self._waiting: dict[int, Prompt] = {}  # in order of arrival
-        self._running: dict[int, Prompt] = {}  # have blocks; chunks left to launch or to finish
+        self._running: dict[int, Prompt] = {}  # have blocks, and chunks left to launch or to finish
         self._computing: set[bytes] = set()  # hashes of blocks that a running prompt will publish
-        self.held_back = False  # a prompt was left out of the last batch, as its grammar is not compiled yet
+        self.waits_for_grammar = False  # a prompt was left out of the last batch for that
 
     @property
     def waiting_count(self) -> int:
@@ -78,7 +79,7 @@ class Scheduler:
         self._waiting[prompt.attempt_id] = prompt
 
     def drop(self, attempt_id: int) -> None:
-        """Takes a prompt out, in whatever state; one that is not here is left alone."""
+        """Takes a prompt out, whatever its state. Does nothing if it is not here."""
         if (waiting := self._waiting.pop(attempt_id, None)) is not None:
             self._blocks.release(waiting.blocks)
             return
@@ -86,9 +87,7 @@ class Scheduler:
         if prompt is None:
             return
         prompt.dropped = True
-        if prompt.launched_len == prompt.computed_len:
-            self._leave(prompt)
-            self._blocks.release(prompt.blocks)
+        self._release_if_idle(prompt)
 
     def drop_connection(self, connection: int) -> None:
         for prompt in [*self._waiting.values(), *self._running.values()]:
@@ -97,7 +96,7 @@ class Scheduler:
 
     def schedule(self) -> list[Chunk]:
         """The next batch; empty when nothing can run now."""
-        self.held_back = False
+        self.waits_for_grammar = False
         budget = self._max_batch_tokens
         chunks: list[Chunk] = []
         for prompt in self._candidates():
@@ -110,16 +109,14 @@ class Scheduler:
         return chunks
 
     def finish(self, chunk: Chunk) -> bool:
-        """Publishes the blocks that a computed chunk completed. True when the whole prompt is there; its blocks are
-        the caller's from then on."""
+        """Publishes the blocks that a computed chunk completed. Returns True if that was the whole prompt; its blocks
+        then belong to the caller."""
         prompt = chunk.prompt
         for index in range(prompt.computed_len // self._block_size, chunk.end // self._block_size):
             self._blocks.publish(prompt.blocks[index], prompt.spec.block_hashes[index])
         prompt.computed_len = chunk.end
         if prompt.dropped:
-            if prompt.launched_len == prompt.computed_len:
-                self._leave(prompt)
-                self._blocks.release(prompt.blocks)
+            self._release_if_idle(prompt)
             return False
         if chunk.is_last:
             self._leave(prompt)
@@ -130,8 +127,8 @@ class Scheduler:
             if prompt.launched_len < prompt.length and not prompt.dropped:
                 yield prompt
         for prompt in list(self._waiting.values()):
-            if prompt.follower is not None and not prompt.follower.ready:
-                self.held_back = True
+            if prompt.grammar is not None and not prompt.grammar.ready:
+                self.waits_for_grammar = True
                 continue
             if self._is_being_computed(prompt):
                 continue
@@ -140,8 +137,8 @@ class Scheduler:
             yield prompt
 
     def _is_being_computed(self, prompt: Prompt) -> bool:
-        """Whether a running prompt is about to publish the first block that this one lacks: computing it again beside
-        it would cost more than waiting for it."""
+        """Whether a running prompt is about to publish the first block that this one lacks. Waiting for it costs less
+        than computing it twice."""
         if not self._computing:
             return False
         hashes = prompt.spec.hashes_before_last_token(self._block_size)
@@ -149,10 +146,10 @@ class Scheduler:
         return hits < len(hashes) and hashes[hits] in self._computing
 
     def _admit(self, prompt: Prompt) -> bool:
-        """Gives a waiting prompt its blocks, those that are cached and fresh ones; False where there are too few. One
-        that has blocks already gives those back that the cache has meanwhile got."""
+        """Gives a waiting prompt its blocks: the cached ones, and fresh ones for the rest. False if there are too few.
+        A prompt that came with blocks swaps those for cached ones where it can."""
         hits = self._blocks.match(prompt.spec.hashes_before_last_token(self._block_size))
-        missing = 0 if prompt.blocks else -(-prompt.length // self._block_size) - len(hits)
+        missing = 0 if prompt.blocks else blocks_for(prompt.length, self._block_size) - len(hits)
         if missing > self._blocks.available:
             self._blocks.release(hits)
             return False
@@ -163,6 +160,12 @@ class Scheduler:
         self._running[prompt.attempt_id] = prompt
         self._computing.update(prompt.spec.block_hashes[len(hits) :])
         return True
+
+    def _release_if_idle(self, dropped: Prompt) -> None:
+        """Takes a dropped prompt out, unless a chunk that writes to its blocks is still being computed."""
+        if dropped.launched_len == dropped.computed_len:
+            self._leave(dropped)
+            self._blocks.release(dropped.blocks)
 
     def _leave(self, prompt: Prompt) -> None:
         del self._running[prompt.attempt_id]

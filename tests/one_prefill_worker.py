@@ -27,8 +27,7 @@ class OnePrefillWorker:
 
     def turn(self) -> pb.WorkerMessage:
         """What the worker says in it."""
-        self._engine._receive(draining=False)
-        self._engine._tell(self._engine._loop.turn())
+        self._engine.turn(draining=False)
         self._wire.flush()
         return self._wire.to_router.pop()
 

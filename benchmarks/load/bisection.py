@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 @dataclass(slots=True)
 class Bisection:
-    """Between two rates, neither of which is tried itself. After N trials `best` is within 1 / 2**N of their distance
-    from the highest rate there is, where that lies between them."""
+    """Searches between two rates, without trying these two. If the highest rate is between them, then after N trials
+    `best` is at most 1 / 2**N of their distance below it."""
 
     low: float
     high: float
@@ -14,11 +14,11 @@ class Bisection:
 
     @property
     def rate(self) -> float:
-        """To be tried next."""
+        """The rate to try next."""
         return (self.low + self.high) / 2
 
     def tell(self, kept_up: bool) -> None:
-        """What came of trying `rate`."""
+        """Takes the result of trying `rate`."""
         if kept_up:
             self.best = self.low = self.rate
         else:

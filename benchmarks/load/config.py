@@ -1,4 +1,4 @@
-"""What load to make; the docstrings are the help of the command line."""
+"""Settings of a load; their docstrings are the help of the command line."""
 
 from dataclasses import dataclass
 
@@ -8,32 +8,32 @@ from benchmarks.load.lengths import parse_lengths
 @dataclass(frozen=True, slots=True)
 class LoadConfig:
     concurrency: int | None = None
-    """Closed loop: this many requests are always under way. 8 where there is no rate either."""
+    """Closed loop: this many requests are always under way. 8 if there is no --rate either."""
 
     rate: float | None = None
     """Open loop: Poisson arrivals, this many requests a second, however many are under way."""
 
     requests: int | None = None
-    """Ends after so many requests. 100 where there is no duration either."""
+    """Ends after this many requests. 100 if there is no --duration either."""
 
     duration: float | None = None
-    """Sends no new requests after so many seconds; those under way still finish."""
+    """Sends no new requests after this many seconds; those under way still finish."""
 
     warmup: int = 8
-    """Requests sent before, and not measured."""
+    """Requests that are sent first and not measured."""
 
     prompt_tokens: str = "256"
-    """Tokens of a prompt, without its shared prefix: N, uniform:LOW,HIGH or lognormal:MEDIAN,SIGMA. Where prompt
-    and answer are longer than the cluster takes, they are cut, the answer first."""
+    """Tokens of a prompt, without its shared prefix: N, uniform:LOW,HIGH or lognormal:MEDIAN,SIGMA. If prompt and
+    answer together are longer than the cluster takes, they are cut, the answer first."""
 
     output_tokens: str = "64"
-    """Tokens of an answer, in the same words. The model's own end of the answer is ignored."""
+    """Tokens of an answer, in the same form. The model's own end of the answer is ignored."""
 
     prefix_tokens: int = 0
-    """Tokens that prompts begin with in common."""
+    """Tokens of the prefix that prompts share."""
 
     prefixes: int = 1
-    """Number of different common beginnings; each prompt draws one of them."""
+    """Number of different shared prefixes; each prompt draws one of them."""
 
     temperature: float = 0.0
     """0 is greedy."""
@@ -47,16 +47,16 @@ class Limits:
     """What a request must keep to count as goodput, in milliseconds."""
 
     ttft_limit: float | None = None
-    """Goodput counts requests whose first token came within so many milliseconds."""
+    """Goodput counts requests whose first token came within this many milliseconds."""
 
     tpot_limit: float | None = None
-    """Goodput counts requests with so many milliseconds per token after the first, or less."""
+    """Goodput counts requests with at most this many milliseconds per token after the first."""
 
 
 def check(config: LoadConfig) -> None:
     """
     Raises:
-        ValueError: settings that contradict each other or make no sense, in words.
+        ValueError: settings contradict each other or make no sense; the sentence says how.
     """
     if config.concurrency is not None and config.rate is not None:
         raise ValueError("give --concurrency (closed loop) or --rate (open loop), not both")

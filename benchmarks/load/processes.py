@@ -1,4 +1,4 @@
-"""A load from several client processes, so that no client is what limits it."""
+"""A load from several client processes, so that no client is the bottleneck."""
 
 import asyncio
 from collections.abc import Sequence
@@ -12,8 +12,8 @@ from twostroke import AsyncClient
 
 
 def split(config: LoadConfig, clients: int) -> list[LoadConfig]:
-    """The open-loop load of `config` as one for each client: Poisson processes add up to one of the sum of their rates.
-    Each has a seed of its own, so that no two make the same requests."""
+    """Divides the open-loop load of `config` among clients: Poisson processes add up to one with the sum of their
+    rates. Each client has a seed of its own, so that no two make the same requests."""
     assert config.rate is not None
     return [
         replace(config, rate=config.rate / clients, seed=config.seed * clients + client) for client in range(clients)
@@ -23,8 +23,8 @@ def split(config: LoadConfig, clients: int) -> list[LoadConfig]:
 def start(
     pool: ProcessPoolExecutor, target: str, configs: Sequence[LoadConfig], timeout: float
 ) -> list[Future[list[Record]]]:
-    """Each config's load in a process of `pool`, against the router at `target`. A request that takes longer than
-    `timeout` seconds fails."""
+    """Starts each config's load in a process of `pool`, against the router at `target` (host:port). A request that
+    takes longer than `timeout` seconds fails."""
     return [pool.submit(_load, target, config, timeout) for config in configs]
 
 

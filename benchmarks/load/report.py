@@ -46,7 +46,7 @@ def as_table(summary: Summary) -> Group:
 
 
 def as_json(config: LoadConfig, limits: Limits, model: str, records: Sequence[Record], summary: Summary) -> Any:
-    """What json.dump takes: the load, its figures, and every request's record."""
+    """The load, its figures and every request's record, for json.dump."""
     return {
         "model": model,
         "load": asdict(config) | asdict(limits),
@@ -56,7 +56,7 @@ def as_json(config: LoadConfig, limits: Limits, model: str, records: Sequence[Re
 
 
 def plot(records: Sequence[Record], title: str, path: Path) -> None:
-    """Writes the distributions of TTFT and ITL, and output tokens over time, as the image format that `path` names.
+    """Draws the distributions of TTFT and ITL, and output tokens over time, in the image format that `path` ends in.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed; it comes with twostroke[plot].

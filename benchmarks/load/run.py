@@ -1,4 +1,4 @@
-"""Makes a load against a router and records what comes back."""
+"""Puts a load on a router, and records what comes back."""
 
 import asyncio
 import time
@@ -16,15 +16,15 @@ DEFAULT_REQUESTS = 100
 
 
 async def run(client: AsyncClient, config: LoadConfig, on_record: Callable[[Record], None]) -> list[Record]:
-    """The records of all measured requests, in the order of their ends. `on_record` sees each when it is there.
+    """Returns the records of all measured requests, in the order in which they ended. `on_record` gets each at once.
 
     Raises:
-        ValueError: settings that make no load.
-        TwostrokeError: the router does not answer. Requests that fail are recorded, and do not raise.
+        ValueError: the settings make no sense.
+        TwostrokeError: the router does not answer. Requests that fail are recorded, and raise nothing.
     """
     check(config)
     model = await client.model()
-    # Special tokens stand at an end of most vocabularies: drawing from the middle avoids them.
+    # Special tokens are at either end of most vocabularies: drawing from the middle avoids them.
     vocabulary = range(model.vocab_size // 8, model.vocab_size * 7 // 8)
     longest = min(filter(None, (model.limits.max_total_tokens, model.context_length)))
     work = requests(config, vocabulary, longest)

@@ -1,4 +1,4 @@
-"""Figures of a load, from its records."""
+"""The figures of a load, from its records."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -23,8 +23,8 @@ class Distribution:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """Latencies and tokens are those of requests that were answered; rates are per second of `seconds`, from when the
-    first request was due to the last one's end. None where no request had the figure."""
+    """Latencies and tokens are those of answered requests. Rates are per second of `seconds`, which last from when the
+    first request was due to the end of the last. None: no request had such a figure."""
 
     requests: int
     errors: dict[str, int]
@@ -37,9 +37,9 @@ class Summary:
     output_tokens_per_second: float
     prompt_tokens_per_second: float
     goodput: float
-    """Answered requests that kept the limits, per second."""
+    """Answered requests within the limits, per second."""
     goodput_share: float
-    """The same as a share of all requests, failed ones among them."""
+    """The same as a share of all requests, failed ones included."""
     prefill_cached_share: float
     """Share of prompt tokens that the prefill workers did not compute."""
     decode_cached_share: float

@@ -1,4 +1,4 @@
-"""The requests of a load, and when they come: all of it decided by the seed alone."""
+"""The requests of a load, and when they arrive. The seed decides all of it."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ def requests(config: LoadConfig, vocabulary: range, longest: int) -> Iterator[Re
 
     Args:
         vocabulary: the tokens to draw from.
-        longest: tokens that prompt and output may have together; longer ones are cut, the output first.
+        longest: most tokens of prompt and output together; longer ones are cut, the output first.
     """
     random = Random(config.seed)
     prompt_length, output_length = parse_lengths(config.prompt_tokens), parse_lengths(config.output_tokens)
@@ -31,7 +31,7 @@ def requests(config: LoadConfig, vocabulary: range, longest: int) -> Iterator[Re
 
 
 def arrivals(rate: float, seed: int) -> Iterator[float]:
-    """Seconds from the start at which the requests of a Poisson process of `rate` a second come."""
+    """Arrival times, in seconds from the start, of a Poisson process of `rate` requests a second."""
     random, time = Random(f"arrivals {seed}"), 0.0
     while True:
         time += random.expovariate(rate)

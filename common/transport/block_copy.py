@@ -1,4 +1,4 @@
-"""One launch that copies many scattered blocks, out of memory of this GPU or memory mapped from another."""
+"""Copies many scattered blocks in one launch, from memory of this GPU or mapped from another."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -78,11 +78,11 @@ class BlockCopier:
 
     Args:
         device: index of the GPU that copies and owns the target.
-        capacity: blocks that one batch may have at most.
-        ctas: thread blocks of 1024 threads that copy; each takes an SM for itself while it runs.
+        capacity: most blocks in one batch.
+        ctas: thread blocks that copy, of 1024 threads each, which take an SM each while they run.
 
     Attributes:
-        stream: cupy stream that the copies run on.
+        stream: the cupy stream that copies run on.
     """
 
     def __init__(self, device: int, capacity: int, ctas: int = CTAS) -> None:
@@ -90,7 +90,7 @@ class BlockCopier:
         self._capacity = capacity
         self._ctas = ctas
         with self._device:
-            # Ahead of the kernels of decoding, whose next launch would otherwise take each SM as it comes free.
+            # A high priority, or the next kernel of a decode step would take each SM as soon as it is free.
             self.stream = cupy.cuda.Stream(non_blocking=True, priority=-1)
         self._idle = [self._new_slot()]
 

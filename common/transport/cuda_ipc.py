@@ -1,7 +1,7 @@
-"""Transport for GPUs of one host: the pool is a cudaMalloc of its owner, which a reader maps by CUDA's IPC handle.
+"""Transport for GPUs of one host: the owner allocates the pool by cudaMalloc, readers map it by its IPC handle.
 
-Header and generations lie in a segment of /dev/shm as with shm, where the reader's host can look at them. Plain
-cudaMalloc, because memory of torch's expandable segments has no such handle. A process cannot open its own handle.
+Header and generations are in a segment of /dev/shm, as with shm, where the reader's CPU can look at them. It takes a
+plain cudaMalloc, because torch's expandable segments have no such handle. A process cannot open its own handle.
 """
 
 from collections.abc import Sequence
@@ -57,9 +57,8 @@ class CudaMemory:
 class CudaTransfer:
     """A launched copy. See interface.Transfer."""
 
-    def __init__(self, copy: BlockCopy, bytes: int) -> None:
+    def __init__(self, copy: BlockCopy) -> None:
         self._copy = copy
-        self.bytes = bytes
 
     @property
     def milliseconds(self) -> float:
@@ -138,7 +137,7 @@ class CudaPeer:
         blocks = range(count)
         with cupy.cuda.Device(self._device), self._copier.stream:
             scratch = cupy.empty(count * self._block_bytes, np.uint8)
-            for _ in range(2):  # the first finds the mapping's pages
+            for _ in range(2):  # the first run faults the mapping's pages in
                 copy = self._copier.start(self._pointer, blocks, scratch.data.ptr, blocks, self._block_bytes)
                 copy.wait()
         return count * self._block_bytes / copy.milliseconds * 1e3
@@ -151,7 +150,7 @@ class CudaPeer:
             copy = self._copier.start(self._pointer, src_blocks, dst.tensor.data_ptr(), dst_blocks, self._block_bytes)
         except (ValueError, *_CUDA_ERRORS) as error:
             raise TransferFailed(f"copying from the peer's GPU memory failed: {error}") from error
-        return CudaTransfer(copy, len(src_blocks) * self._block_bytes)
+        return CudaTransfer(copy)
 
     def generations_hold(self, blocks: Sequence[int], expected: Sequence[int]) -> bool:
         return self._segment.generations_hold(blocks, expected)
@@ -172,7 +171,7 @@ def create(layout: KvLayout, device: torch.device, instance: str) -> CudaMemory:
     index = _index(device, layout)
     try:
         prepare(index)
-    except Exception as error:  # cupy has no common base for what can go wrong here
+    except Exception as error:  # cupy's errors have no common base class
         raise TransportError(
             f"cupy cannot compile the copy kernel ({error!r}): install the cupy that fits the driver's CUDA"
         ) from error

@@ -15,7 +15,7 @@ class TransportError(StartError):
 
 
 class TransferFailed(TransportError):
-    """Blocks could not be read; what the target blocks hold now is undefined."""
+    """Blocks could not be read. What the target blocks hold now is undefined."""
 
 
 class PoolMemory(Protocol):
@@ -31,27 +31,24 @@ class PoolMemory(Protocol):
 
     @property
     def descriptor(self) -> bytes:
-        """What a peer needs to open the pool. Printable; it is no secret, access is by the operating system's user."""
+        """What a peer needs to open the pool. It is printable, and no secret: the operating system controls access."""
 
     def close(self) -> None:
-        """Takes the pool away from peers to come. The memory is freed with the last tensor that views it."""
+        """Lets no more peers open the pool. The memory is freed with the last tensor that views it."""
 
 
 class Transfer(Protocol):
     """Blocks on their way into the reader's pool."""
 
     @property
-    def bytes(self) -> int: ...
-
-    @property
     def milliseconds(self) -> float:
-        """How long the copy itself took. Once it is done."""
+        """How long the copy itself took. Only once it is done."""
 
     def done(self) -> bool:
-        """Polls. Raises TransferFailed once, and every time, if the copy went wrong."""
+        """Whether the copy is done, without waiting. Raises TransferFailed, every time, if it went wrong."""
 
     def wait(self) -> None:
-        """Until done. Raises as `done` does."""
+        """Waits until the copy is done. Raises as `done` does."""
 
 
 class PeerPool(Protocol):
@@ -59,20 +56,20 @@ class PeerPool(Protocol):
 
     @property
     def bytes_per_second(self) -> float:
-        """Of blocks read when it was opened."""
+        """Speed at which blocks were read when the pool was opened."""
 
     def read(self, src_blocks: Sequence[int], dst: KvPool, dst_blocks: Sequence[int]) -> Transfer:
         """Starts to copy the peer's `src_blocks` into `dst_blocks` of `dst`, pair by pair, and returns at once.
 
-        Until the transfer is done, nobody else may use the target blocks. Whether the source still held what it should
-        is known only by asking `generations_hold` afterwards: a writer raises a block's generation, then rewrites it.
+        Until the transfer is done, nobody else may use the target blocks. Afterwards, ask `generations_hold` whether
+        the source still held what it should: its owner raises a block's generation before rewriting it.
 
         Raises:
             TransferFailed: the two lists do not match, or a block is outside its pool.
         """
 
     def generations_hold(self, blocks: Sequence[int], expected: Sequence[int]) -> bool:
-        """Whether each of the peer's `blocks` still is of the `expected` generation."""
+        """Whether each of the peer's `blocks` still has the `expected` generation."""
 
     def owner_alive(self) -> bool:
         """False once the owner closed its pool or died."""

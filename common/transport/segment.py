@@ -1,9 +1,9 @@
-"""A worker's file in /dev/shm: who it is, how its pool is laid out, its blocks' generations; with shm the pool itself.
+"""A worker's file in /dev/shm: who it is, how its pool is laid out, its blocks' generations; and, for shm, the pool.
 
     header (one page) | generations, uint64 [num_blocks], padded to a page | body
 
-The owner holds an exclusive flock on the file for as long as it lives; the kernel drops it with the process, however
-that ends. So a lock that can be had tells that the owner is gone, and `sweep` removes what it left.
+The owner holds an exclusive flock on the file for as long as it lives; the kernel drops it however the process ends. So
+whoever gets the lock knows that the owner is gone, and `sweep` removes what it left.
 """
 
 import atexit
@@ -33,7 +33,7 @@ _INSTANCE = re.compile(r"[0-9A-Za-z_-]{1,128}")
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a segment says of itself."""
+    """What a segment says about itself."""
 
     instance: str
     nonce: str  # also in the descriptor: a later file of the same name is not taken for this one
@@ -61,11 +61,11 @@ def _body_start(num_blocks: int) -> int:
 
 
 class OwnSegment:
-    """The segment that this process owns: created with all its memory, locked for life, unlinked by `close`, or where
-    the process ends in order before that."""
+    """The segment that this process owns: created with all its memory, locked for life, and unlinked by `close` or an
+    orderly exit."""
 
     def __init__(self, instance: str, layout: KvLayout, body_bytes: int) -> None:
-        """Raises TransportError where /dev/shm has no room for it, or another process of that name exists."""
+        """Raises TransportError if /dev/shm has no room for it, or there is another process of that name."""
         if not _INSTANCE.fullmatch(instance):
             raise TransportError(f'"{instance}" cannot name a segment: use up to 128 letters, digits, "-" and "_"')
         self.nonce = secrets.token_hex(8)
@@ -77,11 +77,11 @@ class OwnSegment:
         atexit.register(self._path.unlink, missing_ok=True)  # a signal may end the process at any moment from here on
         try:
             self._fd = _create_locked(self._path)
-        except TransportError:  # what is there is another's
+        except TransportError:  # the file that is there belongs to another process
             atexit.unregister(self._path.unlink)
             raise
         try:
-            # Takes the memory now: a sparse file would end this process by SIGBUS on the first page that is not there.
+            # Takes the memory now: with a sparse file, SIGBUS would end this process at the first page that is missing.
             os.posix_fallocate(self._fd, 0, size)
             self._map = mmap.mmap(self._fd, size)
         except OSError as error:
@@ -101,7 +101,7 @@ class OwnSegment:
         return json.dumps({"segment": self._path.name, "nonce": self.nonce, **extra}).encode()
 
     def close(self) -> None:
-        """Unlinks and unlocks. The mapping goes with the last view of it."""
+        """Unlinks and unlocks the file. The mapping lasts as long as there are views of it."""
         if self._fd < 0:
             return
         self._unlink()
@@ -182,7 +182,7 @@ class PeerSegment:
         return not _try_lock(self._fd, fcntl.LOCK_SH)
 
     def close(self) -> None:
-        """Unmaps. Whoever made views of `body` has dropped them before."""
+        """Unmaps the segment. All views of `body` must be gone by then."""
         if self._fd < 0:
             return
         self._generations.release()
@@ -198,7 +198,7 @@ def digest(probe: bytes) -> str:
 
 
 def sweep() -> None:
-    """Unlinks the segments of this user whose owners are gone, and leaves those of the living alone."""
+    """Unlinks the segments of this user whose owners are gone."""
     for path in DIRECTORY.glob(PREFIX + "*"):
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -212,7 +212,7 @@ def sweep() -> None:
 
 
 def _try_lock(fd: int, operation: int) -> bool:
-    """Whether a lock could be had. It is let go of at once where it is shared, else with the file's closing."""
+    """Whether the lock could be taken. A shared lock is released at once, an exclusive one when the file is closed."""
     try:
         fcntl.flock(fd, operation | fcntl.LOCK_NB)
     except BlockingIOError:

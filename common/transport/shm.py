@@ -1,4 +1,4 @@
-"""Transport for CPUs of one host: the pool is a file in /dev/shm; a reader maps it and copies on its own thread."""
+"""Transport for CPUs of one host: the pool is a file in /dev/shm; a reader maps it and copies blocks on a thread."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -12,9 +12,7 @@ from torch import Tensor
 
 from common.kv_pool import KvLayout, KvPool
 from common.transport.interface import TransferFailed, TransportError
-from common.transport.segment import PROBE_BYTES, OwnSegment, PeerSegment, digest, sweep
-
-__all__ = ["ShmMemory", "ShmPeer", "create", "open_peer", "sweep"]
+from common.transport.segment import PROBE_BYTES, OwnSegment, PeerSegment, digest
 
 log = structlog.get_logger(__name__)
 
@@ -43,9 +41,8 @@ class ShmMemory:
 class ShmTransfer:
     """A copy on the reader's thread. See interface.Transfer."""
 
-    def __init__(self, copy: Future[float], bytes: int) -> None:
+    def __init__(self, copy: Future[float]) -> None:
         self._copy = copy
-        self.bytes = bytes
 
     @property
     def milliseconds(self) -> float:
@@ -98,7 +95,7 @@ class ShmPeer:
         assert self._rows is not None
         count = min(len(self._rows), max(1, _MEASURED_BYTES // self._block_bytes))
         scratch = np.zeros((count, self._block_bytes), np.uint8)
-        for _ in range(2):  # the first finds the mapping's pages
+        for _ in range(2):  # the first run faults the mapping's pages in
             milliseconds = self._copier.submit(_copy, self._rows, range(count), scratch, range(count)).result()
         return scratch.nbytes / milliseconds * 1e3
 
@@ -107,8 +104,7 @@ class ShmPeer:
             raise TransferFailed("the peer's pool was closed")
         target = dst.tensor.view(torch.uint8).view(dst.layout.num_blocks, self._block_bytes).numpy()
         self._segment.check(src_blocks, dst_blocks, len(target))
-        copy = self._copier.submit(_copy, self._rows, tuple(src_blocks), target, tuple(dst_blocks))
-        return ShmTransfer(copy, len(src_blocks) * self._block_bytes)
+        return ShmTransfer(self._copier.submit(_copy, self._rows, tuple(src_blocks), target, tuple(dst_blocks)))
 
     def generations_hold(self, blocks: Sequence[int], expected: Sequence[int]) -> bool:
         return self._segment.generations_hold(blocks, expected)
@@ -135,12 +131,12 @@ def open_peer(descriptor: bytes, layout: KvLayout, device: torch.device) -> ShmP
 def _copy(source: Rows, src_blocks: Sequence[int], target: Rows, dst_blocks: Sequence[int]) -> float:
     started = time.perf_counter()
     for src, dst, count in _runs(src_blocks, dst_blocks):
-        target[dst : dst + count] = source[src : src + count]  # numpy lets go of the GIL
+        target[dst : dst + count] = source[src : src + count]  # numpy releases the GIL
     return (time.perf_counter() - started) * 1000
 
 
 def _runs(src_blocks: Sequence[int], dst_blocks: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """Pairs of blocks that follow each other on both sides, as (source, target, count)."""
+    """Runs of blocks that are consecutive on both sides, as (source, target, count)."""
     start = 0
     for end in range(1, len(src_blocks) + 1):
         length = end - start

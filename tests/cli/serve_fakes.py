@@ -11,6 +11,7 @@ from pathlib import Path
 
 from cli import main, readiness, serve
 from cli.children import Child
+from cli.serve_config import ServeConfig
 from tests.protos.fake_router import FakeRouter, serving
 from twostroke.v1 import inference_pb2 as pb
 
@@ -38,7 +39,7 @@ def pretend(name: str, folder: Path, listen: str) -> None:
     (folder / f"{name}-stopped").touch()
 
 
-def fake_part(module: str, settings: object, config: serve.ServeConfig, own: dict[str, object]) -> Child:
+def fake_part(module: str, settings: object, config: ServeConfig, own: dict[str, object]) -> Child:
     return Child(module, [sys.executable, __file__, "--pretend", module, str(config.model), str(own["listen"])])
 
 

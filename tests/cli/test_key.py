@@ -8,7 +8,8 @@ import pytest
 from cli.commands import app
 from cli.key import key
 from cli.main import main
-from cli.serve import ServeConfig, _client, _secret, _tls_environment, serve
+from cli.serve import _client, _secret, _tls_environment, serve
+from cli.serve_config import ServeConfig
 from common import cluster_secret
 from common.security_config import SettingsError
 from router.api_keys import ApiKeys

@@ -14,7 +14,8 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import pytest
 
 from cli.readiness import Readiness
-from cli.serve import ServeConfig, _reachable, _with_port, part
+from cli.serve import _reachable, _with_port, part
+from cli.serve_config import ServeConfig
 from common.probe import probe, service_of_process
 from decode_worker.config import DecodeConfig
 from prefill_worker.config import PrefillConfig

@@ -9,7 +9,7 @@ from benchmarks.gpu import models
 from common.gpu_memory import Passes, bytes_for
 from common.kv_pool import KvLayout
 from common.model_config import ModelConfig, ModelError, load_config
-from common.worker_parts import GPU_POOL_SHARE, blocks_that_fit
+from common.pool_size import GPU_POOL_SHARE, blocks_that_fit
 from decode_worker import graphs as decode_graphs
 from prefill_worker import graphs as prefill_graphs
 

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from common import grammar
 from common.grammar import CompiledGrammars, load_tokenizer
-from common.guided_sampling import MOST_COMPILATIONS, Allowed, Follower, GuidedSampling, warm_up
+from common.guided_sampling import MOST_COMPILATIONS, AllowedTokens, GrammarState, GuidedSampling, warm_up
 from common.model_config import parse_config
 from router import token_bytes
 from tests.router import models
@@ -49,11 +49,11 @@ def sampling_of(directory: Path, vocab_size: int = models.VOCAB_SIZE) -> GuidedS
     return GuidedSampling(CompiledGrammars(load_tokenizer(directory, MODEL)), vocab_size, threads=2)
 
 
-def follow(guided: GuidedSampling, text: str = GRAMMAR, output: Sequence[int] = ()) -> Follower:
-    return guided.follow(replace(spec((3, 4, *output), 16), prompt_length=2, grammar=text))
+def begin(guided: GuidedSampling, text: str = GRAMMAR, output: Sequence[int] = ()) -> GrammarState:
+    return guided.begin(replace(spec((3, 4, *output), 16), prompt_length=2, grammar=text))
 
 
-def tokens_of(allowed: Allowed, row: int = 0, vocab_size: int = models.VOCAB_SIZE) -> set[int]:
+def tokens_of(allowed: AllowedTokens, row: int = 0, vocab_size: int = models.VOCAB_SIZE) -> set[int]:
     logits = torch.zeros(row + 1, vocab_size)
     return set(allowed.restrict(logits)[row].isfinite().nonzero().flatten().tolist())
 
@@ -63,23 +63,23 @@ def test_nothing_but_what_goes_on_with_a_choice_may_come(guided: GuidedSampling,
     table = token_bytes.read(tokenizer, models.VOCAB_SIZE).table
     texts = [choice.encode() for choice in CHOICES]
     for choice in CHOICES:
-        follower, before, output = follow(guided), b"", []
+        state, before, output = begin(guided), b"", []
         for token in tokenizer.encode(choice).ids:
-            may = tokens_of(guided.allowed({0: follower}))
-            assert tokens_of(guided.allowed({0: follow(guided, output=output)})) == may, "replayed"
+            may = tokens_of(guided.allowed({0: state}))
+            assert tokens_of(guided.allowed({0: begin(guided, output=output)})) == may, "replayed"
             assert token in may
             assert (models.EOS in may) == (before in texts)
             assert all(any(text.startswith(before + table[it]) for text in texts) for it in may - {models.EOS})
-            follower.add([token])
+            state.accept([token])
             output.append(token)
             before += table[token]
-        assert models.EOS in tokens_of(guided.allowed({0: follower}))
+        assert models.EOS in tokens_of(guided.allowed({0: state}))
 
 
 def test_only_the_end_may_follow_what_is_complete(guided: GuidedSampling, table: tuple[bytes, ...]) -> None:
-    follower = follow(guided, LLMatcher.grammar_from_regex("a"))
-    follower.add([table.index(b"a")])
-    assert tokens_of(guided.allowed({0: follower})) == {models.EOS}
+    state = begin(guided, LLMatcher.grammar_from_regex("a"))
+    state.accept([table.index(b"a")])
+    assert tokens_of(guided.allowed({0: state})) == {models.EOS}
 
 
 def test_rows_without_a_grammar_and_the_logits_stay_as_they_are(
@@ -88,7 +88,7 @@ def test_rows_without_a_grammar_and_the_logits_stay_as_they_are(
     logits = torch.randn(4, models.VOCAB_SIZE, generator=torch.Generator().manual_seed(0)).bfloat16()
     before = logits.clone()
     regexes = {3: "[ab]", 1: "c"}
-    allowed = guided.allowed({row: follow(guided, LLMatcher.grammar_from_regex(text)) for row, text in regexes.items()})
+    allowed = guided.allowed({row: begin(guided, LLMatcher.grammar_from_regex(text)) for row, text in regexes.items()})
     restricted = allowed.restrict(logits)
     assert torch.equal(logits, before)
     assert restricted.dtype == logits.dtype
@@ -101,7 +101,7 @@ def test_rows_without_a_grammar_and_the_logits_stay_as_they_are(
 
 @pytest.mark.parametrize("vocab_size", [300, 346, 347, 352, 353, 1000])
 def test_what_only_the_model_or_only_the_tokenizer_knows_never_comes(directory: Path, vocab_size: int) -> None:
-    anything = follow(sampling_of(directory, vocab_size), LLMatcher.grammar_from_regex(r"(?s:.)*"))
+    anything = begin(sampling_of(directory, vocab_size), LLMatcher.grammar_from_regex(r"(?s:.)*"))
     wide = tokens_of(sampling_of(directory).allowed({0: anything}))
     assert max(wide) < load_tokenizer(directory, MODEL).vocab_size
     narrow = tokens_of(sampling_of(directory, vocab_size).allowed({0: anything}), vocab_size=vocab_size)
@@ -111,52 +111,52 @@ def test_what_only_the_model_or_only_the_tokenizer_knows_never_comes(directory: 
 def test_no_token_of_the_model_is_a_problem(directory: Path, table: tuple[bytes, ...]) -> None:
     letter = table.index(b"a")
     guided = sampling_of(directory, vocab_size=letter // 32 * 32)
-    followers = {
-        0: follow(guided, LLMatcher.grammar_from_regex("a")),
-        2: follow(guided, LLMatcher.grammar_from_regex("!")),
+    states = {
+        0: begin(guided, LLMatcher.grammar_from_regex("a")),
+        2: begin(guided, LLMatcher.grammar_from_regex("!")),
     }
-    allowed = guided.allowed(followers)
+    allowed = guided.allowed(states)
     assert allowed.problems == {0: "no token of the model follows"}
     assert allowed.rows == [2]
     barely = sampling_of(directory, vocab_size=letter + 1)
-    assert tokens_of(barely.allowed({0: followers[0]}), vocab_size=letter + 1) == {letter}
+    assert tokens_of(barely.allowed({0: states[0]}), vocab_size=letter + 1) == {letter}
 
 
 def test_a_grammar_that_fails_is_a_problem_of_its_row_alone(guided: GuidedSampling, table: tuple[bytes, ...]) -> None:
     text = LLMatcher.grammar_from_regex("a+")
-    followers = {
-        0: follow(guided, text, output=[table.index(b"b")]),
-        1: follow(guided, text, output=[table.index(b"a")]),
-        4: follow(guided, "start: nobody"),
+    states = {
+        0: begin(guided, text, output=[table.index(b"b")]),
+        1: begin(guided, text, output=[table.index(b"a")]),
+        4: begin(guided, "start: nobody"),
     }
-    allowed = guided.allowed(followers)
+    allowed = guided.allowed(states)
     assert list(allowed.problems) == [4, 0]
     assert "unknown name" in allowed.problems[4]
-    assert tokens_of(allowed, row=1) == tokens_of(guided.allowed({0: followers[1]}))
-    assert guided.allowed({0: followers[0]}).rows == []
-    assert guided.allowed({0: followers[1]}).problems == {}
+    assert tokens_of(allowed, row=1) == tokens_of(guided.allowed({0: states[1]}))
+    assert guided.allowed({0: states[0]}).rows == []
+    assert guided.allowed({0: states[1]}).problems == {}
 
 
 def test_a_lexer_that_is_full_of_others_is_compiled_again(
     directory: Path, table: tuple[bytes, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begun: list[Follower] = []
-    anew = Follower.anew
+    begun: list[GrammarState] = []
+    compile_again = GrammarState.compile_again
 
-    def counted(follower: Follower) -> LLMatcher:
-        begun.append(follower)
-        return anew(follower)
+    def counted(state: GrammarState) -> LLMatcher:
+        begun.append(state)
+        return compile_again(state)
 
     monkeypatch.setattr(grammar, "_LIMITS", LLParserLimits(max_lexer_states=300, verbose_errors=False))
-    monkeypatch.setattr(Follower, "anew", counted)
+    monkeypatch.setattr(GrammarState, "compile_again", counted)
     guided = sampling_of(directory)
     text = LLMatcher.grammar_from_regex("(a|b)*a(a|b){12}")  # has thousands of states, some for each answer
     a, b = table.index(b"a"), table.index(b"b")
     for number in range(40):
-        follower = follow(guided, text)
+        state = begin(guided, text)
         for place in range(20):
-            follower.add([b if number >> place & 1 else a])
-            allowed = guided.allowed({0: follower})
+            state.accept([b if number >> place & 1 else a])
+            allowed = guided.allowed({0: state})
             assert allowed.problems == {}
             assert {a, b} <= tokens_of(allowed)
     assert 0 < len(begun) == len(set(begun))
@@ -175,12 +175,12 @@ def test_a_lexer_that_one_sequence_fills_again_and_again_is_a_problem_of_it(
     monkeypatch.setattr(grammar, "_LIMITS", LLParserLimits(max_lexer_states=300, verbose_errors=False))
     monkeypatch.setattr(grammar, "compile_grammar", counted)
     guided = sampling_of(directory)
-    follower = follow(guided, LLMatcher.grammar_from_regex("(a|b)*a(a|b){12}"))
+    state = begin(guided, LLMatcher.grammar_from_regex("(a|b)*a(a|b){12}"))
     letters, choice = [table.index(letter) for letter in (b"a", b"b")], random.Random(0)
-    while not guided.allowed({0: follower}).problems:
-        follower.add([choice.choice(letters)])
+    while not guided.allowed({0: state}).problems:
+        state.accept([choice.choice(letters)])
     for _ in range(2):
-        assert "too many states" in guided.allowed({0: follower}).problems[0]
+        assert "too many states" in guided.allowed({0: state}).problems[0]
     assert len(compiled) == MOST_COMPILATIONS
 
 
@@ -189,14 +189,14 @@ def test_a_grammar_that_takes_ever_more_work_is_a_problem_of_its_row(
 ) -> None:
     letter = table.index(b"a")
     ambiguous, simple = 'start: x\nx: x x | "a" | ', 'start: x\nx: "a" x | '
-    followers = {0: follow(guided, ambiguous), 1: follow(guided, simple)}
-    for follower in followers.values():
-        assert guided.allowed({0: follower}).problems == {}
+    states = {0: begin(guided, ambiguous), 1: begin(guided, simple)}
+    for state in states.values():
+        assert guided.allowed({0: state}).problems == {}
         for _ in range(100):
-            follower.add([letter] * 10)  # all of it would be half a minute of work
+            state.accept([letter] * 10)  # all of it would be half a minute of work
     problems = {0: "following it takes too much work"}
-    assert guided.allowed(followers).problems == problems
-    resumed = {0: follow(guided, ambiguous, [letter] * 1000), 1: follow(guided, simple, [letter] * 1000)}
+    assert guided.allowed(states).problems == problems
+    resumed = {0: begin(guided, ambiguous, [letter] * 1000), 1: begin(guided, simple, [letter] * 1000)}
     began = time.monotonic()
     assert guided.allowed(resumed).problems == problems
     assert time.monotonic() - began < 5

@@ -96,6 +96,9 @@ def test_a_sliding_window_is_refused_where_the_context_exceeds_it() -> None:
         ({"head_dim": 15}, "head_dim is 15"),
         ({"hidden_size": None}, "hidden_size as a positive whole number"),
         ({"vocab_size": -1}, "vocab_size as a positive whole number; it gives -1"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps as a positive number; it gives 0"),
+        ({"rope_theta": 0.0}, "rope_theta as a positive number; it gives 0.0"),
+        ({"rope_parameters": {"rope_theta": 0}, "rope_theta": 5e5}, "rope_theta as a positive number; it gives 0"),
     ],
 )
 def test_refused_by_name(change: dict[str, Any], words: str) -> None:

@@ -9,10 +9,11 @@ import grpc
 import pytest
 from structlog.testing import capture_logs
 
-from common import peers, worker_service
+from common import peers, unsent, worker_service
 from common.config import WorkerConfig
 from common.peers import Peers
 from common.probe import probe
+from common.unsent import Unsent
 from common.worker_service import MAX_REFUSALS, WorkerService
 from tests.raw_calls import NO_UTF8, call
 from twostroke.v1 import inference_pb2, worker_pb2, worker_pb2_grpc
@@ -164,19 +165,19 @@ def test_a_router_that_reads_nothing_is_cut_off_by_messages_and_by_bytes(
     monkeypatch: pytest.MonkeyPatch, most_messages: int, most_bytes: int, taken: int
 ) -> None:
     """Of messages of about 1,000 bytes, the first two are not measured."""
-    monkeypatch.setattr(worker_service, "MAX_UNSENT_MESSAGES", most_messages)
-    monkeypatch.setattr(worker_service, "MAX_UNSENT_BYTES", most_bytes)
-    monkeypatch.setattr(worker_service, "UNMEASURED_MESSAGES", 2)
+    monkeypatch.setattr(unsent, "MAX_UNSENT_MESSAGES", most_messages)
+    monkeypatch.setattr(unsent, "MAX_UNSENT_BYTES", most_bytes)
+    monkeypatch.setattr(unsent, "UNMEASURED_MESSAGES", 2)
     message = worker_pb2.WorkerMessage(cache=worker_pb2.CacheChanges(published=b"x" * 1_000))
     cut_off: list[None] = []
-    unsent = worker_service._Unsent(lambda: cut_off.append(None))
+    queue = Unsent(lambda: cut_off.append(None))
     for _ in range(3):  # what was read does not count
         for _ in range(taken):
-            unsent.put(message)
-        while unsent.take() is not None:
+            queue.put(message)
+        while queue.take() is not None:
             pass
     for _ in range(taken):
-        unsent.put(message)
+        queue.put(message)
     assert not cut_off
-    unsent.put(message)
+    queue.put(message)
     assert cut_off

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from benchmarks.in_process import spec
 from benchmarks.parts import LoadedModel, worker_parts
-from common.guided_sampling import Allowed, Follower, GuidedSampling
+from common.guided_sampling import AllowedTokens, GrammarState, GuidedSampling
 from common.sampling import SamplingParams
 from common.sequence import SequenceSpec
 from prefill_worker.loop import GRAMMAR_POLL_SECONDS
@@ -170,11 +170,9 @@ def test_a_grammar_that_fails_ends_its_sequence_alone(
 ) -> None:
     allowed = GuidedSampling.allowed
 
-    def fails_after_a_while(guided: GuidedSampling, followers: dict[int, Follower]) -> Allowed:
-        bad = {
-            row for row, follower in followers.items() if len(follower.output) >= after and "a-f" in follower._grammar
-        }
-        good = allowed(guided, {row: follower for row, follower in followers.items() if row not in bad})
+    def fails_after_a_while(guided: GuidedSampling, states: dict[int, GrammarState]) -> AllowedTokens:
+        bad = {row for row, state in states.items() if len(state.output) >= after and "a-f" in state._grammar}
+        good = allowed(guided, {row: state for row, state in states.items() if row not in bad})
         return replace(good, problems=dict.fromkeys(bad, "the parser is too complex"))
 
     monkeypatch.setattr(GuidedSampling, "allowed", fails_after_a_while)

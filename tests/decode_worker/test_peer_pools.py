@@ -10,9 +10,8 @@ import torch
 from prometheus_client import CollectorRegistry, Gauge
 
 from common import transport
-from common.kv_pool import KvLayout
+from common.kv_pool import KvLayout, layout_to_proto
 from common.transport import PoolMemory
-from common.worker_parts import layout_to_proto
 from decode_worker import peer_pools
 from decode_worker.peer_pools import PeerPools
 from twostroke.v1 import worker_pb2 as pb

@@ -79,7 +79,6 @@ def test_scrambled_blocks_arrive_and_nothing_else_changes(owner: Owner) -> None:
     deadline = time.monotonic() + 10
     while not transfer.done():
         assert time.monotonic() < deadline
-    assert transfer.bytes == 211 * LAYOUT.block_bytes
     assert transfer.milliseconds > 0
     expected = torch.zeros_like(pool.tensor)
     for src, dst in zip(source, target, strict=True):

@@ -87,7 +87,7 @@ def test_one_whose_grammar_is_not_compiled_yet_holds_up_nobody(
     assert not one.turn().prefilled
     assert one._wire.timeouts[-2:] == [0.0, GRAMMAR_POLL_SECONDS], "it comes as soon as it can, and nothing spins"
     go_on.set()
-    one.parts.follower(specs[0]).matcher()  # waits for it
+    one.parts.grammar_state(specs[0]).matcher()  # waits for it
     assert [prefilled.attempt_id for prefilled in one.turn().prefilled] == [2]
     assert not one.turn().prefilled
     assert not one.turn().prefilled

@@ -213,7 +213,7 @@ async def test_a_wrong_secret_is_told_of_where_something_else_was_wrong_before(
     def told(logs: Sequence[Any], sentence: str) -> bool:
         return any("trying on" in entry["event"] and sentence in str(entry) for entry in logs)
 
-    monkeypatch.setattr("common.worker_service.way_to", later)
+    monkeypatch.setattr("common.registration.way_to", later)
     with capture_logs() as logs:
         async with cluster(model, prefills=[], decodes=[], ready=False, cluster_secret_file=secret) as it:
             await asyncio.to_thread(worker, DECODE, router=(it.address,))

@@ -83,7 +83,6 @@ def test_blocks_arrive_in_another_process_and_nowhere_else(lasting_owner: Owner)
     transfer = peer.read(source, pool, target)
     transfer.wait()
     assert transfer.done()
-    assert transfer.bytes == 8 * LAYOUT.block_bytes
     assert transfer.milliseconds > 0
     expected = torch.zeros(ours.shape, dtype=torch.bfloat16)
     expected[target] = filled()[source]
@@ -220,13 +219,12 @@ def test_blocks_outside_a_pool_are_refused(memory: shm.ShmMemory) -> None:
     empty = peer.read([], small, [])
     empty.wait()
     assert empty.done()
-    assert empty.bytes == 0
     peer.close()
 
 
 def test_a_copy_that_fails_says_so_whenever_it_is_asked() -> None:
     copy: Future[float] = Future()
-    transfer = shm.ShmTransfer(copy, 0)
+    transfer = shm.ShmTransfer(copy)
     assert not transfer.done()
     copy.set_exception(MemoryError("none left"))
     for ask in (transfer.done, transfer.wait, transfer.done):

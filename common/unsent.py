@@ -1,0 +1,47 @@
+"""Messages on their way from a worker to one router."""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+
+import structlog
+
+from twostroke.v1 import worker_pb2 as pb
+
+log = structlog.get_logger(__name__)
+
+# A router that leaves this many messages or bytes unread is cut off: its sequences end, so memory stays bounded.
+# Measuring a message takes as long as sending it, so the first ones, which nearly all routers keep up with, are not
+# measured.
+MAX_UNSENT_MESSAGES = 10_000
+MAX_UNSENT_BYTES = 64 << 20
+UNMEASURED_MESSAGES = 100
+
+
+class Unsent:
+    """A queue of messages; `ready` is set whenever there is something to take. `cut_off` ends the router's stream."""
+
+    def __init__(self, cut_off: Callable[[], object]) -> None:
+        self.ready = asyncio.Event()
+        self._messages: deque[tuple[pb.WorkerMessage, int]] = deque()  # with the bytes of those that were measured
+        self._bytes = 0
+        self._cut_off = cut_off
+
+    def put(self, message: pb.WorkerMessage) -> None:
+        count = len(self._messages)
+        size = message.ByteSize() if count >= UNMEASURED_MESSAGES else 0
+        if count >= MAX_UNSENT_MESSAGES or self._bytes + size > MAX_UNSENT_BYTES:
+            log.error("a router does not read; cutting it off", unsent=count, mebibytes=self._bytes >> 20)
+            self._cut_off()
+            return
+        self._messages.append((message, size))
+        self._bytes += size
+        self.ready.set()
+
+    def take(self) -> pb.WorkerMessage | None:
+        """The next message to send; None if there is none."""
+        if not self._messages:
+            return None
+        message, size = self._messages.popleft()
+        self._bytes -= size
+        return message

@@ -24,7 +24,7 @@ from twostroke.v1 import worker_pb2 as pb
 
 MESSAGE = pb.RouterMessage.DESCRIPTOR
 FIELDS = [path for path in paths(MESSAGE) if path.names[0] != "hello"]
-EXAMPLES = [10, pytest.param(1_000, marks=[pytest.mark.slow, pytest.mark.timeout(900)])]
+EXAMPLES = [10, pytest.param(300, marks=[pytest.mark.slow, pytest.mark.timeout(900)])]
 BLOCK = 4
 PROMPT = list(range(40, 50))
 TURNS = 6

@@ -6,16 +6,12 @@ follow it, with the same tokenizer and limits: what a router lets through, a wor
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Generic, TypeVar
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from common.model_config import ModelConfig
-
-T = TypeVar("T")
 
 # The library's own, but for the lexer's states: all sequences of a grammar share them, and each takes some 100 bytes.
 # They bound neither a compilation, see router/grammar_check.py, nor the work for a long text, see guided_sampling.py.
@@ -63,13 +59,13 @@ def problem_of(matcher: LLMatcher) -> str:
     return "no text follows it" if problem.startswith("NoExtension") else problem
 
 
-class OncePerGrammar(Generic[T]):
-    """Does something once with each grammar, on a thread, and keeps what came of those that were asked for last. Safe
-    from one thread."""
+class CompiledGrammars:
+    """Compiles each grammar once, on a thread, and keeps those that were asked for last: matchers at the beginning, to
+    be copied. Safe from one thread."""
 
-    def __init__(self, work: Callable[[str], T]) -> None:
-        self._work = work
-        self._kept: OrderedDict[str, Future[T]] = OrderedDict()
+    def __init__(self, tokenizer: LLTokenizer) -> None:
+        self.tokenizer = tokenizer
+        self._kept: OrderedDict[str, Future[LLMatcher]] = OrderedDict()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammar")
         usual = threading.stack_size(STACK_BYTES)
         try:
@@ -77,34 +73,20 @@ class OncePerGrammar(Generic[T]):
         finally:
             threading.stack_size(usual)
 
-    def __contains__(self, grammar: str) -> bool:
-        """Whether it is done, or about to be."""
-        return grammar in self._kept
-
-    @property
-    def waiting(self) -> int:
-        """Grammars that are not done yet."""
-        return sum(not result.done() for result in self._kept.values())
-
-    def get(self, grammar: str) -> Future[T]:
-        """What came of it; or a GrammarError."""
+    def get(self, grammar: str) -> Future[LLMatcher]:
+        """The matcher; or a GrammarError."""
         result = self._kept.get(grammar)
         if result is None:
-            result = self._kept[grammar] = self._thread.submit(self._work, grammar)
+            result = self._kept[grammar] = self._thread.submit(self._compile, grammar)
             if len(self._kept) > KEPT:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(grammar)
         return result
 
-    def forget(self, grammar: str, result: Future[T]) -> None:
-        """Does it again when it is asked for next, unless that was done since `result`."""
+    def forget(self, grammar: str, result: Future[LLMatcher]) -> None:
+        """Compiles it again when it is asked for next, unless that was done since `result`."""
         if self._kept.get(grammar) is result:
             del self._kept[grammar]
 
-
-class CompiledGrammars(OncePerGrammar[LLMatcher]):
-    """Matchers at the beginning, to be copied."""
-
-    def __init__(self, tokenizer: LLTokenizer) -> None:
-        super().__init__(lambda grammar: compile_grammar(tokenizer, grammar))
-        self.tokenizer = tokenizer
+    def _compile(self, grammar: str) -> LLMatcher:
+        return compile_grammar(self.tokenizer, grammar)

@@ -51,8 +51,8 @@ class Engine:
             self._receive(lifecycle.draining)
             self._expire_leases()
             self._tell(self._loop.turn())
-            cache.send()
             load.send_if_due()
+            cache.send()  # last: a router that connects in between hears of the cache before it can send requests
             self._service.flush()
 
     @property

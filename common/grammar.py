@@ -20,6 +20,10 @@ _LIMITS = LLParserLimits(max_lexer_states=100_000, verbose_errors=False)
 # Compiled grammars that are kept. That of a JSON schema of 256 KiB has 10 MB, that of a usual one some 10 KB.
 KEPT = 32
 
+# Compiled at once, by a router and by a worker: as many, so that what the one lets through does not pile up at the
+# other.
+AT_ONCE = 3
+
 # The library recurses along rules that name each other, and overflows what a thread usually has at a thousand of them.
 STACK_BYTES = 64 << 20
 
@@ -60,16 +64,18 @@ def problem_of(matcher: LLMatcher) -> str:
 
 
 class CompiledGrammars:
-    """Compiles each grammar once, on a thread, and keeps those that were asked for last: matchers at the beginning, to
+    """Compiles each grammar once, on threads, and keeps those that were asked for last: matchers at the beginning, to
     be copied. Safe from one thread."""
 
     def __init__(self, tokenizer: LLTokenizer) -> None:
         self.tokenizer = tokenizer
         self._kept: OrderedDict[str, Future[LLMatcher]] = OrderedDict()
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammar")
+        self._threads = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="grammar")
+        all_begun = threading.Barrier(AT_ONCE)
         usual = threading.stack_size(STACK_BYTES)
         try:
-            self._thread.submit(int)  # begins the thread
+            for _ in range(AT_ONCE):
+                self._threads.submit(all_begun.wait)
         finally:
             threading.stack_size(usual)
 
@@ -77,7 +83,7 @@ class CompiledGrammars:
         """The matcher; or a GrammarError."""
         result = self._kept.get(grammar)
         if result is None:
-            result = self._kept[grammar] = self._thread.submit(self._compile, grammar)
+            result = self._kept[grammar] = self._threads.submit(self._compile, grammar)
             if len(self._kept) > KEPT:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(grammar)

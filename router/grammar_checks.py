@@ -7,15 +7,15 @@ from pathlib import Path
 
 import grpc
 
-from common.grammar import KEPT, GrammarError
+from common.grammar import AT_ONCE, KEPT, GrammarError
 from common.model_config import ModelConfig
 from router.errors import CallError
 from router.grammar_check import GrammarCheck
 from router.turns import Turns
 
-# Processes, each begun when it is first needed. One caller gets all but one of them, so that a grammar that takes long
-# holds up neither the caller's next one nor, however many of those there are, anybody else's.
-PROCESSES = 3
+# Of the processes, which begin when they are first needed. All but one, so that a grammar that takes long holds up
+# neither the caller's next one nor, however many of those there are, anybody else's.
+MOST_OF_A_CALLER = AT_ONCE - 1
 
 # Grammars of one caller that wait to be compiled; most take a millisecond, none much more than grammar_check.SECONDS.
 MAX_WAITING = 16
@@ -29,9 +29,9 @@ class GrammarChecks:
     """
 
     def __init__(self, directory: Path, model: ModelConfig) -> None:
-        self._idle = [GrammarCheck(directory, model) for _ in range(PROCESSES)]
-        self._threads = ThreadPoolExecutor(PROCESSES, thread_name_prefix="grammar")
-        self._turns = Turns(PROCESSES, PROCESSES - 1)
+        self._idle = [GrammarCheck(directory, model) for _ in range(AT_ONCE)]
+        self._threads = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="grammar")
+        self._turns = Turns(AT_ONCE, MOST_OF_A_CALLER)
         self._known: OrderedDict[str, GrammarError | None] = OrderedDict()  # the last ones, and what is wrong with them
         self._begun: dict[str, asyncio.Task[GrammarError | None]] = {}
         self._waiting: Counter[str] = Counter()  # of the callers that began them

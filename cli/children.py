@@ -44,7 +44,7 @@ class Child:
         if code is None:
             return None
         self.deaths.append(time.monotonic())
-        return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        return f"was killed by {_name_of(-code)}" if code < 0 else f"ended with exit code {code}"
 
     @property
     def crash_loops(self) -> bool:
@@ -58,3 +58,11 @@ class Child:
     @property
     def running(self) -> bool:
         return self.process is not None and self.process.poll() is None
+
+
+def _name_of(number: int) -> str:
+    """Of a signal; most of the real-time ones have none."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

@@ -6,16 +6,12 @@ follow it, with the same tokenizer and limits, so that a worker can begin whatev
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Generic, TypeVar
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from common.model_config import ModelConfig
-
-T = TypeVar("T")
 
 # The library's defaults except for the lexer's states, which all sequences of a grammar share; each takes about 100
 # bytes. The time that a compilation takes is limited in router/grammar_check.py, that of an output in
@@ -24,6 +20,10 @@ _LIMITS = LLParserLimits(max_lexer_states=100_000, verbose_errors=False)
 
 # Compiled grammars to keep. That of a JSON schema of 256 KiB takes 10 MB, that of a usual one about 10 KB.
 KEPT = 32
+
+# Grammars compiled at once, by a router and by a worker alike, so that what the router lets through does not pile up
+# at a worker.
+AT_ONCE = 3
 
 # The library recurses along rules that name each other, and a thousand of them overflow a thread's usual stack.
 STACK_BYTES = 64 << 20
@@ -69,48 +69,36 @@ def problem_of(matcher: LLMatcher) -> str:
     return "no text follows it" if problem.startswith("NoExtension") else problem
 
 
-class OncePerGrammar(Generic[T]):
-    """Runs `work` once for each grammar, on a thread, and keeps the most recently used results. For one caller's thread
-    only."""
+class CompiledGrammars:
+    """Compiles each grammar once, on threads of its own, and keeps the most recently used matchers, at the beginning of
+    the output, to be copied for each sequence. For one caller's thread only."""
 
-    def __init__(self, work: Callable[[str], T]) -> None:
-        self._work = work
-        self._kept: OrderedDict[str, Future[T]] = OrderedDict()
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammar")
+    def __init__(self, tokenizer: LLTokenizer) -> None:
+        self.tokenizer = tokenizer
+        self._kept: OrderedDict[str, Future[LLMatcher]] = OrderedDict()
+        self._threads = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="grammar")
+        all_begun = threading.Barrier(AT_ONCE)
         usual = threading.stack_size(STACK_BYTES)
         try:
-            self._thread.submit(int)  # begins the thread
+            for _ in range(AT_ONCE):
+                self._threads.submit(all_begun.wait)
         finally:
             threading.stack_size(usual)
 
-    def __contains__(self, grammar: str) -> bool:
-        """Whether the work is done or under way."""
-        return grammar in self._kept
-
-    @property
-    def waiting(self) -> int:
-        """Grammars that are not done yet."""
-        return sum(not result.done() for result in self._kept.values())
-
-    def get(self, grammar: str) -> Future[T]:
-        """The result of the work, or a GrammarError; starts the work if need be."""
+    def get(self, grammar: str) -> Future[LLMatcher]:
+        """The matcher, or a GrammarError; starts to compile it if need be."""
         result = self._kept.get(grammar)
         if result is None:
-            result = self._kept[grammar] = self._thread.submit(self._work, grammar)
+            result = self._kept[grammar] = self._threads.submit(self._compile, grammar)
             if len(self._kept) > KEPT:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(grammar)
         return result
 
-    def forget(self, grammar: str, result: Future[T]) -> None:
-        """Makes the next `get` start the work again, unless `result` has been replaced already."""
+    def forget(self, grammar: str, result: Future[LLMatcher]) -> None:
+        """Makes the next `get` compile it again, unless `result` has been replaced already."""
         if self._kept.get(grammar) is result:
             del self._kept[grammar]
 
-
-class CompiledGrammars(OncePerGrammar[LLMatcher]):
-    """Matchers at the beginning of the output, to be copied for each sequence."""
-
-    def __init__(self, tokenizer: LLTokenizer) -> None:
-        super().__init__(lambda grammar: compile_grammar(tokenizer, grammar))
-        self.tokenizer = tokenizer
+    def _compile(self, grammar: str) -> LLMatcher:
+        return compile_grammar(self.tokenizer, grammar)

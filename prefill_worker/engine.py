@@ -50,8 +50,8 @@ class Engine:
         load = LoadReport(self._service, self._metrics, lambda: self._load(ready=not lifecycle.draining))
         while not lifecycle.over(idle=self._idle):
             self.turn(lifecycle.draining)
-            cache.send()
             load.send_if_due()
+            cache.send()  # last: a router that connects in between hears of the cache before it can send requests
             self._service.flush()
 
     def turn(self, draining: bool) -> None:

@@ -74,16 +74,21 @@ class ApiKeys:
         return entry.caller if hmac.compare_digest(_digest(key, entry.salt), entry.digest) else None
 
     async def watch(self) -> None:
-        """Reads the file again whenever it changes, until cancelled. One that is wrong changes nothing."""
+        """Reads the file again whenever it changes, until cancelled. One that is wrong changes nothing, and is read at
+        each look, changed or not: it may be its permissions that are wrong."""
+        problem = ""
         while True:
             await asyncio.sleep(LOOK_SECONDS)
-            if (state := file_state.of(self._path)) != self._seen:
-                self._seen = state
-                try:
-                    self._entries = self._read()
-                    log.info("API keys read again", keys=len(self))
-                except SettingsError as error:
-                    log.error("the API keys stay as they were", reason=str(error))
+            known, problem = problem, ""
+            if (state := file_state.of(self._path)) == self._seen:
+                continue
+            try:
+                self._entries, self._seen = self._read(), state
+                log.info("API keys read again", keys=len(self))
+            except SettingsError as error:
+                problem = str(error)
+                if problem != known:
+                    log.error("the API keys stay as they were", reason=problem)
 
     def _read(self) -> dict[str, Entry]:
         try:

@@ -20,6 +20,7 @@ from router.request import Attempt, Request, State
 from router.sequence import hash_blocks, sequence_of
 from router.waiting_queue import WaitingQueue
 from router.worker import REFUSAL_PAUSE, Worker
+from router.worker_faults import NO_LOGPROBS, WorkerFault
 from router.workers import DECODE, ROLE_NAMES, Role, Workers
 from twostroke.v1 import inference_pb2, worker_pb2
 
@@ -272,13 +273,19 @@ class Dispatcher:
     def _take_in(
         self, hear: Callable[[Worker, Attempt, OfAttempt], None], worker: Worker, said: Iterable[OfAttempt]
     ) -> None:
-        """What is said of attempts that are over is passed over."""
+        """What is said of attempts that are over is passed over.
+
+        Raises:
+            WorkerFault: the worker said what it may not.
+        """
         for word in said:
             attempt = worker.attempts.get(word.attempt_id)
             if attempt is None:
                 continue
             try:
                 hear(worker, attempt, word)
+            except WorkerFault:
+                raise
             except Exception:  # a fault of the router: it costs this request, and neither the others nor the worker
                 log.exception("cannot go on", request_id=attempt.request.id, choice=attempt.request.index)
                 self._give_up(attempt.request)
@@ -288,8 +295,10 @@ class Dispatcher:
             return
         if worker is not (attempt.decode if attempt.in_place else attempt.prefill):
             return
-        now = time.monotonic()
         request = attempt.request
+        if request.wants_logprobs and not prefilled.HasField("logprobs"):
+            raise WorkerFault(NO_LOGPROBS)
+        now = time.monotonic()
         attempt.prefilled = prefilled
         worker.prefilled(attempt)
         request.timing.prefill_ms += 1000 * (now - attempt.dispatched_at)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from router.request import Request
-from router.worker_faults import WorkerFault
+from router.worker_faults import NO_LOGPROBS, WorkerFault
 from twostroke.v1 import worker_pb2
 
 
@@ -27,5 +27,5 @@ def fan_out(decoding: Mapping[int, Request], tokens: worker_pb2.StepTokens) -> N
         request = find(attempt_id)
         if request is not None and not request.complete:
             if request.wants_logprobs:
-                raise WorkerFault("a token came without the log-probabilities that were asked for")
+                raise WorkerFault(NO_LOGPROBS)
             request.add(token)

@@ -1,10 +1,12 @@
 """Whether grammars can be compiled, found out in a process of its own.
 
-Some take the library hours, and some overflow its stack, which ends the process: here, that costs nobody but them.
+Some take the library hours, or gigabytes, and some overflow its stack, which ends the process: here, that costs nobody
+but them.
 Workers, which compile what was let through, have more stack.
 """
 
 import multiprocessing
+import os
 import resource
 import signal
 import threading
@@ -21,13 +23,19 @@ SECONDS = 2.0
 
 STACK_BYTES = grammar.STACK_BYTES // 2
 
+# Of memory for one grammar. Schemas of 256 KiB have taken 50 MB.
+MOST_BYTES = 256 << 20
+
+# For two threads at once: each would look for children that ended, and one of them could miss how its own did.
+_lock = threading.Lock()
+
 
 class NoGuidesError(GrammarError):
     """No grammar can be followed with this model."""
 
 
 class GrammarCheck:
-    """To be called from one thread. The process begins with the first call, and ends with this object.
+    """To be called by one thread at a time. The process begins with the first call, and ends with this object.
 
     Args:
         directory: of the model.
@@ -45,7 +53,7 @@ class GrammarCheck:
             GrammarError: nothing can follow it.
             RuntimeError: the process cannot be started, which says nothing of the grammar.
         """
-        if self._process is not None and not self._process.is_alive():
+        if self._process is not None and _has_ended(self._process):
             self._end()  # it was killed while it waited: no grammar's fault
         if self._process is None:
             self._begin()
@@ -61,9 +69,13 @@ class GrammarCheck:
         spawn = multiprocessing.get_context("spawn")
         self._pipe, theirs = spawn.Pipe()
         process = spawn.Process(
-            target=_serve, args=(theirs, self._directory, self._model, SECONDS), name="grammar check", daemon=True
+            target=_serve,
+            args=(theirs, self._directory, self._model, SECONDS, MOST_BYTES),
+            name="grammar check",
+            daemon=True,
         )
-        process.start()
+        with _lock:
+            process.start()
         theirs.close()
         self._process = process
         try:
@@ -79,8 +91,14 @@ class GrammarCheck:
         process, self._process = self._process, None
         self._pipe.close()
         assert process is not None
-        process.join()
-        return process.exitcode
+        with _lock:
+            process.join()
+            return process.exitcode
+
+
+def _has_ended(process: BaseProcess) -> bool:
+    with _lock:
+        return not process.is_alive()
 
 
 def _what_ended_it(exit_code: int | None) -> str:
@@ -90,22 +108,24 @@ def _what_ended_it(exit_code: int | None) -> str:
     return "it is too deeply nested, or too large, to be compiled"
 
 
-def _serve(pipe: Connection, directory: Path, model: ModelConfig, seconds: float) -> None:
+def _serve(pipe: Connection, directory: Path, model: ModelConfig, seconds: float, most_bytes: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # is for the router
+    os.nice(10)  # which comes first
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # what crashes it would fill the disk
     threading.stack_size(STACK_BYTES)
-    thread = threading.Thread(target=_answer, args=(pipe, directory, model, seconds))
+    thread = threading.Thread(target=_answer, args=(pipe, directory, model, seconds, most_bytes))
     thread.start()
     thread.join()
 
 
-def _answer(pipe: Connection, directory: Path, model: ModelConfig, seconds: float) -> None:
+def _answer(pipe: Connection, directory: Path, model: ModelConfig, seconds: float, most_bytes: int) -> None:
     """Says what is wrong with the model, and then with each grammar; nothing where that is nothing."""
     try:
         tokenizer = load_tokenizer(directory, model)
     except GrammarError as error:
         pipe.send(str(error))
         return
+    _limit_memory(most_bytes)
     pipe.send("")
     while True:
         try:
@@ -120,3 +140,9 @@ def _answer(pipe: Connection, directory: Path, model: ModelConfig, seconds: floa
             problem = str(error)
         signal.setitimer(signal.ITIMER_PROF, 0)
         pipe.send(problem)
+
+
+def _limit_memory(more: int) -> None:
+    """To what this process has now, and so many bytes. What needs them and has no more ends it."""
+    own = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()  # what RLIMIT_DATA counts
+    resource.setrlimit(resource.RLIMIT_DATA, (own + more, own + more))

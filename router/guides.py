@@ -1,24 +1,21 @@
 """What answers must follow: guides as callers send them, to grammars as workers take them."""
 
-import asyncio
 import json
 from pathlib import Path
 
-import grpc
 from llguidance import LLMatcher
 
-from common.grammar import GrammarError, OncePerGrammar
+from common.grammar import GrammarError
 from common.model_config import ModelConfig
 from router import json_object
-from router.errors import CallError, InvalidArgument
-from router.grammar_check import GrammarCheck, NoGuidesError
+from router.errors import InvalidArgument
+from router.grammar_check import NoGuidesError
+from router.grammar_checks import GrammarChecks
+from router.limits import CALLER
 from twostroke.v1 import inference_pb2 as pb
 
 MAX_BYTES = json_object.MAX_BYTES
 MAX_CHOICES = 1024
-
-# Grammars that wait to be compiled; most take a millisecond, none much more than grammar_check.SECONDS.
-MAX_WAITING = 16
 
 ANY_OBJECT = '{"type": "object"}'
 
@@ -36,27 +33,21 @@ class Guides:
     """
 
     def __init__(self, directory: Path, model: ModelConfig) -> None:
-        self._checked = OncePerGrammar(GrammarCheck(directory, model))
+        self._checks = GrammarChecks(directory, model)
 
     async def grammar(self, guide: pb.Guide) -> str:
         """
         Raises:
             InvalidArgument: nothing can follow the guide, or this model's answers can follow none.
-            CallError: RESOURCE_EXHAUSTED where too many wait to be compiled.
+            CallError: RESOURCE_EXHAUSTED where too many of the caller's wait to be compiled.
         """
         grammar = grammar_of(guide)
-        if grammar not in self._checked and self._checked.waiting >= MAX_WAITING:
-            raise CallError(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many guides wait to be compiled; try again later")
-        checked = self._checked.get(grammar)
         try:
-            await asyncio.shield(asyncio.wrap_future(checked))
+            await self._checks.check(grammar, CALLER.get().name)
         except NoGuidesError as error:
             raise InvalidArgument("guide", f"answers of this model cannot be guided: {error}") from error
         except GrammarError as error:
             raise InvalidArgument(f"guide.{guide.WhichOneof('kind')}", str(error)) from error
-        except Exception:  # a fault of the router's: the next one who asks need not meet it again
-            self._checked.forget(grammar, checked)
-            raise
         return grammar
 
 

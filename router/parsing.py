@@ -1,15 +1,29 @@
-"""Answers a call whose message cannot be parsed with INVALID_ARGUMENT, where grpcio would say UNKNOWN."""
+"""Answers a call whose message cannot be parsed with INVALID_ARGUMENT, and counts it; grpcio would say UNKNOWN."""
 
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import grpc
+import structlog
 from google.protobuf.message import DecodeError, Message
 from grpc import HandlerCallDetails, RpcMethodHandler
 
+from router.metrics import Metrics
+
+log = structlog.get_logger(__name__)
+
 
 class ParseInterceptor(grpc.aio.ServerInterceptor):
-    """Of calls that send one message, to methods that are coroutines: all that the router has, but for reflection."""
+    """Of calls that send one message, to methods that are coroutines: all that the router has, but for reflection.
+
+    Args:
+        service: full name of the one whose calls are counted.
+        metrics: where to.
+    """
+
+    def __init__(self, service: str, metrics: Metrics) -> None:
+        self._prefix = f"/{service}/"
+        self._metrics = metrics
 
     async def intercept_service(
         self,
@@ -24,10 +38,28 @@ class ParseInterceptor(grpc.aio.ServerInterceptor):
         )
         serve: Any = handler.unary_stream if handler.response_streaming else handler.unary_unary
         return make(
-            _checked(serve, details.method),
+            self._checked(serve, details.method),
             request_deserializer=_lenient(handler.request_deserializer),
             response_serializer=handler.response_serializer,
         )
+
+    def _checked(
+        self, serve: Callable[[Any, Any], Awaitable[Any]], method: str
+    ) -> Callable[[Any, Any], Awaitable[Any]]:
+        async def call(message: Message | None, context: "grpc.aio.ServicerContext[Any, Any]") -> Any:
+            if message is None:
+                await self._refuse(method, context)
+            return await serve(message, context)
+
+        return call
+
+    async def _refuse(self, method: str, context: "grpc.aio.ServicerContext[Any, Any]") -> None:
+        code, sentence = grpc.StatusCode.INVALID_ARGUMENT, f"what was sent is no message that {method} takes"
+        if method.startswith(self._prefix):
+            short = method.removeprefix(self._prefix)
+            self._metrics.calls.labels(short, code.name).inc()
+            log.info("call failed", method=short, code=code.name, reason=sentence)
+        await context.abort(code, sentence)
 
 
 def _lenient(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Message | None]:
@@ -39,12 +71,3 @@ def _lenient(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Message |
             return None
 
     return parse
-
-
-def _checked(serve: Callable[[Any, Any], Awaitable[Any]], method: str) -> Callable[[Any, Any], Awaitable[Any]]:
-    async def call(message: Message | None, context: "grpc.aio.ServicerContext[Any, Any]") -> Any:
-        if message is None:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"what was sent is no message that {method} takes")
-        return await serve(message, context)
-
-    return call

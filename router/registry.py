@@ -70,8 +70,9 @@ class Registry:
         """Looks names up and forgets addresses that are gone, until cancelled."""
         try:
             while True:
+                began = time.monotonic()
                 await self._look_up()
-                self._forget_gone()
+                self._forget_gone(began)
                 await asyncio.sleep(DNS_INTERVAL)
         finally:
             for task in self._tasks.values():
@@ -155,8 +156,10 @@ class Registry:
             self._links[key] = WorkerLink(address, role, self.instance, self._peers, self._silence_seconds, self)
             self._tasks[key] = asyncio.create_task(self._links[key].run(), name=f"link {address}")
 
-    def _forget_gone(self) -> None:
-        long_ago = time.monotonic() - REGISTRATION_LASTS
+    def _forget_gone(self, looked_up: float) -> None:
+        """`looked_up`: when that began. One name may take longer than a registration lasts, and the others were heard
+        of at its beginning."""
+        long_ago = looked_up - REGISTRATION_LASTS
         for key, link in list(self._links.items()):
             if link.worker is None and self._heard_of[key] < long_ago:
                 log.info("worker forgotten", worker=link.address)

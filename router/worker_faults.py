@@ -6,6 +6,8 @@ from common.prefix_hash import HASH_BYTES
 from router.validate import MAX_LOGPROBS
 from twostroke.v1 import worker_pb2
 
+NO_LOGPROBS = "a token came without the log-probabilities that were asked for"
+
 
 class WorkerFault(Exception):
     """A worker broke the protocol; the sentence says how."""

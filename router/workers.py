@@ -81,7 +81,7 @@ class Workers:
         self._call_when_gone()
 
     def add(self, worker: Worker) -> None:
-        worker.reads = frozenset()
+        worker.reads, worker.unreadable = frozenset(), {}  # what it said before may be of workers that are gone
         with self._change():
             self._of_role[worker.role].append(worker)
         if worker.role == DECODE:

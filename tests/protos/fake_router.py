@@ -3,9 +3,9 @@
 import asyncio
 import os
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,11 +61,14 @@ class FakeRouter(inference_pb2_grpc.InferenceServicer):
                 choice.finish.CopyFrom(chunk.finish)
         return response
 
-    async def GenerateStream(
+    # A coroutine that writes: a generator that is cancelled while its message is being sent hears of it only when it is
+    # collected.
+    async def GenerateStream(  # type: ignore[override]
         self, request: pb.GenerateRequest, context: "grpc.aio.ServicerContext[pb.GenerateRequest, pb.GenerateChunk]"
-    ) -> AsyncIterator[pb.GenerateChunk]:
-        async for chunk in self._answer(request, context):
-            yield chunk
+    ) -> None:
+        async with aclosing(self._answer(request, context)) as chunks:
+            async for chunk in chunks:
+                await context.write(chunk)
 
     async def Tokenize(
         self, request: pb.TokenizeRequest, context: "grpc.aio.ServicerContext[pb.TokenizeRequest, pb.TokenizeResponse]"
@@ -94,7 +97,7 @@ class FakeRouter(inference_pb2_grpc.InferenceServicer):
 
     async def _answer(
         self, request: pb.GenerateRequest, context: "grpc.aio.ServicerContext[Any, Any]"
-    ) -> AsyncIterator[pb.GenerateChunk]:
+    ) -> AsyncGenerator[pb.GenerateChunk, None]:
         self.requests.append(request)
         self.deadlines.append(context.time_remaining())
         if self.api_key is not None:
@@ -128,7 +131,7 @@ class FakeRouter(inference_pb2_grpc.InferenceServicer):
                 usage = pb.Usage(prompt_tokens=prompt_tokens, completion_tokens=tokens)
                 finish = pb.Finish(reason=self.finish_reason, usage=usage)  # type: ignore[arg-type]
                 yield pb.GenerateChunk(index=index, finish=finish)
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, GeneratorExit):  # while it waited, or while its message was being sent
             self.cancelled.set()
             raise
         finally:

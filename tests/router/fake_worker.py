@@ -40,6 +40,7 @@ class Script:
     end_after: dict[int, list["Ended.Cause.ValueType"]] = field(
         default_factory=dict
     )  # decode: tokens -> causes to use up
+    no_logprobs: int = 0  # so many first tokens come without those that were asked for
     lose_lease: int = 0  # decode: at Start
     fails_to_pull_from: str = ""  # decode: instance of a prefill worker
     silent: bool = False  # takes everything and answers nothing
@@ -253,6 +254,9 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
             return None
         token = self.script.token(len(asked.sequence.token_ids))
         logprobs = _logprobs(token, asked.sequence)
+        if self.script.no_logprobs > 0:
+            self.script.no_logprobs -= 1
+            logprobs = None
         self.send(
             prefilled=[worker_pb2.Prefilled(attempt_id=asked.attempt_id, first_token=token, logprobs=logprobs, **where)]
         )

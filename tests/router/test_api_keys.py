@@ -1,6 +1,7 @@
 """The file of API keys, read and read again."""
 
 import asyncio
+import errno
 from pathlib import Path
 
 import pytest
@@ -105,5 +106,33 @@ async def test_a_change_is_noticed_and_a_wrong_one_is_not_followed(path: Path, m
                 assert keys.caller(key) is after
             write(path, make("bob")[1])
             await eventually(lambda: keys.caller(key) is None)
+    finally:
+        watching.cancel()
+
+
+async def test_a_change_that_cannot_be_read_at_first_is_followed_once_it_can(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api_keys, "LOOK_SECONDS", 0.01)
+    key, lines = make("alice")
+    write(path, lines)
+    keys = ApiKeys(path)
+    looks = 0
+
+    def unreadable(_: Path) -> str:
+        nonlocal looks
+        looks += 1
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    watching = asyncio.create_task(keys.watch())
+    try:
+        with capture_logs() as logs:
+            with monkeypatch.context() as for_now:  # as root may read everything
+                for_now.setattr(Path, "read_text", unreadable)
+                write(path, make("bob")[1])
+                await eventually(lambda: looks >= 3)
+            assert keys.caller(key) is not None
+            await eventually(lambda: keys.caller(key) is None)
+        assert [entry["log_level"] for entry in logs] == ["error", "info"]
     finally:
         watching.cancel()

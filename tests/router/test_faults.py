@@ -580,6 +580,24 @@ async def test_the_first_message_of_a_worker_is_checked_as_all_are(model: Path) 
     assert reason == "it broke the protocol: hashes of 16 bytes came as 5 bytes"
 
 
+@pytest.mark.parametrize("role", [PREFILL, DECODE])
+async def test_a_first_token_without_the_logprobs_that_were_asked_for_breaks_the_protocol(
+    model: Path, role: inference_pb2.WorkerRole.ValueType
+) -> None:
+    both = {"prefill_tokens": 1024} if role == DECODE else {}
+    two = [FakeWorker(role, Script(no_logprobs=1), **both), FakeWorker(role, **both)]
+    sides = {"prefills": two} if role == PREFILL else {"decodes": two}
+    with capture_logs() as logs:
+        async with cluster(model, worker_grace=10, **sides) as it:
+            asked = inference_pb2.ResponseOptions(logprobs=0)
+            choice = (await it.generate(response=asked)).choices[0]
+            assert list(choice.token_ids) == expected(8)
+            assert [entry.logprob for entry in choice.logprobs] == [-0.5] * 8
+            assert choice.finish.usage.resumes == 1
+    lost = [entry["reason"] for entry in logs if entry["event"] == "worker lost"]
+    assert lost == ["it broke the protocol: a token came without the log-probabilities that were asked for"]
+
+
 @pytest.mark.parametrize("hello", [{"fingerprint": "e" * 32}, {"block_size": 32}])
 async def test_workers_that_come_back_as_another_kind_serve_what_has_no_output_yet(
     model: Path, hello: dict[str, Any]

@@ -127,10 +127,18 @@ def test_text_that_is_no_utf8(router: Background, method: str, path: messages.Pa
     message = valid(method)
     path.put(message, ["mark"] if path.field.is_repeated else "mark")
     broken = message.SerializeToString().replace(b"mark", b"\xff\xfe\xc0\x80")
+    before = refused(router, method)
     code, sentence = call(router, method, broken)
     assert code is grpc.StatusCode.INVALID_ARGUMENT
     assert sentence == f"what was sent is no message that /{SERVICE.full_name}/{method} takes"
+    assert refused(router, method) == before + 1
     router.assert_well()
+
+
+def refused(router: Background, method: str) -> float:
+    """Calls, by the router's metrics."""
+    labels = {"method": method, "code": "INVALID_ARGUMENT"}
+    return router.cluster.router.metrics.registry.get_sample_value("twostroke_calls_total", labels) or 0
 
 
 @pytest.mark.parametrize("method", METHODS)

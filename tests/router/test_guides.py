@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import re
 import threading
 from pathlib import Path
@@ -11,11 +12,12 @@ import grpc
 import pytest
 from llguidance import LLMatcher, LLTokenizer
 
-from common.grammar import CompiledGrammars, compile_grammar, load_tokenizer
+from common.grammar import CompiledGrammars, GrammarError, compile_grammar, load_tokenizer
 from common.model_config import load_config
-from router import grammar_check, guides
+from router import grammar_check, grammar_checks, guides
 from router.errors import CallError, InvalidArgument
 from router.grammar_check import GrammarCheck
+from router.grammar_checks import MOST_OF_A_CALLER, GrammarChecks
 from router.guides import Guides, grammar_of
 from tests.router import models
 from tests.router.cluster import Cluster, cluster, eventually, expected, request
@@ -139,6 +141,15 @@ async def test_what_takes_the_library_for_ever_is_refused(model: Path, monkeypat
     await checked.grammar(pb.Guide(json_object=True))
 
 
+async def test_what_takes_too_much_memory_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This one takes 100 MiB, and half a second."""
+    monkeypatch.setattr(grammar_check, "MOST_BYTES", 32 << 20)
+    checked = Guides(model, load_config(model))
+    with pytest.raises(InvalidArgument, match=r"guide\.regex: it is too deeply nested, or too large"):
+        await checked.grammar(pb.Guide(regex="((a{100}){100}){20}"))
+    await checked.grammar(pb.Guide(json_object=True))
+
+
 async def test_a_process_that_was_killed_is_held_against_no_grammar(model: Path) -> None:
     check = GrammarCheck(model, load_config(model))
     check(LLMatcher.grammar_from_regex("a"))
@@ -147,6 +158,14 @@ async def test_a_process_that_was_killed_is_held_against_no_grammar(model: Path)
     process.kill()
     process.join()
     check(LLMatcher.grammar_from_regex("b"))
+
+
+async def test_the_router_comes_before_what_checks_grammars(model: Path) -> None:
+    check = GrammarCheck(model, load_config(model))
+    check(LLMatcher.grammar_from_regex("a"))
+    assert check._process is not None
+    assert check._process.pid is not None
+    assert os.getpriority(os.PRIO_PROCESS, check._process.pid) > os.getpriority(os.PRIO_PROCESS, 0)
 
 
 def end_at_once(*_: object) -> None:
@@ -193,7 +212,7 @@ async def test_what_waits_to_be_compiled_is_bounded(guides_of_model: Guides, mon
         check(self, text)
 
     monkeypatch.setattr(GrammarCheck, "__call__", held_up)
-    texts = [f"b{{{count}}}" for count in range(1, guides.MAX_WAITING + 1)]
+    texts = [f"b{{{count}}}" for count in range(1, grammar_checks.MAX_WAITING + 1)]
     waiting = [asyncio.create_task(guides_of_model.grammar(pb.Guide(regex=text))) for text in texts]
     await asyncio.sleep(0)
     with pytest.raises(CallError) as refused:
@@ -205,6 +224,60 @@ async def test_what_waits_to_be_compiled_is_bounded(guides_of_model: Guides, mon
     assert await asyncio.gather(*waiting[1:]) == [LLMatcher.grammar_from_regex(text) for text in texts[1:]]
     assert await again == LLMatcher.grammar_from_regex(texts[1])
     await guides_of_model.grammar(pb.Guide(regex=texts[0]))
+
+
+async def test_slow_grammars_of_one_caller_hold_up_nobody_else(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    go_on, begun = threading.Event(), []
+
+    def slow(_: GrammarCheck, text: str) -> None:
+        begun.append(text)
+        if text.startswith("slow"):
+            go_on.wait(10)
+
+    monkeypatch.setattr(GrammarCheck, "__call__", slow)
+    checks = GrammarChecks(model, load_config(model))
+    many = [asyncio.create_task(checks.check(f"slow {place}", "alice")) for place in range(5)]
+    try:
+        async with asyncio.timeout(5):
+            await checks.check("quick", "bob")
+            await asyncio.gather(*(checks.check(f"quick {place}", caller) for place in range(3) for caller in "bcd"))
+        assert sum(text.startswith("slow") for text in begun) == MOST_OF_A_CALLER
+    finally:
+        go_on.set()
+        await asyncio.gather(*many)
+
+
+async def test_one_callers_slow_grammar_does_not_hold_up_its_next_one(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on = threading.Event()
+    monkeypatch.setattr(GrammarCheck, "__call__", lambda _, text: text == "slow" and go_on.wait(10))
+    checks = GrammarChecks(model, load_config(model))
+    slow = asyncio.create_task(checks.check("slow", "alice"))
+    try:
+        async with asyncio.timeout(5):
+            await checks.check("quick", "alice")
+    finally:
+        go_on.set()
+        await slow
+
+
+async def test_a_grammar_that_two_callers_wait_for_is_checked_once(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked: list[str] = []
+
+    def wrong(_: GrammarCheck, text: str) -> None:
+        checked.append(text)
+        raise GrammarError("nothing follows it")
+
+    monkeypatch.setattr(GrammarCheck, "__call__", wrong)
+    checks = GrammarChecks(model, load_config(model))
+    asked = [checks.check("a", caller) for caller in ("alice", "bob", "alice")]
+    assert [str(end) for end in await asyncio.gather(*asked, return_exceptions=True)] == ["nothing follows it"] * 3
+    with pytest.raises(GrammarError):
+        await checks.check("a", "carol")
+    assert checked == ["a"]
 
 
 async def test_workers_are_told_the_grammar_with_every_attempt(model: Path) -> None:

@@ -157,6 +157,22 @@ async def test_a_decode_worker_that_does_not_say_is_no_pair(model: Path) -> None
         assert not decodes[0].reserves
 
 
+async def test_a_worker_that_takes_work_again_has_no_problem_with_one_that_left_meanwhile(model: Path) -> None:
+    prefills = [FakeWorker(PREFILL), FakeWorker(PREFILL)]
+    broken = Script(unreadable={prefills[0].instance: "no such file"})
+    async with cluster(model, prefills, [broken]) as it:
+        decode = it.decodes[0]
+        assert len((await it.stub.GetLoad(pb.GetLoadRequest())).problems) == 1
+        decode.ready = False
+        await eventually(lambda: not it.router.dispatcher.workers.of(DECODE))
+        await prefills[0].die()
+        it.prefills.remove(prefills[0])
+        await eventually(lambda: len(it.router.dispatcher.workers.of(PREFILL)) == 1)
+        decode.ready = True
+        await eventually(it.introduced)
+        assert not (await it.stub.GetLoad(pb.GetLoadRequest())).problems
+
+
 async def test_what_is_said_of_a_pool_counts_for_as_long_as_its_worker_takes_work(model: Path) -> None:
     async with cluster(model) as it:
         prefill, decode = it.prefills[0], it.decodes[0]

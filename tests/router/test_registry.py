@@ -222,6 +222,30 @@ async def test_a_name_that_cannot_be_looked_up_costs_no_other_worker(
             assert len(it.router.dispatcher.workers.all()) == 2
 
 
+async def test_a_name_that_is_looked_up_for_long_has_no_other_forgotten(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "DNS_INTERVAL", 0.01)
+    monkeypatch.setattr(registry, "REGISTRATION_LASTS", 0.1)
+    answered = 0
+
+    async def getaddrinfo(*_: Any, **__: Any) -> list[Any]:
+        nonlocal answered
+        await asyncio.sleep(0.2)
+        answered += 1
+        raise OSError("no answer")
+
+    with capture_logs() as logs:
+        async with cluster(model, worker_grace=10) as it:
+            monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", getaddrinfo)
+            it.router.registry._named.append(("decode:1", DECODE))
+            await it.decodes[0].die()
+            await eventually(lambda: answered >= 3)
+            await it.decodes[0].start(it.decodes[0].address)
+            await eventually(it.introduced)
+    assert "worker forgotten" not in [entry["event"] for entry in logs]
+
+
 async def test_a_name_is_looked_up_until_it_is_there(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "DNS_INTERVAL", 0.05)
     loop = asyncio.get_running_loop()

@@ -1,5 +1,9 @@
+import sys
 from itertools import pairwise
+from types import FrameType
+from typing import Any
 
+import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -63,3 +67,29 @@ def test_no_more_is_held_back_than_may_become_a_stop_string() -> None:
     assert watcher.feed("nited") == ("\n\nUnited", None)
     assert watcher.feed("!\n\n") == ("!", None)
     assert watcher.finish() == "\n\n"
+
+
+@pytest.mark.parametrize("text", ["a" * 2_000, "ab" * 1_000, ("a" * 255 + "b") * 8])
+def test_the_work_for_a_character_depends_neither_on_the_strings_number_nor_on_their_length(text: str) -> None:
+    watcher = StopStrings(["a" * (255 - place) + "c" * (place + 1) for place in range(16)])
+    assert lines_run(watcher, text) < 10 * len(text)
+
+
+def lines_run(watcher: StopStrings, text: str) -> int:
+    """Lines of Python that it takes to feed the text, which is without a stop string, in pieces of eight characters."""
+    count = 0
+
+    def trace(frame: FrameType, event: str, argument: Any) -> Any:
+        nonlocal count
+        count += event == "line"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        for place in range(0, len(text), 8):
+            _, stop = watcher.feed(text[place : place + 8])
+            assert stop is None
+    finally:
+        sys.settrace(before)
+    return count

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import Counter, OrderedDict
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -10,12 +10,8 @@ import grpc
 from common.grammar import AT_ONCE, KEPT, GrammarError
 from common.model_config import ModelConfig
 from router.errors import CallError
+from router.fair_threads import FairThreads
 from router.grammar_check import GrammarCheck
-from router.turns import Turns
-
-# Of the processes, which begin when they are first needed. All but one, so that a grammar that takes long holds up
-# neither the caller's next one nor, however many of those there are, anybody else's.
-MOST_OF_A_CALLER = AT_ONCE - 1
 
 # Grammars of one caller that wait to be compiled; most take a millisecond, none much more than grammar_check.SECONDS.
 MAX_WAITING = 16
@@ -29,9 +25,8 @@ class GrammarChecks:
     """
 
     def __init__(self, directory: Path, model: ModelConfig) -> None:
-        self._idle = [GrammarCheck(directory, model) for _ in range(AT_ONCE)]
-        self._threads = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="grammar")
-        self._turns = Turns(AT_ONCE, MOST_OF_A_CALLER)
+        self._idle = [GrammarCheck(directory, model) for _ in range(AT_ONCE)]  # the last is first: few ever begin
+        self._threads = FairThreads(AT_ONCE, "grammar")
         self._known: OrderedDict[str, GrammarError | None] = OrderedDict()  # the last ones, and what is wrong with them
         self._begun: dict[str, asyncio.Task[GrammarError | None]] = {}
         self._waiting: Counter[str] = Counter()  # of the callers that began them
@@ -55,27 +50,24 @@ class GrammarChecks:
         if self._waiting[caller] >= MAX_WAITING:
             raise CallError(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many guides wait to be compiled; try again later")
         self._waiting[caller] += 1
-        task = self._begun[grammar] = asyncio.create_task(self._in_turn(grammar, caller))
+        task = self._begun[grammar] = asyncio.create_task(self._check(grammar, caller))
         return task
 
-    async def _in_turn(self, grammar: str, caller: str) -> GrammarError | None:
+    async def _check(self, grammar: str, caller: str) -> GrammarError | None:
         try:
-            async with self._turns.place(caller):
-                problem = await self._problem(grammar)
+            problem = await self._threads.submit(caller, partial(self._problem, grammar))
         finally:
             del self._begun[grammar]
             self._waiting[caller] -= 1
-            if not self._waiting[caller]:
-                del self._waiting[caller]
         self._known[grammar] = problem
         if len(self._known) > KEPT:
             self._known.popitem(last=False)
         return problem
 
-    async def _problem(self, grammar: str) -> GrammarError | None:
+    def _problem(self, grammar: str) -> GrammarError | None:
         check = self._idle.pop()
         try:
-            await asyncio.get_running_loop().run_in_executor(self._threads, check, grammar)
+            check(grammar)
         except GrammarError as error:
             return error
         finally:

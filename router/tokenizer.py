@@ -1,8 +1,8 @@
 """Text and chats to token ids, and the way back."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar, cast
@@ -15,6 +15,8 @@ from common.model_config import ModelConfig, ModelError
 from router import answer_format, chat_template, template_input, token_bytes
 from router.detokenizer import NO_SIGNS, Detokenizer
 from router.errors import CallError, InvalidArgument
+from router.fair_threads import FairThreads
+from router.limits import CALLER
 from twostroke.v1 import inference_pb2 as pb
 
 T = TypeVar("T")
@@ -22,8 +24,12 @@ T = TypeVar("T")
 # Below this many bytes of text tokenizing takes less than a millisecond, and a thread would only add to it.
 INLINE_BYTES = 2_000
 
-# Of texts that wait for a thread, all together. Tokenizing takes some ten times a text's size.
-MAX_WAITING_BYTES = 16 * 1024 * 1024
+# Of texts that wait for a thread, one caller's and all together. Tokenizing takes some ten times a text's size.
+MAX_WAITING_BYTES_OF_A_CALLER = 16 * 1024 * 1024
+MAX_WAITING_BYTES = 4 * MAX_WAITING_BYTES_OF_A_CALLER
+
+# Of which a caller gets two.
+THREADS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +65,8 @@ class Tokenizer:
         self._context_length = model.context_length
         # No text that is longer has few enough tokens, and some that are take seconds for each megabyte.
         self._most_bytes = model.context_length * max(map(len, self._bytes.table))
-        self._waiting_bytes = 0
-        self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenizer")
+        self._waiting_bytes: Counter[str] = Counter()  # of callers
+        self._threads = FairThreads(THREADS, "tokenizer")
 
     @property
     def token_bytes(self) -> Sequence[bytes]:
@@ -131,7 +137,8 @@ class Tokenizer:
     async def _on_a_thread(self, size: int, work: Callable[[], T]) -> T:
         if size <= INLINE_BYTES:
             return work()
-        if self._waiting_bytes + size > MAX_WAITING_BYTES:
+        caller, waiting = CALLER.get().name, self._waiting_bytes
+        if waiting[caller] + size > MAX_WAITING_BYTES_OF_A_CALLER or waiting.total() + size > MAX_WAITING_BYTES:
             raise CallError(
                 grpc.StatusCode.RESOURCE_EXHAUSTED, "too much text waits to be made into tokens; try again later"
             )
@@ -141,10 +148,10 @@ class Tokenizer:
             return work() if wanted else None
 
         def done(_: asyncio.Future[T | None]) -> None:
-            self._waiting_bytes -= size
+            waiting[caller] -= size
 
-        self._waiting_bytes += size
-        working = asyncio.get_running_loop().run_in_executor(self._threads, work_if_wanted)
+        waiting[caller] += size
+        working = self._threads.submit(caller, work_if_wanted)
         working.add_done_callback(done)
         try:
             # the text of a caller that leaves is there until a thread comes to it

@@ -32,8 +32,6 @@ class Turns:
             if not turn.cancelled():
                 self._free += 1
                 self._held[caller] -= 1
-                if not self._held[caller]:
-                    del self._held[caller]
                 self._admit()
 
     def _admit(self) -> None:

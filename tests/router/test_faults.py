@@ -275,13 +275,13 @@ async def test_a_lost_worker_costs_no_more_room_than_it_had(model: Path) -> None
 
 async def test_resumed_requests_are_first_in_the_queue(model: Path) -> None:
     """A decode worker with room for one: the preempted request runs again before those that came after it."""
-    script = Script(step_seconds=0.005, end_after={2: [Ended.CAUSE_PREEMPTED]})
-    small = FakeWorker(DECODE, script, num_blocks=3, max_length=48)
+    small = FakeWorker(DECODE, Script(stop_after=2), num_blocks=3, max_length=48)
     async with cluster(model, decodes=[small]) as it:
         answers = []
         for token in (40, 41, 42):
             answers.append(asyncio.ensure_future(it.generate(prompt=(token,) * 20, max_tokens=28)))
-            await asyncio.sleep(0.005)
+            await eventually(lambda: bool(small.running) and it.router.dispatcher.queued == len(answers) - 1)
+        small.script = Script(end_after={2: [Ended.CAUSE_PREEMPTED]})
         await asyncio.gather(*answers)
         order = [reserve.sequence.token_ids[0] for reserve in small.reserves]
         assert order == [40, 40, 41, 42]
@@ -585,8 +585,8 @@ async def test_a_first_token_without_the_logprobs_that_were_asked_for_breaks_the
     model: Path, role: inference_pb2.WorkerRole.ValueType
 ) -> None:
     both = {"prefill_tokens": 1024} if role == DECODE else {}
-    two = [FakeWorker(role, Script(no_logprobs=1), **both), FakeWorker(role, **both)]
-    sides = {"prefills": two} if role == PREFILL else {"decodes": two}
+    odd = FakeWorker(role, Script(no_logprobs=1), **both)
+    sides = {"prefills": [odd]} if role == PREFILL else {"decodes": [odd]}
     with capture_logs() as logs:
         async with cluster(model, worker_grace=10, **sides) as it:
             asked = inference_pb2.ResponseOptions(logprobs=0)

@@ -16,6 +16,7 @@ from prometheus_client import generate_latest
 from common.model_config import load_config
 from common.prefix_hash import block_hashes, cache_root
 from router.errors import CallError
+from router.limits import CALLER, EVERYONE, Caller
 from router.service import gather
 from router.tokenizer import Tokenizer
 from tests.router import models
@@ -298,7 +299,7 @@ async def test_tokens_that_the_model_does_not_have_reach_no_worker(tmp_path: Pat
 
 async def test_text_that_waits_for_its_tokens_is_limited(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = "the lazy dog " * 1_000
-    monkeypatch.setattr("router.tokenizer.MAX_WAITING_BYTES", 2 * len(text))
+    monkeypatch.setattr("router.tokenizer.MAX_WAITING_BYTES_OF_A_CALLER", 2 * len(text))
     async with cluster(model) as it:
         calls = [it.stub.Tokenize(pb.TokenizeRequest(text=text)) for _ in range(20)]
         ends = await asyncio.gather(*calls, return_exceptions=True)
@@ -308,15 +309,16 @@ async def test_text_that_waits_for_its_tokens_is_limited(model: Path, monkeypatc
         assert (await it.stub.Tokenize(pb.TokenizeRequest(text=text))).token_ids
 
 
+@pytest.mark.parametrize("limit", ["MAX_WAITING_BYTES_OF_A_CALLER", "MAX_WAITING_BYTES"])
 async def test_text_counts_until_a_thread_has_come_to_it_though_its_caller_left(
-    model: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, limit: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = "the lazy dog " * 1_000
-    monkeypatch.setattr("router.tokenizer.MAX_WAITING_BYTES", 4 * len(text))
+    monkeypatch.setattr(f"router.tokenizer.{limit}", 4 * len(text))
     tokenizer = Tokenizer(model, load_config(model))
     go_on = threading.Event()
     for _ in range(2):
-        tokenizer._threads.submit(go_on.wait)  # both are busy
+        tokenizer._threads.submit(EVERYONE.name, go_on.wait)  # both that it gets are busy
     try:
         for _ in range(4):
             left = asyncio.ensure_future(tokenizer.encode(text, add_special_tokens=False))
@@ -328,8 +330,35 @@ async def test_text_counts_until_a_thread_has_come_to_it_though_its_caller_left(
             await tokenizer.encode(text, add_special_tokens=False)
     finally:
         go_on.set()
-    await eventually(lambda: tokenizer._waiting_bytes == 0)
+    await eventually(lambda: tokenizer._waiting_bytes.total() == 0)
     assert await tokenizer.encode(text, add_special_tokens=False)
+
+
+async def test_one_callers_texts_hold_up_nobody_else(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "the lazy dog " * 1_000
+    tokenizer = Tokenizer(model, load_config(model))
+    encode, go_on = Tokenizer._encode, threading.Event()
+
+    def slow(self: Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
+        if text.startswith("slow"):
+            go_on.wait(10)
+        return encode(self, text, add_special_tokens)
+
+    monkeypatch.setattr(Tokenizer, "_encode", slow)
+    monkeypatch.setattr("router.tokenizer.MAX_WAITING_BYTES_OF_A_CALLER", 5 * len(text))
+
+    async def tokenize(caller: str, text: str) -> list[int]:
+        CALLER.set(Caller(caller))
+        return await tokenizer.encode(text, add_special_tokens=False)
+
+    many = [asyncio.create_task(tokenize("alice", f"slow {text[5:]}")) for _ in range(6)]
+    try:
+        async with asyncio.timeout(5):
+            assert await asyncio.gather(*(asyncio.create_task(tokenize("bob", text)) for _ in range(4)))
+    finally:
+        go_on.set()
+    ends = await asyncio.gather(*many, return_exceptions=True)
+    assert [isinstance(end, CallError) for end in ends] == [False] * 5 + [True]
 
 
 async def test_health_is_that_of_the_pair(model: Path) -> None:

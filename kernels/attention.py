@@ -15,23 +15,23 @@ from kernels.rope import Rotation, rope_write_kv
 
 _GATHERED_TOKENS = 4096
 
-# Of a batch of up to FEW_TOKENS, block tables tell whether no sequence is longer than SHORT_TOKENS: then they are no
-# wider, and one quick launch is best.
+# A prefill batch of up to FEW_TOKENS tokens, in which no sequence is longer than SHORT_TOKENS, has block tables that
+# are just wide enough for SHORT_TOKENS. That tells a kernel that one small launch is fastest.
 FEW_TOKENS = 512
 SHORT_TOKENS = 512
 
 
 @dataclass(frozen=True, slots=True)
 class PrefillAttention:
-    """What a packed prefill batch of B sequences attends to; T >= sum(query_lens), the rest is padding."""
+    """What a packed prefill batch of B sequences and T tokens attends to. Tokens after sum(query_lens) are padding."""
 
-    # Tokens of this batch, the last ones of their sequence; tokens of the sequence up to and including them. Both empty
-    # where only the device knows: a CUDA graph is launched without them.
+    # query_lens: each sequence's tokens in this batch, which are its last ones. kv_lens: its tokens up to and including
+    # those. Both are empty in a CUDA graph, where only the device knows the lengths.
     query_lens: tuple[int, ...]
     kv_lens: tuple[int, ...]
-    cu_query_lens: Tensor  # [B+1] int32, running sums of query_lens from 0
-    seq_lens: Tensor  # [B] int32, kv_lens on the device
-    block_tables: Tensor  # [B, M] int32, M >= ceil(max(kv_lens) / block_size); entries past a sequence's end: any block
+    cu_query_lens: Tensor  # [B+1] int32: running sums of query_lens, from 0
+    seq_lens: Tensor  # [B] int32: kv_lens on the device
+    block_tables: Tensor  # [B, M] int32, M >= ceil(max(kv_lens) / block_size); any block after a sequence's end
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,17 +39,18 @@ class DecodeAttention:
     """What a decode batch of B sequences attends to."""
 
     block_tables: Tensor  # [B, M] int32
-    seq_lens: Tensor  # [B] int32, tokens of the sequence with the current one; 0 in a padded row
-    plan: Tensor  # int32: how a device's programs share the keys, for all layers of a step; empty in the reference
+    seq_lens: Tensor  # [B] int32: tokens of the sequence, the current one included; 0 in a padded row
+    plan: Tensor  # int32: how the kernel's programs share the keys, for all layers of a step; empty in the reference
 
 
 def prefill_attention(
     q: Tensor, k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, batch: PrefillAttention, scale: float
 ) -> Tensor:
-    """Causal attention of packed chunks to everything before them in their sequences. This one takes no padding.
+    """Causal attention of packed chunks to themselves and to everything before them in their sequences.
 
-    q [T, Hq, D]; k, v [T, Hkv, D], already in the caches too; key_cache, value_cache [N, block_size, Hkv, D] strided
-    views. Hq is a multiple of Hkv. `scale` multiplies the scores. Returns [T, Hq, D].
+    q [T, Hq, D]; k, v [T, Hkv, D], which the caches hold already; key_cache, value_cache [N, block_size, Hkv, D],
+    strided views. Hq is a multiple of Hkv. `scale` multiplies the scores. Returns [T, Hq, D]. This reference takes no
+    padding.
     """
     block_size = key_cache.shape[1]
     outputs = []
@@ -79,22 +80,22 @@ def prefill_attention(
 
 
 def plan_decode(block_tables: Tensor, seq_lens: Tensor, key_cache: Tensor) -> DecodeAttention:
-    """What all layers of a step attend to; `key_cache` [N, block_size, Hkv, D] is any of theirs."""
+    """What all layers of a step attend to. `key_cache` [N, block_size, Hkv, D]: that of any layer."""
     return DecodeAttention(block_tables, seq_lens, seq_lens.new_empty(0))
 
 
 def decode_attention(
     qkv: Tensor, rotation: Rotation, key_cache: Tensor, value_cache: Tensor, batch: DecodeAttention, scale: float
 ) -> Tensor:
-    """`rope_write_kv` of one token of each sequence, and its attention to all tokens of that sequence, itself included.
+    """`rope_write_kv` of one token of each sequence, then its attention to all tokens of its sequence and itself.
 
-    qkv [B, (Hq + 2 Hkv) * D], contiguous; key_cache, value_cache [N, block_size, Hkv, D] strided views; batch, of
-    `plan_decode`, whose seq_lens are the rotation's positions + 1, or 0 in a padded row, whose slot is -1 and whose
-    output is finite and means nothing. Returns [B, Hq, D]; what is in qkv afterwards means nothing.
+    qkv [B, (Hq + 2 Hkv) * D], contiguous, overwritten with undefined contents; key_cache, value_cache [N, block_size,
+    Hkv, D], strided views; batch comes from `plan_decode`. Its seq_lens are the rotation's positions + 1. A padded row
+    has seq_len 0 and slot -1; its output is finite but undefined. Returns [B, Hq, D].
 
-    The query heads that share a KV head are laid out as queries of that head, so that no K or V is repeated (GQA:
-    Ainslie et al., 2023). Sequences of similar length are attended to together, so few that what is gathered
-    stays in the CPU's cache: for 32 lengths from 1 to 1,500 that is 2.7 times as fast as one padded batch.
+    The query heads that share a KV head become queries of that head, so that K and V need not be repeated (GQA: Ainslie
+    et al., 2023). Sequences of similar length are attended to together, in groups small enough for the gathered K and V
+    to stay in the CPU's cache. For 32 lengths from 1 to 1,500 that is 2.7 times as fast as one padded batch.
     """
     q, _, _ = rope_write_kv(qkv, rotation, key_cache, value_cache)
     block_size = key_cache.shape[1]
@@ -112,8 +113,8 @@ def decode_attention(
 
 
 def _groups(blocks: list[int], block_size: int) -> Iterator[tuple[list[int], int]]:
-    """Rows to gather together, and the blocks of the longest of them: at most a quarter of padding, and
-    _GATHERED_TOKENS (or one row)."""
+    """Groups of rows to gather together, each with the blocks of its longest row. At most a quarter of a row is
+    padding, and a group has at most _GATHERED_TOKENS, or is a single row."""
     order = sorted(range(len(blocks)), key=blocks.__getitem__, reverse=True)
     start = 0
     for end in range(1, len(order) + 1):

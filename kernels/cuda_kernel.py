@@ -1,7 +1,7 @@
-"""Kernels in CUDA C++ that use what only one generation of GPUs has, compiled and launched through NVIDIA's bindings.
+"""CUDA C++ kernels for one GPU architecture only, compiled and launched through NVIDIA's own bindings.
 
-cupy, which compiles the other ones, asks for no architecture with its own instructions (sm_90a), and launches neither
-clusters nor dependents (`kernels.triton_launch`)."""
+cupy, which compiles the other CUDA C++ kernel, cannot target an architecture-specific feature set (sm_90a), and
+supports neither clusters nor programmatic dependent launch (`kernels.triton_launch`)."""
 
 import ctypes
 from collections.abc import Mapping, Sequence
@@ -14,12 +14,12 @@ from torch import Tensor
 
 from kernels import cuda_source, triton_launch
 
-HOPPER_STEP = 64  # inputs of a stage
-HOPPER_ALIGNMENT = 16  # bytes, for the memory accelerator
+HOPPER_STEP = 64  # inputs (K) of a pipeline stage
+HOPPER_ALIGNMENT = 16  # bytes, required by TMA
 
 
 class CudaKernel:
-    """The function `name` of the file of that name, whose multiply() takes `columns`, for one device."""
+    """One kernel, compiled for one device: the function `name` of the file of that name."""
 
     def __init__(
         self,
@@ -31,8 +31,16 @@ class CudaKernel:
         device: torch.device,
     ) -> None:
         """
+        Args:
+            name: of the function, and of its file without .cu.
+            columns: N of the kernel's wgmma instructions.
+            macros: preprocessor definitions of the kernel.
+            shared_bytes: dynamic shared memory of a thread block.
+            dtype: torch.bfloat16 or torch.float16.
+            device: where it is to run.
+
         Raises:
-            RuntimeError: the compiler's words, or the driver's.
+            RuntimeError: compiling or loading failed; the message is the compiler's, or the driver's.
         """
         source = cuda_source.read_for_hopper(f"{name}.cu", columns)
         all_macros = {**macros, "FLOAT16": int(dtype == torch.float16)}
@@ -45,10 +53,16 @@ class CudaKernel:
         self._device = device
 
     def __call__(self, programs: int, threads: int, arguments: Sequence[Any]) -> None:
-        """Launches it on torch's current stream of the device, which is the current one, as a kernel that begins while
-        the one before it still runs.
+        """Launches the kernel on torch's current stream, with programmatic dependent launch. Its device must be the
+        current one.
 
-        arguments: ctypes values, and what the bindings have a pointer to.
+        Args:
+            programs: thread blocks.
+            threads: of a thread block.
+            arguments: ctypes values, or objects of the bindings that have getPtr().
+
+        Raises:
+            RuntimeError: the driver refused the launch.
         """
         config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = programs, 1, 1
@@ -65,11 +79,11 @@ class CudaKernel:
 
 
 def suits_hopper(x: Tensor, weight: Tensor) -> bool:
-    """Whether the linear layers for Hopper can take these, x [rows, inputs] and weight [outputs, inputs]; each asks for
-    more."""
+    """Whether x [rows, inputs] and weight [outputs, inputs] meet what all linear layers for Hopper require. Each has
+    requirements of its own beside these."""
     addresses = (x.data_ptr(), weight.data_ptr(), x.stride(0) * x.itemsize)
     return (
-        triton_launch.is_hopper(x.device)  # later ones multiply by other instructions
+        triton_launch.is_hopper(x.device)  # later architectures have no wgmma
         and x.dtype in (torch.bfloat16, torch.float16)
         and x.shape[1] % HOPPER_STEP == 0
         and all(address % HOPPER_ALIGNMENT == 0 for address in addresses)
@@ -77,8 +91,16 @@ def suits_hopper(x: Tensor, weight: Tensor) -> bool:
 
 
 def tensor_map(tensor: Tensor, sizes: Sequence[int], strides: Sequence[int], box: Sequence[int]) -> driver.CUtensorMap:
-    """How the tensor memory accelerator sees a 16-bit tensor: sizes of its dimensions, the contiguous one first, the
-    others' strides in elements, and what one load brings, as swizzled rows of 128 bytes."""
+    """The TMA descriptor of a 16-bit tensor, with the 128-byte swizzle.
+
+    Args:
+        sizes: of its dimensions, the contiguous one first.
+        strides: of the other dimensions, in elements.
+        box: sizes of what one load brings.
+
+    Raises:
+        RuntimeError: the driver refused them.
+    """
     return _tensor_map(tensor.data_ptr(), tensor.dtype, tuple(sizes), tuple(strides), tuple(box))
 
 
@@ -130,7 +152,7 @@ def _address(argument: Any) -> int:
 
 
 def _checked(result: tuple[Any, ...]) -> Any:
-    """What a call of the bindings returned beside its status."""
+    """What a call of the bindings returned besides its status."""
     status, *values = result
     if int(status):
         raise RuntimeError(f"a call of CUDA's driver or compiler failed: {status.name}")

@@ -1,4 +1,4 @@
-"""The text of a kernel in CUDA C++, after what it shares with others."""
+"""The source text of a CUDA C++ kernel, with the headers that it shares with others in front."""
 
 from pathlib import Path
 
@@ -6,12 +6,13 @@ _FOLDER = Path(__file__).parent
 
 
 def read(name: str) -> str:
-    """Of the file `name`. One text, as cupy's cache of compiled kernels would not see a change of what one includes."""
+    """The source of the file `name`. It is one text, since cupy's cache of compiled kernels would not notice a change
+    in an included file."""
     return _joined("mbarrier.cuh", name)
 
 
 def read_for_hopper(name: str, columns: int) -> str:
-    """Of the file `name`, whose multiply() multiplies 64 rows of one factor with `columns` of the other."""
+    """The source of the file `name`, with a multiply() for tiles of 64 x `columns`: the M and N of its wgmma."""
     return _joined("mbarrier.cuh", "hopper.cuh") + _multiply(columns) + _joined(name)
 
 
@@ -20,7 +21,8 @@ def _joined(*names: str) -> str:
 
 
 def _multiply(columns: int) -> str:
-    """The instruction names each of its registers, of which a thread has one for two columns (PTX: wgmma.mma_async)."""
+    """multiply() for N = `columns`. The instruction has to name every accumulator register, of which a thread has one
+    for every two columns (PTX: wgmma.mma_async)."""
     count = columns // 2
     registers = ", ".join(f"%{i}" for i in range(count))
     sums = ", ".join(f'"+f"(sums[{i}])' for i in range(count))

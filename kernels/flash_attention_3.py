@@ -1,7 +1,7 @@
 """Attention of packed prompts by FlashAttention-3 (Shah et al., "FlashAttention-3: Fast and Accurate Attention with
-Asynchrony and Low-precision", 2024), where it is installed; `kernels.attention` holds the reference.
+Asynchrony and Low-precision", 2024), if it is installed; `kernels.attention` holds the reference.
 
-Hopper only, 16-bit types. What it is not made for, or is slower at, goes to Triton.
+For Hopper GPUs and 16-bit types only. Batches that it does not support, or is slower at, go to the Triton kernel.
 """
 
 import importlib
@@ -17,11 +17,11 @@ from kernels.attention import FEW_TOKENS, SHORT_TOKENS, PrefillAttention
 
 NAME = "flash_attn_interface"
 HEAD_DIMS = (64, 128, 256)
-# Larger ones it reads whole, by the tensor memory accelerator, with what lies behind a sequence's end. A NaN there,
-# left by another sequence, would get into the answer.
+# Larger blocks it loads whole, by TMA, including what lies beyond the sequence's end. A NaN that another sequence left
+# there would get into the output.
 MOST_BLOCK_SIZE = 32
-# Batches of up to so many tokens have so few tiles that attention to a long context is cut into parts, for all
-# processors; of larger ones, putting the parts together takes too long.
+# Up to this many tokens there are too few tiles for all SMs, so a long context is split along the keys. With more
+# tokens, merging the splits costs more than they save.
 CUT_TOKENS = 128
 
 
@@ -39,15 +39,16 @@ _MODULE = _load()
 
 
 def usable(device: torch.device) -> bool:
-    """Whether it is installed, and made for this device."""
+    """Whether FlashAttention-3 is installed and supports this device."""
     return _MODULE is not None and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def prefill_attention(
     q: Tensor, k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, batch: PrefillAttention, scale: float
 ) -> Tensor:
-    """`kernels.attention.prefill_attention` for CUDA tensors, any block size. All keys are read from the cache, also a
-    chunk's own. Nothing but shapes is asked of the host, so that a graph captured once serves all lengths that fit."""
+    """`kernels.attention.prefill_attention` for CUDA tensors, any block size. All keys are read from the cache, even
+    those of the chunk itself. The host needs nothing but shapes, so a graph captured once serves all lengths that fit
+    it."""
     tokens, _, head_dim = q.shape
     block_size = key_cache.shape[1]
     short = tokens <= FEW_TOKENS and batch.block_tables.shape[1] * block_size <= SHORT_TOKENS
@@ -65,6 +66,6 @@ def prefill_attention(
         max_seqlen_q=tokens,
         softmax_scale=scale,
         causal=True,
-        num_splits=0 if tokens <= CUT_TOKENS else 1,  # 0: as many as it sees fit
+        num_splits=0 if tokens <= CUT_TOKENS else 1,  # 0: it decides
     )
     return out

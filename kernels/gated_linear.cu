@@ -1,15 +1,17 @@
-// Gate, up and SiLU of 65 to 256 tokens, at the pace of the weight's bytes: see gated_linear.py for when and why.
+// Gate, up and SiLU of 65 to 256 tokens: see gated_linear.py for when and why.
 //
-// out [tokens, outputs] = silu(gate) * up, [gate, up] = x [tokens, inputs] @ weight [2 * outputs, inputs]^T. A program
-// has 128 tokens, 64 for each of two warpgroups, and takes tile after tile of ROWS rows of the weight. Its last warp
-// brings both through a ring of stages in shared memory, by the tensor memory accelerator; x waits for the kernel
-// before this one, the weight does not. With more than 128 tokens two programs are a cluster: each brings half of a
-// tile to both.
+// out [tokens, outputs] = silu(gate) * up, [gate, up] = x [tokens, inputs] @ weight [2 * outputs, inputs]^T
 //
-// A tile has both halves of its outputs, eight rows of the one and eight of the other in turn, so that a thread has
-// both of an output.
+// - Thread blocks are persistent. Each has 128 tokens, 64 for each of its two consumer warpgroups, and takes one tile
+//   of ROWS rows of the weight after another.
+// - A producer warp, the last one, loads x and the weight by TMA through a ring of stages in shared memory. The weight
+//   is loaded before the previous kernel has ended; x has to wait for it.
+// - With more than 128 tokens, two thread blocks form a cluster. Each loads half of a tile and multicasts it to both.
+// - A tile has the gate and the up rows of its outputs, interleaved in groups of eight, so that a thread holds both
+//   sums of an output.
 //
-// Macros beside hopper.cuh's, all numbers: SHARING (1 or 2 programs) ROWS (in sixteens for each of them) STAGES.
+// Macros beside hopper.cuh's, all numbers: SHARING (thread blocks of a cluster, 1 or 2) ROWS (of a tile, a multiple of
+// 16 for each thread block of the cluster) STAGES.
 
 constexpr int WARPGROUPS = 2, TOKENS = 64 * WARPGROUPS, OUTPUTS = ROWS / 2;
 constexpr int WEIGHT_BYTES = ROWS * STEP * 2, X_BYTES = TOKENS * STEP * 2, STAGE_BYTES = WEIGHT_BYTES + X_BYTES;
@@ -22,7 +24,8 @@ __device__ __forceinline__ void arrive_at(u64* barrier, int program) {
         "r"(program)
         : "memory");
 }
-// A share of a tile of the weight to all programs of the cluster; each counts its bytes in a barrier of its own.
+// Loads one thread block's share of a weight tile and multicasts it to all of the cluster. Each counts the bytes that
+// it receives in its own barrier.
 __device__ __forceinline__ void load_share(void* to, const TensorMap& weight, int input, int share, u64* barrier) {
     const int eight = share * (OUTPUTS / SHARING / 8);
 #if SHARING == 1
@@ -37,7 +40,7 @@ __device__ __forceinline__ void load_share(void* to, const TensorMap& weight, in
 #endif
 }
 
-// A stage of the ring, and how often the ring was gone around.
+// A stage of the ring, and how many rounds of the ring came before.
 struct Place {
     int stage = 0;
     u32 round = 0;
@@ -67,7 +70,7 @@ gated_linear(const __grid_constant__ TensorMap x, const __grid_constant__ Tensor
                        tile * SHARING + rank, full + at.stage);
         };
         Place at;
-        for (int step = 0; step < STAGES; ++step, at.next()) begin(at, first_tile, step);  // there are as many at least
+        for (int step = 0; step < STAGES; ++step, at.next()) begin(at, first_tile, step);  // steps >= STAGES
         wait_for_previous();
         at = {};
         for (int tile = first_tile; tile < tiles; tile += tiles_apart)
@@ -80,7 +83,7 @@ gated_linear(const __grid_constant__ TensorMap x, const __grid_constant__ Tensor
             }
     } else if (threadIdx.x < CONSUMERS) {
         const int warpgroup = threadIdx.x / 128, thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
-        const int token = rank * TOKENS + warpgroup * 64 + warp * 16 + lane / 4;  // and eight more
+        const int token = rank * TOKENS + warpgroup * 64 + warp * 16 + lane / 4;  // a thread has this and token + 8
         Place at, before;
         const auto let_load = [&] {
             if (thread < SHARING) arrive_at(empty + before.stage, thread);
@@ -117,5 +120,5 @@ gated_linear(const __grid_constant__ TensorMap x, const __grid_constant__ Tensor
         }
     }
     __syncwarp();
-    sync_cluster();  // while the other may still say that it is done with this program's rows
+    sync_cluster();  // not to exit while the other thread block may still arrive at this one's barriers
 }

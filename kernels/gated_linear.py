@@ -1,10 +1,10 @@
-"""Gate, up and SiLU of decode batches of 65 to 256 tokens on Hopper GPUs; the kernel is in gated_linear.cu, and
+"""Gate, up and SiLU of decode batches of 65 to 256 tokens on Hopper GPUs. The kernel is in gated_linear.cu;
 `kernels.linear` holds the reference.
 
-With so many tokens the product takes about as long for its operations as for its weight's bytes, and a library's tiles
-of a power of two leave many multiprocessors idle in their last round: of Llama-3.1-8B's 224 tiles, 132 run at once and
-then 92. A tile here is as high as it has to be for all multiprocessors to end together, and programs that stay for
-several ask for the next one's weight while they write. SiLU is inside.
+With so many tokens, the product's arithmetic takes about as long as reading its weight. A library's power-of-two tiles
+then lose much time to a half-empty last wave: of Llama-3.1-8B's 224 tiles, 132 run in the first wave and only 92 in the
+second. Here, the tile height is chosen so that all SMs finish together. Thread blocks are persistent: they load the
+weight of their next tile while they write the current one. SiLU is part of the epilogue.
 """
 
 import ctypes
@@ -18,19 +18,19 @@ from torch import Tensor
 from kernels.cuda_kernel import HOPPER_STEP, CudaKernel, suits_hopper, tensor_map
 from kernels.triton_launch import multiprocessors, shared_bytes
 
-_TOKENS = 128  # of a program
+_TOKENS = 128  # of a thread block
 MAX_ROWS = 2 * _TOKENS
 _THREADS = 2 * 128 + 32
-_UNIT = 16  # rows of a tile that a program brings at least: eight of gate, and eight of up
-_MAX_TILE = 256  # rows, for which the matrix units have an instruction
+_UNIT = 16  # the smallest number of tile rows that a thread block loads: eight of gate and eight of up
+_MAX_TILE = 256  # rows: the largest N of a wgmma instruction
 
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    sharing: int  # programs that share a tile, with 128 tokens each
+    sharing: int  # thread blocks that share a tile, each with 128 tokens
     tile_rows: int  # of the weight
     stages: int
-    programs: int
+    programs: int  # thread blocks of the grid
 
     @property
     def shared_bytes(self) -> int:
@@ -57,7 +57,7 @@ def _plan(tokens: int, rows: int, inputs: int, device: torch.device) -> _Plan:
 
 
 def suits_gated(x: Tensor, weight: Tensor) -> bool:
-    """Whether `gated_linear` takes these."""
+    """Whether `gated_linear` supports this x and weight."""
     return 0 < x.shape[0] <= MAX_ROWS and suits_hopper(x, weight) and weight.shape[0] % _UNIT == 0
 
 
@@ -68,8 +68,11 @@ def _kernel(plan: _Plan, dtype: torch.dtype, device: torch.device) -> CudaKernel
 
 
 def gated_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x [1 to MAX_ROWS, inputs] and the weight of gate and up [2 * outputs, inputs] -> [rows, outputs], SiLU of the
-    first half times the second. They must suit."""
+    """silu(x @ gate.T) * (x @ up.T), for inputs that `suits_gated` accepts.
+
+    x [1 to MAX_ROWS, inputs]; weight [2 * outputs, inputs]: gate in the first half, up in the second. Returns [rows,
+    outputs].
+    """
     tokens, inputs = x.shape
     outputs = weight.shape[0] // 2
     plan = _plan(tokens, weight.shape[0], inputs, x.device)

@@ -7,11 +7,14 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class BegunNorm:
-    """What the layer that wrote hidden states did of the RMS norm that comes next. The rest, a division of each token's
-    row by the root of its mean square, may as well be done to what a linear layer makes of the row."""
+    """The part of the next RMS norm that was done by the layer that wrote the hidden states.
+
+    What is left is to divide each token's row by the root of its mean square. That is one factor per row, so a linear
+    layer may apply it to its output instead of its input.
+    """
 
     x: Tensor  # [T, H]: the states times the norm's weight
-    squares: Tensor  # [T, any] float32, which add up to each token's sum of squares
+    squares: Tensor  # [T, any] float32: partial sums of a token's squares, to be added up
 
 
 @dataclass(frozen=True, slots=True)

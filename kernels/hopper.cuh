@@ -1,9 +1,9 @@
-// What the linear layers for Hopper GPUs share, put before each of them by cuda_source.py, after mbarrier.cuh:
-// clusters, dependent launch, the tensor memory accelerator, and the matrix units.
+// Shared by the linear layers for Hopper GPUs (cuda_source.py puts it in front of each, after mbarrier.cuh): clusters,
+// programmatic dependent launch, TMA and wgmma.
 //
 // Macro, 0 or 1: FLOAT16 (else bfloat16).
 
-constexpr int STEP = 64;  // inputs of a stage: what a row of it has, 128 bytes, is swizzled as one
+constexpr int STEP = 64;  // inputs (K) of a pipeline stage: 128 bytes of a row, the width of the swizzle
 
 #if FLOAT16
 #define TYPE "f16"
@@ -21,7 +21,7 @@ __device__ __forceinline__ void sync_cluster() {
 __device__ __forceinline__ void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 __device__ __forceinline__ void let_next_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
-// What lies behind a tensor's end comes as zeros.
+// Loads a box of x by TMA. What lies out of bounds becomes zero.
 __device__ __forceinline__ void load(void* to, const TensorMap& x, int input, int token, u64* barrier) {
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
@@ -29,7 +29,8 @@ __device__ __forceinline__ void load(void* to, const TensorMap& x, int input, in
         "l"(&x), "r"(input), "r"(token), "r"(shared_address(barrier))
         : "memory");
 }
-// A tile of a weight, as [rows / 8 (of half), halves, 8, inputs], from its group of eight rows (of each half) on.
+// Loads a tile of a weight by TMA, from group `eight` of eight rows (of each half) on. The tensor map has the
+// dimensions [rows of a half / 8, halves, 8, inputs].
 __device__ __forceinline__ void load_weight(void* to, const TensorMap& weight, int input, int eight, u64* barrier) {
     asm volatile(
         "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
@@ -38,13 +39,14 @@ __device__ __forceinline__ void load_weight(void* to, const TensorMap& weight, i
         : "memory");
 }
 
-// Where the matrix units find rows of STEP inputs, which the accelerator swizzled in groups of eight rows.
+// The wgmma descriptor of rows of STEP inputs in shared memory, as TMA swizzles them: in groups of eight rows.
 __device__ __forceinline__ u64 descriptor(const void* rows) {
     return (u64)((shared_address(rows) & 0x3ffff) >> 4) | 1ull << 16 | (u64)(8 * STEP * 2 >> 4) << 32 | 1ull << 62;
 }
-// sums += 64 rows times a factor's rows, 16 inputs of each; for as many of these as the kernel asks cuda_source.py for.
+// One wgmma: sums += 64 rows of one factor times N rows of the other, 16 inputs of each. cuda_source.py defines it for
+// the kernel's N.
 __device__ __forceinline__ void multiply(float* sums, u64 rows, u64 columns);
-// All inputs of a stage; still under way when it returns.
+// Multiplies all inputs of a stage. Asynchronous: see wait_for_stages_but.
 __device__ __forceinline__ void multiply_stage(float* sums, u64 rows, u64 columns) {
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
@@ -52,7 +54,7 @@ __device__ __forceinline__ void multiply_stage(float* sums, u64 rows, u64 column
         multiply(sums, rows + part * 2, columns + part * 2);
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
-// Until all stages but the `last` ones are multiplied.
+// Waits until all stages but the `last` most recent ones are multiplied.
 template <int last>
 __device__ __forceinline__ void wait_for_stages_but() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(last) : "memory");

@@ -1,5 +1,5 @@
-"""The linear layers of a transformer block with what stands before or after each of them, so that a device may do it in
-one pass: norm, bias, gated activation, residual. Weights are laid out as F.linear takes them, [out, in]."""
+"""The linear layers of a transformer block, each with the norm, bias, gated activation or residual next to it, so that
+a device may fuse them. Weights have the layout of F.linear, [out, in]."""
 
 import torch
 import torch.nn.functional as F
@@ -31,23 +31,23 @@ def norm_gated_linear(hidden: Hidden, norm: Tensor, eps: float, gate_up: Tensor)
     if _is_quicker_transposed(normed, gate_up):
         return silu_mul((gate_up @ normed.t()).t().contiguous())
     if normed.device.type == "cpu":
-        # two products of half the width are a little quicker than one
+        # two products of half the width are a little faster than one
         gate, up = (F.linear(normed, half) for half in gate_up.chunk(2))
         return F.silu(gate, inplace=True).mul_(up)
     return silu_mul(F.linear(normed, gate_up))
 
 
 def add_linear(hidden: Hidden, x: Tensor, weight: Tensor, bias: Tensor | None, next_norm: Tensor | None) -> Hidden:
-    """Adds linear(x) to the hidden states, in place. next_norm: the weight of the norm that comes next, which may be
-    begun; None where none does.
+    """Adds linear(x) to the hidden states, in place.
 
-    hidden [T, H]; x [T, K]; weight [H, K]; bias and next_norm [H] or None; one dtype.
+    hidden [T, H]; x [T, K]; weight [H, K]; bias and next_norm [H] or None; one dtype. next_norm: weight of the norm
+    that comes next, which an implementation may begin (`kernels.hidden.BegunNorm`). None: no norm follows.
     """
     return Hidden(hidden.states.add_(F.linear(x, weight, bias)))
 
 
 def _is_quicker_transposed(x: Tensor, weight: Tensor) -> bool:
-    """Whether a CPU computes weight @ x.T in less time than x @ weight.T: in float32 up to twice as fast (MKL's sgemm),
-    where few rows meet a matrix with many more outputs than inputs, such as the vocabulary's."""
+    """Whether a CPU computes weight @ x.T faster than x @ weight.T. MKL's sgemm (float32) does, by up to a factor of
+    two, for few rows and a matrix with many more outputs than inputs, such as the vocabulary's."""
     outputs, inputs = weight.shape
     return x.device.type == "cpu" and x.dtype == torch.float32 and 1 < x.shape[0] <= 8 and outputs >= 4 * inputs

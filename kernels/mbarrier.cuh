@@ -1,5 +1,5 @@
-// What the kernels in CUDA C++ share, put before each of them by cuda_source.py: short names of types, and barriers in
-// shared memory that count arrivals and bytes (PTX: mbarrier).
+// Shared by all CUDA C++ kernels (cuda_source.py puts it in front of each): short type names, and PTX's mbarriers,
+// which count arrivals and bytes in shared memory.
 
 using u16 = unsigned short;
 using u32 = unsigned int;

@@ -1,4 +1,4 @@
-"""The table of operations a model runs on, chosen once for a device."""
+"""The table of operations that a model runs on, filled once for a device."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ class Sample(Protocol):
 
 
 class LayerTensors(Protocol):
-    """A layer's weights, [out, in]. H hidden, Hq and Hkv heads of q and of k and v, D head_dim, I intermediate."""
+    """A layer's weights, [out, in]. H: hidden size; Hq, Hkv: query and KV heads; D: head_dim; I: intermediate size."""
 
     @property
     def attention_norm(self) -> Tensor: ...  # [H]
@@ -53,14 +53,14 @@ class LayerTensors(Protocol):
 
 
 class LayersOfOneToken(Protocol):
-    """All layers of a decode step of one sequence: as the operations of a layer one after another, over all layers."""
+    """All layers of a decode step of one sequence, equal to running each layer's operations one after another."""
 
     def __call__(
         self, tokens: Tensor, positions: Tensor, slots: Tensor, seq_lens: Tensor, block_tables: Tensor
     ) -> Tensor:
-        """tokens, positions, seq_lens [1] int32, slots [1] int64, block_tables [1, B] int32: the token, its position,
-        where its K and V go (-1: nowhere), and the sequence's length with it. Returns the hidden state after the last
-        layer [1, H], before the final norm."""
+        """tokens, positions [1] int32: the token and its position. slots [1] int64: where its K and V go (-1: nowhere).
+        seq_lens [1] int32: the sequence's length, this token included. block_tables [1, B] int32. Returns the hidden
+        state after the last layer [1, H], before the final norm."""
         ...
 
 
@@ -69,13 +69,15 @@ class FuseLayers(Protocol):
         self, layers: Sequence[LayerTensors], embedding: Tensor, cos_sin: Tensor, eps: float, pool: Tensor
     ) -> LayersOfOneToken | None:
         """embedding [V, H]; cos_sin [max_position, D] float32; pool [blocks, layers, 2, block_size, Hkv, D]; all but
-        cos_sin of one dtype. They are kept. None: one operation after another is what there is."""
+        cos_sin of one dtype. The result keeps a reference to each tensor and uses it in place. Returns None if these
+        layers cannot be fused on this device: then run the operations one by one."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Ops:
-    """Functions of one meaning and signature on every device; their references say what they do."""
+    """One function per operation, with the same signature and meaning on every device. The torch references say
+    what each does."""
 
     norm_linear: Callable[[Hidden, Tensor, float, Tensor, Tensor | None], Tensor]
     norm_gated_linear: Callable[[Hidden, Tensor, float, Tensor], Tensor]
@@ -112,7 +114,7 @@ REFERENCE = Ops(
 
 
 def select(device: torch.device) -> Ops:
-    """The fastest functions for `device`: the references on a CPU, Triton's and FlashAttention-3 on CUDA."""
+    """The fastest functions for `device`: the references on a CPU; Triton, CUDA C++ and FlashAttention-3 on CUDA."""
     ops = REFERENCE if device.type == "cpu" else _cuda(device)
     structlog.get_logger().info(
         "kernels chosen", **{name: getattr(ops, name).__module__ for name in Ops.__dataclass_fields__}
@@ -121,7 +123,7 @@ def select(device: torch.device) -> Ops:
 
 
 def _cuda(device: torch.device) -> Ops:
-    # imported here: none of this exists on a machine without a GPU
+    # imported here: machines without a GPU do not have these packages
     from kernels import (
         flash_attention_3,
         persistent_layers,

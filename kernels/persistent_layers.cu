@@ -1,32 +1,36 @@
 // All layers of a decode step of one sequence, in one launch: see persistent_layers.py for when and why.
 //
-// One program a multiprocessor, KV_HEADS * PIECES of them, all there at once. Each layer has five phases; in each, a
-// program owns a few rows of a weight (phase 2: a piece of the context for one KV head):
+// Thread blocks are persistent, one per SM: KV_HEADS * PIECES of them (PROGRAMS), all resident at once. A layer has
+// five phases. In each, a thread block owns a few rows of a weight, or, in phase 2, a piece of the context of one KV
+// head:
 //
-//   1  norm, q, k and v            each KV head's rows among its own PIECES programs
-//   2  attention                   a piece of the cached keys for one KV head
-//   3  pieces put together, and this KV head's columns of the output projection
+//   1  norm, q, k and v: each KV head's rows are divided among its own PIECES thread blocks
+//   2  attention: to a piece of the cached keys of one KV head
+//   3  merge of the pieces, and this KV head's columns of the output projection
 //   4  sum over KV heads, residual, norm, gate and up, SiLU
 //   5  down, residual
 //
-// A producer warp streams weights, keys and values, which depend on nothing that this launch computes, through a ring
-// of tiles in shared memory, up to a layer ahead: memory is read while programs wait for each other. They do not meet
-// at barriers: what a phase hands to the next lies in words that carry the number of the layer beside the data and are
-// written and read whole (as in NCCL's LL protocol), so that a reader waits for just what it needs and is done in one
-// round trip. A word is written again only by programs that have read, over other words, what all its readers made of
-// it; so one copy of each is enough.
+// Loads. A producer warp streams weights, keys and values through a ring of tiles in shared memory, up to a layer
+// ahead. They depend on nothing that this launch computes, so memory is read even while thread blocks wait for each
+// other.
 //
-// The code runs straight through once a layer, so its size counts: at 150 KiB, more than a multiprocessor's instruction
-// cache, a layer took twice as long as at 75 KiB. Hence loops that are not unrolled, and no fast path beside another.
+// Synchronization. There are no grid-wide barriers. A phase passes its results on in words of global memory that hold
+// the layer's number beside the data, and that are written and read atomically (as in NCCL's LL protocol). So a reader
+// waits for just what it needs, and gets it in the same round trip. A word is overwritten only by a thread block that
+// has already read, through other words, what all readers of the old value computed from it. So one copy of each word
+// is enough.
+//
+// Code size. All of the code runs once per layer, so it should fit the SM's instruction cache: at 150 KiB of code a
+// layer took twice as long as at 75 KiB. Hence loops are not unrolled, and there are no fast paths for special cases.
 //
 // Macros, all numbers: HIDDEN INTERMEDIATE KV_HEADS GROUP HEAD_DIM PIECES BLOCK_SIZE TILE_BYTES SHARED_BYTES, and 0 or
 // 1: QK_NORM HAS_QKV_BIAS HAS_OUTPUT_BIAS. Weights and activations are bfloat16, their sums float32.
 
 constexpr int PROGRAMS = KV_HEADS * PIECES, WARPS = 8, THREADS = 32 * WARPS;      // the producer is a ninth warp
 constexpr int HEAD_QKV = (GROUP + 2) * HEAD_DIM, HEAD_INPUTS = GROUP * HEAD_DIM;  // rows and columns of one KV head
-constexpr int IN_FLIGHT = (32 << 10) / TILE_BYTES;  // tiles; more under way delays the words that programs wait for
+constexpr int IN_FLIGHT = (32 << 10) / TILE_BYTES;  // tiles; with more, words queue behind them (docs/kernels.md)
 constexpr u32 ALL = 0xffffffffu;
-constexpr float NO_TOP = -1e30f, NOTHING = -3e38f;  // of no scores at all; a score that counts nothing beside even that
+constexpr float NO_TOP = -1e30f, NOTHING = -3e38f;  // top of no scores; a masked score, of weight 0 even beside it
 
 __host__ __device__ constexpr int cdiv(int a, int b) { return (a + b - 1) / b; }
 constexpr int multiple(int of, int least) { return cdiv(least, of) * of; }
@@ -38,15 +42,15 @@ constexpr int power_of_2(int most) {
     return power;
 }
 
-// How a program multiplies its rows of a weight with x: on the matrix units, of which each instruction makes dot
-// products for eight slots. A slot is a row and a block of 32 inputs of it; where a tile has fewer than eight rows,
-// several slots share a row. The four lanes of a slot have eight inputs each, of the row as the one factor and of x as
-// the other, and the result is the diagonal of what comes out.
+// How a thread block multiplies its rows of a weight with x, a vector, on the tensor cores: an mma computes the dot
+// products of eight slots. A slot is a row and a block of 32 of its inputs; if a tile has fewer than eight rows,
+// several slots share a row. Each of a slot's four lanes has eight inputs of its row as one factor, and the same eight
+// of x as the other. The slots' results are on the diagonal of the product.
 template <int INPUTS, int WANTED_ROWS, int MOST_ROWS = 8> struct Product {
     static constexpr int BLOCKS = INPUTS / 32;
     static constexpr int TILE_ROWS = smaller(MOST_ROWS, power_of_2(TILE_BYTES / 2 / INPUTS));
     static constexpr int SLOT_ROWS = smaller(8, TILE_ROWS);
-    static constexpr int SHARING = 8 / SLOT_ROWS;  // slots of a row
+    static constexpr int SHARING = 8 / SLOT_ROWS;  // slots that share a row
     static constexpr int GROUPS = TILE_ROWS / SLOT_ROWS;
     static constexpr int STEPS = cdiv(BLOCKS, WARPS* SHARING);
     static constexpr bool EXACT = BLOCKS % (WARPS * SHARING) == 0;
@@ -55,8 +59,8 @@ template <int INPUTS, int WANTED_ROWS, int MOST_ROWS = 8> struct Product {
     static constexpr int SLOTS = TILE_COUNT * GROUPS * 8;
     static_assert(INPUTS % 64 == 0 && ROWS <= THREADS, "a shape that persistent_layers.py should have refused");
 
-    // The block of this lane's slot in a step. Rows lie in the same banks, so every other one takes its blocks in
-    // another order.
+    // The block of this lane's slot in a step. All rows begin in the same bank of shared memory, so odd rows take their
+    // blocks in another order, to avoid conflicts.
     static __device__ __forceinline__ int block(int step) {
         const int slot = threadIdx.x % 32 / 4, row = slot % SLOT_ROWS;
         return ((step * WARPS + threadIdx.x / 32) * SHARING + slot / SLOT_ROWS) ^ (row & 1);
@@ -64,7 +68,7 @@ template <int INPUTS, int WANTED_ROWS, int MOST_ROWS = 8> struct Product {
     static __device__ __forceinline__ bool exists(int step) { return EXACT || block(step) < BLOCKS; }
     static __device__ __forceinline__ int vector(int step) { return block(step) * 4 + threadIdx.x % 4; }
 };
-// rows in whole words
+// Rows are multiples of the values that are posted in one word.
 using Qkv = Product<HIDDEN, multiple(2, cdiv(HEAD_QKV, PIECES))>;
 using Output = Product<HEAD_INPUTS, multiple(4, cdiv(HIDDEN, PIECES)), 64>;
 using GateUp = Product<HIDDEN, multiple(2, cdiv(INTERMEDIATE, PROGRAMS))>;
@@ -72,8 +76,8 @@ using Down = Product<INTERMEDIATE, multiple(2, cdiv(HIDDEN, PROGRAMS))>;
 constexpr int SLOTS = larger(larger(Qkv::SLOTS, Output::SLOTS), larger(2 * GateUp::SLOTS, Down::SLOTS));
 
 constexpr int HALF = HEAD_DIM / 2;
-constexpr int COLUMNS = HEAD_DIM / 32;                               // of a head, that a lane has
-constexpr int KEY_LANES = HEAD_DIM / 8, WARP_KEYS = 32 / KEY_LANES;  // lanes that read a key; keys of a warp at once
+constexpr int COLUMNS = HEAD_DIM / 32;                               // of a head, for each lane
+constexpr int KEY_LANES = HEAD_DIM / 8, WARP_KEYS = 32 / KEY_LANES;  // lanes that read a key; keys that a warp reads
 constexpr int TILE_KEYS = TILE_BYTES / 2 / HEAD_DIM;
 constexpr int KEY_ROUNDS = TILE_KEYS / (WARPS * WARP_KEYS);
 constexpr int QUADS = HEAD_INPUTS / 4;  // words of 4 columns
@@ -81,15 +85,15 @@ constexpr int SHARES = smaller(4, THREADS / QUADS), PARTS_AT_ONCE = 4;
 static_assert(KEY_ROUNDS >= 1 && SHARES >= 1, "a shape that persistent_layers.py should have refused");
 
 struct Arguments {
-    const u64* weights;  // [layers, NUM_WEIGHTS] addresses, in the order of WEIGHTS; of what a model has not, any
+    const u64* weights;  // [layers, NUM_WEIGHTS] addresses, in the order of WEIGHTS; any value for what a model lacks
     const int* token;
     const u16* embedding;
     u16* out;                       // [HIDDEN]
     u64 *qkv, *hidden, *activated;  // words of two values
-    uint4* parts;                   // [KV_HEADS, PIECES, QUADS] of 4 floats: attention over a piece
-    u64* scales;                    // [KV_HEADS, PIECES, GROUP] of a float: log2 of its sum of weights
-    uint4* shares;                  // [KV_HEADS, HIDDEN / 4] of 4 floats: the output projection of a KV head
-    u32* number;                    // of the first layer of this launch
+    uint4* parts;                   // [KV_HEADS, PIECES, QUADS], words of 4 floats: attention over a piece
+    u64* scales;                    // [KV_HEADS, PIECES, GROUP], words of a float: log2 of its sum of weights
+    uint4* shares;                  // [KV_HEADS, HIDDEN / 4], words of 4 floats: the output projection of a KV head
+    u32* number;                    // that of this launch's first layer
     const int* position;
     const long long* slot;
     const int* seq_len;
@@ -121,7 +125,7 @@ constexpr int MOST_TILES = 16;
 struct alignas(128) Kept {
     u64 full[MOST_TILES], empty[MOST_TILES], norms_full[2], norms_empty[2];
     alignas(16) u16 norms[2][2 * HIDDEN + 2 * HEAD_DIM];
-    // Two of each, in turn: a phase may be at its sums while a slow warp still reads those of the phase before.
+    // Double-buffered: a phase may write its sums while a slow warp still reads those of the phase before.
     alignas(16) float sums[2][SLOTS][WARPS];
     float squares[2][WARPS];
     alignas(16) float residual[HIDDEN];
@@ -134,7 +138,8 @@ struct alignas(128) Kept {
 
 constexpr int TILES = smaller(MOST_TILES, (SHARED_BYTES - (int)sizeof(Kept)) / TILE_BYTES);  // of the ring
 static_assert(TILES > 2 * IN_FLIGHT, "a shape that persistent_layers.py should have refused");
-// Of a long context, while nobody waits for words. A tile that landed must be seen before its place is filled again.
+// Tiles in flight while a long context is loaded, when nobody waits for words. At most TILES, since a tile must be seen
+// to have landed before its place in the ring is filled again.
 constexpr int KEYS_IN_FLIGHT = smaller(4 * IN_FLIGHT, TILES);
 
 struct Shared : Kept {
@@ -195,8 +200,8 @@ __device__ __forceinline__ float reciprocal(float f) {
     return r;
 }
 
-// ---- words between programs: 8 bytes, of which 4 are data, or 16 bytes, of which 12 are; the rest is the number of
-// the layer that wrote them
+// ---- words between thread blocks: 4 bytes of data in 8, or 12 in 16. The other 4 are the number of the layer that
+// wrote the word.
 
 __device__ __forceinline__ uint2 look(const u64* word) {
     u64 w;
@@ -219,7 +224,8 @@ __device__ __forceinline__ uint4 look(const uint4* word) {
 __device__ __forceinline__ void post(u64* word, u32 data, u32 number) {
     asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(word), "l"((u64)number << 32 | data) : "memory");
 }
-// Four floats of 24 bits, 16 of them mantissa: a two-hundredth of the error that rounding their sum to 16 bits makes.
+// Four floats, rounded to 24 bits (16 of mantissa). That is a two-hundredth of the error that rounding their sum to
+// bfloat16 makes.
 __device__ __forceinline__ void post(uint4* word, const float* f, u32 number) {
     u32 v[4];
     for (int i = 0; i < 4; ++i) v[i] = (__float_as_uint(f[i]) + 0x80) >> 8;
@@ -234,7 +240,7 @@ __device__ __forceinline__ void floats_of(const uint4& word, float* f) {
     f[2] = __uint_as_float(word.z & ~0xffu);
     f[3] = __uint_as_float((word.x & 0xff) << 24 | (word.y & 0xff) << 16 | (word.z & 0xff) << 8);
 }
-// Eight values, once their four words are there.
+// Waits for four words of this number, and returns their eight values.
 __device__ __forceinline__ uint4 take_eight(const u64* words, u32 number) {
     uint4 a, b;
     do {
@@ -252,14 +258,15 @@ __device__ __forceinline__ float warp_sum(float f) {
 
 // sums += eight inputs of this lane's row times eight of x.
 __device__ __forceinline__ void multiply_add(float* sums, const uint4& row, const uint4& x) {
-    const u32 nothing = 0;  // rows 8 to 15
+    const u32 nothing = 0;  // rows 8 to 15 of the mma are unused
     for (int half = 0; half < 2; ++half)
         asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%6,%5,%6}, {%7,%8}, {%0,%1,%2,%3};"
             : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
             : "r"(half ? row.z : row.x), "r"(half ? row.w : row.y), "r"(nothing), "r"(half ? x.z : x.x),
               "r"(half ? x.w : x.y));
 }
-// Multiplies `tiles` tiles of a weight with x [STEPS], which is 0 where this lane has no block; sums [slot][warp].
+// Multiplies `tiles` tiles of a weight with x [STEPS], which is 0 in steps without a block for this lane. Writes
+// sums [slot][warp].
 template <class P>
 __device__ __forceinline__ void multiply(Shared& s, Place& place, int tiles, const uint4* x, float (*sums)[WARPS]) {
     const int slot = threadIdx.x % 32 / 4, row = slot % P::SLOT_ROWS;
@@ -276,12 +283,12 @@ __device__ __forceinline__ void multiply(Shared& s, Place& place, int tiles, con
         for (int group = 0; group < P::GROUPS; ++group) {
             float sum[4] = {};
             for (int step = 0; step < P::STEPS; ++step) multiply_add(sum, weights[group][step], x[step]);
-            if (threadIdx.x % 4 == slot / 2)  // has the diagonal
+            if (threadIdx.x % 4 == slot / 2)  // this lane has the slot's element of the diagonal
                 sums[(tile * P::GROUPS + group) * 8 + slot][threadIdx.x / 32] = slot & 1 ? sum[1] : sum[0];
         }
     }
 }
-// The sum of a row of this program, of all warps and slots.
+// The sum of one of this thread block's rows, over all warps and all slots of the row.
 template <class P> __device__ __forceinline__ float row_sum(const float (*sums)[WARPS], int row) {
     const int group = row / P::SLOT_ROWS, first = group * 8 + row % P::SLOT_ROWS;
     float sum = 0;
@@ -297,20 +304,20 @@ __device__ __forceinline__ float all_squares(const float* of_warps) {
     for (int i = 0; i < WARPS; ++i) sum += of_warps[i];
     return sum;
 }
-// This thread's value and its neighbour's as one word: rows come in pairs, and the even one posts.
+// This thread's value and its neighbour's as a pair. Rows are posted in pairs, by the thread of the even row.
 __device__ __forceinline__ u32 with_next(float f) { return pair_of(f, __shfl_down_sync(__activemask(), f, 1)); }
 
-// Row `row` of a KV head's q, k and v in the whole qkv.
+// The row of qkv that is row `row` of a KV head's q, k and v.
 __device__ __forceinline__ int qkv_row(int row, int head) {
     if (row < HEAD_INPUTS) return head * HEAD_INPUTS + row;
     const int value = row >= HEAD_INPUTS + HEAD_DIM;
     return KV_HEADS * (HEAD_INPUTS + value * HEAD_DIM) + head * HEAD_DIM + row - HEAD_INPUTS - value * HEAD_DIM;
 }
 
-// What a program has to do.
+// This thread block's work in each phase.
 struct Work {
     int head, piece;
-    int first_key, end_key, pieces;  // of the cached keys; pieces that have any (at least one, for the new token)
+    int first_key, end_key, pieces;  // its cached keys; pieces of the head that have keys (at least 1: the new token)
     bool has_new_token;
     int qkv_first, qkv_tiles, output_first, output_rows, gate_first, gate_rows, down_first, down_rows;
     __device__ __forceinline__ explicit Work(int cached) {
@@ -334,13 +341,13 @@ struct Work {
     __device__ __forceinline__ int down_tiles() const { return cdiv(down_rows, Down::TILE_ROWS); }
 };
 
-// ---- the warp that loads
+// ---- the producer warp
 
-// A tile of keys or values, of which each token lies elsewhere: copies by the threads, 16 bytes each, as bulk copies of
-// one token are slower.
+// Loads a tile of keys or values. Its tokens are scattered over the pool, so threads copy 16 bytes each (cp.async):
+// a bulk copy per token was slower.
 __device__ __forceinline__ void load_keys(const Arguments& a, Shared& s, const Work& work, Place& place, u64 from,
                                           int first) {
-    constexpr int SLOTS = TILE_KEYS / 32, TOKENS = 32 / KEY_LANES;  // tokens of a lane; of a round
+    constexpr int SLOTS = TILE_KEYS / 32, TOKENS = 32 / KEY_LANES;  // tokens for each lane; tokens of a round
     const int lane = threadIdx.x % 32, vector = lane % KEY_LANES;
     u64 at[SLOTS];
     for (int slot = 0; slot < SLOTS; ++slot) {
@@ -363,12 +370,12 @@ __device__ __forceinline__ void load_keys(const Arguments& a, Shared& s, const W
     place.next();
 }
 
-// Where a tile of weights lies: `rows` of `bytes`, `stride` apart.
+// Where a tile of a weight is: `rows` rows of `bytes`, `stride` bytes apart.
 struct Source {
     u64 from;
     int rows, bytes, stride;
 };
-// Of the tile with this number among a layer's tiles of weights; address: this layer's, in the lanes.
+// The source of tile number `tile` of a layer's weights. address: lane i has that of the layer's weight i.
 __device__ __forceinline__ Source source(const Work& work, u64 address, int tile) {
     const u64 qkv = __shfl_sync(ALL, address, QKV), output = __shfl_sync(ALL, address, OUTPUT);
     const u64 gate_up = __shfl_sync(ALL, address, GATE_UP), down = __shfl_sync(ALL, address, DOWN);
@@ -430,7 +437,7 @@ __device__ void produce(const Arguments& a, Shared& s, const Work& work) {
                               work.first_key + i / 2 * TILE_KEYS);
                 }
             }
-            if (tile == tiles) break;  // here, as a program may have keys and no rows of what comes behind them
+            if (tile == tiles) break;  // only here, since a thread block may have keys and no weight tiles after them
             const Source at = source(work, address, tile);
             begin(IN_FLIGHT);
             if (lane == 0) expect(&s.full[place.tile], at.rows * at.bytes);
@@ -446,7 +453,7 @@ __device__ void produce(const Arguments& a, Shared& s, const Work& work) {
 
 // ---- the phases
 
-// Phase 1: q, k and v of one KV head, of the normed hidden state.
+// Phase 1: norm; q, k and v of one KV head.
 __device__ __forceinline__ void project_qkv(const Arguments& a, Shared& s, const Work& work, Place& place,
                                             const u16* embedded, const u16* norm, int layer, u32 number) {
     using P = Qkv;
@@ -464,11 +471,11 @@ __device__ __forceinline__ void project_qkv(const Arguments& a, Shared& s, const
             unpack(layer == 0 ? *((const uint4*)embedded + vector) : take_eight(a.hidden + vector * 4, number - 1), f);
             unpack(*((const uint4*)norm + vector), n);
             for (int i = 0; i < 8; ++i)
-                squares += f[i] * f[i], f[i] *= n[i];  // the row is divided by its norm in the end
+                squares += f[i] * f[i], f[i] *= n[i];  // the division by the root mean square comes at the end
             x[step] = pack(f);
         }
     multiply<P>(s, place, work.qkv_tiles, x, s.sums[0]);
-    // Slots of one row have different blocks, slots of another the same ones.
+    // Slots of one row have different blocks of x, and the other rows have the same blocks again: count one row only.
     if (threadIdx.x % 32 / 4 % P::SLOT_ROWS != 0) squares = 0;
     squares = warp_sum(squares);
     if (threadIdx.x % 32 == 0) s.squares[0][warp] = squares;
@@ -480,8 +487,8 @@ __device__ __forceinline__ void project_qkv(const Arguments& a, Shared& s, const
     }
 }
 
-// The first half of phase 2: q of this KV head, and of the new token k and v, normed and rotated, into shared memory,
-// and of the latter into the pool. A warp takes a head.
+// First half of phase 2: brings this KV head's q, and the new token's k and v, to shared memory, with q and k normed
+// and rotated, and writes k and v to the pool. Each warp takes a head at a time.
 __device__ __forceinline__ void gather_qkv(const Arguments& a, Shared& s, const Work& work, const float* cos,
                                            const float* sin, const u16* norms, u16* slot, u32 number) {
     const int lane = threadIdx.x % 32;
@@ -516,8 +523,8 @@ __device__ __forceinline__ void gather_qkv(const Arguments& a, Shared& s, const 
     sync_consumers();
 }
 
-// Phase 2: attention over this program's piece of the keys. Each warp has its own keys and softmax, in one pass
-// (Milakov and Gimelshein, 2018); in the end they are put together.
+// Second half of phase 2: attention to this thread block's piece of the keys. Each warp has its own keys and an online
+// softmax over them (Milakov and Gimelshein, 2018); at the end the warps' results are merged.
 __device__ __forceinline__ void attend(const Arguments& a, Shared& s, const Work& work, Place& place, u32 number) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, part = lane % KEY_LANES;
     const int own_key = warp * WARP_KEYS + lane / KEY_LANES;  // in a round
@@ -565,7 +572,7 @@ __device__ __forceinline__ void attend(const Arguments& a, Shared& s, const Work
         wait(&s.full[place.tile], place.parity);
         for (int round = 0; round < KEY_ROUNDS; ++round)
             for (int j = 0; j < WARP_KEYS; ++j) {
-                // a key that is not there has weight 0, and its place a number that may be none
+                // a missing key has weight 0, but its place may hold a NaN: read the last key instead
                 const int key = min((round * WARPS + warp) * WARP_KEYS + j, keys - 1);
                 const u32* pairs = (const u32*)s.tiles[place.tile] + (key * HEAD_DIM + lane * COLUMNS) / 2;
                 float v[COLUMNS];
@@ -601,7 +608,7 @@ __device__ __forceinline__ void attend(const Arguments& a, Shared& s, const Work
     }
 }
 
-// Phase 3: the pieces put together, a share of them by each team of threads; then this KV head's columns of the output
+// Phase 3: merges the pieces, of which each team of threads takes a share; then this KV head's columns of the output
 // projection.
 __device__ __forceinline__ void project_output(const Arguments& a, Shared& s, const Work& work, Place& place,
                                                u32 number) {
@@ -665,7 +672,7 @@ __device__ __forceinline__ void project_output(const Arguments& a, Shared& s, co
     }
 }
 
-// Phase 4: the residual with attention added, normed; gate, up, and their product.
+// Phase 4: adds attention to the residual; norm; gate, up and SiLU.
 __device__ __forceinline__ void gate_and_up(const Arguments& a, Shared& s, const Work& work, Place& place,
                                             const u16* embedded, const u16* norm, int layer, u32 number) {
     using P = GateUp;
@@ -677,8 +684,9 @@ __device__ __forceinline__ void gate_and_up(const Arguments& a, Shared& s, const
         if (layer == 0) {
             before = *(const uint2*)(embedded + column);
         } else {
-            // Of a program that has rows of down only, others need nothing to go on: their words may be this layer's
-            // by now. It needs none but its own.
+            // Number - 1 is the previous layer's. A thread block that has rows of down only may find this layer's
+            // number as well, since the others do not wait for it. That does no harm: it needs the residual of its own
+            // rows only, whose words nobody else writes.
             uint4 words;
             do words = look_at_two(a.hidden + column / 2);
             while (number - words.y > 1 || number - words.w > 1);
@@ -723,7 +731,7 @@ __device__ __forceinline__ void gate_and_up(const Arguments& a, Shared& s, const
     const int row = threadIdx.x;
     if (row < work.gate_rows) {
         const float inverse = rsqrtf(all_squares(s.squares[1]) / HIDDEN + a.eps);
-        const int tile = row / P::TILE_ROWS, in_tile = row % P::TILE_ROWS;  // tiles of gate and of up in turn
+        const int tile = row / P::TILE_ROWS, in_tile = row % P::TILE_ROWS;  // tiles of gate and of up alternate
         const float gate = row_sum<P>(s.sums[0], 2 * tile * P::TILE_ROWS + in_tile) * inverse;
         const float up = row_sum<P>(s.sums[0], (2 * tile + 1) * P::TILE_ROWS + in_tile) * inverse;
         const u32 pair = with_next(gate * reciprocal(1 + power2(-1.4426950408889634f * gate)) * up);
@@ -731,7 +739,7 @@ __device__ __forceinline__ void gate_and_up(const Arguments& a, Shared& s, const
     }
 }
 
-// Phase 5: the hidden state after this layer.
+// Phase 5: down, added to the residual: the hidden state after this layer.
 __device__ __forceinline__ void project_down(const Arguments& a, Shared& s, const Work& work, Place& place,
                                              bool is_last, u32 number) {
     using P = Down;
@@ -795,7 +803,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) persistent_layers(
         if (work.down_rows > 0)
             project_down(a, s, work, place, layer == a.layers - 1, number);
         else
-            sync_consumers();  // as in project_down: the next phase may then write what the one before read
+            sync_consumers();  // as in project_down: the next phase may overwrite what the one before read
     }
     if (blockIdx.x == 0 && threadIdx.x == 0) *a.number = first_number + a.layers;
 }

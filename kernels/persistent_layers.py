@@ -1,10 +1,10 @@
-"""All layers of a decode step of one sequence on CUDA, in one launch; the kernel is in persistent_layers.cu.
+"""All layers of a decode step of one sequence on CUDA, in one launch. The kernel is in persistent_layers.cu.
 
-At batch 1 a step of a small model is a chain of five short kernels a layer, and most of it is their beginnings and
-ends, in which no memory is read. One launch whose programs hand each other their results reads on while they wait ("No
-Bubbles", Hazy Research, 2025, does so for Llama-1B). It is written in CUDA C++, as it needs what Triton does not give:
-a warp that streams weights through shared memory, words that are read and written whole across programs, and a say in
-the size of the code.
+At batch 1, a step of a small model is a chain of five short kernels per layer. Most of their time is spent starting and
+ending, while no memory is read. A single persistent kernel whose thread blocks pass results to each other keeps reading
+while they wait ("No Bubbles", Hazy Research, 2025, does so for Llama-1B). It is written in CUDA C++ because Triton does
+not offer a producer warp that streams weights through shared memory, atomic words shared by thread blocks, or control
+over the size of the code.
 """
 
 from collections.abc import Sequence
@@ -22,9 +22,9 @@ from kernels.triton_launch import is_hopper_or_later, multiprocessors, shared_by
 
 _THREADS = 288
 _TILE_BYTES = 16 << 10
-_SHARED_BYTES = 200 << 10  # that leave a ring worth having
-_MOST_ROWS = 128  # of a weight, in a program
-_LAYER_WEIGHTS = 1 << 26  # elements of a layer up to which this is faster than kernels one by one (docs/kernels.md)
+_SHARED_BYTES = 200 << 10  # with less shared memory, the ring would be too short
+_MOST_ROWS = 128  # of a weight, in a thread block
+_LAYER_WEIGHTS = 1 << 26  # elements of a layer; with more, kernels one by one are faster (docs/kernels.md)
 
 _POINTERS = (
     "weights token embedding out qkv hidden activated parts scales shares number position slot seq_len cos_sin "
@@ -45,14 +45,15 @@ class _Shape:
     hidden: int
     intermediate: int
     kv_heads: int
-    group: int  # heads of q for each of k and v
+    group: int  # query heads of each KV head
     head_dim: int
     block_size: int
-    pieces: int  # programs for each KV head
+    pieces: int  # thread blocks for each KV head
 
     @property
     def suits(self) -> bool:
-        """Whether rows can be loaded in whole vectors, and a program's part of each weight has room in it."""
+        """Whether the kernel supports this shape: rows are whole vectors, and a thread block can hold its part of each
+        weight."""
         layer = self.hidden * ((self.group * 2 + 2) * self.kv_heads * self.head_dim + 3 * self.intermediate)
         rows = max((self.group + 2) * self.head_dim, self.hidden, self.intermediate // self.kv_heads)
         return (
@@ -70,8 +71,8 @@ class _Shape:
 def fuse_layers(
     layers: Sequence[LayerTensors], embedding: Tensor, cos_sin: Tensor, eps: float, pool: Tensor
 ) -> "PersistentLayers | None":
-    """`kernels.ops.FuseLayers` for CUDA tensors; None where the GPU, or the model's shape or dtype, asks for kernels
-    one by one."""
+    """`kernels.ops.FuseLayers` for CUDA tensors. None if the kernel does not support the GPU, the model's shape or its
+    dtype, or would be slower than kernels one by one."""
     device, first = pool.device, layers[0]
     kv_heads, head_dim = pool.shape[4:]
     shape = _Shape(
@@ -91,7 +92,8 @@ def fuse_layers(
 
 
 class PersistentLayers:
-    """Calls on one device must not overlap in time: they hand their results on through the same memory."""
+    """The compiled kernel for one model. Its calls must not overlap in time: all use the same buffers in global
+    memory."""
 
     def __init__(
         self,
@@ -105,7 +107,7 @@ class PersistentLayers:
         self._grid = shape.kv_heads * shape.pieces
         self._kernel = _compiled(shape, layers[0], pool.device)
         self._dtype, self._hidden_size = pool.dtype, shape.hidden
-        self._layers = tuple(layers)  # whose addresses are in the table
+        self._layers = tuple(layers)  # kept alive: the table below holds their addresses
         self._tensors = {
             "weights": torch.tensor([_addresses(layer) for layer in layers], dtype=torch.int64, device=pool.device),
             "embedding": embedding,
@@ -164,14 +166,14 @@ def _compiled(shape: _Shape, layer: LayerTensors, device: torch.device) -> cupy.
             cuda_source.read("persistent_layers.cu"),
             "persistent_layers",
             options=("-std=c++17", *(f"-D{name}={value}" for name, value in macros.items())),
-            enable_cooperative_groups=True,  # all programs of a launch are there at once, or none is
+            enable_cooperative_groups=True,  # a cooperative launch: all thread blocks are resident at once, or none is
         )
         kernel.max_dynamic_shared_size_bytes = shared_bytes(device)
     return kernel
 
 
 def _addresses(layer: LayerTensors) -> list[int]:
-    """In the order of enum WEIGHTS."""
+    """In the order of the kernel's enum WEIGHTS."""
     tensors = (
         layer.qkv, layer.output, layer.gate_up, layer.down, layer.attention_norm, layer.mlp_norm,
         layer.q_norm, layer.k_norm, layer.qkv_bias, layer.output_bias,
@@ -180,7 +182,8 @@ def _addresses(layer: LayerTensors) -> list[int]:
 
 
 def _exchanged(shape: _Shape, device: torch.device) -> dict[str, Tensor]:
-    """What programs hand on to each other, in words of 8 or 16 bytes. No layer has the number 0, which is in them."""
+    """Buffers through which thread blocks pass results to each other, in words of 8 or 16 bytes. They begin as zeros,
+    since no layer has the number 0."""
     pieces, columns = shape.kv_heads * shape.pieces, shape.group * shape.head_dim
     eights = {
         "qkv": shape.kv_heads * (columns + 2 * shape.head_dim) // 2,

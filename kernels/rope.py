@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al., "RoFormer", 2021), and the write of K and V into a paged cache."""
+"""Rotary position embedding (Su et al., "RoFormer", 2021), and writing K and V to a paged cache."""
 
 from dataclasses import dataclass
 
@@ -10,23 +10,23 @@ from kernels.norm import rms_norm
 
 @dataclass(frozen=True, slots=True)
 class Rotation:
-    """What becomes of q and k, and where k and v go, for T tokens of one layer."""
+    """How to norm and rotate q and k, and where to write k and v, for T tokens of one layer."""
 
     positions: Tensor  # [T] int32 or int64
     cos_sin: Tensor  # [max_position, D] float32: cosines of the D/2 frequencies, then their sines
     slots: Tensor  # [T] int32 or int64: block * block_size + offset, -1 writes nothing
-    q_norm: Tensor | None  # [D]: weights of an RMS norm over each head before the rotation (Qwen3 has them)
-    k_norm: Tensor | None  # [D], together with q_norm
+    q_norm: Tensor | None  # [D]: weight of an RMS norm of each head, before the rotation (Qwen3 has it)
+    k_norm: Tensor | None  # [D]; set if and only if q_norm is
     eps: float  # of the norms
 
 
 def rope_write_kv(
     qkv: Tensor, rotation: Rotation, key_cache: Tensor, value_cache: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Rotates q and k in place and writes k and v into their slots.
+    """Norms (if there are norms) and rotates q and k in place, and writes k and v to their slots.
 
     qkv [T, (Hq + 2 Hkv) * D], contiguous: heads of q, then of k, then of v. key_cache, value_cache [N, block_size, Hkv,
-    D] strided views. Dimension i is paired with i + D/2 (the layout of NeoX and of Hugging Face's checkpoints); the
+    D], strided views. Dimension i is paired with i + D/2 (the layout of NeoX and of Hugging Face's checkpoints). The
     rotation is computed in float32. Returns views of qkv: q [T, Hq, D], k [T, Hkv, D], v [T, Hkv, D].
     """
     block_size, num_kv_heads, head_dim = key_cache.shape[1:]

@@ -1,4 +1,4 @@
-"""Drawing the next token: temperature, top-k, top-p and min-p, with randomness keyed by (seed, position).
+"""Sampling the next token: temperature, top-k, top-p and min-p, with randomness keyed by (seed, position).
 
 Nucleus sampling (top-p): Holtzman et al., "The Curious Case of Neural Text Degeneration", 2020. Min-p: Nguyen et al.,
 "Turning Up the Heat", 2024. Philox: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011, section 3.3.
@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 _MASK32 = 0xFFFFFFFF
-_FIRST_WIDTH = 512  # most nuclei are no larger: they are found without sorting the whole vocabulary
+_FIRST_WIDTH = 512  # most nuclei are smaller, so they are found without sorting the whole vocabulary
 
 
 def philox_uniform(seeds: Tensor, positions: Tensor) -> Tensor:
-    """One number in [0, 1) for each (seed, position): Philox4x32-10 with key words (seed low, seed high) and counter
-    words (position, 0, 0, 0); the result is (first word >> 8) * 2^-24, exact in float32.
+    """One number in [0, 1) for each (seed, position), by Philox4x32-10.
+
+    The key words are (seed low, seed high), the counter words (position, 0, 0, 0). The result is
+    (first word >> 8) * 2^-24, exact in float32.
 
     seeds [B] int64 (two's complement of the unsigned seed); positions [B] int32 or int64. Returns [B] float32.
     """
@@ -45,15 +47,15 @@ def sample(
     """One token for each row; a row's token does not depend on the other rows.
 
     logits [B, V] float32 or the model's dtype; temperature, top_p, min_p [B] float32; top_k [B] int32; seeds [B] int64;
-    positions [B] int32 or int64, the index in its sequence of the token to draw. Returns [B] int32.
+    positions [B] int32 or int64: the index, in its sequence, of the token to draw. Returns [B] int32.
 
-    Temperature 0 takes the largest logit, the lowest index among equals. Otherwise, with p = softmax(logits /
-    temperature) in float32:
-    - top-k keeps tokens with at least the k-th largest logit (0: all), and p is normalised over them;
-    - top-p keeps tokens for which the tokens strictly likelier hold less than top_p of that (1: all);
-    - min-p keeps tokens with at least min_p times the largest p (0: all).
-    Equal tokens are kept or dropped together. Of what is kept, in token order, the first token is taken whose running
-    sum exceeds u times the whole sum, with u = philox_uniform(seed, position).
+    Temperature 0 takes the token with the largest logit, of equal ones that with the lowest index. Otherwise, with
+    p = softmax(logits / temperature) in float32, three filters apply in this order:
+    - top-k keeps tokens whose logit is at least the k-th largest (0: all), and p is normalised over them;
+    - top-p keeps tokens if those strictly more likely add up to less than top_p (1: all);
+    - min-p keeps tokens with p of at least min_p times the largest p (0: all).
+    Tokens of equal probability are kept or dropped together. The token drawn is the first, in token order, at which
+    the running sum of the kept p exceeds u times their whole sum, with u = philox_uniform(seed, position).
     """
     tokens = logits.argmax(dim=-1)
     drawn = (temperature > 0).nonzero().squeeze(1)

@@ -1,15 +1,16 @@
-"""The bookkeeping of a decode step on the device: where each sequence's next token goes, and on to the one after."""
+"""Bookkeeping of a decode step, on the device: where each sequence's next token goes, and the move to the one after."""
 
 import torch
 from torch import Tensor
 
 
 def locate(lengths: Tensor, block_tables: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Where the token that comes next in each sequence belongs.
+    """Where each sequence's next token goes.
 
-    lengths [B] int32: tokens that have KV, or -1 where there is no sequence; block_tables [B, M] int32. Returns
-    positions [B] int32 (0 without a sequence), slots [B] int64 (block * block_size + offset; -1 without a sequence),
-    and seq_lens [B] int32: lengths with the token (0 without a sequence).
+    lengths [B] int32: tokens that have KV already, -1 in a row without a sequence; block_tables [B, M] int32.
+
+    Returns positions [B] int32 (0 in a row without a sequence), slots [B] int64 (block * block_size + offset; -1), and
+    seq_lens [B] int32, the lengths with the new token (0).
     """
     positions = lengths.clamp_min(0)
     block = block_tables.gather(1, (positions // block_size).long().unsqueeze(1)).squeeze(1)
@@ -18,7 +19,7 @@ def locate(lengths: Tensor, block_tables: Tensor, block_size: int) -> tuple[Tens
 
 
 def advance(tokens: Tensor, lengths: Tensor, drawn: Tensor) -> None:
-    """Makes `drawn` [B] int32 the tokens that the next step consumes: tokens, lengths [B] int32, changed in place;
-    lengths of -1 stay."""
+    """Makes `drawn` [B] int32 the input tokens of the next step. Changes tokens and lengths, [B] int32, in place;
+    a length of -1 (no sequence) stays."""
     tokens.copy_(drawn)
     lengths.add_(lengths >= 0)

@@ -1,27 +1,27 @@
-// A linear layer of a few tokens, at the pace of its weight's bytes: see streamed_linear.py for when and why.
+// A linear layer of up to 64 tokens, at the memory bandwidth of its weight: see streamed_linear.py for when and why.
 //
-// out [tokens, outputs] = weight [outputs, inputs] @ x [tokens, inputs], which the matrix units take with the weight's
-// rows first, as they come in 64s and tokens do not have to. A program has a tile of WARPGROUPS * 64 rows and one of
-// SPLITS equal parts of the inputs. Its last warp brings both through rings of stages in shared memory, by the tensor
-// memory accelerator; x waits for the kernel before this one, the weight does not. The SPLITS programs of a tile are a
-// cluster and add their sums up in each other's shared memory, always in the same order.
+// out [tokens, outputs] = x [tokens, inputs] @ weight [outputs, inputs]^T
 //
-// GATED: the weight is that of gate and up, [2 * outputs, inputs]. A tile has both halves of its outputs, eight rows of
-// the one and eight of the other in turn.
+// - The weight's rows are the M of wgmma, which is at least 64, and the tokens are its N, which can be as small as 8.
+// - A thread block has a tile of WARPGROUPS * 64 rows and one of SPLITS equal parts of the inputs (split-K). The SPLITS
+//   thread blocks of a tile form a cluster, and add up their sums through DSMEM, always in the same order.
+// - A producer warp, the last one, loads the weight and x by TMA through two rings of stages in shared memory. The
+//   weight is loaded before the previous kernel has ended; x has to wait for it.
+// - GATED: the weight is that of gate and up, [2 * outputs, inputs]. A tile has the gate and the up rows of its
+//   outputs, interleaved in groups of eight.
+// - A norm between two layers has no launch of its own. The first layer's epilogue also writes its outputs times the
+//   norm's weight, and, for each token and tile, their sum of squares. The second divides its sums by the root.
 //
-// A norm between two layers has no launch of its own: the first leaves its outputs times the norm's weight, and the sum
-// of squares of each token's part of a tile; the second divides its sums by the root.
-//
-// Macros beside hopper.cuh's, all numbers: TOKENS (8, 16, 32 or 64) WARPGROUPS SPLITS WEIGHT_STAGES X_STAGES (as many at
-// most), and 0 or 1: GATED.
+// Macros beside hopper.cuh's, all numbers: TOKENS (8, 16, 32 or 64) WARPGROUPS SPLITS WEIGHT_STAGES X_STAGES (at most
+// WEIGHT_STAGES), and 0 or 1: GATED.
 
 constexpr int larger(int a, int b) { return a > b ? a : b; }
 constexpr int ROWS = 64 * WARPGROUPS, OUTPUTS = GATED ? ROWS / 2 : ROWS;
 constexpr int WEIGHT_BYTES = ROWS * STEP * 2, X_BYTES = TOKENS * STEP * 2;  // of a stage
-constexpr int PITCH = ROWS + 4;                 // floats of a token's sums; lanes that write them meet in no bank
+constexpr int PITCH = ROWS + 4;                 // floats of a token's sums, padded against bank conflicts
 constexpr int RING_BYTES = larger(WEIGHT_STAGES * WEIGHT_BYTES + X_STAGES * X_BYTES, (TOKENS * PITCH * 4 + 15) / 16 * 16);
 constexpr int CONSUMERS = 128 * WARPGROUPS, THREADS = CONSUMERS + 32;
-constexpr int VALUES = 8;                       // that a thread writes at once
+constexpr int VALUES = 8;                       // outputs that a thread writes at once
 constexpr int VECTORS = OUTPUTS / VALUES;
 constexpr int TOKENS_AT_ONCE = CONSUMERS / VECTORS * SPLITS, ITEMS = (TOKENS + TOKENS_AT_ONCE - 1) / TOKENS_AT_ONCE;
 
@@ -53,7 +53,7 @@ __device__ __forceinline__ float4 read(u32 address, int split) {
                  : "r"(address));
     return f;
 }
-// Eight neighbours, over all splits.
+// The sums of eight neighbouring outputs, added up over all splits.
 __device__ __forceinline__ void gather(float* sums, const float* staged) {
     const u32 address = shared_address(staged);
     for (int i = 0; i < VALUES; ++i) sums[i] = 0;
@@ -72,7 +72,7 @@ __device__ __forceinline__ uint4 round(const float* sums) {
 
 // ---- the norm between two layers
 
-// Of `lanes` neighbours, a power of two, which all get it.
+// The sum over `lanes` neighbouring lanes, a power of two. All of them get it.
 template <int lanes>
 __device__ __forceinline__ float sum_of_lanes(float value) {
     const u32 lane = threadIdx.x % 32, all = 0xffffffffu >> (32 - lanes) << lane / lanes * lanes;
@@ -80,7 +80,7 @@ __device__ __forceinline__ float sum_of_lanes(float value) {
     for (int apart = lanes / 2; apart; apart /= 2) value += __shfl_xor_sync(all, value, apart);
     return value;
 }
-// What each token's sums are to be multiplied with; squares [tokens, parts].
+// The norm's factor for each token's sums, from squares [tokens, parts].
 __device__ __forceinline__ void scale_tokens(float* scales, const float* squares, int tokens, int parts, int inputs,
                                              float eps) {
     constexpr int LANES = CONSUMERS / TOKENS < 32 ? CONSUMERS / TOKENS : 32;  // that share a token
@@ -138,7 +138,7 @@ streamed_linear(const __grid_constant__ TensorMap x, const __grid_constant__ Ten
         return;
     }
 
-    // What is added to the sums is on its way while they are made.
+    // Bias, norm weights and residual are loaded while the sums are computed.
     const int vector = threadIdx.x % VECTORS, output = tile * OUTPUTS + vector * VALUES;
     const int first_token = threadIdx.x / VECTORS * SPLITS + split;
     const bool inside = output < outputs;
@@ -169,7 +169,7 @@ streamed_linear(const __grid_constant__ TensorMap x, const __grid_constant__ Ten
         }
     }
     wait_for_stages_but<0>();
-    sync_consumers();  // nobody reads the ring any more
+    sync_consumers();  // nobody reads the ring any more: the sums can take its place
 
     float* staged = (float*)ring;  // [TOKENS, PITCH]
     float* own = staged + lane % 4 * 2 * PITCH + warpgroup * 64 + warp * 16 + lane / 4;
@@ -215,5 +215,5 @@ streamed_linear(const __grid_constant__ TensorMap x, const __grid_constant__ Ten
         }
     }
     __syncwarp();
-    if (SPLITS > 1) sync_cluster();  // while others may still read this program's sums
+    if (SPLITS > 1) sync_cluster();  // not to exit while others may still read this thread block's sums
 }

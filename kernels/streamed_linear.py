@@ -1,13 +1,13 @@
-"""Linear layers of small decode batches on Hopper GPUs, at the pace of their weights' bytes; the kernel is in
-streamed_linear.cu, and `kernels.linear` holds the references.
+"""Linear layers of decode batches of up to 64 tokens on Hopper GPUs, at the memory bandwidth of their weights. The
+kernel is in streamed_linear.cu; `kernels.linear` holds the references.
 
-With few tokens a product takes as long as its weight takes to be read, and a library's kernel begins to read when the
-one before it has ended. This one asks for as much of the weight as shared memory holds while that still runs, has bias,
-gated activation and residual inside, and where there are too few tiles for all multiprocessors adds up the parts of
-several within a cluster. It is written in CUDA C++, as Triton has neither clusters nor a say in what is loaded before a
-kernel waits.
+With few tokens, a product takes as long as reading its weight. A library's kernel begins to read when the kernel before
+it has ended. This one uses programmatic dependent launch: while the kernel before it still runs, it fills shared memory
+with its weight. Bias, gated activation and residual are part of the epilogue. If there are too few tiles for all SMs,
+the thread blocks of a cluster share a tile (split-K) and add up their parts through DSMEM. It is written in CUDA C++,
+since Triton offers no clusters and no control over what is loaded before a kernel waits.
 
-A norm between two such layers takes no launch of its own, but what `kernels.hidden` says.
+Between two such layers the norm needs no launch of its own: see `kernels.hidden`.
 """
 
 import ctypes
@@ -23,20 +23,20 @@ from kernels.hidden import BegunNorm, Hidden
 from kernels.triton_launch import multiprocessors, shared_bytes
 
 MAX_ROWS = 64
-_TILE = 64  # rows of the weight that four warps multiply
+_TILE = 64  # rows of the weight for each warpgroup: the M of wgmma
 _MAX_STAGES = 16
-_SHORT_RING = 8  # stages of x, which comes from the L2 cache
-_RING_BYTES = 192 << 10  # more would only keep the next kernel's programs out
-_RESERVED_BYTES = 1 << 10  # of shared memory, that the system takes for each program
-_MAX_PARTS = 16  # that a token's squares are summed in
-_VALUES = 8  # that a thread writes at once
+_SHORT_RING = 8  # stages of x, enough since x comes from L2
+_RING_BYTES = 192 << 10  # a larger ring would only keep the next kernel's thread blocks off the SM
+_RESERVED_BYTES = 1 << 10  # of shared memory, which the system takes for each thread block
+_MAX_PARTS = 16  # most partial sums of a token's squares
+_VALUES = 8  # outputs that a thread writes at once
 
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    tokens: int  # the tile's
+    tokens: int  # of a tile
     warpgroups: int  # with _TILE rows of the weight each
-    splits: int  # programs that share a tile's inputs
+    splits: int  # thread blocks that share a tile's inputs (split-K); they are a cluster
     weight_stages: int
     x_stages: int
     tiles: int
@@ -66,14 +66,14 @@ def _stage_bytes(rows: int) -> int:
 
 @cache
 def _plan(tokens: int, rows: int, inputs: int, device: torch.device) -> _Plan | None:
-    """For a weight of so many rows and inputs; None where its programs would not all run at once: then a kernel whose
-    programs take tile after tile is faster."""
+    """The plan for a weight of so many rows and inputs. None if its thread blocks do not all fit on the GPU at once:
+    then a persistent kernel is faster."""
     tokens = max(8, triton.next_power_of_2(tokens))
     processors = multiprocessors(device)
     warpgroups = 2 if rows > 2 * processors * _TILE else 1
     tiles = triton.cdiv(rows, warpgroups * _TILE)
     steps = inputs // HOPPER_STEP
-    splits, most = 1, 8 if tokens <= 16 else 4  # adding up takes time for each token
+    splits, most = 1, 8 if tokens <= 16 else 4  # the cost of adding up the splits grows with the tokens
     while 2 * splits <= most and 2 * splits * tiles <= processors and steps >= 8 * splits:
         splits *= 2
     on_a_processor = triton.cdiv(tiles * splits, processors)
@@ -84,13 +84,13 @@ def _plan(tokens: int, rows: int, inputs: int, device: torch.device) -> _Plan | 
     weight_bytes, x_bytes = _stage_bytes(warpgroups * _TILE), _stage_bytes(tokens)
     weight_stages = x_stages = min(own_steps, room // (weight_bytes + x_bytes), _MAX_STAGES)
     if weight_stages < own_steps <= (room - _SHORT_RING * x_bytes) // weight_bytes:
-        weight_stages, x_stages = own_steps, _SHORT_RING  # all of its part is asked for before x is there
-    assert x_stages >= min(own_steps, 2)  # a stage is emptied while the next is multiplied
+        weight_stages, x_stages = own_steps, _SHORT_RING  # its whole part of the weight is loaded ahead of x
+    assert x_stages >= min(own_steps, 2)  # a stage is released while the next one is multiplied
     return _Plan(tokens, warpgroups, splits, weight_stages, x_stages, tiles)
 
 
 def suits_stream(x: Tensor, weight: Tensor, *, gated: bool = False) -> bool:
-    """Whether `streamed_linear` takes these."""
+    """Whether `streamed_linear` supports this x and weight."""
     tokens, inputs = x.shape
     rows = weight.shape[0]
     return (
@@ -123,8 +123,13 @@ def streamed_linear(
     bias: Tensor | None = None,
     gated: bool = False,
 ) -> Tensor:
-    """x [1 to MAX_ROWS, inputs] and weight [outputs, inputs] -> [rows, outputs]; squares: x is that of a norm that was
-    begun (`kernels.hidden`); gated: half the outputs, SiLU of the first half times the second. They must suit."""
+    """x @ weight.T + bias, for inputs that `suits_stream` accepts.
+
+    x [1 to MAX_ROWS, inputs]; weight [outputs, inputs]; bias [outputs] or None. Returns [rows, outputs].
+
+    squares: x and squares are those of a begun norm (`kernels.hidden.BegunNorm`), which is finished here with `eps`.
+    gated: returns [rows, outputs / 2], SiLU of the first half of the outputs times the second.
+    """
     outputs = weight.shape[0] // (2 if gated else 1)
     out = torch.empty((x.shape[0], outputs), dtype=x.dtype, device=x.device)
     _launch(x, weight, out, squares=squares, eps=eps, bias=bias, gated=gated)
@@ -134,10 +139,10 @@ def streamed_linear(
 def add_streamed_linear(
     states: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, next_norm: Tensor | None
 ) -> Hidden:
-    """`kernels.linear.add_linear` to `states`, contiguous. x and weight must suit."""
+    """`kernels.linear.add_linear` to `states`, contiguous, for inputs that `suits_stream` accepts."""
     tiles = _planned(x, weight).tiles
-    # Where each program would have many sums to add up, a launch of the norm takes no longer; and float16 may not hold
-    # a state times its weight.
+    # With many partial sums to add up in each thread block, a norm kernel of its own takes no longer. And a state times
+    # its norm weight may overflow float16.
     if next_norm is None or tiles > _MAX_PARTS or x.dtype != torch.bfloat16:
         _launch(x, weight, states, bias=bias, residual=states)
         return Hidden(states)

@@ -1,11 +1,12 @@
-"""Attention of one new token a sequence over a paged KV cache on CUDA; `kernels.attention` holds the reference.
+"""Attention of one new token per sequence over a paged KV cache on CUDA; `kernels.attention` holds the reference.
 
-Softmax is computed in one pass over the keys (Milakov and Gimelshein, "Online normalizer calculation for softmax",
-2018), in base 2. A plan, made once for all layers of a step, cuts sequences that are longer than an equal share of the
-batch's keys into pieces, and has the longest begin first (Graham, "Bounds on multiprocessing timing anomalies",
-1969): what comes last then keeps few multiprocessors busy for a short time only. The last program of a sequence to
-finish merges the pieces (Dao et al., "Flash-Decoding", 2023). The same launch rotates q and k and writes the new
-token's K and V, for a graph of decode steps at batch 1 is mostly launches.
+- Softmax is computed in one pass over the keys (Milakov and Gimelshein, "Online normalizer calculation for softmax",
+  2018), in base 2.
+- A plan, made once per step for all layers, cuts sequences that are longer than an equal share of the batch's keys into
+  pieces. The longest pieces start first (Graham, "Bounds on multiprocessing timing anomalies", 1969), which keeps the
+  tail of the launch short.
+- The last program of a sequence to finish merges its pieces (Dao et al., "Flash-Decoding", 2023).
+- The same launch rotates q and k and writes the new token's K and V: at batch 1, launches are most of a decode step.
 """
 
 import math
@@ -27,18 +28,18 @@ from kernels.triton_launch import (
     wait_for_previous,
 )
 
-_PROGRAMS_PER_SM = 3  # that run at once, and that the keys are shared among
-_REGISTERS = 128  # of a thread, where there are more sequences than that: then four run at once
-_COMPARED = 8192  # pairs of sequences at a time
-_MERGED_ELEMENTS = 4096  # of the parts that are merged at a time
-_AHEAD = 64  # keys that a program asks for before it may read what the kernel ahead of it writes
-_LINE_BYTES = 128  # of the L2 cache
+_PROGRAMS_PER_SM = 3  # that run at once: each gets an equal share of the keys
+_REGISTERS = 128  # of a thread, if there are more sequences than shares: then four programs fit an SM
+_COMPARED = 8192  # pairs of sequences that the plan's kernel compares at a time
+_MERGED_ELEMENTS = 4096  # elements of the pieces' results that are merged at a time
+_AHEAD = 64  # keys that a program prefetches before it waits for the previous kernel
+_LINE_BYTES = 128  # of an L2 cache line
 
 
 @triton.jit
 def _rotated(value, other, inverse, norm, other_norm, cos, sin, NORM: tl.constexpr):
-    """A head's elements after norm and rotation: `other` are those that they are paired with, and `sin` has the sign of
-    its term. Rounded where the reference rounds: after the normalisation, after the weight, after the rotation."""
+    """A head's elements after norm and rotation. `other`: the elements that they are paired with; `sin` includes the
+    sign of its term. Rounds where the reference rounds: after the normalisation, the weight, and the rotation."""
     dtype = value.dtype
     a, b = value.to(tl.float32), other.to(tl.float32)
     if NORM:
@@ -66,10 +67,13 @@ def _plan_kernel(
     OTHERS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """Cuts sequences of more than a share of all keys into pieces of about a share, at least two, and lists the pieces,
-    the longest first. Where sequences are about equally long, none would be waited for: then less than two and a half
-    shares are not worth the merging, as two programs a multiprocessor read as fast as three. (About: a coefficient of
-    variation up to 0.14; that of lengths uniform from 1,060 to 1,980 is 0.18.)"""
+    """Cuts sequences that are longer than a share of all keys into pieces of about a share, at least two, and lists the
+    pieces, the longest first.
+
+    If sequences are about equally long, none holds up the others. Then one of less than two and a half shares is not
+    worth cutting and merging, since two programs per SM read as fast as three. About equal means a coefficient of
+    variation of up to 0.14; that of lengths uniform from 1,060 to 1,980 is 0.18.
+    """
     wait_for_previous(DEPENDENT)
     row = tl.arange(0, ROWS)
     exists = row < rows
@@ -87,7 +91,7 @@ def _plan_kernel(
     span = tl.cdiv(tl.cdiv(keys, wanted), TILE) * TILE
     pieces = tl.where(exists, tl.cdiv(keys, span), 0)
     count = tl.sum(pieces, 0)
-    # Every row needs those of all others, without computing them for each row anew.
+    # Every row needs the spans and pieces of all others: through memory, instead of computing them again for each row.
     tl.store(sizes + row, span)
     tl.store(sizes + ROWS + row, pieces)
     tl.debug_barrier()
@@ -125,7 +129,7 @@ def _ask_for_first(
     LINES: tl.constexpr,
     AHEAD: tl.constexpr,
 ):
-    """Brings the first AHEAD keys and values from `start` on to the L2 cache."""
+    """Prefetches the first AHEAD keys and values, from `start` on, to L2."""
     token = start + tl.arange(0, AHEAD)
     block = tl.load(table + token // BLOCK_SIZE, mask=token < end, other=0, cache_modifier=".cg").to(tl.int64)
     line = tl.arange(0, LINES) * (HEAD_DIM // LINES)
@@ -136,8 +140,8 @@ def _ask_for_first(
 
 @triton.jit
 def _attended(query, key, value, inside, largest, weight_sum, total, scale):
-    """The largest score so far, the sum of weights (for each place in a tile) and of weighted values, with one more
-    tile of keys and values."""
+    """One step of the online softmax: the largest score, the sums of weights (one for each place in a tile) and the sum
+    of weighted values, after one more tile of keys and values."""
     score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
     score = tl.where(inside[None, :], score, float("-inf"))
     new_largest = tl.maximum(largest, tl.max(score, axis=1))
@@ -160,7 +164,7 @@ def _merged(
     LANES: tl.constexpr,
     MERGED: tl.constexpr,
 ):
-    """What the programs of one sequence and KV head found, each over its own keys, as if one had found it."""
+    """Merges the results of one sequence and KV head, each over its own piece of the keys, into the result over all."""
     member = tl.arange(0, GROUP_ROWS)
     lane = tl.arange(0, LANES)
     top = tl.full((GROUP_ROWS,), float("-inf"), tl.float32)
@@ -170,7 +174,7 @@ def _merged(
         other = first + tl.arange(0, MERGED)
         rows = (items_before + other).to(tl.int64)[:, None] * GROUP + member[None, :]
         there = (other < end_item)[:, None] & (member < GROUP)[None, :]
-        # .cg: from L2, where the other programs' writes are
+        # .cg: the other programs' writes are in L2, not in this SM's L1
         part = tl.load(
             parts + rows[:, :, None] * HEAD_DIM + lane[None, None, :],
             mask=there[:, :, None] & (lane < HEAD_DIM)[None, None, :],
@@ -225,8 +229,9 @@ def _decode_kernel(
     MERGED: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """The GROUP query heads of one KV head (rows of a matrix product, padded to ROWS) over one item of the plan. Its
-    sequence's last item has the new token, too, whose key and value it makes and writes."""
+    """One item of the plan, for one KV head: its GROUP query heads, as rows of a matrix product padded to ROWS, attend
+    to the item's keys. A sequence's last item also has the new token: it computes and writes that token's key and
+    value."""
     kv_head = tl.program_id(0)
     item = tl.program_id(1)
     row = tl.arange(0, ROWS)
@@ -284,10 +289,10 @@ def _decode_kernel(
     query = _rotated(query, query_pair, query_inverse, q_weight, q_pair_weight, cos, sin, NORM)
     new_key = _rotated(new_key, new_key_pair, key_inverse, k_weight, k_pair_weight, cos, sin, NORM)
 
-    # the new token first, where this item has it
+    # start with the new token, if this item has it
     new_score = tl.sum(query.to(tl.float32) * new_key.to(tl.float32), axis=1) * scale
     largest = tl.where(is_last, new_score, float("-inf"))
-    # summed over the tile only at the end: one reduction between warps less in every step
+    # a sum for each place in the tile, reduced only at the end: that saves a reduction across warps in every step
     counts = (tl.arange(0, TILE) == 0) & is_last
     weight_sum = tl.zeros((ROWS, TILE), tl.float32) + tl.where(counts, 1.0, 0.0)[None, :]
     total = tl.zeros((ROWS, LANES), tl.float32) + new_value.to(tl.float32)
@@ -301,7 +306,7 @@ def _decode_kernel(
         key = tl.load(keys + at, mask=readable, other=0.0)
         value = tl.load(values + at, mask=readable, other=0.0)
         largest, weight_sum, total = _attended(query, key, value, inside, largest, weight_sum, total, scale)
-        # for the next step: its keys' addresses are then known when their loads are issued
+        # the next step's blocks, so that its keys' addresses are known when their loads are issued
         block = tl.load(table + (token + TILE) // BLOCK_SIZE, mask=token + TILE < end, other=0)
     normaliser = tl.sum(weight_sum, axis=1)
     total = total / normaliser[:, None]
@@ -312,7 +317,7 @@ def _decode_kernel(
     tl.store(values + place + lane[None, :], new_value, mask=makes_key[None, :] & (slot >= 0))
 
     if end_item - first_item == 1:
-        total = tl.where(end >= 0, total, 0.0)  # a padded row
+        total = tl.where(end >= 0, total, 0.0)  # end < 0: a padded row
         tl.store(out_at, total.to(out.dtype.element_ty), mask=whole)
     else:
         part_rows = (kv_head * items + item).to(tl.int64) * GROUP + row
@@ -331,20 +336,23 @@ def _decode_kernel(
 
 
 def _shares(num_kv_heads: int, device: torch.device) -> int:
-    """Programs for each KV head that run at once."""
+    """How many programs run at once for each KV head."""
     return max(1, _PROGRAMS_PER_SM * multiprocessors(device) // num_kv_heads)
 
 
 def plan_decode(block_tables: Tensor, seq_lens: Tensor, key_cache: Tensor) -> DecodeAttention:
-    """`kernels.attention.plan_decode` for CUDA tensors, one launch. The plan [5, items] is a list of the programs' work
-    for each KV head: a sequence (-1: none), the first of its cached keys and the one after the last, and the first item
-    of that sequence and the one after its last. A padded row is an item that ends at -1. At least one other launch must
-    come before the plan is used."""
+    """`kernels.attention.plan_decode` for CUDA tensors, in one launch.
+
+    The plan [5, items] lists the programs' work for each KV head. An item has a sequence (-1: nothing to do), its first
+    cached key and the one after its last, and the first item of that sequence and the one after its last. A padded row
+    is an item whose keys end at -1. At least one other launch must come between this and the plan's use
+    (`kernels.triton_launch`).
+    """
     rows = len(seq_lens)
     num_kv_heads, head_dim = key_cache.shape[2:]
     shares = _shares(num_kv_heads, seq_lens.device)
     if num_kv_heads * (rows + shares) > MAX_ARRIVALS:
-        shares = 1  # which cuts nothing
+        shares = 1  # then nothing is cut
     plan = torch.empty((5, rows + shares), dtype=torch.int32, device=seq_lens.device)
     padded = max(16, triton.next_power_of_2(rows))
     _plan_kernel[(1,)](
@@ -364,7 +372,7 @@ def plan_decode(block_tables: Tensor, seq_lens: Tensor, key_cache: Tensor) -> De
 
 
 def _tile(head_dim: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """Keys a step, warps, and pipeline stages of the decode kernel."""
+    """Keys per step, warps, and pipeline stages of the decode kernel."""
     if dtype == torch.float32:
         return (32, 4, 2) if head_dim <= 128 else (16, 4, 2)
     return (64, 4, 2) if head_dim <= 128 else (32, 4, 3)
@@ -373,9 +381,12 @@ def _tile(head_dim: int, dtype: torch.dtype) -> tuple[int, int, int]:
 def decode_attention(
     qkv: Tensor, rotation: Rotation, key_cache: Tensor, value_cache: Tensor, batch: DecodeAttention, scale: float
 ) -> Tensor:
-    """`kernels.attention.decode_attention` for CUDA tensors, any block size; one launch, whose grid depends on
-    shapes alone, so that a graph captured once serves all lengths. Padded rows (seq_len 0) become zeros. The two caches
-    have equal strides. Calls on one device must not overlap in time."""
+    """`kernels.attention.decode_attention` for CUDA tensors, any block size.
+
+    It is one launch, whose grid depends on shapes alone, so a graph captured once serves all lengths. Padded rows
+    (seq_len 0) become zeros. The two caches have equal strides. Calls on one device must not overlap in time, as they
+    share `kernels.triton_launch.arrivals`.
+    """
     rows = qkv.shape[0]
     block_size, num_kv_heads, head_dim = key_cache.shape[1:]
     num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads

@@ -1,10 +1,10 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
-"""Linear layers of one to four rows on CUDA, where all the time goes into reading the weights; `kernels.linear` holds
-the references.
+"""Linear layers of one to four rows on CUDA, which take as long as reading their weights; `kernels.linear` holds the
+references.
 
-Products and sums on the ordinary units: a program owns a few outputs and reads their weights, which lie end to end, in
-full. Norm, gated activation, bias and residual happen on the way. A program asks for its weights before the kernel
-ahead of it has ended: they depend on nothing.
+No tensor cores: a program owns a few outputs, and reads their weight rows, which are contiguous, in full. Norm, gated
+activation, bias and residual are fused. A program loads its weights before the kernel ahead of it has ended, as they
+depend on nothing.
 """
 
 from dataclasses import dataclass
@@ -17,9 +17,9 @@ from torch import Tensor
 from kernels.triton_launch import dependent, multiprocessors, prefetch_to_l2, wait_for_previous
 
 MAX_ROWS = 4
-_WARP_INPUTS = 256  # that a warp reads at a time: 16 bytes a thread
-_PROGRAM_WEIGHTS = 1 << 14  # that a program holds at a time
-_ONE_STEP = 1 << 23  # elements of a weight whose programs all run at once
+_WARP_INPUTS = 256  # inputs that a warp reads at a time: 16 bytes a thread
+_PROGRAM_WEIGHTS = 1 << 14  # elements of the weight that a program holds at a time
+_ONE_STEP = 1 << 23  # elements of a weight, up to which all programs run at once
 
 
 @triton.jit
@@ -45,9 +45,9 @@ def _few_rows_kernel(
     LANES: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """BLOCK_N outputs of all rows; GATED: so many of gate and of up, of OUTPUTS each.
+    """BLOCK_N outputs of all rows. If GATED, BLOCK_N of gate and of up, which have OUTPUTS each.
 
-    A step's weights are a block [BLOCK_N, CHUNKS, LANES]: LANES inputs are what one warp reads at a time, so that an
+    A step's weights are a block [BLOCK_N, CHUNKS, LANES]. LANES inputs are what one warp reads at a time, so that an
     output's sum stays within a warp.
     """
     step: tl.constexpr = CHUNKS * LANES
@@ -78,7 +78,7 @@ def _few_rows_kernel(
     up_sums = tl.zeros((BLOCK_N, ROWS), tl.float32)
     squares = tl.zeros((1, ROWS), tl.float32)
     for first in tl.range(0, INPUTS, step):
-        # for the next step, so that a step's loads are on their way while the last one's arrive
+        # software pipelining: the next step's loads are in flight while this step's arrive
         next_mask = exists[:, :, None] & (first + step + column < INPUTS)[None, :, :]
         next_gate = tl.load(at + first + step, mask=next_mask, other=0.0, eviction_policy="evict_first")
         next_up = next_gate
@@ -102,7 +102,7 @@ def _few_rows_kernel(
         up = next_up
     result = gate_sums
     if NORM:
-        # the norm divides a whole row, so it may as well divide the sums
+        # the norm scales a whole row by one factor, so the sums can be scaled instead
         inverse = tl.rsqrt(squares / INPUTS + eps)
         result *= inverse
         up_sums *= inverse
@@ -117,7 +117,7 @@ def _few_rows_kernel(
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """How the kernel cuts its work: outputs of a program, inputs of a step, warps."""
+    """How the kernel divides its work: outputs of a program, inputs of a step, and warps."""
 
     outputs: int
     inputs: int
@@ -125,8 +125,8 @@ class Cut:
 
 
 def _cut(outputs: int, inputs: int, gated: bool, device: torch.device) -> Cut:
-    """A small weight in one step, so that no load waits for another; else steps that leave room for the next one's
-    weights. Fewer outputs only where there would not be a program for each multiprocessor."""
+    """A small weight is read in one step, so that no load waits for another. Otherwise steps are small enough to hold
+    the next step's weights as well. A program gets fewer outputs only if there would not be one program per SM."""
     matrices = 2 if gated else 1
     step, held = max(1024, triton.next_power_of_2(inputs)), _PROGRAM_WEIGHTS
     if step * matrices > held or (step > 1024 and matrices * outputs * inputs > _ONE_STEP):
@@ -147,9 +147,12 @@ def few_rows_linear(
     residual: Tensor | None = None,
     gated: bool = False,
 ) -> Tensor:
-    """x [1 to MAX_ROWS, inputs] and weight [outputs, inputs] -> [rows, outputs], or `residual` with that added; norm
-    [inputs]: x is normed before; gated: half the outputs, SiLU of the first half times the second. The last dimensions
-    are contiguous."""
+    """rms_norm(x) @ weight.T + bias. The last dimensions are contiguous.
+
+    x [1 to MAX_ROWS, inputs]; weight [outputs, inputs]; norm [inputs], or None for x as it is; bias [outputs] or None.
+    Returns [rows, outputs]. `residual` [rows, outputs]: the result is added to it in place, and it is returned. gated:
+    returns [rows, outputs / 2], SiLU of the first half of the outputs times the second.
+    """
     rows, inputs = x.shape
     outputs = weight.shape[0] // (2 if gated else 1)
     out = torch.empty((rows, outputs), dtype=x.dtype, device=x.device) if residual is None else residual

@@ -1,15 +1,18 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
-"""Programmatic dependent launch (CUDA C++ Programming Guide, section 6.2.1.6): a kernel's programs start while the one
-before it still runs, and wait where they need its results. It hides most of the launch between two short kernels.
+"""Programmatic dependent launch (PDL; CUDA C++ Programming Guide, section 6.2.1.6): a kernel's programs start while the
+kernel before it still runs, and wait where they need its results. That hides most of the launch latency between two
+short kernels.
 
-Rules for a kernel that is launched so: every program calls `wait_for_previous` once, before it returns, reads what
-earlier kernels wrote and writes anything. The call lets the next kernel's programs start, when everything before this
-kernel has ended. Where the next one may have much to load that no kernel writes, a kernel lets it start at once instead
-(`let_next_start`).
+Rules for a kernel that is launched this way:
 
-Before the wait a kernel may read weights, and what a kernel wrote that had ended when the one right before this was let
-in: between the two lies one that lets the next start at its wait, or is not launched so, as torch's own are not. And
-that from L2 (.cg): until the wait, a multiprocessor's L1 may hold what was there before.
+- Every program calls `wait_for_previous` once, before it reads what earlier kernels wrote, before it writes anything,
+  and before it returns.
+- That call also lets the next kernel's programs start, as soon as everything before this kernel has ended. If the next
+  kernel may have much to load that no kernel writes (weights), this one lets it start at once instead:
+  `let_next_start`.
+- Before the wait, a kernel may read weights, and results of kernels that must have ended by then: those with another
+  kernel in between that lets the next one start only at its wait, or that is not launched this way, as torch's own are
+  not. It has to read such results from L2 (.cg), as the SM's L1 may hold stale data until the wait.
 """
 
 from functools import lru_cache
@@ -20,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-enabled = True  # benchmarks compare
+enabled = True  # benchmarks switch it off, to compare
 
 
 @lru_cache
@@ -37,7 +40,7 @@ def is_hopper_or_later(device: torch.device) -> bool:
 
 
 def dependent(device: torch.device) -> dict[str, bool]:
-    """Launch options of a kernel that has the constant DEPENDENT."""
+    """Launch options of a Triton kernel that has the constant DEPENDENT."""
     return {"DEPENDENT": True, "launch_pdl": True} if enabled and is_hopper_or_later(device) else {"DEPENDENT": False}
 
 
@@ -50,7 +53,7 @@ def multiprocessors(device: torch.device) -> int:
 
 @lru_cache
 def shared_bytes(device: torch.device) -> int:
-    """The most shared memory that a program can have."""
+    """The largest shared memory of a thread block, in bytes."""
     if device.type == "cpu":
         return 227 << 10
     properties = torch.cuda.get_device_properties(device)
@@ -62,17 +65,20 @@ MAX_ARRIVALS = 1 << 15
 
 @lru_cache
 def arrivals(device: torch.device) -> Tensor:
-    """[MAX_ARRIVALS] int32 that programs count themselves in with when the last of some merges their parts; zero
-    between launches. One set for a device: its kernels run on one stream at a time. Made on the first call, which must
-    not be inside a graph's capture (compilation cannot be either)."""
+    """Counters [MAX_ARRIVALS] int32 for `is_last_to_arrive`. All are zero between launches.
+
+    A device has one set, since its kernels run on one stream at a time. The first call allocates it, and must not be
+    inside a graph's capture (nor can the kernel's compilation be).
+    """
     return torch.zeros(MAX_ARRIVALS, dtype=torch.int32, device=device)
 
 
 @triton.jit
 def is_last_to_arrive(counter, count):
-    """Called by `count` programs, each of which has written a part: true in the last one, which may read all parts,
-    from L2 (.cg), where the others' writes are. Leaves the counter at zero."""
-    # all threads' parts are written before the release by the thread that counts; the last one acquires them all
+    """Called by `count` programs, after each has written its part. True in the last one to call: that one may read all
+    parts, from L2 (.cg), where the other programs' writes are. Leaves the counter at zero."""
+    # The barrier puts the writes of all threads before the release by the thread that counts; the last program's
+    # acquire makes all of them visible.
     tl.debug_barrier()
     is_last = tl.atomic_add(counter, 1, sem="acq_rel") == count - 1
     if is_last:
@@ -82,7 +88,7 @@ def is_last_to_arrive(counter, count):
 
 @triton.jit
 def wait_for_previous(DEPENDENT: tl.constexpr, LET_NEXT_START: tl.constexpr = True):
-    """Waits until all kernels before this one have ended, then lets the next one's programs start."""
+    """Waits until all kernels before this one have ended, then lets the next kernel's programs start."""
     if DEPENDENT:
         gdc_wait()
         if LET_NEXT_START:
@@ -91,14 +97,15 @@ def wait_for_previous(DEPENDENT: tl.constexpr, LET_NEXT_START: tl.constexpr = Tr
 
 @triton.jit
 def let_next_start(DEPENDENT: tl.constexpr):
-    """Lets the next kernel's programs start as soon as all of this one's have, before the wait that then lets none."""
+    """Lets the next kernel's programs start as soon as all of this one's have started. Called before
+    `wait_for_previous`, which then has LET_NEXT_START=False."""
     if DEPENDENT:
         gdc_launch_dependents()
 
 
 @triton.jit
 def prefetch_to_l2(address, size):
-    """Asks for `size` bytes to be brought to the L2 cache, once a program; address and size are multiples of 16."""
+    """Prefetches `size` bytes to L2, once per program. address and size are multiples of 16."""
     tl.inline_asm_elementwise(
         """{
         .reg .pred first;
@@ -118,7 +125,7 @@ def prefetch_to_l2(address, size):
 
 @triton.jit
 def prefetch_lines_to_l2(addresses):
-    """Asks for the cache line of each address."""
+    """Prefetches the cache line of each address to L2."""
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
         "=r,l",

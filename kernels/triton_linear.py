@@ -1,6 +1,6 @@
-"""Linear layers on CUDA, each by the fastest of five: the kernel of few rows, the one that streams its weight, that of
-gate and up, tiles, or the library's product with norm and activation in launches of their own. `kernels.linear` holds
-the references."""
+"""Linear layers on CUDA, each by the fastest of five ways for its shape: `triton_few_rows`, `streamed_linear`,
+`gated_linear`, `triton_tiled_linear`, or cuBLAS with norm and activation as kernels of their own. `kernels.linear`
+holds the references."""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,10 +13,9 @@ from kernels.triton_launch import is_hopper
 from kernels.triton_norm import rms_norm
 from kernels.triton_tiled_linear import suits_tiles, tiled_linear
 
-# Measured on an H100 (docs/kernels.md): elements of a weight up to which own kernels are faster than the library's at
-# any number of rows that they take; and rows of such a weight, up to which it is best taken as few.
-_SMALL_WEIGHT = 1 << 23
-_FEW_ROWS = 2
+# Both measured on an H100 (docs/kernels.md).
+_SMALL_WEIGHT = 1 << 23  # elements; up to here our kernels beat cuBLAS at every number of rows that they support
+_FEW_ROWS = 2  # up to here `triton_few_rows` is the fastest for a small weight
 
 
 def _is_small(weight: Tensor) -> bool:
@@ -32,7 +31,7 @@ def _few(x: Tensor, weight: Tensor, *, gated: bool = False) -> bool:
 def _streams(x: Tensor, weight: Tensor, *, gated: bool = False) -> bool:
     if not is_hopper(x.device):
         return False
-    from kernels.streamed_linear import suits_stream  # needs CUDA's bindings, which Triton's interpreter does without
+    from kernels.streamed_linear import suits_stream  # imports CUDA's bindings, which a machine without a GPU may lack
 
     return suits_stream(x, weight, gated=gated)
 
@@ -50,7 +49,7 @@ def _tiles(x: Tensor, weight: Tensor) -> bool:
 
 
 def norm_linear(hidden: Hidden, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`kernels.linear.norm_linear` for CUDA tensors; the last dimensions are contiguous."""
+    """`kernels.linear.norm_linear` for CUDA tensors whose last dimensions are contiguous."""
     x = hidden.states
     if _few(x, weight):
         return few_rows_linear(x, weight, norm=norm, eps=eps, bias=bias)
@@ -63,7 +62,7 @@ def norm_linear(hidden: Hidden, norm: Tensor, eps: float, weight: Tensor, bias: 
 
 
 def norm_gated_linear(hidden: Hidden, norm: Tensor, eps: float, gate_up: Tensor) -> Tensor:
-    """`kernels.linear.norm_gated_linear` for CUDA tensors; the last dimensions are contiguous."""
+    """`kernels.linear.norm_gated_linear` for CUDA tensors whose last dimensions are contiguous."""
     x = hidden.states
     if _few(x, gate_up, gated=True):
         return few_rows_linear(x, gate_up, norm=norm, eps=eps, gated=True)
@@ -81,7 +80,7 @@ def norm_gated_linear(hidden: Hidden, norm: Tensor, eps: float, gate_up: Tensor)
 
 
 def add_linear(hidden: Hidden, x: Tensor, weight: Tensor, bias: Tensor | None, next_norm: Tensor | None) -> Hidden:
-    """`kernels.linear.add_linear` for CUDA tensors; the last dimensions are contiguous."""
+    """`kernels.linear.add_linear` for CUDA tensors whose last dimensions are contiguous."""
     states = hidden.states
     if _few(x, weight):
         return Hidden(few_rows_linear(x, weight, bias=bias, residual=states))

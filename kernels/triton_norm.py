@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
-"""RMS norm on CUDA, one program a row; `kernels.norm` holds the reference and the formula."""
+"""RMS norm on CUDA, with one program per row; `kernels.norm` holds the reference and the formula."""
 
 import torch
 import triton
@@ -35,8 +35,10 @@ def _rms_norm_kernel(
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, early: bool = False) -> Tensor:
-    """`kernels.norm.rms_norm` for a CUDA tensor [T, H] whose last dimension is contiguous. `early`: the next kernel has
-    much to load before it waits, and is let in at once (`kernels.triton_launch`)."""
+    """`kernels.norm.rms_norm` for a CUDA tensor [T, H] whose last dimension is contiguous.
+
+    early: the next kernel may start at once, since it has much to load before it waits (`kernels.triton_launch`).
+    """
     rows, width = x.shape
     out = torch.empty((rows, width), dtype=x.dtype, device=x.device)
     block = triton.next_power_of_2(width)

@@ -1,4 +1,4 @@
-"""Attention of packed prompts over their cached context and their own tokens on CUDA; `kernels.attention` holds the
+"""Attention of packed prompts to their cached context and to their own tokens on CUDA; `kernels.attention` holds the
 reference.
 
 Softmax is computed in one pass over the keys (Milakov and Gimelshein, "Online normalizer calculation for softmax",
@@ -40,7 +40,8 @@ def _attend(
     MASKED: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One more run of keys, of `end` in all, for a tile of queries, of which each sees those below its `reach`."""
+    """Attends a tile of queries to the keys from first_key to last_key, of `end` in all. A query sees the keys below
+    its `reach`."""
     lane = tl.arange(0, LANES)
     for first in tl.range(first_key, last_key, TILE, num_stages=STAGES):
         token = first + tl.arange(0, TILE)
@@ -76,9 +77,11 @@ def _attend(
 
 @triton.jit
 def _sequence_of_tile(cu_query_lens, tile, sequences, TOKENS: tl.constexpr):
-    """The sequence that a tile of queries belongs to. Sequence s has the tiles from cu_query_lens[s] // TOKENS + s on:
-    as many as it needs, or one more. All are looked at together: one after another, loads take longer than a short
-    prompt's attention."""
+    """The sequence that a tile of queries belongs to.
+
+    The tiles of sequence s begin at cu_query_lens[s] // TOKENS + s, which gives it as many as it needs, or one more.
+    All starts are loaded at once: a search, load after load, took longer than the attention of a short prompt.
+    """
     before = 0
     for first in range(1, sequences, 128):
         sequence = first + tl.arange(0, 128)
@@ -119,8 +122,8 @@ def _prefill_kernel(
     STAGES: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """ROWS queries of one sequence, of PACK heads that share keys: first their cached context, block by block, then
-    their own chunk."""
+    """ROWS queries of one sequence, of PACK heads that share their keys. They attend to their cached context first,
+    block by block, then to their own chunk."""
     TOKENS: tl.constexpr = ROWS // PACK
     first_head = tl.program_id(0) * PACK
     tile = tl.program_id(1)
@@ -129,11 +132,11 @@ def _prefill_kernel(
     query_end = tl.load(cu_query_lens + sequence + 1, cache_modifier=".cg")
     query_len = query_end - query_start
     context_len = tl.load(seq_lens + sequence, cache_modifier=".cg") - query_len
-    # the tiles that see the most keys start first
+    # a sequence's tiles start with the last, which sees the most keys
     first_query = (query_end // TOKENS + sequence - tile) * TOKENS
     wait_for_previous(DEPENDENT)
     if (first_query < 0) | (first_query >= query_len):
-        return  # of the tiles' count, which shapes decide, not all are needed
+        return  # the grid depends on shapes alone, so it may have more tiles than the sequences need
 
     row = first_query + tl.arange(0, ROWS) // PACK
     head = (first_head + tl.arange(0, ROWS) % PACK)[:, None]
@@ -179,20 +182,23 @@ def _prefill_kernel(
 
 
 def _tile(head_dim: int, dtype: torch.dtype, tokens: int) -> tuple[int, int, int, int]:
-    """Rows of a program, keys a step, warps, and pipeline stages of the prefill kernel."""
+    """Rows per program, keys per step, warps, and pipeline stages of the prefill kernel."""
     if dtype == torch.float32:
         return (32, 32, 4, 2) if head_dim <= 128 else (16, 16, 4, 2)
     if head_dim > 128:
         return 64, 32, 4, 2
-    return 64, 64, 4, 3 if tokens > 2048 else 2  # long prompts gain by the third stage, short ones lose
+    return 64, 64, 4, 3 if tokens > 2048 else 2  # a third stage makes long prompts faster, and short ones slower
 
 
 def prefill_attention(
     q: Tensor, k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, batch: PrefillAttention, scale: float
 ) -> Tensor:
-    """`kernels.attention.prefill_attention` for CUDA tensors, any block size; one launch, whose grid depends on shapes
-    alone, so that a graph captured once serves all lengths that fit. Only context is read from the cache, a chunk's own
-    keys where they lie packed. k and v have equal strides, and so have the two caches."""
+    """`kernels.attention.prefill_attention` for CUDA tensors, any block size.
+
+    It is one launch, whose grid depends on shapes alone, so a graph captured once serves all lengths that fit it. Only
+    the context is read from the cache; a chunk's own keys and values are read from k and v. Those two have equal
+    strides, and so have the two caches.
+    """
     tokens, num_heads, head_dim = q.shape
     sequences = batch.cu_query_lens.shape[0] - 1
     rows, tile, warps, stages = _tile(head_dim, q.dtype, tokens)

@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
-"""Per-head norm, rotation and the write of K and V in one launch on CUDA; `kernels.rope` holds the reference."""
+"""Per-head norm, rotation and writing K and V in one launch on CUDA; `kernels.rope` holds the reference."""
 
 import triton
 import triton.language as tl
@@ -60,7 +60,7 @@ def _rope_write_kernel(
         k_low = tl.load(k_norm + lane, mask=lane < HALF, other=0.0)[None, :]
         k_high = tl.load(k_norm + HALF + lane, mask=lane < HALF, other=0.0)[None, :]
         inverse = tl.rsqrt(tl.sum(a * a + b * b, axis=1) / (2 * HALF) + eps)[:, None]
-        # rounded where the reference rounds: after the normalisation and after the weight
+        # rounds where the reference rounds: after the normalisation, and after the weight
         a = (a * inverse).to(dtype).to(tl.float32) * tl.where(is_q[:, None], q_low, k_low).to(tl.float32)
         b = (b * inverse).to(dtype).to(tl.float32) * tl.where(is_q[:, None], q_high, k_high).to(tl.float32)
         a, b = a.to(dtype).to(tl.float32), b.to(dtype).to(tl.float32)
@@ -83,7 +83,7 @@ def _rope_write_kernel(
 def rope_write_kv(
     qkv: Tensor, rotation: Rotation, key_cache: Tensor, value_cache: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`kernels.rope.rope_write_kv` for CUDA tensors; the two caches have equal strides."""
+    """`kernels.rope.rope_write_kv` for CUDA tensors. The two caches have equal strides."""
     block_size, num_kv_heads, head_dim = key_cache.shape[1:]
     tokens = qkv.shape[0]
     heads = qkv.view(tokens, -1, head_dim)

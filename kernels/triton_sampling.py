@@ -1,13 +1,18 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """Sampling on CUDA without sorting the vocabulary; `kernels.sampling` holds the reference and says what is kept.
 
-Two launches. The first reads all logits once, over as many programs as it takes, and leaves the largest logit and the
-sum of exponentials of each chunk of the vocabulary. The second has one program a row. A greedy row, or one without
-filters, is then decided by those figures and one chunk. For a filtered row they bound the threshold logit from below
-(k chunks hold a logit at least as large as the k-th largest maximum; tokens below t hold less than CHUNK e^t of a
-chunk), so the tokens above the bound, mostly a few hundred, are collected and the exact threshold is found among them
-by bisection of its bits. Only where too many pass the bound (flat distributions, k in the hundreds) are logits read
-again: each pass compares them with four thresholds, until few enough are left between two.
+There are two launches:
+
+1. Many programs read all logits once. They write the largest logit and the sum of exponentials of each chunk of the
+   vocabulary.
+2. One program per row picks the token.
+   - A greedy row, or one without filters, needs only those figures and the logits of one chunk.
+   - For a row with filters, the figures give a lower bound of the threshold logit. (Top-k: at least k chunks have a
+     logit that reaches the k-th largest of the chunks' maxima. Top-p: tokens with logits below t add less than
+     CHUNK * e^t to a chunk's sum.) The tokens above the bound, mostly a few hundred, are collected, and the exact
+     threshold among them is found by bisection of its bits.
+   - Only if too many tokens pass the bound (flat distributions, k in the hundreds), the logits are read again. Each
+     pass compares them with four thresholds, until few enough are left between two of them.
 
 Chunks and the order of every sum are fixed, so a row's token does not depend on its batch.
 """
@@ -20,27 +25,27 @@ from torch import Tensor
 from kernels.triton_launch import dependent, wait_for_previous
 
 _CHUNK = 512
-_TILE_CHUNKS = 4  # chunks a program of the first launch reads at a time
-_GATHER = 16  # chunks the second launch reads at a time
-_CANDIDATES = 4096  # tokens among which a threshold is found without reading logits again
+_TILE_CHUNKS = 4  # chunks that a program of the first launch reads at a time
+_GATHER = 16  # chunks that a program of the second launch reads at a time
+_CANDIDATES = 4096  # most tokens among which a threshold is found without reading logits again
 
 
 @triton.jit
 def _exponent_scale(temperature):
-    """What a logit is multiplied by so that exp2 gives exp(logit / temperature)."""
+    """The factor for a logit with which exp2 gives exp(logit / temperature)."""
     return 1.4426950408889634 / tl.maximum(temperature, 1e-30)
 
 
 @triton.jit
 def _key(value):
-    """float32 to uint32, keeping the order."""
+    """A uint32 for each float32, in the same order."""
     bits = value.to(tl.uint32, bitcast=True)
     return tl.where((bits >> 31) != 0, bits ^ 0xFFFFFFFF, bits | 0x80000000)
 
 
 @triton.jit
 def _value(key):
-    """The float32 whose `_key` it is."""
+    """The inverse of `_key`."""
     bits = tl.where((key >> 31) != 0, key ^ 0x80000000, key ^ 0xFFFFFFFF)
     return bits.to(tl.float32, bitcast=True)
 
@@ -71,7 +76,7 @@ def _chunk_kernel(
         largest = tl.max(logit, axis=1)
         tl.store(maxima + row * chunks + chunk, largest, mask=chunk < chunks)
         if heat > 0:
-            # a chunk of -inf alone has a sum of 0, not of NaN
+            # so that a chunk of nothing but -inf has a sum of 0, not NaN
             shift = tl.where(largest == float("-inf"), 0.0, largest)
             total = tl.sum(tl.exp2((logit - shift[:, None]) * scale), axis=1)
             tl.store(sums + row * chunks + chunk, total, mask=chunk < chunks)
@@ -79,7 +84,8 @@ def _chunk_kernel(
 
 @triton.jit
 def _pick(mass, index, size, target):
-    """The first index whose running sum of mass exceeds target, else the last with any, and the sum before it."""
+    """The first index at which the running sum of mass exceeds target (if none: the last with any mass), and the sum
+    before it."""
     running = tl.cumsum(mass)
     first = tl.min(tl.where((running > target) & (mass > 0), index, size))
     last = tl.max(tl.where(mass > 0, index, 0))
@@ -89,7 +95,7 @@ def _pick(mass, index, size, target):
 
 @triton.jit
 def _largest_reaching(key, weight, low, high, base, target):
-    """The largest t in [low, high] with base + sum(weight where key >= t) >= target; low is taken to have it."""
+    """The largest t in [low, high] with base + sum(weight where key >= t) >= target. It is assumed to hold for low."""
     while low < high:
         middle = low + (high - low) // 2 + (high - low) % 2
         reaches = base + tl.sum(tl.where(key >= middle, weight, 0)) >= target
@@ -100,7 +106,7 @@ def _largest_reaching(key, weight, low, high, base, target):
 
 @triton.jit
 def _read_chunks(row_logits, hits, first, hit_count, vocab, CHUNK: tl.constexpr, GATHER: tl.constexpr):
-    """The next GATHER chunks in the list of hits: token ids and logits, -inf where there is none."""
+    """Token ids and logits of the next GATHER chunks in the list of hits; -inf where there is no chunk or token."""
     slot = first + tl.arange(0, GATHER)
     chunk = tl.load(hits + slot, mask=slot < hit_count, other=0)
     token = chunk[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
@@ -122,8 +128,8 @@ def _collect(
     GATHER: tl.constexpr,
     CANDIDATES: tl.constexpr,
 ):
-    """Writes the logits in [low, high] (above -inf) and their tokens, in token order, as far as there is room; counts
-    them all."""
+    """Writes the logits in [low, high] (above -inf) and their tokens, in token order, as far as there is room. Returns
+    how many there are in all."""
     count = 0
     for first in tl.range(0, hit_count, GATHER):
         token, logit = _read_chunks(row_logits, hits, first, hit_count, vocab, CHUNK, GATHER)
@@ -140,7 +146,7 @@ def _collect(
 
 @triton.jit
 def _sum4(logit, weight, t0, t1, t2, t3):
-    """Sums of weight over the logits that reach each of four thresholds, in one reduction."""
+    """The sums of weight over the logits that reach each of four thresholds, in a single reduction."""
     first = tl.join(tl.where(logit >= t0, weight, 0.0), tl.where(logit >= t1, weight, 0.0))
     second = tl.join(tl.where(logit >= t2, weight, 0.0), tl.where(logit >= t3, weight, 0.0))
     first_sums, second_sums = tl.split(tl.sum(tl.join(first, second), axis=0))
@@ -167,14 +173,15 @@ def _search_logits(
     GATHER: tl.constexpr,
     CANDIDATES: tl.constexpr,
 ):
-    """The key of the largest logit t such that the tokens with at least t weigh at least target: each 1, or with MASS
-    exp((logit - largest) / temperature). low and high are keys: low has enough weight, nothing lies above high."""
+    """The key of the largest logit t for which the tokens with logits >= t weigh at least target. A token weighs 1, or
+    with MASS exp((logit - largest) / temperature). low and high are keys: low has enough weight, and no logit is above
+    high."""
     above = 0.0  # weight of what is larger than high
     above_count = 0.0
-    low_count = 1.0 * vocab  # at most so many reach low
+    low_count = 1.0 * vocab  # an upper bound of the tokens that reach low
     passes = 0
     while (low < high) & (low_count - above_count > CANDIDATES):
-        # equal steps of value close in on a smooth distribution, equal steps of the key on any
+        # equal steps of the value converge fast for smooth distributions, equal steps of the key for any
         step = tl.maximum((high - low) // 5, 1)
         k0, k1, k2, k3 = low + step, low + 2 * step, low + 3 * step, low + 4 * step
         if (passes < 4) & (_value(low) > -1e30):
@@ -198,7 +205,7 @@ def _search_logits(
                 w0, w1, w2, w3 = w0 + a0, w1 + a1, w2 + a2, w3 + a3
         if not MASS:
             w0, w1, w2, w3 = n0, n1, n2, n3
-        # thresholds rise, so their weights fall: the last that has enough is the new low, the next the new high
+        # thresholds rise, so their weights fall: the last with enough weight is the new low, the next one bounds high
         if w3 >= target:
             low, low_count = k3, n3
         elif w2 >= target:
@@ -220,7 +227,7 @@ def _search_logits(
         if MASS:
             weight *= tl.exp2((logit - largest) * scale)
         low = _largest_reaching(tl.where(slot < count, _key(logit), 0), weight, low, high, above, target)
-        tl.debug_barrier()  # everyone has read the candidates
+        tl.debug_barrier()  # all threads have read the candidates before others overwrite them
     return low
 
 
@@ -248,7 +255,7 @@ def _draw_kernel(
     CANDIDATES: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """One row's token. hits [B, chunks] int32, values and tokens [B, CANDIDATES] are scratch; sums is overwritten."""
+    """Draws one row's token. hits [B, chunks] int32, values and tokens [B, CANDIDATES] are scratch. Overwrites sums."""
     row = tl.program_id(0).to(tl.int64)
     row_logits = logits + row * stride
     chunk = tl.arange(0, CHUNKS)
@@ -289,8 +296,8 @@ def _draw_kernel(
                     _largest_reaching(keys, tl.full((CHUNKS,), 1, tl.int32), _key(bound), _key(largest), 0, k)
                 )
         elif limits_p:
-            # what surely lies at or above 2^-drop of the largest: chunks' own maxima, and their sums less what their
-            # other tokens can hold below it
+            # Bisects for the smallest drop at which tokens of at least 2^-drop of the largest surely have enough mass.
+            # Of a chunk, that is at least its maximum, and at least its sum less the most that tokens below can hold.
             near, far = 0.0, 64.0
             for _step in tl.range(0, 12):
                 drop = (near + far) / 2
@@ -378,8 +385,8 @@ def sample(
     seeds: Tensor,
     positions: Tensor,
 ) -> Tensor:
-    """`kernels.sampling.sample` for CUDA tensors, logits with a contiguous last dimension; equal up to the rounding of
-    sums. Two launches whatever the rows ask for, so that it may be captured in a graph."""
+    """`kernels.sampling.sample` for CUDA tensors; logits have a contiguous last dimension. Equal to the reference up to
+    the rounding of sums. Always two launches, whatever the rows ask for, so it can be captured in a graph."""
     batch, vocab = logits.shape
     device = logits.device
     out = torch.empty(batch, dtype=torch.int32, device=device)

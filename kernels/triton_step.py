@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
-"""The bookkeeping of a decode step on CUDA, one launch before and one after it; `kernels.step` holds the references."""
+"""Bookkeeping of a decode step on CUDA, one launch before it and one after; `kernels.step` holds the references."""
 
 import torch
 import triton

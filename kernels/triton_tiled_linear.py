@@ -1,11 +1,11 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
-"""Linear layers of a decode batch on CUDA: tiles on the matrix units, which the tensor memory accelerator loads;
-`kernels.linear` holds the references.
+"""Linear layers of a decode batch on CUDA: tiles on the tensor cores, loaded by TMA; `kernels.linear` holds the
+references.
 
-The products of such layers are small: what a library's kernel spends before its first load and after its last store is
-as long as the product. This one starts while the kernel ahead still runs, and ends with bias, gated activation and
-residual. Where there are too few tiles for all multiprocessors, several programs share a tile's inputs (split K), and
-the last of them to finish adds the parts up, always in the same order.
+The products of such layers are so small that a library's kernel spends as much time in its prologue and epilogue as in
+the product. This one starts while the kernel before it still runs, and has bias, gated activation and residual in its
+epilogue. If there are too few tiles for all SMs, several programs share a tile's inputs (split-K). The last of them to
+finish adds the parts up, always in the same order.
 """
 
 from dataclasses import dataclass
@@ -29,9 +29,9 @@ from kernels.triton_launch import (
 
 MAX_ROWS = 256
 _DTYPES = (torch.bfloat16, torch.float16)
-_TILE_ROWS = 64  # what one product instruction takes
-_OTHER_SHARED_BYTES = 27 << 10  # than for pipeline stages
-_ALIGNED = 16  # bytes, for the memory accelerator
+_TILE_ROWS = 64  # the M of wgmma
+_OTHER_SHARED_BYTES = 27 << 10  # shared memory left for anything but pipeline stages
+_ALIGNED = 16  # bytes, required by TMA
 
 
 @triton.jit
@@ -82,8 +82,9 @@ def _tile_kernel(
     STAGES: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """BLOCK_M rows and BLOCK_N outputs over one of SPLITS equal parts of the inputs; GATED: SPLITS is 1. x and weight
-    are descriptors, whose loads give zeros outside. Programs that read the same weights are neighbours."""
+    """BLOCK_M rows and BLOCK_N outputs over one of SPLITS equal parts of the inputs. If GATED, SPLITS is 1. x and
+    weight are TMA descriptors, whose loads are zero out of bounds. Programs that read the same weights are neighbours.
+    """
     first_row = tl.program_id(0) * BLOCK_M
     first_output = tl.program_id(1) * BLOCK_N
     split = tl.program_id(2)
@@ -113,15 +114,15 @@ def _tile_kernel(
         if is_last_to_arrive(arrived + tile, SPLITS):
             sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             for part in tl.static_range(SPLITS):
-                # .cg: from L2, where the other programs' writes are
+                # .cg: the other programs' writes are in L2, not in this SM's L1
                 sums += tl.load(tile_parts + part * size, cache_modifier=".cg")
             _finish(sums, up_sums, bias, residual, out, row, output, rows, OUTPUTS, GATED, BIAS, ADD)
 
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """How the kernel cuts its work: rows, outputs and inputs of a step, programs that share a tile's inputs, and
-    pipeline stages."""
+    """How the kernel divides its work: rows and outputs of a tile, inputs of a step, programs that share a tile's
+    inputs (split-K), and pipeline stages."""
 
     rows: int
     outputs: int
@@ -131,7 +132,8 @@ class Tile:
 
 
 def _tile(rows: int, outputs: int, inputs: int, gated: bool, device: torch.device) -> Tile:
-    """Large tiles, but most multiprocessors with one; two programs on each where there are more tiles than that."""
+    """Chooses the widest tiles that still give work to two thirds of the SMs, or failing that the narrowest. Tiles of
+    fewer than _TILE_ROWS rows are small enough for two programs per SM, and are chosen for twice as many."""
     matrices = 2 if gated else 1
     height: int = min(_TILE_ROWS, max(16, triton.next_power_of_2(rows)))
     room: int = multiprocessors(device) * (2 if height < _TILE_ROWS else 1)
@@ -152,7 +154,7 @@ def _tile(rows: int, outputs: int, inputs: int, gated: bool, device: torch.devic
 
 
 def suits_tiles(x: Tensor, weight: Tensor) -> bool:
-    """Whether `tiled_linear` takes these."""
+    """Whether `tiled_linear` supports this x and weight."""
     rows, inputs = x.shape
     return (
         0 < rows <= MAX_ROWS
@@ -166,8 +168,12 @@ def suits_tiles(x: Tensor, weight: Tensor) -> bool:
 def tiled_linear(
     x: Tensor, weight: Tensor, *, bias: Tensor | None = None, residual: Tensor | None = None, gated: bool = False
 ) -> Tensor:
-    """x [1 to MAX_ROWS, inputs] and weight [outputs, inputs] -> [rows, outputs], or `residual` with that added; gated:
-    half the outputs, SiLU of the first half times the second. Both must suit tiles."""
+    """x @ weight.T + bias, for inputs that `suits_tiles` accepts.
+
+    x [1 to MAX_ROWS, inputs]; weight [outputs, inputs]; bias [outputs] or None. Returns [rows, outputs]. `residual`
+    [rows, outputs]: the result is added to it in place, and it is returned. gated: returns [rows, outputs / 2], SiLU of
+    the first half of the outputs times the second.
+    """
     rows, inputs = x.shape
     outputs = weight.shape[0] // (2 if gated else 1)
     out = torch.empty((rows, outputs), dtype=x.dtype, device=x.device) if residual is None else residual

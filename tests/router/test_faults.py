@@ -590,7 +590,7 @@ async def test_a_first_token_without_the_logprobs_that_were_asked_for_breaks_the
     with capture_logs() as logs:
         async with cluster(model, worker_grace=10, **sides) as it:
             asked = inference_pb2.ResponseOptions(logprobs=0)
-            answers = await asyncio.gather(*(it.generate(response=asked) for _ in range(4)))  # both workers get some
+            answers = await asyncio.gather(*(it.generate(response=asked) for _ in range(4)))
         choices = [answer.choices[0] for answer in answers]
         assert [list(choice.token_ids) for choice in choices] == [expected(8)] * 4
         assert [[entry.logprob for entry in choice.logprobs] for choice in choices] == [[-0.5] * 8] * 4

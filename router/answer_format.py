@@ -21,12 +21,13 @@ _SIGNS = {mark: chr(0xD800 + place) for place, mark in enumerate(MARKS)}
 
 class Calls(Enum):
     TAGGED = auto()  # <tool_call>{"name": ..., "arguments": {...}}</tool_call>, as often as there are calls
-    LISTED = auto()  # [TOOL_CALLS] and a list of such objects; or name[ARGS]{...}, with [TOOL_CALLS] before each
+    NAMED = auto()  # name[ARGS]{...}, with [TOOL_CALLS] before each
+    LISTED = auto()  # [TOOL_CALLS] and a list of such objects; either of these two may come for the other
     BARE = auto()  # the whole answer is such an object, or several with semicolons between them
 
 
 # In this order: vocabularies of models that were trained further have marks of those before, too.
-_SPOKEN_BY = {TOOL_CALL: Calls.TAGGED, TOOL_CALLS: Calls.LISTED, PYTHON_TAG: Calls.BARE}
+_SPOKEN_BY = {TOOL_CALL: Calls.TAGGED, ARGS: Calls.NAMED, TOOL_CALLS: Calls.LISTED, PYTHON_TAG: Calls.BARE}
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +38,13 @@ class AnswerFormat:
         calls: in what form it calls tools; None where that is not known.
         signs: special tokens that are marks, to what stands for them in the text that is parsed. A text that spells
             the mark letter by letter is none.
+        tokens: marks that are one token, special or not, to that.
     """
 
     reasoning: bool = False
     calls: Calls | None = None
     signs: Mapping[int, str] = field(default_factory=dict)
+    tokens: Mapping[str, int] = field(default_factory=dict)
 
     def seen(self, mark: str) -> str:
         """What a mark is in the text that is parsed."""
@@ -57,6 +60,10 @@ class AnswerFormat:
     def opens_reasoning(self, prompt: str) -> bool:
         """Whether the answer to a rendered prompt begins in the middle of reasoning."""
         return self.reasoning and prompt.rstrip().endswith(THINK)
+
+    def closes_reasoning(self, prompt: str) -> bool:
+        """Whether a rendered prompt ends with reasoning that is over, such as none at all."""
+        return self.reasoning and prompt.rstrip().endswith(END_THINK)
 
 
 def of(template: str, token_of: Callable[[str], int | None], special: Set[int]) -> AnswerFormat:
@@ -79,4 +86,5 @@ def of(template: str, token_of: Callable[[str], int | None], special: Set[int]) 
         reasoning=any(mark in template or mark in tokens for mark in (THINK, END_THINK)),
         calls=known(),
         signs={token: _SIGNS[mark] for mark, token in tokens.items() if token in special},
+        tokens=tokens,
     )

@@ -24,8 +24,10 @@ from router.trimmed import BLANKS, Trimmed
 from twostroke.v1 import inference_pb2 as pb
 
 _BLANKS = re.compile(f"[{BLANKS}]+")
-_NAME = re.compile(r"[\w./:-]+")
-_MAX_NAME = 256
+
+# Of a tool, where it is no JSON.
+NAME = re.compile(r"[\w./:-]+")
+MAX_NAME = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +103,7 @@ class AnswerParser:
         match self._form.calls:
             case Calls.TAGGED:
                 return (yield from self._give(self._text, TOOL_CALL))
-            case Calls.LISTED:
+            case Calls.NAMED | Calls.LISTED:
                 return (yield from self._give(self._text, TOOL_CALLS))
             case _:
                 return (yield from self._give(self._text, None))
@@ -185,7 +187,7 @@ class AnswerParser:
             yield
 
     def _name(self) -> Steps[str]:
-        name = yield from self._incoming.run(_NAME, _MAX_NAME)
+        name = yield from self._incoming.run(NAME, MAX_NAME)
         self._hold(name)
         return name
 

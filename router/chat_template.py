@@ -63,7 +63,7 @@ class ChatTemplate:
             InvalidArgument: a field is wrong, the template does not know what is in the chat or refuses it, or makes
                 more than `most_characters` of it.
         """
-        program = self._with_tools if chat.tools else self._without_tools
+        program = self._with_tools if template_input.shown_tools(chat) else self._without_tools
         given = template_input.read(chat)
         self._check(given, program)
         variables = {

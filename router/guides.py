@@ -1,27 +1,26 @@
 """What answers must follow: guides as callers send them, to grammars as workers take them."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from llguidance import LLMatcher
 
 from common.grammar import GrammarError
 from common.model_config import ModelConfig
-from router import json_object
+from router import json_guide, json_object, tool_choice
 from router.errors import InvalidArgument
 from router.grammar_check import NoGuidesError
 from router.grammar_checks import GrammarChecks
 from router.limits import CALLER
+from router.tokenizer import Tokenized
+from router.tool_choice import Tool
 from twostroke.v1 import inference_pb2 as pb
 
 MAX_BYTES = json_object.MAX_BYTES
 MAX_CHOICES = 1024
 
 ANY_OBJECT = '{"type": "object"}'
-
-# Of JSON, where a schema's x-guidance says nothing else. Without a limit, a model that does not know how to go on may
-# go on with spaces to the end of its context.
-WHITESPACE = r"[ \t\r\n]{1,40}"
 
 
 class Guides:
@@ -43,12 +42,41 @@ class Guides:
         """
         grammar = grammar_of(guide)
         try:
-            await self._checks.check(grammar, CALLER.get().name)
-        except NoGuidesError as error:
-            raise InvalidArgument("guide", f"answers of this model cannot be guided: {error}") from error
+            await self._check("guide", grammar)
         except GrammarError as error:
             raise InvalidArgument(f"guide.{guide.WhichOneof('kind')}", str(error)) from error
         return grammar
+
+    async def call(self, chat: pb.Chat, prompt: Tokenized) -> str:
+        """Of an answer that is a call, as the chat's tool_choice says. `prompt`: what was made of the chat.
+
+        Raises:
+            InvalidArgument: names what cannot be called so.
+            CallError: as `grammar`.
+        """
+        tools, several = tool_choice.tools_to_call(chat), chat.tool_choice.required
+        form = replace(prompt.form, reasoning=False) if prompt.closes_reasoning else prompt.form
+        grammar = tool_choice.answer_grammar(tools, form, several=several, in_reasoning=prompt.opens_reasoning)
+        try:
+            await self._check("chat.tool_choice", grammar)
+        except GrammarError as error:
+            for tool in tools:  # one at a time, to find which it is
+                await self._check_arguments(tool)
+            raise InvalidArgument("chat.tools", f"the calls cannot be compiled: {error}") from error
+        return grammar
+
+    async def _check_arguments(self, tool: Tool) -> None:
+        try:
+            await self._check("chat.tool_choice", tool_choice.arguments_grammar(tool))
+        except ValueError as error:  # a GrammarError is one, too
+            raise InvalidArgument(tool.field, f"{tool.name!r} cannot be made to be called: {error}") from error
+
+    async def _check(self, field: str, grammar: str) -> None:
+        """Raises GrammarError, or as `grammar`. `field`: what asks for it."""
+        try:
+            await self._checks.check(grammar, CALLER.get().name)
+        except NoGuidesError as error:
+            raise InvalidArgument(field, f"answers of this model cannot be guided: {error}") from error
 
 
 def grammar_of(guide: pb.Guide) -> str:
@@ -60,13 +88,13 @@ def grammar_of(guide: pb.Guide) -> str:
         case "json_schema":
             schema = json_object.parse("guide.json_schema", guide.json_schema)
             try:
-                return _json(guide.json_schema, schema.get("x-guidance"))
+                return json_guide.grammar_of(guide.json_schema, schema)
             except ValueError as error:  # the library has a parser of its own
                 raise InvalidArgument("guide.json_schema", str(error)) from error
         case "json_object":
             if not guide.json_object:
                 raise InvalidArgument("guide.json_object", "must be true where it is set")
-            return _json(ANY_OBJECT)
+            return json_guide.grammar_of(ANY_OBJECT, {})
         case "regex":
             _check_size("guide.regex", guide.regex)
             return LLMatcher.grammar_from_regex(guide.regex)
@@ -82,12 +110,6 @@ def grammar_of(guide: pb.Guide) -> str:
         case _:
             kinds = ", ".join(field.name for field in pb.Guide.DESCRIPTOR.oneofs_by_name["kind"].fields)
             raise InvalidArgument("guide", f"one of {kinds} must be set")
-
-
-def _json(schema: str, options: object = None) -> str:
-    """`options`: of the library, that the schema itself sets."""
-    says = isinstance(options, dict) and "whitespace_flexible" in options
-    return LLMatcher.grammar_from_json_schema(schema, defaults={} if says else {"whitespace_pattern": WHITESPACE})
 
 
 def _check_size(field: str, *texts: str) -> None:

@@ -106,6 +106,8 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             self._dispatcher.check_admission(job.n)
             grammar = await self._guides.grammar(job.guide) if job.guide is not None else ""
             prompt = await self._prompt(request)
+            if job.must_call:
+                grammar = await self._guides.call(request.chat, prompt)
             token_ids = prompt.token_ids
             requests = self._requests(job, grammar, token_ids, mailbox, trace)
             trace.note(request_trace.of_request(request, job, self._config.model, len(token_ids)))
@@ -171,7 +173,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
     def _parser(self, choice: Request, prompt: Tokenized) -> AnswerParser:
         return AnswerParser(
-            self._tokenizer.answer_format,
+            prompt.form,
             in_reasoning=prompt.opens_reasoning,
             tools=prompt.tools,
             new_id=partial(tool_call.make_id, choice.id, choice.sampling.seed),

@@ -2,6 +2,7 @@
 them in."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -32,7 +33,8 @@ def read(chat: pb.Chat) -> TemplateInput:
         InvalidArgument: names the first field that is wrong, and its limit.
     """
     _check_sizes(chat)
-    tools = [json_object.parse(f"chat.tools[{place}]", tool) for place, tool in enumerate(chat.tools)]
+    _check_choice(chat.tool_choice)
+    tools = [json_object.parse(f"chat.tools[{place}]", tool) for place, tool in enumerate(shown_tools(chat))]
     return TemplateInput(
         messages=[_message(f"chat.messages[{place}]", message) for place, message in enumerate(chat.messages)],
         tools=tools or None,
@@ -41,12 +43,27 @@ def read(chat: pb.Chat) -> TemplateInput:
     )
 
 
+def shown_tools(chat: pb.Chat) -> Sequence[str]:
+    """Those that the model is told of."""
+    return () if chat.tool_choice.none else chat.tools
+
+
 def tool_names(chat: pb.Chat) -> frozenset[str]:
     """Of a chat that was read."""
-    tools = [json.loads(tool) for tool in chat.tools]
-    functions = [tool.get("function", tool) for tool in tools]
-    names = [function.get("name") for function in functions if isinstance(function, dict)]
+    names = [function_of(json.loads(tool)).get("name") for tool in shown_tools(chat)]
     return frozenset(name for name in names if isinstance(name, str))
+
+
+def function_of(tool: dict[str, Any]) -> dict[str, Any]:
+    """What a tool has under "function"; some leave that out, and their templates know it."""
+    function = tool.get("function", tool)
+    return function if isinstance(function, dict) else {}
+
+
+def _check_choice(choice: pb.ToolChoice) -> None:
+    kind = choice.WhichOneof("kind")
+    if kind is not None and kind != "name" and not getattr(choice, kind):
+        raise InvalidArgument(f"chat.tool_choice.{kind}", "must be true where it is set")
 
 
 def _check_sizes(chat: pb.Chat) -> None:

@@ -3,7 +3,7 @@
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -13,6 +13,7 @@ import tokenizers
 from common import vocabulary
 from common.model_config import ModelConfig, ModelError
 from router import answer_format, chat_template, template_input, token_bytes
+from router.answer_format import AnswerFormat
 from router.detokenizer import NO_SIGNS, Detokenizer
 from router.errors import CallError, InvalidArgument
 from router.fair_threads import FairThreads
@@ -37,7 +38,9 @@ class Tokenized:
     """A prompt as the model is given it, and what else there is to know of it where the answer is parsed."""
 
     token_ids: list[int]
+    form: AnswerFormat = field(default_factory=AnswerFormat)  # in which the answer is read
     opens_reasoning: bool = False  # the answer begins inside it
+    closes_reasoning: bool = False  # the answer begins after it
     tools: frozenset[str] = frozenset()  # names of those that the model may call
 
 
@@ -107,7 +110,8 @@ class Tokenizer:
         self._check_size(size)
         text, tools = await self._on_a_thread(size, render)
         token_ids = await self.encode(text, add_special_tokens=False)  # it may be much longer than the chat
-        return Tokenized(token_ids, self.answer_format.opens_reasoning(text), tools)
+        form = replace(self.answer_format, calls=None) if chat.tool_choice.none else self.answer_format
+        return Tokenized(token_ids, form, form.opens_reasoning(text), form.closes_reasoning(text), tools)
 
     def detokenizer(
         self, *, special_tokens: bool, begins_text: bool = True, signs: Mapping[int, str] = NO_SIGNS

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from common.model_config import ModelConfig
+from router import tool_choice
 from router.errors import InvalidArgument
 from twostroke.v1 import inference_pb2 as pb
 from twostroke.v1 import worker_pb2
@@ -43,6 +44,7 @@ class Job:
     special_tokens: bool
     parsed: bool
     guide: pb.Guide | None
+    must_call: bool  # a tool, as the chat's tool_choice says
 
 
 def check(request: pb.GenerateRequest, model: ModelConfig) -> Job:
@@ -67,8 +69,11 @@ def check(request: pb.GenerateRequest, model: ModelConfig) -> Job:
     sampling = _sampling(request.sampling, logprobs, model)
     max_tokens = _stopping(request.stopping, model)
     guide = request.guide if request.HasField("guide") else None
-    if guide is not None:
-        _fits_a_guide(request.stopping)
+    must_call = tool_choice.must_call(request.chat)
+    if guide is not None and must_call:
+        raise InvalidArgument("chat.tool_choice", "a call that must be made cannot go with a guide")
+    if guide is not None or must_call:
+        _fits_a_guide(request.stopping, "a guide" if guide is not None else "a call that must be made")
     own_stops = frozenset(request.stopping.stop_token_ids)
     return Job(
         request_id=request.request_id or uuid.uuid4().hex,
@@ -86,6 +91,7 @@ def check(request: pb.GenerateRequest, model: ModelConfig) -> Job:
         special_tokens=request.response.special_tokens,
         parsed=request.response.parsed,
         guide=guide,
+        must_call=must_call,
     )
 
 
@@ -229,14 +235,14 @@ def _can_be_parsed(request: pb.GenerateRequest) -> None:
         )
 
 
-def _fits_a_guide(stopping: pb.Stopping) -> None:
+def _fits_a_guide(stopping: pb.Stopping, guide: str) -> None:
     """A guided answer is over where it is complete: then only an end-of-sequence token may come."""
     if stopping.ignore_eos:
         raise InvalidArgument(
-            "stopping.ignore_eos", "cannot go with a guide, by which an answer ends when it is complete"
+            "stopping.ignore_eos", f"cannot go with {guide}, by which an answer ends when it is complete"
         )
     if stopping.min_tokens:
-        raise InvalidArgument("stopping.min_tokens", "cannot go with a guide, which may be complete before that")
+        raise InvalidArgument("stopping.min_tokens", f"cannot go with {guide}: it may be complete before that")
 
 
 def _within(field: str, value: float, least: float, most: float, or_else: str = "") -> None:

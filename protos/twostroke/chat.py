@@ -25,14 +25,19 @@ the parameters."""
 class ChatOptions(TypedDict, total=False):
     """Keyword arguments that go with the messages of a chat.
 
-    `tools` (that the model may call), `template_variables` (for the model's chat template, such as
+    `tools` (that the model may call), `tool_choice` ("auto", "none", "required", or the one tool to be called, as
+    `{"type": "function", "function": {"name": "..."}}`), `template_variables` (for the model's chat template, such as
     `{"enable_thinking": False}`), `add_generation_prompt` (whether the prompt ends with an answer's beginning).
     """
 
     tools: Sequence[Tool]
+    tool_choice: str | Tool
     template_variables: Mapping[str, object]
     add_generation_prompt: bool
 
+
+_CHOICES = ("auto", "none", "required")
+_ONE_TOOL = "{'type': 'function', 'function': {'name': ...}}"
 
 _KEYS = tuple(pb.ChatMessage.DESCRIPTOR.fields_by_name)
 
@@ -58,11 +63,28 @@ def set_option(chat: pb.Chat, name: str, value: Any) -> None:
         InvalidArgument: it does not fit its field.
     """
     field = f"chat.{name}"
+    if name == "tool_choice":
+        _set_tool_choice(chat, value, field)
+        return
     if name == "tools":
         value = [as_json(tool, f"{field}[{place}]") for place, tool in enumerate(as_list(value, field))]
     elif name == "template_variables":
         value = as_json(value, field)
     assign(chat, name, value, field)
+
+
+def _set_tool_choice(chat: pb.Chat, value: Any, field: str) -> None:
+    if isinstance(value, Mapping):
+        function = value.get("function") if value.get("type", "function") == "function" else None
+        if not isinstance(function, Mapping) or "name" not in function:
+            raise TypeError(f"{field}: one tool is {_ONE_TOOL}")
+        assign(chat.tool_choice, "name", function["name"], f"{field}.name")
+    elif not isinstance(value, str):
+        raise wrong_type(field, "text or a dictionary", value)
+    elif value not in _CHOICES:
+        raise refused(field, f"{value!r} is none of {', '.join(_CHOICES)}; one tool is {_ONE_TOOL}")
+    else:
+        setattr(chat.tool_choice, value, True)
 
 
 def _message(message: Any, field: str) -> pb.ChatMessage:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from common.model_files import EMBEDDED, resolve
 from tests.e2e.cluster import Cluster
 from tests.e2e.tiny import prompt, tiny_cluster
 from tests.router import models
@@ -135,3 +136,42 @@ def test_a_worker_without_a_tokenizer_does_not_go_on_without_the_guide(tmp_path:
             bare.client.generate(prompt(20), regex="a(")
         assert len(bare.client.generate(prompt(20), max_tokens=2, ignore_eos=True).token_ids) == 2
         bare.assert_blocks_home()
+
+
+CALLS_IN_TAGS = """
+{%- if tools %}
+    {{- "<|im_start|>system\nAnswer with <tool_call>, of one of:\n" + tools | tojson + "<|im_end|>\n" }}
+{%- endif %}
+{%- for message in messages %}
+    {{- "<|im_start|>" + message.role + "\n" + message.content + "<|im_end|>\n" }}
+{%- endfor %}
+{{- "<|im_start|>assistant\n" }}
+"""
+
+
+def test_a_call_that_the_model_would_not_make(tmp_path: Path) -> None:
+    for file in resolve(EMBEDDED).iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "chat_template.jinja").write_text(CALLS_IN_TAGS)
+    days = {"type": "integer", "minimum": 1, "maximum": 7}
+    schema = {
+        "type": "object",
+        "properties": {"place": {"type": "string", "maxLength": 20}, "days": days},
+        "required": ["place", "days"],
+        "additionalProperties": False,
+    }
+    tools = [{"type": "function", "function": {"name": name, "parameters": schema}} for name in ("weather", "news")]
+    asked: dict[str, Any] = {"tools": tools, "max_tokens": 60, "temperature": 0}
+    with Cluster(router_flags={"model": tmp_path}, worker_flags={"model": tmp_path}) as embedded:
+        assert not embedded.client.chat("How is the weather in Paris?", **asked).tool_calls
+        for name in ("weather", "news"):
+            one = {"type": "function", "function": {"name": name}}
+            answer = embedded.client.chat("How is the weather in Paris?", tool_choice=one, **asked)
+            assert (answer.finish.reason, answer.text) == ("eos", "")
+            (call,) = answer.tool_calls
+            assert call.name == name
+            assert len(str(call.arguments["place"])) <= 20
+            assert call.arguments["days"] in range(1, 8)
+        required = embedded.client.chat("How is the weather in Paris?", tool_choice="required", **asked)
+        assert required.tool_calls
+        embedded.assert_blocks_home()

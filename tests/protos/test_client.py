@@ -222,6 +222,25 @@ def test_tools_and_template_variables(client: Client, router: FakeRouter) -> Non
     assert router.tokenize_requests[0].chat == chat
 
 
+def test_which_tools_are_called(client: Client, router: FakeRouter) -> None:
+    for word in ("auto", "none", "required"):
+        client.chat("Hello", tools=[TOOL], tool_choice=word)
+    client.chat("Hello", tools=[TOOL], tool_choice={"type": "function", "function": {"name": "weather"}})
+    client.chat("Hello", tools=[TOOL])
+    assert [request.chat.tool_choice for request in router.requests] == [
+        pb.ToolChoice(auto=True),
+        pb.ToolChoice(none=True),
+        pb.ToolChoice(required=True),
+        pb.ToolChoice(name="weather"),
+        pb.ToolChoice(),
+    ]
+    assert not router.requests[-1].chat.HasField("tool_choice")
+    with pytest.raises(
+        twostroke.InvalidArgument, match=r"^chat\.tool_choice: 'weather' is none of auto, none, required; "
+    ):
+        client.chat("Hello", tools=[TOOL], tool_choice="weather")
+
+
 def test_where_there_are_tools_their_calls_are_read(client: Client, router: FakeRouter) -> None:
     client.chat("Hello", tools=[TOOL])
     client.generate([{"role": "user", "content": "Hello"}], tools=[TOOL])
@@ -361,6 +380,12 @@ def test_a_value_that_does_not_fit_its_field(options: dict[str, Any], refusal: s
         ({"return_token_ids": "no"}, "response.token_ids: must be true or false, not str"),
         ({"tools": TOOL}, "chat.tools: must be a list, not dict"),
         ({"tools": ["{}"]}, "chat.tools[0]: must be a dictionary, not str"),
+        ({"tool_choice": True}, "chat.tool_choice: must be text or a dictionary, not bool"),
+        (
+            {"tool_choice": {"name": "weather"}},
+            "chat.tool_choice: one tool is {'type': 'function', 'function': {'name': ...}}",
+        ),
+        ({"tool_choice": {"function": {"name": 5}}}, "chat.tool_choice.name: must be text, not int"),
         ({"template_variables": "{}"}, "chat.template_variables: must be a dictionary, not str"),
     ],
 )

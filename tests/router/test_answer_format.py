@@ -13,7 +13,9 @@ from tests.router.templates import LLAMA, MISTRAL, MISTRAL_WITH_ARGS, QWEN, R1
     [
         (QWEN, [], Calls.TAGGED, True),
         (MISTRAL, ["[TOOL_CALLS]"], Calls.LISTED, False),
-        (MISTRAL_WITH_ARGS, [], Calls.LISTED, False),
+        (MISTRAL_WITH_ARGS, [], Calls.NAMED, False),
+        (MISTRAL, ["[TOOL_CALLS]", "[ARGS]"], Calls.LISTED, False),
+        ("", ["[TOOL_CALLS]", "[ARGS]"], Calls.NAMED, False),
         (LLAMA, ["<|python_tag|>"], Calls.BARE, False),
         (LLAMA, [], None, False),
         (R1, ["<|python_tag|>"], Calls.BARE, True),

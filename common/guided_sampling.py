@@ -23,6 +23,9 @@ from common.sequence import SequenceSpec
 # grammars take about 10 us a token. An ambiguous one takes longer with every token, and the whole batch waits for it.
 WORK, WORK_PER_TOKEN = 0.1, 0.001
 
+# Most seconds that one token is charged for. A virtual machine's pauses count as CPU time, and are no grammar's fault.
+MOST_WORK_AT_ONCE = WORK / 4
+
 # How often one sequence may have its grammar compiled. The whole batch waits for every time but the first.
 MOST_COMPILATIONS = 3
 
@@ -84,7 +87,7 @@ class GrammarState:
                 return
             began = time.thread_time()
             matcher.consume_token(token)
-            work = time.thread_time() - began
+            work = min(time.thread_time() - began, MOST_WORK_AT_ONCE)
             self._work_left = min(self._work_left + WORK_PER_TOKEN, WORK) - work
 
 
@@ -121,10 +124,10 @@ class GuidedSampling:
 
     def __init__(self, grammars: CompiledGrammars, vocab_size: int, threads: int) -> None:
         self._grammars = grammars
-        self._words = -(-grammars.tokenizer.vocab_size // 32)
+        self._words = -(-grammars.tokenizer.tokens.vocab_size // 32)
         # One bit for each token that the model has: a tokenizer may have more.
         self._of_model = np.packbits(np.arange(32 * self._words) < vocab_size, bitorder="little").view(np.int32)
-        self._has_others = grammars.tokenizer.vocab_size > vocab_size
+        self._has_others = grammars.tokenizer.tokens.vocab_size > vocab_size
         self._executor = LLExecutor(threads)
 
     def begin(self, spec: SequenceSpec) -> GrammarState:

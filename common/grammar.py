@@ -4,9 +4,11 @@ A grammar is text as `LLMatcher.grammar_from_*` writes it. Routers compile it to
 follow it, with the same tokenizer and limits, so that a worker can begin whatever a router lets through.
 """
 
+import json
 import threading
 from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
@@ -29,11 +31,28 @@ AT_ONCE = 3
 STACK_BYTES = 64 << 20
 
 
+# Where a grammar leaves one text only, the library tokenizes it and allows the first of these tokens alone. With this
+# option it allows all that the text begins with, as it does everywhere else.
+_NO_FORCING = '%llguidance {"no_forcing": true}'
+
+
 class GrammarError(ValueError):
     """Nothing can follow the grammar; the message says why in a sentence."""
 
 
-def load_tokenizer(directory: Path, model: ModelConfig) -> LLTokenizer:
+@dataclass(frozen=True, slots=True)
+class GrammarTokenizer:
+    """
+    Attributes:
+        tokens: the library's.
+        special: texts of the tokens that no text in a grammar stands for, such as <|im_end|>.
+    """
+
+    tokens: LLTokenizer
+    special: tuple[str, ...]
+
+
+def load_tokenizer(directory: Path, model: ModelConfig) -> GrammarTokenizer:
     """The tokens of `directory`/tokenizer.json, as grammars need them.
 
     Takes a third of a second for each 50,000 tokens, during which it holds the GIL.
@@ -47,19 +66,46 @@ def load_tokenizer(directory: Path, model: ModelConfig) -> LLTokenizer:
     if not model.eos_token_ids:
         raise GrammarError("the model has no end-of-sequence token, with which such an answer would end")
     try:
-        return LLTokenizer(file.read_text(encoding="utf-8"), eos_token=list(model.eos_token_ids))
+        text = file.read_text(encoding="utf-8")
+        tokens = LLTokenizer(text, eos_token=list(model.eos_token_ids))
     except (OSError, ValueError) as error:
         raise GrammarError(f"llguidance cannot use {file}: {error}") from error
+    added = json.loads(text).get("added_tokens", [])
+    return GrammarTokenizer(tokens, tuple(it["content"] for it in added if tokens.is_special_token(it["id"])))
 
 
-def compile_grammar(tokenizer: LLTokenizer, grammar: str) -> LLMatcher:
+def compile_grammar(tokenizer: GrammarTokenizer, grammar: str) -> LLMatcher:
     """A matcher at the beginning of the output. Releases the GIL. Raises GrammarError."""
-    matcher = LLMatcher(tokenizer, grammar, limits=_LIMITS, log_level=0)
+    if _spells_a_special_token(grammar, tokenizer.special):
+        grammar = _without_forcing(grammar)
+    matcher = LLMatcher(tokenizer.tokens, grammar, limits=_LIMITS, log_level=0)
     if not matcher.is_error():
         matcher.compute_bitmask()  # checks that there is a first token, and is cached for copies of the matcher
     if matcher.is_error():
         raise GrammarError(problem_of(matcher))
     return matcher
+
+
+def _spells_a_special_token(grammar: str, special: tuple[str, ...]) -> bool:
+    """Whether it has such a text, or at least looks like it.
+
+    Tokenized, the text would become that token, which the library then refuses, as it allows such a token only where
+    the grammar names it.
+    """
+    text = grammar.replace("\\", "")  # regular expressions escape bars and slashes
+    return any(it in text for it in special)
+
+
+def _without_forcing(grammar: str) -> str:
+    if not grammar.startswith("{"):  # Lark
+        return f"{grammar}\n{_NO_FORCING}"
+    try:
+        whole = json.loads(grammar)
+        first, *others = whole["grammars"]
+        grammars = [{"lark_grammar": f"{_NO_FORCING}\nstart: @guide"}, {**first, "name": "guide"}, *others]
+    except (ValueError, LookupError, TypeError):
+        return grammar  # the library says what is wrong with it
+    return json.dumps({**whole, "grammars": grammars})
 
 
 def problem_of(matcher: LLMatcher) -> str:
@@ -73,7 +119,7 @@ class CompiledGrammars:
     """Compiles each grammar once, on threads of its own, and keeps the most recently used matchers, at the beginning of
     the output, to be copied for each sequence. For one caller's thread only."""
 
-    def __init__(self, tokenizer: LLTokenizer) -> None:
+    def __init__(self, tokenizer: GrammarTokenizer) -> None:
         self.tokenizer = tokenizer
         self._kept: OrderedDict[str, Future[LLMatcher]] = OrderedDict()
         self._threads = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="grammar")

@@ -103,7 +103,8 @@ def grammar_of(guide: pb.Guide) -> str:
             if not 0 < len(texts) <= MAX_CHOICES:
                 raise InvalidArgument("guide.choices", f"has {len(texts)} texts; 1 to {MAX_CHOICES} are allowed")
             _check_size("guide.choices", *texts)
-            return LLMatcher.grammar_from_lark(f"start: {' | '.join(map(json.dumps, texts))}")
+            either = " | ".join(json.dumps(text, ensure_ascii=False) for text in texts)
+            return LLMatcher.grammar_from_lark(f"start: {either}")
         case "grammar":
             _check_size("guide.grammar", guide.grammar)
             return LLMatcher.grammar_from_lark(guide.grammar)

@@ -124,7 +124,8 @@ def answer_grammar(tools: Sequence[Tool], form: AnswerFormat, *, several: bool, 
     rules.append(f"call: {' | '.join(f'call_{place}' for place in range(len(tools)))}")
     for place, tool in enumerate(tools):
         rules.append(f"call_{place}: {write(tool, f'arguments_{place}')}")
-        rules.append(f"arguments_{place}: %json {json.dumps(json_guide.as_inlined(tool.parameters))}")
+        schema = json.dumps(json_guide.as_inlined(tool.parameters), ensure_ascii=False)
+        rules.append(f"arguments_{place}: %json {schema}")
     return LLMatcher.grammar_from_lark("\n".join([f"start: {answer}", *rules]))
 
 
@@ -141,7 +142,7 @@ def _object_with(arguments: str, more: str = "") -> Callable[[Tool, str], str]:
     def write(tool: Tool, rule: str) -> str:
         name = json.dumps(tool.name, ensure_ascii=False)
         opening = f'{{"name": {name}, "{arguments}": '
-        return f'{json.dumps(opening)} {rule} {more} "}}"'
+        return f'{json.dumps(opening, ensure_ascii=False)} {rule} {more} "}}"'
 
     return write
 

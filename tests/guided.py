@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLMatcher
 
 from benchmarks.parts import LoadedModel, load_model
 from common import grammar
+from common.grammar import GrammarTokenizer
 from common.worker_parts import load_guided
 
 
@@ -23,7 +24,7 @@ def hold_up_compiler(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     go_on = threading.Event()
     compile_grammar = grammar.compile_grammar
 
-    def held_up(tokenizer: LLTokenizer, text: str) -> LLMatcher:
+    def held_up(tokenizer: GrammarTokenizer, text: str) -> LLMatcher:
         go_on.wait(10)
         return compile_grammar(tokenizer, text)
 

@@ -1,13 +1,17 @@
 """What can be compiled, what is said of the rest, and what is kept."""
 
+import json
+import re
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLMatcher
+from tokenizers import AddedToken
 
 from common import grammar
-from common.grammar import CompiledGrammars, GrammarError, compile_grammar, load_tokenizer
+from common.grammar import CompiledGrammars, GrammarError, GrammarTokenizer, compile_grammar, load_tokenizer
 from common.model_config import parse_config
 from tests.router import models
 
@@ -20,13 +24,13 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tokenizer(directory: Path) -> LLTokenizer:
+def tokenizer(directory: Path) -> GrammarTokenizer:
     return load_tokenizer(directory, MODEL)
 
 
-def test_a_tokenizer_ends_with_the_models_end_tokens(tokenizer: LLTokenizer) -> None:
-    assert tokenizer.eos_tokens == [models.EOS]
-    assert tokenizer.vocab_size < models.VOCAB_SIZE
+def test_a_tokenizer_ends_with_the_models_end_tokens(tokenizer: GrammarTokenizer) -> None:
+    assert tokenizer.tokens.eos_tokens == [models.EOS]
+    assert tokenizer.tokens.vocab_size < models.VOCAB_SIZE
 
 
 def test_what_a_model_lacks_is_named(directory: Path, tmp_path: Path) -> None:
@@ -48,19 +52,51 @@ def test_what_a_model_lacks_is_named(directory: Path, tmp_path: Path) -> None:
         (LLMatcher.grammar_from_json_schema({"not": {}}), "Unimplemented keys"),
         (LLMatcher.grammar_from_lark("start: nobody"), "unknown name"),
         ("anything else", "Expected token"),
+        ("{<|im_end|>", "key must be a string"),
+        ('{"<|im_end|>": 1}', "missing field"),
         ("", "Empty grammar"),
     ],
 )
-def test_what_cannot_be_followed_is_said_on_one_line(tokenizer: LLTokenizer, text: str, words: str) -> None:
+def test_what_cannot_be_followed_is_said_on_one_line(tokenizer: GrammarTokenizer, text: str, words: str) -> None:
     with pytest.raises(GrammarError, match=words) as raised:
         compile_grammar(tokenizer, text)
     assert "\n" not in str(raised.value)
 
 
-def test_each_is_compiled_once_while_it_is_kept(tokenizer: LLTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("token", ["</tool_call>", "<|im_end|>", "<｜Ü▁Ü｜>"])
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        lambda text: LLMatcher.grammar_from_json_schema({"const": text}),
+        lambda text: LLMatcher.grammar_from_regex(re.escape(text)),
+        lambda text: LLMatcher.grammar_from_lark(f"start: {json.dumps(text, ensure_ascii=False)}"),
+        lambda text: LLMatcher.grammar_from_lark(f'%llguidance {{}}\nstart: "{text}"'),
+    ],
+)
+def test_a_special_token_that_a_grammar_spells_is_written_letter_by_letter(
+    tmp_path: Path, token: str, grammar: Callable[[str], str]
+) -> None:
+    vocabulary = models.byte_level()
+    vocabulary.add_special_tokens(["<｜Ü▁Ü｜>"])
+    vocabulary.add_tokens([AddedToken("</tool_call>", special=False, normalized=False)])
+    tokenizer = load_tokenizer(models.write(tmp_path, vocabulary), MODEL)
+    special = [vocabulary.token_to_id(name) for name in ("</tool_call>", "<|im_end|>", "<｜Ü▁Ü｜>")]
+    matcher, output = compile_grammar(tokenizer, grammar(token)), list[int]()
+    while not matcher.is_accepting():
+        bits = matcher.compute_bitmask()
+        allowed = [token for token in range(tokenizer.tokens.vocab_size) if bits[token // 8] >> token % 8 & 1]
+        assert allowed
+        assert not {*allowed} & {*special}
+        assert all(matcher.deep_copy().consume_token(token) for token in allowed)
+        output.append(allowed[-1])
+        matcher.consume_token(allowed[-1])
+    assert tokenizer.tokens.decode_str(output).strip('"') == token
+
+
+def test_each_is_compiled_once_while_it_is_kept(tokenizer: GrammarTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[str] = []
 
-    def counted(tokenizer: LLTokenizer, text: str) -> LLMatcher:
+    def counted(tokenizer: GrammarTokenizer, text: str) -> LLMatcher:
         compiled.append(text)
         return compile_grammar(tokenizer, text)
 
@@ -83,17 +119,19 @@ def test_each_is_compiled_once_while_it_is_kept(tokenizer: LLTokenizer, monkeypa
     assert sorted(compiled) == sorted([*texts, texts[0], texts[0]])
 
 
-def test_a_failure_is_kept_too(tokenizer: LLTokenizer) -> None:
+def test_a_failure_is_kept_too(tokenizer: GrammarTokenizer) -> None:
     grammars = CompiledGrammars(tokenizer)
     for _ in range(2):
         with pytest.raises(GrammarError):
             grammars.get("start: nobody").result()
 
 
-def test_one_that_takes_long_does_not_hold_up_the_next(tokenizer: LLTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_that_takes_long_does_not_hold_up_the_next(
+    tokenizer: GrammarTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     go_on = threading.Event()
 
-    def slow(tokenizer: LLTokenizer, text: str) -> LLMatcher:
+    def slow(tokenizer: GrammarTokenizer, text: str) -> LLMatcher:
         if text == "slow":
             go_on.wait(10)
         return compile_grammar(tokenizer, LLMatcher.grammar_from_regex("a"))
@@ -107,11 +145,11 @@ def test_one_that_takes_long_does_not_hold_up_the_next(tokenizer: LLTokenizer, m
         go_on.set()
 
 
-def test_each_thread_has_room_for_deep_ones(tokenizer: LLTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_thread_has_room_for_deep_ones(tokenizer: GrammarTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a thread's usual stack this ends the process."""
     all_there = threading.Barrier(grammar.AT_ONCE)
 
-    def together(tokenizer: LLTokenizer, text: str) -> LLMatcher:
+    def together(tokenizer: GrammarTokenizer, text: str) -> LLMatcher:
         all_there.wait(10)
         return compile_grammar(tokenizer, text)
 

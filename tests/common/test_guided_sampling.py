@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits
 from tokenizers import Tokenizer
 
 from common import grammar
-from common.grammar import CompiledGrammars, load_tokenizer
+from common.grammar import CompiledGrammars, GrammarTokenizer, load_tokenizer
 from common.guided_sampling import MOST_COMPILATIONS, AllowedTokens, GrammarState, GuidedSampling, warm_up
 from common.model_config import parse_config
 from router import token_bytes
@@ -103,7 +103,7 @@ def test_rows_without_a_grammar_and_the_logits_stay_as_they_are(
 def test_what_only_the_model_or_only_the_tokenizer_knows_never_comes(directory: Path, vocab_size: int) -> None:
     anything = begin(sampling_of(directory, vocab_size), LLMatcher.grammar_from_regex(r"(?s:.)*"))
     wide = tokens_of(sampling_of(directory).allowed({0: anything}))
-    assert max(wide) < load_tokenizer(directory, MODEL).vocab_size
+    assert max(wide) < load_tokenizer(directory, MODEL).tokens.vocab_size
     narrow = tokens_of(sampling_of(directory, vocab_size).allowed({0: anything}), vocab_size=vocab_size)
     assert narrow == {token for token in wide if token < vocab_size}
 
@@ -168,7 +168,7 @@ def test_a_lexer_that_one_sequence_fills_again_and_again_is_a_problem_of_it(
     compiled: list[str] = []
     compile_grammar = grammar.compile_grammar
 
-    def counted(tokenizer: LLTokenizer, text: str) -> LLMatcher:
+    def counted(tokenizer: GrammarTokenizer, text: str) -> LLMatcher:
         compiled.append(text)
         return compile_grammar(tokenizer, text)
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import grpc
 import pytest
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLMatcher
 
-from common.grammar import AT_ONCE, CompiledGrammars, GrammarError, compile_grammar, load_tokenizer
+from common.grammar import AT_ONCE, CompiledGrammars, GrammarError, GrammarTokenizer, compile_grammar, load_tokenizer
 from common.model_config import load_config
 from router import grammar_check, grammar_checks, guides
 from router.errors import CallError, InvalidArgument
@@ -35,15 +35,15 @@ def guides_of_model(tmp_path_factory: pytest.TempPathFactory) -> Guides:
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> LLTokenizer:
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> GrammarTokenizer:
     directory = models.write(tmp_path_factory.mktemp("model"), models.byte_level())
     return load_tokenizer(directory, load_config(directory))
 
 
-def matches(tokenizer: LLTokenizer, guide: pb.Guide, text: str) -> bool:
+def matches(tokenizer: GrammarTokenizer, guide: pb.Guide, text: str) -> bool:
     """Whether the text is a whole answer."""
     matcher = compile_grammar(tokenizer, grammar_of(guide))
-    return matcher.consume_tokens(tokenizer.tokenize_str(text)) and matcher.is_accepting()
+    return matcher.consume_tokens(tokenizer.tokens.tokenize_str(text)) and matcher.is_accepting()
 
 
 @pytest.mark.parametrize(
@@ -62,12 +62,14 @@ def matches(tokenizer: LLTokenizer, guide: pb.Guide, text: str) -> bool:
         (pb.Guide(grammar='start: "a" start "b" | "c"'), ["c", "aacbb"], ["acbb", ""]),
     ],
 )
-def test_what_answers_may_be(tokenizer: LLTokenizer, guide: pb.Guide, whole: list[str], not_whole: list[str]) -> None:
+def test_what_answers_may_be(
+    tokenizer: GrammarTokenizer, guide: pb.Guide, whole: list[str], not_whole: list[str]
+) -> None:
     assert [text for text in whole if not matches(tokenizer, guide, text)] == []
     assert [text for text in not_whole if matches(tokenizer, guide, text)] == []
 
 
-def test_json_has_no_endless_spaces_unless_its_schema_asks_for_them(tokenizer: LLTokenizer) -> None:
+def test_json_has_no_endless_spaces_unless_its_schema_asks_for_them(tokenizer: GrammarTokenizer) -> None:
     far_in = json.dumps({"a": {"b": 1}}, indent=19)
     for guide in (pb.Guide(json_object=True), pb.Guide(json_schema='{"type": "object"}')):
         assert matches(tokenizer, guide, far_in)
@@ -124,12 +126,12 @@ def chain(rules: int) -> str:
     return "start: r0\n" + "\n".join(f"r{place}: r{place + 1}" for place in range(rules)) + f'\nr{rules}: "a"'
 
 
-async def test_what_crashes_the_library_crashes_no_more(guides_of_model: Guides, tokenizer: LLTokenizer) -> None:
+async def test_what_crashes_the_library_crashes_no_more(guides_of_model: Guides, tokenizer: GrammarTokenizer) -> None:
     with pytest.raises(InvalidArgument, match=r"guide\.grammar: it is too deeply nested"):
         await guides_of_model.grammar(pb.Guide(grammar=chain(17_000)))
     deep = await guides_of_model.grammar(pb.Guide(grammar=chain(4_000)))  # more than a thread usually bears
     compiled = CompiledGrammars(tokenizer).get(deep).result()
-    assert compiled.consume_tokens(tokenizer.tokenize_str("a"))
+    assert compiled.consume_tokens(tokenizer.tokens.tokenize_str("a"))
 
 
 async def test_what_takes_the_library_for_ever_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 import grpc
 import pytest
 import tokenizers
-from llguidance import LLTokenizer
 
 from common.grammar import GrammarError, compile_grammar, load_tokenizer
 from common.model_config import load_config
@@ -69,7 +68,7 @@ class Speaker:
     def __init__(self, directory: Path, model: Model) -> None:
         model.write(directory)
         config = load_config(directory)
-        self.tokens: LLTokenizer = load_tokenizer(directory, config)
+        self.grammar_tokenizer = load_tokenizer(directory, config)
         self.tokenizer = Tokenizer(directory, config)
         self.form: AnswerFormat = self.tokenizer.answer_format
 
@@ -78,16 +77,18 @@ class Speaker:
         return tool_choice.answer_grammar(to_call, self.form, several=choice.required, in_reasoning=in_reasoning)
 
     async def may_answer(self, text: str, grammar: str) -> bool:
-        matcher = compile_grammar(self.tokens, grammar)
+        matcher = compile_grammar(self.grammar_tokenizer, grammar)
         tokens = await self.tokenizer.encode(text, add_special_tokens=False)
         return matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()
 
     def answer_at_random(self, grammar: str, dice: random.Random) -> list[int]:
         """Without the token that ends it. Marks, and the end, come more often than chance has them."""
-        matcher, answer = compile_grammar(self.tokens, grammar), list[int]()
+        matcher, answer = compile_grammar(self.grammar_tokenizer, grammar), list[int]()
         while len(answer) < 2_000:
             bits = matcher.compute_bitmask()
-            allowed = [token for token in range(self.tokens.vocab_size) if bits[token // 8] >> token % 8 & 1]
+            allowed = [
+                token for token in range(self.grammar_tokenizer.tokens.vocab_size) if bits[token // 8] >> token % 8 & 1
+            ]
             marks = [token for token in allowed if token in (models.EOS, *self.form.tokens.values())]
             token = dice.choice(marks if marks and dice.random() < 0.3 else allowed)
             if token == models.EOS:
@@ -205,7 +206,7 @@ def test_the_mark_that_ends_reasoning_is_not_spelled_where_it_is_a_token(tmp_pat
     speaker = Speaker(tmp_path, LIKE_QWEN)
     vocabulary = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     letters = [vocabulary.token_to_id(letter) for letter in "Hm</think>"]
-    matcher = compile_grammar(speaker.tokens, speaker.grammar(REQUIRED, in_reasoning=True))
+    matcher = compile_grammar(speaker.grammar_tokenizer, speaker.grammar(REQUIRED, in_reasoning=True))
     assert matcher.try_consume_tokens(letters) == len(letters) - 1
 
 

@@ -48,7 +48,7 @@ class Guides:
         return grammar
 
     async def call(self, chat: pb.Chat, prompt: Tokenized) -> str:
-        """Of an answer that is a call, as the chat's tool_choice says. `prompt`: what was made of the chat.
+        """The grammar of an answer that calls a tool, as the chat's tool_choice says. `prompt`: made of the chat.
 
         Raises:
             InvalidArgument: names what cannot be called so.
@@ -69,7 +69,7 @@ class Guides:
         try:
             await self._check("chat.tool_choice", tool_choice.arguments_grammar(tool))
         except ValueError as error:  # a GrammarError is one, too
-            raise InvalidArgument(tool.field, f"{tool.name!r} cannot be made to be called: {error}") from error
+            raise InvalidArgument(tool.field, f"calls of {tool.name!r} cannot be guided: {error}") from error
 
     async def _check(self, field: str, grammar: str) -> None:
         """Raises GrammarError, or as `grammar`. `field`: what asks for it."""

@@ -1,4 +1,4 @@
-"""Calls that must be made: a chat's tool_choice, to the grammar of an answer that calls tools in the model's form."""
+"""Required tool calls: the grammar of an answer that calls one of a chat's tools, in the form that the model knows."""
 
 import json
 from collections.abc import Callable, Sequence

@@ -71,9 +71,9 @@ def check(request: pb.GenerateRequest, model: ModelConfig) -> Job:
     guide = request.guide if request.HasField("guide") else None
     must_call = tool_choice.must_call(request.chat)
     if guide is not None and must_call:
-        raise InvalidArgument("chat.tool_choice", "a call that must be made cannot go with a guide")
+        raise InvalidArgument("chat.tool_choice", "a required tool call cannot go with a guide")
     if guide is not None or must_call:
-        _fits_a_guide(request.stopping, "a guide" if guide is not None else "a call that must be made")
+        _fits_a_guide(request.stopping, "a guide" if guide is not None else "a required tool call")
     own_stops = frozenset(request.stopping.stop_token_ids)
     return Job(
         request_id=request.request_id or uuid.uuid4().hex,

@@ -29,7 +29,7 @@ class Options(ChatOptions, total=False):
     `parsed` (of a chat's answer: reasoning and tool calls are taken out of the text; where there are `tools` it is on,
     unless it is given, or `special_tokens` are to stay).
     Request: `request_id` (for logs), `cache_salt` (keeps tenants' prefix caches apart).
-    Chats only: `tools` (that the model may call), `tool_choice` ("none", "required", or one of them, which it must
+    Chats only: `tools` (that the model may call), `tool_choice` ("auto", "none", "required", or the one to
     call), `template_variables` (such as `{"enable_thinking": False}`), `add_generation_prompt`.
     """
 

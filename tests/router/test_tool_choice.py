@@ -1,4 +1,4 @@
-"""Which tools an answer calls: none, one that must be, or one by its name; in the form of each model."""
+"""Which tools an answer calls, as tool_choice says: none, any, or one by its name; in the form of each model."""
 
 import json
 import random
@@ -252,23 +252,23 @@ async def test_arguments_follow_the_schema_as_it_came(tmp_path: Path) -> None:
         ({"tools": TOOLS, "tool_choice": named("")}, "chat.tool_choice.name: '' is the name of no tool"),
         (
             {"tools": TOOLS, "tool_choice": "required", "regex": "a"},
-            "chat.tool_choice: a call that must be made cannot go with a guide",
+            "chat.tool_choice: a required tool call cannot go with a guide",
         ),
         (
             {"tools": TOOLS, "tool_choice": "required", "min_tokens": 1},
-            "stopping.min_tokens: cannot go with a call that must be made",
+            "stopping.min_tokens: cannot go with a required tool call",
         ),
         (
             {"tools": TOOLS, "tool_choice": named("time"), "ignore_eos": True},
-            "stopping.ignore_eos: cannot go with a call that must be made",
+            "stopping.ignore_eos: cannot go with a required tool call",
         ),
         (
             {"tools": [TIME, tool("weather", place={"not": {}})], "tool_choice": "required"},
-            "chat.tools[1]: 'weather' cannot be made to be called: Unimplemented keys: [\"not\"]",
+            "chat.tools[1]: calls of 'weather' cannot be guided: Unimplemented keys: [\"not\"]",
         ),
         (
             {"tools": [{"function": {"name": "x", "parameters": {"x-guidance": 3}}}], "tool_choice": "required"},
-            "chat.tools[0]: 'x' cannot be made to be called: ",
+            "chat.tools[0]: calls of 'x' cannot be guided: ",
         ),
         (
             {"tools": [{"function": {"name": "x", "parameters": []}}], "tool_choice": "required"},

@@ -258,8 +258,8 @@ Global___Chat: _TypeAlias = Chat  # noqa: Y015
 
 @_typing.final
 class ToolChoice(_message.Message):
-    """required and name are guides: no other goes with them, and what cannot go with a guide cannot go with them. They are
-    refused where the router does not know how the model writes calls.
+    """required and name guide the answer: they cannot go with another guide, nor with what no guide goes with. Refused where
+    the router does not know how the model writes calls.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -269,9 +269,9 @@ class ToolChoice(_message.Message):
     REQUIRED_FIELD_NUMBER: _builtins.int
     NAME_FIELD_NUMBER: _builtins.int
     auto: _builtins.bool
-    """true: as the model likes"""
+    """true: the model decides"""
     none: _builtins.bool
-    """true: the template is given no tools, and nothing in the answer is read as a call"""
+    """true: the model is not told of the tools, and nothing in the answer is read as a call"""
     required: _builtins.bool
     """true: the answer is a call of one of the tools, or several where the model's form knows that"""
     name: _builtins.str

@@ -101,6 +101,20 @@ def suits_stream(x: Tensor, weight: Tensor, *, gated: bool = False) -> bool:
     )
 
 
+def splits(x: Tensor, weight: Tensor) -> int:
+    """How many thread blocks share a tile's inputs, and then have their parts to add up."""
+    return _planned(x, weight).splits
+
+
+def begins_norm(x: Tensor, weight: Tensor, next_norm: Tensor | None) -> bool:
+    """Whether `add_streamed_linear` begins the next norm.
+
+    With many partial sums to add up in each thread block, a norm kernel of its own takes no longer. And a state times
+    its norm weight may overflow float16.
+    """
+    return next_norm is not None and x.dtype == torch.bfloat16 and _planned(x, weight).tiles <= _MAX_PARTS
+
+
 @cache
 def _kernel(plan: _Plan, gated: bool, dtype: torch.dtype, device: torch.device) -> CudaKernel:
     macros = {
@@ -140,15 +154,12 @@ def add_streamed_linear(
     states: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, next_norm: Tensor | None
 ) -> Hidden:
     """`kernels.linear.add_linear` to `states`, contiguous, for inputs that `suits_stream` accepts."""
-    tiles = _planned(x, weight).tiles
-    # With many partial sums to add up in each thread block, a norm kernel of its own takes no longer. And a state times
-    # its norm weight may overflow float16.
-    if next_norm is None or tiles > _MAX_PARTS or x.dtype != torch.bfloat16:
+    if not begins_norm(x, weight, next_norm):
         _launch(x, weight, states, bias=bias, residual=states)
         return Hidden(states)
     begun = BegunNorm(
         torch.empty_like(states),
-        torch.empty((x.shape[0], tiles), dtype=torch.float32, device=x.device),
+        torch.empty((x.shape[0], _planned(x, weight).tiles), dtype=torch.float32, device=x.device),
     )
     _launch(x, weight, states, bias=bias, residual=states, next_norm=next_norm, begun=begun)
     return Hidden(states, begun)

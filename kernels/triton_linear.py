@@ -13,9 +13,12 @@ from kernels.triton_launch import is_hopper
 from kernels.triton_norm import rms_norm
 from kernels.triton_tiled_linear import suits_tiles, tiled_linear
 
-# Both measured on an H100 (docs/kernels.md).
+# All measured on an H100 (docs/kernels.md).
 _SMALL_WEIGHT = 1 << 23  # elements; up to here our kernels beat cuBLAS at every number of rows that they support
 _FEW_ROWS = 2  # up to here `triton_few_rows` is the fastest for a small weight
+_STREAMED_ROWS = 32  # up to here `streamed_linear` is the fastest next, and above that only for
+_STREAMED_INPUTS = 640  # at least so many inputs, and, where no norm is begun, for large weights with
+_STREAMED_SPLITS = 2  # few parts to add up
 
 
 def _is_small(weight: Tensor) -> bool:
@@ -25,15 +28,31 @@ def _is_small(weight: Tensor) -> bool:
 def _few(x: Tensor, weight: Tensor, *, gated: bool = False) -> bool:
     rows = x.shape[0]
     best, most = (_FEW_ROWS, triton_few_rows.MAX_ROWS) if _is_small(weight) else (0, 1)
-    return 0 < rows <= best or (0 < rows <= most and not _streams(x, weight, gated=gated))
+    return 0 < rows <= best or (0 < rows <= most and not streams(x, weight, gated=gated))
 
 
-def _streams(x: Tensor, weight: Tensor, *, gated: bool = False) -> bool:
+def streams(
+    x: Tensor, weight: Tensor, *, gated: bool = False, begun: bool = False, begins: Tensor | None = None
+) -> bool:
+    """Whether `streamed_linear` takes this product.
+
+    Args:
+        begun: the layer before has begun the norm of this one.
+        begins: the weight of the next layer's norm, which this one may begin.
+    """
     if not is_hopper(x.device):
         return False
-    from kernels.streamed_linear import suits_stream  # imports CUDA's bindings, which a machine without a GPU may lack
+    from kernels import streamed_linear  # imports CUDA's bindings, which a machine without a GPU may lack
 
-    return suits_stream(x, weight, gated=gated)
+    if not streamed_linear.suits_stream(x, weight, gated=gated):
+        return False
+    if x.shape[0] <= _STREAMED_ROWS:
+        return True
+    if weight.shape[1] < _STREAMED_INPUTS:
+        return False
+    if begun or streamed_linear.begins_norm(x, weight, begins):
+        return True
+    return not _is_small(weight) and streamed_linear.splits(x, weight) <= _STREAMED_SPLITS
 
 
 def _gates(x: Tensor, gate_up: Tensor) -> bool:
@@ -53,7 +72,7 @@ def norm_linear(hidden: Hidden, norm: Tensor, eps: float, weight: Tensor, bias: 
     x = hidden.states
     if _few(x, weight):
         return few_rows_linear(x, weight, norm=norm, eps=eps, bias=bias)
-    if _streams(x, weight):
+    if streams(x, weight, begun=hidden.begun is not None):
         return _normed_stream(hidden, norm, eps, weight, bias=bias)
     normed = rms_norm(x, norm, eps)
     if _tiles(normed, weight):
@@ -66,7 +85,7 @@ def norm_gated_linear(hidden: Hidden, norm: Tensor, eps: float, gate_up: Tensor)
     x = hidden.states
     if _few(x, gate_up, gated=True):
         return few_rows_linear(x, gate_up, norm=norm, eps=eps, gated=True)
-    if _streams(x, gate_up, gated=True):
+    if streams(x, gate_up, gated=True, begun=hidden.begun is not None):
         return _normed_stream(hidden, norm, eps, gate_up, gated=True)
     gates = _gates(x, gate_up)
     normed = rms_norm(x, norm, eps, early=gates)
@@ -84,7 +103,7 @@ def add_linear(hidden: Hidden, x: Tensor, weight: Tensor, bias: Tensor | None, n
     states = hidden.states
     if _few(x, weight):
         return Hidden(few_rows_linear(x, weight, bias=bias, residual=states))
-    if _streams(x, weight):
+    if streams(x, weight, begins=next_norm):
         from kernels.streamed_linear import add_streamed_linear
 
         return add_streamed_linear(states, x, weight, bias, next_norm)

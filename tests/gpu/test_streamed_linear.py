@@ -1,6 +1,7 @@
 """Products that stream their weight, against float32; the layers that they are of are in tests/kernels."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -141,9 +142,9 @@ def test_a_chain_of_launches_in_a_graph_always_gives_the_same() -> None:
 
 def test_a_chain_without_launches_of_norms_in_a_graph_always_gives_the_same() -> None:
     layers = [
-        (weight(2 * 1536, 512, seed=i), weight(512, 1536, seed=100 + i), 1 + weight(1, 512)[0]) for i in range(12)
+        (weight(2 * 1536, 640, seed=i), weight(640, 1536, seed=100 + i), 1 + weight(1, 640)[0]) for i in range(12)
     ]
-    x = randn(33, 512)
+    x = randn(33, 640)
 
     def chain(*, begin: bool) -> Tensor:
         hidden = Hidden(x.clone())
@@ -247,6 +248,29 @@ def test_no_norm_is_begun_in_float16() -> None:
     assert hidden.begun is None
     eye = torch.eye(128, dtype=torch.float16, device=DEVICE)
     assert_close(triton_linear.norm_linear(hidden, norm, 1e-6, eye, None), norm.expand(4, 128))
+
+
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "options", "takes"),
+    [
+        (4096, 1024, {"begun": True}, True),
+        (4096, 1024, {}, False),
+        (1024, 3072, {"begins": randn(1024)}, True),
+        (1024, 3072, {}, False),
+        (960, 576, {"begun": True}, False),
+        (2048, 2048, {"begins": randn(2048)}, False),
+        (2048, 6144, {}, False),
+        (2 * 6144, 2048, {"gated": True}, True),
+        (4096, 4096, {}, True),
+        (4096, 14336, {}, True),
+    ],
+)
+def test_which_products_of_more_than_32_rows_are_taken(
+    outputs: int, inputs: int, options: dict[str, Any], takes: bool
+) -> None:
+    w = weight(outputs, inputs)
+    assert triton_linear.streams(randn(32, inputs), w, **options)
+    assert triton_linear.streams(randn(33, inputs), w, **options) == takes
 
 
 def test_what_does_not_suit() -> None:

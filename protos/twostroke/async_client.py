@@ -23,6 +23,7 @@ from twostroke.channel import (
     metadata_of,
     not_ready,
     options_of,
+    seconds_of,
 )
 from twostroke.chat import ChatOptions, Messages
 from twostroke.errors import error_of
@@ -181,14 +182,14 @@ class AsyncClient:
     async def _unary(
         self, method: "grpc.aio.UnaryUnaryMultiCallable[_Request, _Response]", request: _Request, timeout: float | None
     ) -> _Response:
-        timeout = self._timeout if timeout is None else timeout
+        timeout = seconds_of(timeout, self._timeout)
         try:
             return await method(request, timeout=timeout, metadata=self._metadata)
         except grpc.aio.AioRpcError as error:
             raise error_of(error, timeout) from error
 
     async def _pieces(self, request: pb.GenerateRequest, timeout: float | None) -> AsyncGenerator[Piece, None]:
-        timeout = self._timeout if timeout is None else timeout
+        timeout = seconds_of(timeout, self._timeout)
         call = self._stub.GenerateStream(request, timeout=timeout, metadata=self._metadata)
         try:
             async for chunk in call:

@@ -28,6 +28,8 @@ HEALTH_TO_BYTES = StringValue.SerializeToString
 HEALTH_FROM_BYTES = Int32Value.FromString
 SERVING = 1
 
+FOR_EVER = 1e9  # seconds
+
 # Why a router is not ready. If it cannot be reached, gRPC says why.
 NOBODY = "nothing answers there"
 NO_WORKERS = "it has no workers that can serve yet"
@@ -78,6 +80,13 @@ def metadata_of(api_key: str | None) -> tuple[tuple[str, str], ...]:
         if not " " <= character <= "~":
             raise refused("api_key", f"character {place} is {character!r}; only printable ASCII can be sent")
     return (("authorization", f"Bearer {api_key}"),)
+
+
+def seconds_of(timeout: float | None, usual: float | None) -> float | None:
+    """The seconds that a call has, None for as many as it takes. gRPC's clock would overflow after some centuries, and
+    the call be over before it began."""
+    chosen = usual if timeout is None else timeout
+    return None if chosen is not None and chosen > FOR_EVER else chosen
 
 
 def not_ready(target: str, timeout: float, reason: str) -> DeadlineExceeded:

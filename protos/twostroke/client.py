@@ -20,6 +20,7 @@ from twostroke.channel import (
     metadata_of,
     not_ready,
     options_of,
+    seconds_of,
 )
 from twostroke.chat import ChatOptions, Messages
 from twostroke.errors import error_of
@@ -176,14 +177,14 @@ class Client:
     def _unary(
         self, method: "grpc.UnaryUnaryMultiCallable[_Request, _Response]", request: _Request, timeout: float | None
     ) -> _Response:
-        timeout = self._timeout if timeout is None else timeout
+        timeout = seconds_of(timeout, self._timeout)
         try:
             return method(request, timeout=timeout, metadata=self._metadata)
         except grpc.RpcError as error:
             raise error_of(error, timeout) from error
 
     def _pieces(self, request: pb.GenerateRequest, timeout: float | None) -> Generator[Piece, None, None]:
-        timeout = self._timeout if timeout is None else timeout
+        timeout = seconds_of(timeout, self._timeout)
         call = self._stub.GenerateStream(request, timeout=timeout, metadata=self._metadata)
         try:
             for chunk in call:

@@ -1,4 +1,5 @@
 import json
+import math
 import shutil
 import socket
 import subprocess
@@ -505,7 +506,10 @@ def test_timeouts(router: FakeRouter) -> None:
             list(client.stream("Hello", timeout=0.05))
         with pytest.raises(twostroke.DeadlineExceeded, match=r"^as you asked$"):  # a deadline that is not this call's
             client.generate("fail DEADLINE_EXCEEDED")
-        next(client.stream("Hello"))
+        router.step_seconds = 0
+        client.generate("Hello", timeout=math.inf)
+        client.generate("Hello")
+    assert router.deadlines[-2] is None
     assert router.deadlines[-1] is not None
     assert router.deadlines[-1] == pytest.approx(60, abs=5)
 

@@ -142,7 +142,11 @@ class Sampling:
 
 def sentence_of(error: TwostrokeError) -> str:
     """How the command line tells of an error."""
-    hint = "; set --api-key or TWOSTROKE_API_KEY" if isinstance(error, Unauthenticated) else ""
+    hint = ""
+    if isinstance(error, Unauthenticated):
+        hint = "; set --api-key or TWOSTROKE_API_KEY"
+    elif error.message.endswith("Connection refused"):
+        hint = "; start a cluster with `twostroke serve`, or name another router with --target"
     return f"{error.message}{hint}"
 
 

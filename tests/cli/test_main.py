@@ -278,6 +278,7 @@ def test_errors_are_sentences() -> None:
     run = twostroke("generate", "Hello", "--target=127.0.0.1:1")
     assert run.returncode == 1
     assert run.stderr.startswith("twostroke: UNAVAILABLE: ")
+    assert run.stderr.endswith("; start a cluster with `twostroke serve`, or name another router with --target\n")
     assert "Traceback" not in run.stderr
 
 

@@ -46,10 +46,10 @@ class Client:
         api_key: sent with every call as `authorization: Bearer ...`.
         tls: True for TLS with the system's certificate authorities, or credentials of your own.
         tls_server_name: the name in the router's certificate, where it is not the target's host.
-        timeout: seconds that a call may take where it names none; None is for ever.
+        timeout: seconds that a call may take where it names none; None is for ever, as is infinity in a call.
 
     Raises:
-        InvalidArgument: the target is no such thing, or the key has characters that no key has.
+        InvalidArgument: the target is no such thing, or the key has a character that cannot be sent.
     """
 
     def __init__(

@@ -10,7 +10,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks.load.config import Limits, LoadConfig, check
 from benchmarks.load.record import Record
@@ -84,7 +84,8 @@ async def _measure(connection: Connection, load: LoadConfig, measured: _Measured
     client = connection.async_client()
     async with client:
         measured.model = (await client.model(timeout=10)).name
-        with Progress(console=Console(stderr=True), transient=True) as progress:
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
             total = load.requests or (None if load.duration else DEFAULT_REQUESTS)
             task = progress.add_task("requests answered", total=total)
 

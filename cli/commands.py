@@ -5,6 +5,8 @@ from importlib import import_module
 from cyclopts import App, Parameter
 from cyclopts.config import Env
 
+from cli.help import HelpFormatter
+
 
 def _default(value: object) -> str | None:
     """A default as it would be typed; None where help shows none."""
@@ -20,6 +22,7 @@ app = App(
     # The version is read only if asked for, and help is not parsed as markdown: either would make --help twice as slow.
     version=lambda: import_module("importlib.metadata").version("twostroke"),
     help_format="plaintext",
+    help_formatter=HelpFormatter(),
     config=Env("TWOSTROKE_", command=False),
     default_parameter=Parameter(negative=(), show_default=_default),
 )
@@ -27,15 +30,18 @@ app = App(
 app.command(
     "cli.serve:serve",
     name="serve",
+    usage="twostroke serve [OPTIONS] [-- COMMAND...]",
     help="""Run a router and workers on this machine, until Ctrl-C.
 
     A part that dies is started again. A second Ctrl-C does not wait for running requests.
+
+    Settings without a default here have those of the parts: see `twostroke router --help` and its like.
 
     With a command, wait until the cluster is ready, run the command with TWOSTROKE_TARGET set, then stop the cluster.
 
     The parts' log lines are then shown only if one of them fails.
 
-        twostroke serve --decode-workers 2 -- twostroke generate "Name three primary colors."
+        twostroke serve -- twostroke generate "Name three primary colors."
     """,
 )
 app.command("cli.parts:router", name="router", help="Run a router, which clients call.")
@@ -84,8 +90,8 @@ app.command(
 
     Ctrl-C ends it, with the figures of the requests that were done. It exits with 1 if more than half of them failed.
 
-        twostroke bench --concurrency 16 --requests 200 --prompt-tokens 512 --output-tokens 128
+        twostroke bench --concurrency 16 --prompt-tokens 512 --output-tokens 128
 
-        twostroke bench --rate 4 --duration 60 --prompt-tokens lognormal:400,0.8 --ttft-limit 500 --json run.json
+        twostroke bench --rate 4 --duration 60 --ttft-limit 500 --json run.json
     """,
 )

@@ -7,16 +7,26 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Annotated, TypedDict, cast
+from typing import Annotated, TypedDict, TypeVar, cast
 
 import grpc
 from cyclopts import Parameter
 
 from common import pem
 from common.addresses import Target
-from common.security_config import TlsConfig
+from common.security_config import SettingsError, TlsConfig
 from common.tls import channel_credentials
-from twostroke import AsyncClient, Client, DeadlineExceeded, Options, TwostrokeError, Unauthenticated
+from twostroke import (
+    AsyncClient,
+    Client,
+    DeadlineExceeded,
+    InvalidArgument,
+    Options,
+    TwostrokeError,
+    Unauthenticated,
+)
+
+_Client = TypeVar("_Client", Client, AsyncClient)
 
 
 @Parameter(name="*")
@@ -26,7 +36,7 @@ class Connection(TlsConfig):
     """The router, host:port."""
 
     api_key: str | None = None
-    """Sent as a bearer token."""
+    """Your API key, where the router asks for one. In the environment, other users of the machine don't see it."""
 
     tls: bool = False
     """Connect with TLS, and trust the system's certificate authorities unless --tls-ca names others."""
@@ -37,13 +47,19 @@ class Connection(TlsConfig):
     def client(self) -> Client:
         """
         Raises:
-            SettingsError: a file of the TLS settings is missing or wrong.
+            SettingsError: a file of the TLS settings is missing or wrong, or the API key cannot be sent.
         """
-        return Client(self.target, **self._how())
+        return self._made(Client)
 
     def async_client(self) -> AsyncClient:
         """Raises as `client`."""
-        return AsyncClient(self.target, **self._how())
+        return self._made(AsyncClient)
+
+    def _made(self, kind: type[_Client]) -> _Client:
+        try:
+            return kind(self.target, **self._how())
+        except InvalidArgument as error:
+            raise SettingsError(error.message.replace("api_key", "--api-key", 1)) from error
 
     def _how(self) -> "_How":
         return {
@@ -126,7 +142,11 @@ class Sampling:
 
 def sentence_of(error: TwostrokeError) -> str:
     """How the command line tells of an error."""
-    hint = "; set --api-key or TWOSTROKE_API_KEY" if isinstance(error, Unauthenticated) else ""
+    hint = ""
+    if isinstance(error, Unauthenticated):
+        hint = "; set --api-key or TWOSTROKE_API_KEY"
+    elif error.message.endswith("Connection refused"):
+        hint = "; start a cluster with `twostroke serve`, or name another router with --target"
     return f"{error.message}{hint}"
 
 

@@ -46,6 +46,8 @@ def serve(
     command
         What to run against the cluster, after --.
     """
+    if command and command[0].startswith("-"):
+        raise SystemExit(f"twostroke serve: there is no flag {command[0]}")
     if command and shutil.which(command[0]) is None:
         raise SystemExit(f"twostroke serve: there is no command {command[0]!r}")
     if not (config.prefill_workers or config.prefill_tokens or config.prefill_overflow_tokens):

@@ -99,6 +99,9 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self, request: pb.GenerateRequest, mailbox: Mailbox[Request], trace: Span
     ) -> AsyncGenerator[pb.GenerateChunk, None]:
         """The answer, at the reader's pace. Closing it, at whatever point, ends the request on the workers."""
+        validate.check_request_id(request.request_id)
+        if request.request_id:  # the log line of a refusal has it, too
+            structlog.contextvars.bind_contextvars(request_id=request.request_id)
         job = validate.check(request, self._model)
         structlog.contextvars.bind_contextvars(request_id=job.request_id)
         caller = CALLER.get()

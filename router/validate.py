@@ -47,6 +47,16 @@ class Job:
     must_call: bool  # a tool, as the chat's tool_choice says
 
 
+def check_request_id(request_id: str) -> None:
+    """
+    Raises:
+        InvalidArgument: it is too long, or not fit to be printed.
+    """
+    _at_most_bytes("request_id", request_id, MAX_REQUEST_ID_BYTES)
+    if not request_id.isprintable():
+        raise InvalidArgument("request_id", "must be printable")
+
+
 def check(request: pb.GenerateRequest, model: ModelConfig) -> Job:
     """Checks everything that needs no tokenizer.
 
@@ -55,9 +65,7 @@ def check(request: pb.GenerateRequest, model: ModelConfig) -> Job:
     """
     if request.WhichOneof("input") is None:
         raise InvalidArgument("input", "one of text, chat and token_ids must be set")
-    _at_most_bytes("request_id", request.request_id, MAX_REQUEST_ID_BYTES)
-    if not request.request_id.isprintable():
-        raise InvalidArgument("request_id", "must be printable")
+    check_request_id(request.request_id)
     _at_most_bytes("cache_salt", request.cache_salt, MAX_CACHE_SALT_BYTES)
     n = request.n if request.HasField("n") else 1
     _within("n", n, 1, MAX_N)

@@ -15,14 +15,18 @@ from twostroke.channel import (
     HEALTH_OF_INFERENCE,
     HEALTH_TO_BYTES,
     HEALTH_WATCH,
+    NO_WORKERS,
+    NOBODY,
     SERVING,
     checked,
     credentials_of,
     metadata_of,
+    not_ready,
     options_of,
+    seconds_of,
 )
 from twostroke.chat import ChatOptions, Messages
-from twostroke.errors import DeadlineExceeded, error_of
+from twostroke.errors import error_of
 from twostroke.request import Options, Prompt, chat_request, detokenize_request, generate_request, tokenize_request
 from twostroke.results import Generation, Piece, generation_of, piece_of
 from twostroke.v1 import inference_pb2 as pb
@@ -152,42 +156,45 @@ class AsyncClient:
         """Returns as soon as the router has a pair of workers that can serve; it need not even run yet.
 
         Raises:
-            DeadlineExceeded: that took longer than `timeout` seconds.
+            DeadlineExceeded: that took longer than `timeout` seconds; the message says what was missing.
         """
+        reason = NOBODY
         watch: grpc.aio.UnaryStreamMultiCallable[StringValue, Int32Value]
         watch = self._channel.unary_stream(HEALTH_WATCH, HEALTH_TO_BYTES, HEALTH_FROM_BYTES)
         deadline = time.monotonic() + timeout
         while (left := deadline - time.monotonic()) > 0:
-            call = watch(HEALTH_OF_INFERENCE, timeout=left, metadata=self._metadata, wait_for_ready=True)
+            call = watch(HEALTH_OF_INFERENCE, timeout=left, metadata=self._metadata)
             try:
                 async for status in call:
                     if status.value == SERVING:
                         return
+                    reason = NO_WORKERS
             except grpc.aio.AioRpcError as error:
-                if error.code() is not grpc.StatusCode.UNAVAILABLE and time.monotonic() < deadline:
+                if error.code() is grpc.StatusCode.UNAVAILABLE:
+                    reason = error.details() or NOBODY
+                elif time.monotonic() < deadline:
                     raise error_of(error) from error
             finally:
                 call.cancel()
             await asyncio.sleep(min(0.1, max(0.0, deadline - time.monotonic())))
-        message = f"{self._target} was not ready within {timeout:g} s"
-        raise DeadlineExceeded(message, grpc.StatusCode.DEADLINE_EXCEEDED)
+        raise not_ready(self._target, timeout, reason)
 
     async def _unary(
         self, method: "grpc.aio.UnaryUnaryMultiCallable[_Request, _Response]", request: _Request, timeout: float | None
     ) -> _Response:
+        timeout = seconds_of(timeout, self._timeout)
         try:
-            return await method(request, timeout=self._timeout if timeout is None else timeout, metadata=self._metadata)
+            return await method(request, timeout=timeout, metadata=self._metadata)
         except grpc.aio.AioRpcError as error:
-            raise error_of(error) from error
+            raise error_of(error, timeout) from error
 
     async def _pieces(self, request: pb.GenerateRequest, timeout: float | None) -> AsyncGenerator[Piece, None]:
-        call = self._stub.GenerateStream(
-            request, timeout=self._timeout if timeout is None else timeout, metadata=self._metadata
-        )
+        timeout = seconds_of(timeout, self._timeout)
+        call = self._stub.GenerateStream(request, timeout=timeout, metadata=self._metadata)
         try:
             async for chunk in call:
                 yield piece_of(chunk)
         except grpc.aio.AioRpcError as error:
-            raise error_of(error) from error
+            raise error_of(error, timeout) from error
         finally:
             call.cancel()

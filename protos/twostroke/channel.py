@@ -5,7 +5,8 @@ import re
 import grpc
 from google.protobuf.wrappers_pb2 import Int32Value, StringValue
 
-from twostroke.errors import refused
+from twostroke.errors import DeadlineExceeded, refused
+from twostroke.fields import wrong_type
 
 DEFAULT_TARGET = "localhost:8600"
 
@@ -26,6 +27,12 @@ HEALTH_OF_INFERENCE = StringValue(value="twostroke.v1.Inference")
 HEALTH_TO_BYTES = StringValue.SerializeToString
 HEALTH_FROM_BYTES = Int32Value.FromString
 SERVING = 1
+
+FOR_EVER = 1e9  # seconds
+
+# Why a router is not ready. If it cannot be reached, gRPC says why.
+NOBODY = "nothing answers there"
+NO_WORKERS = "it has no workers that can serve yet"
 
 _SCHEMES = ("dns:", "ipv4:", "ipv6:", "unix:", "unix-abstract:", "vsock:", "xds:")
 _HOST_AND_PORT = re.compile(r"(\[[^\[\]]+\]|[^:/\[\]]+):([0-9]{1,5})")
@@ -59,4 +66,28 @@ def options_of(tls_server_name: str | None) -> list[tuple[str, int | str]]:
 
 
 def metadata_of(api_key: str | None) -> tuple[tuple[str, str], ...]:
-    return (("authorization", f"Bearer {api_key}"),) if api_key else ()
+    """
+    Raises:
+        TypeError: the key is no text.
+        InvalidArgument: it has a character that gRPC does not send, such as the line end of the file it was read from.
+            gRPC's own error would look like a fault of the router.
+    """
+    if not api_key:
+        return ()
+    if not isinstance(api_key, str):
+        raise wrong_type("api_key", "text", api_key)
+    for place, character in enumerate(api_key):
+        if not " " <= character <= "~":
+            raise refused("api_key", f"character {place} is {character!r}; only printable ASCII can be sent")
+    return (("authorization", f"Bearer {api_key}"),)
+
+
+def seconds_of(timeout: float | None, usual: float | None) -> float | None:
+    """The seconds that a call has, None for as many as it takes. gRPC's clock would overflow after some centuries, and
+    the call be over before it began."""
+    chosen = usual if timeout is None else timeout
+    return None if chosen is not None and chosen > FOR_EVER else chosen
+
+
+def not_ready(target: str, timeout: float, reason: str) -> DeadlineExceeded:
+    return DeadlineExceeded(f"{target} was not ready within {timeout:g} s: {reason}", grpc.StatusCode.DEADLINE_EXCEEDED)

@@ -12,14 +12,18 @@ from twostroke.channel import (
     HEALTH_OF_INFERENCE,
     HEALTH_TO_BYTES,
     HEALTH_WATCH,
+    NO_WORKERS,
+    NOBODY,
     SERVING,
     checked,
     credentials_of,
     metadata_of,
+    not_ready,
     options_of,
+    seconds_of,
 )
 from twostroke.chat import ChatOptions, Messages
-from twostroke.errors import DeadlineExceeded, error_of
+from twostroke.errors import error_of
 from twostroke.request import Options, Prompt, chat_request, detokenize_request, generate_request, tokenize_request
 from twostroke.results import Generation, Piece, generation_of, piece_of
 from twostroke.v1 import inference_pb2 as pb
@@ -42,10 +46,10 @@ class Client:
         api_key: sent with every call as `authorization: Bearer ...`.
         tls: True for TLS with the system's certificate authorities, or credentials of your own.
         tls_server_name: the name in the router's certificate, where it is not the target's host.
-        timeout: seconds that a call may take where it names none; None is for ever.
+        timeout: seconds that a call may take where it names none; None is for ever, as is infinity in a call.
 
     Raises:
-        InvalidArgument: the target is no such thing.
+        InvalidArgument: the target is no such thing, or the key has a character that cannot be sent.
     """
 
     def __init__(
@@ -149,40 +153,43 @@ class Client:
         """Returns as soon as the router has a pair of workers that can serve; it need not even run yet.
 
         Raises:
-            DeadlineExceeded: that took longer than `timeout` seconds.
+            DeadlineExceeded: that took longer than `timeout` seconds; the message says what was missing.
         """
+        reason = NOBODY
         deadline = time.monotonic() + timeout
         while (left := deadline - time.monotonic()) > 0:
-            watch = self._watch(HEALTH_OF_INFERENCE, timeout=left, metadata=self._metadata, wait_for_ready=True)
+            watch = self._watch(HEALTH_OF_INFERENCE, timeout=left, metadata=self._metadata)
             try:
                 for status in watch:
                     if status.value == SERVING:
                         return
+                    reason = NO_WORKERS
             except grpc.RpcError as error:
-                if watch.code() is not grpc.StatusCode.UNAVAILABLE and time.monotonic() < deadline:
+                if watch.code() is grpc.StatusCode.UNAVAILABLE:
+                    reason = watch.details() or NOBODY
+                elif time.monotonic() < deadline:
                     raise error_of(watch) from error
             finally:
                 watch.cancel()
             time.sleep(min(0.1, max(0.0, deadline - time.monotonic())))
-        message = f"{self._target} was not ready within {timeout:g} s"
-        raise DeadlineExceeded(message, grpc.StatusCode.DEADLINE_EXCEEDED)
+        raise not_ready(self._target, timeout, reason)
 
     def _unary(
         self, method: "grpc.UnaryUnaryMultiCallable[_Request, _Response]", request: _Request, timeout: float | None
     ) -> _Response:
+        timeout = seconds_of(timeout, self._timeout)
         try:
-            return method(request, timeout=self._timeout if timeout is None else timeout, metadata=self._metadata)
+            return method(request, timeout=timeout, metadata=self._metadata)
         except grpc.RpcError as error:
-            raise error_of(error) from error
+            raise error_of(error, timeout) from error
 
     def _pieces(self, request: pb.GenerateRequest, timeout: float | None) -> Generator[Piece, None, None]:
-        call = self._stub.GenerateStream(
-            request, timeout=self._timeout if timeout is None else timeout, metadata=self._metadata
-        )
+        timeout = seconds_of(timeout, self._timeout)
+        call = self._stub.GenerateStream(request, timeout=timeout, metadata=self._metadata)
         try:
             for chunk in call:
                 yield piece_of(chunk)
         except grpc.RpcError as error:
-            raise error_of(call) from error
+            raise error_of(call, timeout) from error
         finally:
             call.cancel()

@@ -44,6 +44,7 @@ _CLASSES: dict[grpc.StatusCode, type[TwostrokeError]] = {
 
 
 CLOSED = "Channel closed!"  # gRPC's words where the client itself was closed during a call
+PASSED = "Deadline Exceeded"  # gRPC's words where the call's timeout passed
 
 
 def refused(field: str, problem: str) -> InvalidArgument:
@@ -58,10 +59,12 @@ class Status(Protocol):
     def details(self) -> str | None: ...
 
 
-def error_of(status: Status) -> TwostrokeError:
-    """What to raise for a call that ended with this status."""
-    code = status.code()
-    if code is grpc.StatusCode.CANCELLED and CLOSED not in (status.details() or ""):
+def error_of(status: Status, timeout: float | None = None) -> TwostrokeError:
+    """What to raise for a call that ended with this status, and that had so many seconds."""
+    code, details = status.code(), status.details() or ""
+    if code is grpc.StatusCode.CANCELLED and CLOSED not in details:
         # gRPC's own word for calls that reach a server in the moment it shuts down, or outlast its grace
         return Unavailable("the router shut down; it is safe to try again", grpc.StatusCode.UNAVAILABLE)
-    return _CLASSES.get(code, TwostrokeError)(status.details() or code.name, code)
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED and PASSED in details and timeout is not None:
+        details = f"the call did not end within its timeout of {timeout:g} s"
+    return _CLASSES.get(code, TwostrokeError)(details or code.name, code)

@@ -60,6 +60,20 @@ def test_help_of_every_command_explains_every_flag(command: str) -> None:
         assert f"TWOSTROKE_{flag[2:].replace('-', '_').upper()}]" in help_text
 
 
+def test_help_has_a_paragraph_for_each_flag_and_those_of_security_last() -> None:
+    help_text = twostroke("router", "--help").stdout
+    assert "PEM file of the own certificate and those between it and its authority. A part with one serves" in help_text
+    assert "serves TLS only; a caller presents it when asked." in help_text  # a new line in the code
+    assert max(map(help_text.index, ("--model", "--log-format"))) < min(map(help_text.index, ("--tls-ca", "--cluster")))
+
+
+@pytest.mark.parametrize("command", [("generate", "Hello"), ("chat",), ("top",), ("bench",)])
+def test_an_api_key_that_cannot_be_sent(command: tuple[str, ...]) -> None:
+    run = twostroke(*command, TWOSTROKE_API_KEY="alice.k\n")
+    assert run.stderr == "twostroke: --api-key: character 7 is '\\n'; only printable ASCII can be sent\n"
+    assert run.returncode == 1
+
+
 def test_generate_streams_the_answer(router: FakeRouter) -> None:
     run = twostroke("generate", "Hello", "--target", router.address, "--max-tokens=3", "--temperature=0", "--stop=x")
     assert (run.stdout, run.returncode) == ("t0 t1 t2 \n", 0)
@@ -264,6 +278,7 @@ def test_errors_are_sentences() -> None:
     run = twostroke("generate", "Hello", "--target=127.0.0.1:1")
     assert run.returncode == 1
     assert run.stderr.startswith("twostroke: UNAVAILABLE: ")
+    assert run.stderr.endswith("; start a cluster with `twostroke serve`, or name another router with --target\n")
     assert "Traceback" not in run.stderr
 
 

@@ -202,9 +202,13 @@ def test_somebody_must_prefill(tmp_path: Path) -> None:
     assert not (tmp_path / "router").exists()
 
 
-def test_there_is_no_such_command(tmp_path: Path) -> None:
-    with serve(tmp_path, "no-such-command") as process:
-        assert "there is no command 'no-such-command'" in process.communicate(timeout=30)[1]
+@pytest.mark.parametrize(
+    ("argument", "refusal"),
+    [("no-such-command", "there is no command 'no-such-command'"), ("--port", "there is no flag --port")],
+)
+def test_there_is_no_such_command(tmp_path: Path, argument: str, refusal: str) -> None:
+    with serve(tmp_path, argument) as process:
+        assert refusal in process.communicate(timeout=30)[1]
     assert process.returncode == 1
     assert not (tmp_path / "router").exists()
 

@@ -85,9 +85,10 @@ async def test_errors(client: AsyncClient) -> None:
 
 async def test_timeouts(client: AsyncClient, router: FakeRouter) -> None:
     router.step_seconds = 10
-    with pytest.raises(twostroke.DeadlineExceeded):
+    passed = r"^the call did not end within its timeout of 0\.05 s$"
+    with pytest.raises(twostroke.DeadlineExceeded, match=passed):
         await client.generate("Hello", timeout=0.05)
-    with pytest.raises(twostroke.DeadlineExceeded):
+    with pytest.raises(twostroke.DeadlineExceeded, match=passed):
         async for _ in client.stream("Hello", timeout=0.05):
             pass
 
@@ -111,11 +112,17 @@ async def test_cancelling_the_task_cancels(client: AsyncClient, router: FakeRout
 
 
 async def test_wait_until_ready() -> None:
-    with serving(FakeRouter(), ready_after=0.3) as router:
+    with serving(FakeRouter(), ready_after=1) as router:
         async with AsyncClient(router.address) as client:
-            with pytest.raises(twostroke.DeadlineExceeded, match="was not ready"):
-                await client.wait_until_ready(timeout=0.1)
+            with pytest.raises(twostroke.DeadlineExceeded, match="it has no workers that can serve yet"):
+                await client.wait_until_ready(timeout=0.5)
             await client.wait_until_ready(timeout=10)
+
+
+async def test_waiting_for_a_router_that_is_not_there() -> None:
+    async with AsyncClient("127.0.0.1:1") as client:
+        with pytest.raises(twostroke.DeadlineExceeded, match=r"was not ready within 0\.3 s: failed to .* refused$"):
+            await client.wait_until_ready(timeout=0.3)
 
 
 def test_a_client_may_be_made_before_the_event_loop(router: FakeRouter) -> None:

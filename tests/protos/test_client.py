@@ -1,8 +1,12 @@
 import json
+import math
 import shutil
+import socket
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -495,13 +499,19 @@ def test_no_router() -> None:
 def test_timeouts(router: FakeRouter) -> None:
     router.step_seconds = 10
     with Client(router.address, timeout=60) as client:
-        with pytest.raises(twostroke.DeadlineExceeded):
+        passed = r"^the call did not end within its timeout of 0\.05 s$"
+        with pytest.raises(twostroke.DeadlineExceeded, match=passed):
             client.generate("Hello", timeout=0.05)
-        with pytest.raises(twostroke.DeadlineExceeded):
+        with pytest.raises(twostroke.DeadlineExceeded, match=passed):
             list(client.stream("Hello", timeout=0.05))
-        next(client.stream("Hello"))
-    assert router.deadlines[2] is not None
-    assert router.deadlines[2] == pytest.approx(60, abs=5)
+        with pytest.raises(twostroke.DeadlineExceeded, match=r"^as you asked$"):  # a deadline that is not this call's
+            client.generate("fail DEADLINE_EXCEEDED")
+        router.step_seconds = 0
+        client.generate("Hello", timeout=math.inf)
+        client.generate("Hello")
+    assert router.deadlines[-2] is None
+    assert router.deadlines[-1] is not None
+    assert router.deadlines[-1] == pytest.approx(60, abs=5)
 
 
 def test_leaving_the_loop_cancels(client: Client, router: FakeRouter) -> None:
@@ -518,6 +528,16 @@ def test_api_key(router: FakeRouter) -> None:
         assert client.generate("Hello").text
     with Client(router.address, api_key="wrong") as client, pytest.raises(twostroke.Unauthenticated):
         client.generate("Hello")
+
+
+@pytest.mark.parametrize("make", [Client, AsyncClient])
+def test_an_api_key_that_cannot_be_sent(make: type[Client | AsyncClient]) -> None:
+    """gRPC would call it an internal error, as if the router were at fault."""
+    for key, character in (("alice.k\n", r"7 is '\\n'"), ("alicé.k", "4 is 'é'")):
+        with pytest.raises(twostroke.InvalidArgument, match=rf"^api_key: character {character}; only printable ASCII"):
+            make(api_key=key)
+    with pytest.raises(TypeError, match=r"^api_key: must be text, not bytes$"):
+        make(api_key=cast(Any, b"alice.k"))
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
@@ -548,13 +568,25 @@ def test_tls(tmp_path: Path) -> None:
 
 
 def test_wait_until_ready() -> None:
-    with serving(FakeRouter(), ready_after=0.3) as router, Client(router.address) as client:
-        with pytest.raises(twostroke.DeadlineExceeded, match=r"was not ready within 0\.1 s"):
-            client.wait_until_ready(timeout=0.1)
+    with serving(FakeRouter(), ready_after=1) as router, Client(router.address) as client:
+        with pytest.raises(twostroke.DeadlineExceeded, match=r"was not ready within 0\.5 s: it has no workers that"):
+            client.wait_until_ready(timeout=0.5)
         client.wait_until_ready(timeout=10)
         client.wait_until_ready(timeout=10)
 
 
 def test_waiting_for_a_router_that_is_not_there() -> None:
-    with Client("127.0.0.1:1") as client, pytest.raises(twostroke.DeadlineExceeded):
+    refused = r"^127\.0\.0\.1:1 was not ready within 0\.3 s: failed to connect .* Connection refused$"
+    with Client("127.0.0.1:1") as client, pytest.raises(twostroke.DeadlineExceeded, match=refused):
         client.wait_until_ready(timeout=0.3)
+
+
+def test_a_router_that_comes_while_it_is_waited_for() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+    with Client(address) as client, ThreadPoolExecutor() as threads:
+        waiting = threads.submit(client.wait_until_ready, timeout=20)
+        time.sleep(0.5)
+        assert not waiting.done()
+        with serving(FakeRouter(), listen=address):
+            waiting.result(timeout=20)

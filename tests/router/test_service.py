@@ -9,9 +9,11 @@ from typing import Any
 
 import grpc
 import pytest
+import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from prometheus_client import generate_latest
+from structlog.testing import capture_logs
 
 from common.model_config import load_config
 from common.prefix_hash import block_hashes, cache_root
@@ -48,6 +50,17 @@ async def test_the_whole_answer(model: Path) -> None:
         assert timing.transfer_ms == 1.5
         assert 0 < timing.first_token_ms <= timing.total_ms
         assert 0 < timing.decode_ms <= timing.total_ms
+
+
+async def test_the_log_line_of_a_refusal_has_the_callers_request_id(model: Path) -> None:
+    with capture_logs([structlog.contextvars.merge_contextvars]) as logs:
+        async with cluster(model) as it:
+            for asked in ({"n": 17}, {"n": 17, "request_id": "mine"}, {"request_id": "two\nlines"}):
+                with pytest.raises(grpc.aio.AioRpcError):
+                    await it.generate(**asked)
+    failed = [(entry.get("request_id"), entry["reason"]) for entry in logs if entry["event"] == "call failed"]
+    wrong_n = "n: 17 is not within [1, 16]"
+    assert failed == [(None, wrong_n), ("mine", wrong_n), (None, "request_id: must be printable")]
 
 
 async def test_what_the_workers_are_told(model: Path) -> None:

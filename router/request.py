@@ -66,7 +66,7 @@ class Request:
     # That, once it is known how long a sequence the workers hold: of a request that came before them, until it begins.
     settle: Callable[[int | None], int] | None = None
     trace: Span = OFF  # of the call
-    arrived_at: float = field(default_factory=time.monotonic)
+    arrived_at: float = field(default_factory=time.monotonic)  # the call it is of, before its prompt was tokenized
     queued_at: float = field(default_factory=time.monotonic)
     state: State = State.QUEUED
     failure: CallError | None = None

@@ -99,6 +99,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self, request: pb.GenerateRequest, mailbox: Mailbox[Request], trace: Span
     ) -> AsyncGenerator[pb.GenerateChunk, None]:
         """The answer, at the reader's pace. Closing it, at whatever point, ends the request on the workers."""
+        arrived_at = time.monotonic()
         job = validate.check(request, self._model)
         structlog.contextvars.bind_contextvars(request_id=job.request_id)
         caller = CALLER.get()
@@ -109,7 +110,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             if job.must_call:
                 grammar = await self._guides.call(request.chat, prompt)
             token_ids = prompt.token_ids
-            requests = self._requests(job, grammar, token_ids, mailbox, trace)
+            requests = self._requests(job, grammar, token_ids, mailbox, trace, arrived_at)
             trace.note(request_trace.of_request(request, job, self._config.model, len(token_ids)))
             finishes: list[pb.Finish] = []
             # A chat's answer is a text of its own; a completion goes on with the prompt's. A guide is for every byte.
@@ -180,7 +181,13 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         )
 
     def _requests(
-        self, job: Job, grammar: str, token_ids: list[int], mailbox: Mailbox[Request], trace: Span
+        self,
+        job: Job,
+        grammar: str,
+        token_ids: list[int],
+        mailbox: Mailbox[Request],
+        trace: Span,
+        arrived_at: float,
     ) -> list[Request]:
         workers = self._dispatcher.workers
         settle = partial(validate.check_length, len(token_ids), job, self._model)
@@ -208,6 +215,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                     max_length=max_length,
                     settle=None if workers.ready else settle,
                     trace=trace,
+                    arrived_at=arrived_at,
                 )
             )
         return requests

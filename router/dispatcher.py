@@ -21,7 +21,7 @@ from router.sequence import hash_blocks, sequence_of
 from router.waiting_queue import WaitingQueue
 from router.worker import REFUSAL_PAUSE, Worker
 from router.worker_faults import NO_LOGPROBS, WorkerFault
-from router.workers import DECODE, ROLE_NAMES, Role, Workers
+from router.workers import DECODE, PREFILL, ROLE_NAMES, Role, Workers
 from twostroke.v1 import inference_pb2, worker_pb2
 
 log = structlog.get_logger(__name__)
@@ -30,6 +30,10 @@ OfAttempt = TypeVar("OfAttempt", worker_pb2.Reserved, worker_pb2.Prefilled, work
 
 # Requests that wait for a prefill worker and are passed over, at most, in search of one that needs none.
 MOST_PASSED = 64
+
+# The share of the router's time that this search may take. It asks every decode worker about each of these requests,
+# and could be made with every message of every worker.
+SEARCH_SHARE = 0.1
 
 
 class Dispatcher:
@@ -43,6 +47,7 @@ class Dispatcher:
         self._attempt_ids = itertools.count(random.getrandbits(62))
         self._running = 0
         self._retry: asyncio.TimerHandle | None = None
+        self._search_not_before = 0.0  # by the event loop's clock
 
     # ------------------------------------------------------------ what others may know
 
@@ -109,19 +114,37 @@ class Dispatcher:
     def dispatch(self) -> None:
         """Sends out whatever waits and has a place to go to, in order. Behind a request that waits for a prefill worker
         those go on that need none, as long as decode has room for that one, too: they can't keep it waiting."""
-        passed = 0
+        missing = None
+        while missing is None and (request := self._queue.at(0)) is not None:
+            missing = self._try_to_place(request)
+        if missing == PREFILL and any(worker.can_prefill for worker in self.workers.of(DECODE)):
+            self._search()
+
+    def _search(self) -> None:
+        """Sends out those behind the first request that need no prefill worker; later, if it was done just now."""
+        now = asyncio.get_running_loop().time
+        began = now()
+        if began < self._search_not_before:
+            self._retry_at(self._search_not_before)
+            return
+        passed = 1
         while passed <= MOST_PASSED and (request := self._queue.at(passed)) is not None:
-            try:
-                missing = self._place(request)
-            except Exception:  # a fault of the router: it costs this request, and neither the others nor any block
-                log.exception("cannot be placed", request_id=request.id, choice=request.index)
-                self._give_up(request)
-                continue
-            if missing is None:
-                continue
-            if missing == DECODE or not any(worker.can_prefill for worker in self.workers.of(DECODE)):
-                return
-            passed += 1
+            missing = self._try_to_place(request)
+            if missing == DECODE:
+                break
+            if missing is not None:
+                passed += 1
+        ended = now()
+        self._search_not_before = ended + min((ended - began) / SEARCH_SHARE, REFUSAL_PAUSE)
+
+    def _try_to_place(self, request: Request) -> Role | None:
+        """As `_place`; a fault of the router costs this request, and neither the others nor any block."""
+        try:
+            return self._place(request)
+        except Exception:
+            log.exception("cannot be placed", request_id=request.id, choice=request.index)
+            self._give_up(request)
+            return None
 
     def _place(self, request: Request) -> Role | None:
         """None where the request left the queue, else the role that it waits for."""
@@ -208,12 +231,20 @@ class Dispatcher:
             request.end(State.FAILED, CallError(grpc.StatusCode.UNAVAILABLE, sentence))
             return None
         if self._retry is None:
-            self._retry = asyncio.get_running_loop().call_later(REFUSAL_PAUSE, self._retry_now)
+            self._retry_at(asyncio.get_running_loop().time() + REFUSAL_PAUSE)
         return missing.role
 
     def _take_out(self, request: Request) -> None:
         self._queue.remove(request)
         request_trace.queued(request)
+
+    def _retry_at(self, when: float) -> None:
+        """`when`, by the event loop's clock, or before that."""
+        if self._retry is not None:
+            if self._retry.when() <= when:
+                return
+            self._retry.cancel()
+        self._retry = asyncio.get_running_loop().call_at(when, self._retry_now)
 
     def _retry_now(self) -> None:
         self._retry = None

@@ -32,6 +32,13 @@ class Worker:
         self.kind = Kind(hello.fingerprint, hello.pool.layout.block_size)
         self.role = hello.role
         self.host = hello.host
+        # Read for each request that waits: out of the message, each would take several times as long.
+        self._block_size = hello.pool.layout.block_size
+        self._max_batch = max(hello.max_batch, 1)
+        self._max_length = hello.max_length
+        self._prefill_tokens = hello.prefill_tokens
+        self._overflow_tokens = hello.prefill_overflow_tokens
+        self.can_prefill = max(self._prefill_tokens, self._overflow_tokens) > 0  # decode: where nobody else can
         self.load = inference_pb2.WorkerLoad(role=hello.role)
         self.attempts: dict[int, Attempt] = {}
         self.decoding: dict[int, Request] = {}
@@ -74,20 +81,15 @@ class Worker:
 
     def blocks(self, tokens: int) -> int:
         """Blocks that hold so many tokens."""
-        return -(-tokens // self.hello.pool.layout.block_size)
+        return -(-tokens // self._block_size)
 
     def can_hold(self, tokens: int) -> bool:
         """Whether a sequence of so many tokens could ever be served."""
-        return tokens <= self.hello.max_length
+        return tokens <= self._max_length
 
     def missing_tokens(self, request: Request) -> int:
         """Tokens of the request that it would have to compute: those it will not find, at least the last one."""
-        return max(request.length - self.cache.computed(request.block_hashes) * self.hello.pool.layout.block_size, 1)
-
-    @property
-    def can_prefill(self) -> bool:
-        """decode: whether it prefills where nobody else can."""
-        return max(self.hello.prefill_tokens, self.hello.prefill_overflow_tokens) > 0
+        return max(request.length - self.cache.computed(request.block_hashes) * self._block_size, 1)
 
     @property
     def pair_problems(self) -> list[str]:
@@ -96,16 +98,18 @@ class Worker:
 
     def prefills(self, request: Request) -> bool:
         """decode: whether a hand-over of this prompt costs more than it saves."""
-        return self._lacks_at_most(request, self.hello.prefill_tokens)
+        return self._lacks_at_most(request, self._prefill_tokens)
 
     def helps_out(self, request: Request) -> bool:
         """decode: whether it would prefill this prompt before a prefill worker has time. One at a time, so that the
         sequences that it decodes get a few steps between two prompts."""
-        return self.pending_tokens == 0 and self._lacks_at_most(request, self.hello.prefill_overflow_tokens)
+        return self.pending_tokens == 0 and self._lacks_at_most(request, self._overflow_tokens)
 
     def _lacks_at_most(self, request: Request, tokens: int) -> bool:
         """As `missing_tokens` says, but a no mostly comes after one look: whatever waits is asked about again with
         every message of every worker."""
+        if not tokens:
+            return False
         needed = self.blocks(request.length - tokens)
         if needed > len(request.block_hashes):
             return False
@@ -119,7 +123,7 @@ class Worker:
 
     def has_room(self, request: Request, tokens: int) -> bool:
         """decode: whether the request could come now, and grow to so many tokens."""
-        if len(self.attempts) + self._others >= max(self.hello.max_batch, 1):
+        if len(self.attempts) + self._others >= self._max_batch:
             return False
         return self.room >= self.blocks(tokens) or self.room >= self.new_blocks(request, tokens)
 
@@ -130,7 +134,7 @@ class Worker:
 
     @property
     def accepts_prefill(self) -> bool:
-        return not self._refuses and self.pending_tokens < BATCHES_AHEAD * max(self.hello.max_batch, 1)
+        return not self._refuses and self.pending_tokens < BATCHES_AHEAD * self._max_batch
 
     @property
     def _refuses(self) -> bool:

@@ -1,7 +1,9 @@
-"""Checks of many callers' grammars: each once, a few at a time, and nobody's slow ones hold up the others'."""
+"""Checks of many callers' grammars: a few at a time, those that are known not again, and nobody's slow ones hold up the
+others'."""
 
 import asyncio
 from collections import Counter, OrderedDict
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -28,8 +30,9 @@ class GrammarChecks:
         self._idle = [GrammarCheck(directory, model) for _ in range(AT_ONCE)]  # the last is first: few ever begin
         self._threads = FairThreads(AT_ONCE, "grammar")
         self._known: OrderedDict[str, GrammarError | None] = OrderedDict()  # the last ones, and what is wrong with them
-        self._begun: dict[str, asyncio.Task[GrammarError | None]] = {}
-        self._waiting: Counter[str] = Counter()  # of the callers that began them
+        # By caller, too: who waits for another's check waits for all that the other one asked for before.
+        self._begun: dict[tuple[str, str], asyncio.Task[GrammarError | None]] = {}
+        self._waiting: Counter[str] = Counter()  # how many of each caller's have begun
 
     async def check(self, grammar: str, caller: str) -> None:
         """
@@ -42,22 +45,22 @@ class GrammarChecks:
             self._known.move_to_end(grammar)
             problem = self._known[grammar]
         else:
-            problem = await asyncio.shield(self._begun.get(grammar) or self._begin(grammar, caller))
+            problem = await asyncio.shield(self._begun.get((caller, grammar)) or self._begin(caller, grammar))
         if problem is not None:
             raise problem.with_traceback(None)  # else it gets longer with each time
 
-    def _begin(self, grammar: str, caller: str) -> "asyncio.Task[GrammarError | None]":
+    def _begin(self, caller: str, grammar: str) -> "asyncio.Task[GrammarError | None]":
         if self._waiting[caller] >= MAX_WAITING:
             raise CallError(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many guides wait to be compiled; try again later")
         self._waiting[caller] += 1
-        task = self._begun[grammar] = asyncio.create_task(self._check(grammar, caller))
+        task = self._begun[caller, grammar] = asyncio.create_task(self._check(caller, grammar))
         return task
 
-    async def _check(self, grammar: str, caller: str) -> GrammarError | None:
+    async def _check(self, caller: str, grammar: str) -> GrammarError | None:
         try:
             problem = await self._threads.submit(caller, partial(self._problem, grammar))
         finally:
-            del self._begun[grammar]
+            del self._begun[caller, grammar]
             self._waiting[caller] -= 1
         self._known[grammar] = problem
         if len(self._known) > KEPT:
@@ -65,6 +68,9 @@ class GrammarChecks:
         return problem
 
     def _problem(self, grammar: str) -> GrammarError | None:
+        """Runs on a thread, once it is the caller's turn."""
+        with suppress(KeyError):
+            return self._known[grammar]  # another caller's check of it came first
         check = self._idle.pop()
         try:
             check(grammar)

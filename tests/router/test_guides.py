@@ -264,9 +264,23 @@ async def test_one_callers_slow_grammar_does_not_hold_up_its_next_one(
         await slow
 
 
-async def test_a_grammar_that_two_callers_wait_for_is_checked_once(
+async def test_a_grammar_that_waits_behind_one_callers_slow_ones_does_not_hold_up_another(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    go_on = threading.Event()
+    monkeypatch.setattr(GrammarCheck, "__call__", lambda _, text: text.startswith("slow") and go_on.wait(10))
+    checks = GrammarChecks(model, load_config(model))
+    alices = [asyncio.create_task(checks.check(text, "alice")) for text in ("slow 1", "slow 2", "slow 3", "common")]
+    await asyncio.sleep(0)
+    try:
+        async with asyncio.timeout(5):
+            await checks.check("common", "bob")
+    finally:
+        go_on.set()
+        await asyncio.gather(*alices)
+
+
+async def test_a_grammar_that_is_known_is_not_checked_again(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checked: list[str] = []
 
     def wrong(_: GrammarCheck, text: str) -> None:
@@ -275,11 +289,13 @@ async def test_a_grammar_that_two_callers_wait_for_is_checked_once(
 
     monkeypatch.setattr(GrammarCheck, "__call__", wrong)
     checks = GrammarChecks(model, load_config(model))
-    asked = [checks.check("a", caller) for caller in ("alice", "bob", "alice")]
-    assert [str(end) for end in await asyncio.gather(*asked, return_exceptions=True)] == ["nothing follows it"] * 3
+    asked = [checks.check("a", caller) for caller in ("alice", "bob", "alice", "carol", "dave", "erin")]
+    assert [str(end) for end in await asyncio.gather(*asked, return_exceptions=True)] == ["nothing follows it"] * 6
+    assert len(checked) <= AT_ONCE  # those of callers who all had a turn at once
+    checked.clear()
     with pytest.raises(GrammarError):
-        await checks.check("a", "carol")
-    assert checked == ["a"]
+        await checks.check("a", "frank")
+    assert not checked
 
 
 async def test_workers_are_told_the_grammar_with_every_attempt(model: Path) -> None:

@@ -91,10 +91,12 @@ class Dispatcher:
 
     def drop(self, requests: Iterable[Request]) -> None:
         """The client went, or has all it wants of these. The workers hear of it with the next message; what comes free
-        there goes to others, and not to those of these that wait."""
+        there goes to others, and not to those of these that wait, and so does what those at the queue's front waited
+        for."""
         makes_room = False
         for request in requests:
             if request.state is State.QUEUED:
+                makes_room = makes_room or request is self._queue.at(0)
                 self._take_out(request)
             elif request.state is State.DISPATCHED:
                 attempt = request.attempt

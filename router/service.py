@@ -190,8 +190,8 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         arrived_at: float,
     ) -> list[Request]:
         workers = self._dispatcher.workers
-        settle = partial(validate.check_length, len(token_ids), job, self._model)
-        max_length = settle(workers.max_length())
+        check_length = partial(validate.check_length, len(token_ids), job, self._model)
+        max_length = check_length(workers.max_length())
         prompt = Prompt(
             token_ids=tuple(token_ids),
             min_length=len(token_ids) + job.min_tokens,
@@ -213,7 +213,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                     sampling=sampling,
                     mailbox=mailbox,
                     max_length=max_length,
-                    settle=None if workers.ready else settle,
+                    recheck_length=None if workers.ready else check_length,
                     trace=trace,
                     arrived_at=arrived_at,
                 )
@@ -276,11 +276,11 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
     async def GetLoad(self, request: pb.GetLoadRequest, context: Context) -> pb.GetLoadResponse:
         async with self._call("GetLoad", context):
-            taking = set(self._dispatcher.workers.taking())
+            usable = set(self._dispatcher.workers.usable())
             return pb.GetLoadResponse(
                 queued=self._dispatcher.queued,
                 running=self._dispatcher.running,
-                workers=[_load(worker, worker in taking) for worker in self._registry.connected],
+                workers=[_load(worker, worker in usable) for worker in self._registry.connected],
                 answered=self._answered,
                 problems=[
                     pb.WorkerProblem(address=address, role=role, reason=reason)

@@ -31,7 +31,7 @@ AttemptMessage = TypeVar(
     "AttemptMessage", worker_pb2.Reserved, worker_pb2.Prefilled, worker_pb2.Started, worker_pb2.Ended
 )
 
-# Requests that wait for a prefill worker and are passed over, at most, in search of one that needs none.
+# How many requests that wait for a prefill worker are passed over, at most, in search of one that needs none.
 MOST_PASSED = 64
 
 # The share of the router's time that this search may take. It asks every decode worker about each of these requests,
@@ -68,8 +68,7 @@ class Dispatcher:
     def check_admission(self, requests: int = 1) -> None:
         """
         Raises:
-            CallError: RESOURCE_EXHAUSTED if the queue has no place for `requests` more now, INVALID_ARGUMENT if it
-                never
+            CallError: RESOURCE_EXHAUSTED if the queue has no place for so many more now, INVALID_ARGUMENT if it never
                 has, UNAVAILABLE if a role has had no worker for longer than the grace period.
         """
         if requests > self._config.max_queue:

@@ -1,5 +1,4 @@
-"""Checks of many callers' grammars: a few at a time, those that are known not again, and nobody's slow ones hold up the
-others'."""
+"""Checks the grammars of all callers, a few at a time, so that no caller's slow ones hold up the others'."""
 
 import asyncio
 from collections import Counter, OrderedDict
@@ -15,31 +14,35 @@ from router.errors import CallError
 from router.fair_threads import FairThreads
 from router.grammar_check import GrammarCheck
 
-# Grammars of one caller that wait to be compiled; most take a millisecond, none much more than grammar_check.SECONDS.
+# Grammars of one caller that wait to be compiled. Most take a millisecond, none takes much more than
+# grammar_check.SECONDS.
 MAX_WAITING = 16
 
 
 class GrammarChecks:
-    """
+    """Remembers the results of the last grammars, so that common ones are compiled once.
+
     Args:
         directory: of the model.
         model: its configuration.
     """
 
     def __init__(self, directory: Path, model: ModelConfig) -> None:
-        self._idle = [GrammarCheck(directory, model) for _ in range(AT_ONCE)]  # the last is first: few ever begin
+        # used from the end, so that few start a process
+        self._idle = [GrammarCheck(directory, model) for _ in range(AT_ONCE)]
         self._threads = FairThreads(AT_ONCE, "grammar")
-        self._known: OrderedDict[str, GrammarError | None] = OrderedDict()  # the last ones, and what is wrong with them
-        # By caller, too: who waits for another's check waits for all that the other one asked for before.
+        self._known: OrderedDict[str, GrammarError | None] = OrderedDict()  # by grammar: what is wrong with it
+        # By caller and grammar. Callers don't share a check: one would wait for all that the other had asked for
+        # before.
         self._begun: dict[tuple[str, str], asyncio.Task[GrammarError | None]] = {}
-        self._waiting: Counter[str] = Counter()  # how many of each caller's have begun
+        self._waiting: Counter[str] = Counter()  # of these, how many each caller has
 
     async def check(self, grammar: str, caller: str) -> None:
         """
         Raises:
-            GrammarError: nothing can follow it.
-            CallError: RESOURCE_EXHAUSTED where too many of the caller's wait.
-            RuntimeError: the process cannot be started, which says nothing of the grammar.
+            GrammarError: the grammar can't be compiled.
+            CallError: RESOURCE_EXHAUSTED if too many of the caller's grammars wait.
+            RuntimeError: the process that compiles can't be started, whatever the grammar.
         """
         if grammar in self._known:
             self._known.move_to_end(grammar)
@@ -47,7 +50,7 @@ class GrammarChecks:
         else:
             problem = await asyncio.shield(self._begun.get((caller, grammar)) or self._begin(caller, grammar))
         if problem is not None:
-            raise problem.with_traceback(None)  # else it gets longer with each time
+            raise problem.with_traceback(None)  # which would grow each time that it is raised
 
     def _begin(self, caller: str, grammar: str) -> "asyncio.Task[GrammarError | None]":
         if self._waiting[caller] >= MAX_WAITING:
@@ -68,9 +71,9 @@ class GrammarChecks:
         return problem
 
     def _problem(self, grammar: str) -> GrammarError | None:
-        """Runs on a thread, once it is the caller's turn."""
+        """Compiles the grammar, on a thread, when it is the caller's turn. Returns what is wrong with it."""
         with suppress(KeyError):
-            return self._known[grammar]  # another caller's check of it came first
+            return self._known[grammar]  # checked for another caller in the meantime
         check = self._idle.pop()
         try:
             check(grammar)

@@ -179,7 +179,7 @@ class Dispatcher:
         Raises:
             CallError: these workers can't serve the request.
         """
-        for worker in self.workers.all()[:1]:  # all have the same kind
+        if (worker := self.workers.any()) is not None:
             hash_blocks(request, worker.kind)
         if request.recheck_length is not None:
             request.limit(request.recheck_length(self.workers.max_length()))
@@ -420,36 +420,35 @@ class Dispatcher:
         self._leave_prefill(attempt, tell=True)
 
     def _ended(self, worker: Worker, attempt: Attempt, ended: worker_pb2.Ended) -> None:
-        if ended.cause == worker_pb2.Ended.CAUSE_DRAINING:
+        request, cause = attempt.request, ended.cause
+        if cause == worker_pb2.Ended.CAUSE_DRAINING:
             worker.draining = True
             self.workers.retire(worker)
         suspects = blame.suspects(worker, attempt)
-        if attempt.request.complete or ended.cause == worker_pb2.Ended.CAUSE_PREEMPTED:
+        if request.complete or cause == worker_pb2.Ended.CAUSE_PREEMPTED:
             blame.attempt_succeeded(worker, attempt)
-        elif ended.cause not in blame.NO_FAULT | blame.AMBIGUOUS:
+        elif cause not in blame.NO_FAULT | blame.AMBIGUOUS:
             for suspect in suspects:
                 blame.attempts_failed(suspect, (attempt.id,))
         if attempt.prefill is worker:
             self._leave_prefill(attempt, tell=False)
         else:
             self._leave_decode(attempt, tell=False)
-        if ended.cause == worker_pb2.Ended.CAUSE_FULL:
+        if cause == worker_pb2.Ended.CAUSE_FULL:
             worker.note_refusal()
             self._refused(attempt)
-            return
-        if ended.cause == worker_pb2.Ended.CAUSE_DRAINING and attempt.request.length == attempt.length:
+        elif cause == worker_pb2.Ended.CAUSE_DRAINING and request.length == attempt.length:  # no token came of it
             self._refused(attempt)
-            return
-        if ended.cause == worker_pb2.Ended.CAUSE_PREEMPTED:
-            attempt.request.preemptions += 1
-        if ended.cause == worker_pb2.Ended.CAUSE_REJECTED:
+        elif cause == worker_pb2.Ended.CAUSE_REJECTED:
             sentence = f"the {ROLE_NAMES[worker.role]} worker cannot serve this request: {ended.detail}"
             self._close(attempt, "rejected", sentence)
-            attempt.request.end(State.FAILED, CallError(grpc.StatusCode.INVALID_ARGUMENT, sentence))
-            return
-        # That includes FINISHED for a request whose last token does not end it: the worker is at fault.
-        cause = causes.name_of(ended.cause)
-        self._resume(attempt, worker, cause, suspects if ended.cause not in blame.NO_FAULT else (), detail=ended.detail)
+            request.end(State.FAILED, CallError(grpc.StatusCode.INVALID_ARGUMENT, sentence))
+        else:
+            # That includes FINISHED for a request whose last token does not end it: the worker is at fault.
+            if cause == worker_pb2.Ended.CAUSE_PREEMPTED:
+                request.preemptions += 1
+            suspects = [] if cause in blame.NO_FAULT else suspects
+            self._resume(attempt, worker, causes.name_of(cause), suspects, detail=ended.detail)
 
     # ------------------------------------------------------------ how attempts end
 

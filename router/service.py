@@ -278,7 +278,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             ),
             version=twostroke.__version__,
         )
-        for worker in dispatcher.workers.all()[:1]:  # the same for all of them
+        if (worker := dispatcher.workers.any()) is not None:
             response.dtype = worker.hello.dtype
             response.block_size = worker.hello.pool.layout.block_size
             response.fingerprint = worker.hello.fingerprint

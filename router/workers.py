@@ -55,6 +55,10 @@ class Workers:
     def all(self) -> list[Worker]:
         return [worker for workers in self._of_role.values() for worker in workers]
 
+    def any(self) -> Worker | None:
+        """Some worker: all that are connected have the same kind and dtype. None while there is none."""
+        return next((worker for workers in self._of_role.values() for worker in workers), None)
+
     def count(self, role: Role) -> int:
         """How many workers of a role requests can go to."""
         return sum(worker.role == role for worker in self.usable())

@@ -52,6 +52,7 @@ class Registry:
         self._links: dict[tuple[str, Role], WorkerLink] = {}
         self._tasks: dict[tuple[str, Role], asyncio.Task[None]] = {}
         self._heard_of: dict[tuple[str, Role], float] = {}
+        self._unresolved: dict[str, str] = {}  # names that can't be looked up, and why
 
     @property
     def connected(self) -> list[Worker]:
@@ -148,7 +149,15 @@ class Registry:
         await asyncio.gather(*(self._look_up_one(name, role) for name, role in self._named))
 
     async def _look_up_one(self, name: str, role: Role) -> None:
-        for address in await _addresses(name):
+        try:
+            addresses = await _addresses(name)
+        except (OSError, ValueError) as error:  # UnicodeError, a ValueError: no name can be like that
+            if self._unresolved.get(name) != str(error):  # it is looked up again every few seconds
+                self._unresolved[name] = str(error)
+                log.warning("cannot look up", name=name, reason=str(error))
+            return
+        self._unresolved.pop(name, None)
+        for address in addresses:
             self._heard_of[address, role] = time.monotonic()
             self._keep_link((address, role))
 
@@ -193,16 +202,17 @@ def _difference(hello: worker_pb2.WorkerHello, other: Worker) -> str | None:
 
 async def _addresses(name: str) -> list[str]:
     """All addresses that a DNS name has now. Anything else (an IP address, localhost, a Unix socket, another scheme of
-    gRPC's) is returned as it is."""
+    gRPC's) is returned as it is.
+
+    Raises:
+        OSError: the name can't be looked up.
+        ValueError: no name or port can be like that.
+    """
     host, _, port = name.rpartition(":")
     if is_unix(name) or host == "localhost" or "/" in host:
         return [name]
     with suppress(ValueError):
         ipaddress.ip_address(host.strip("[]"))
         return [name]
-    try:
-        found = await asyncio.get_running_loop().getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
-    except (OSError, ValueError) as error:  # UnicodeError, a ValueError: no name can be like that
-        log.warning("cannot look up", name=name, reason=str(error))
-        return []
+    found = await asyncio.get_running_loop().getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
     return sorted({f"[{ip}]:{port}" if ":" in str(ip) else f"{ip}:{port}" for ip in (entry[4][0] for entry in found)})

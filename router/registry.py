@@ -138,6 +138,8 @@ class Registry:
 
     def worker_lost(self, worker: Worker) -> None:
         self._dispatcher.worker_lost(worker)
+        for link in self._links.values():
+            link.ask_again()
 
     def received(self, worker: Worker, message: worker_pb2.WorkerMessage) -> None:
         check(message, self._vocab_size)

@@ -3,6 +3,7 @@
 import asyncio
 import random
 from collections import deque
+from contextlib import suppress
 from typing import Protocol
 
 import grpc
@@ -57,6 +58,7 @@ class WorkerLink:
         self.role = role
         self.worker: Worker | None = None
         self.refused: str | None = None  # why the worker at this address can't be used
+        self._refused_instance = ""
         self._router = router
         self._peers = peers
         self._silence_seconds = silence_seconds
@@ -72,11 +74,17 @@ class WorkerLink:
         """A worker registers this address as its own. If the link has none, it tries at once. If it has another
         instance, that one must have been restarted, so its stream is closed."""
         if self.worker is None:
-            self._hurry.set()
+            if self.refused is None or instance != self._refused_instance:
+                self._hurry.set()
         elif instance not in (self.worker.instance, *self._elsewhere) and self._stream is not None:
             log.info("worker restarted", worker=self.address, was=self.worker.instance, now=instance)
             self._announced = instance
             self._stream.cancel()
+            self._hurry.set()
+
+    def ask_again(self) -> None:
+        """If the worker was refused, it may fit now, since another one has left."""
+        if self.refused is not None:
             self._hurry.set()
 
     async def run(self) -> None:
@@ -153,9 +161,12 @@ class WorkerLink:
         if (reason := self.refused) is not None:
             if reason != known:  # it is asked again every few seconds
                 log.error("worker refused", worker=self.address, instance=worker.instance, reason=reason)
+            self._refused_instance = worker.instance
             await stream.write(worker_pb2.RouterMessage(refused=reason))
             silence.reschedule(None)
-            await asyncio.sleep(PAUSE_AFTER_REFUSAL)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(PAUSE_AFTER_REFUSAL):
+                    await self._hurry.wait()
             return reason
         self.worker = worker
         self._note_who_is_here(worker.instance)

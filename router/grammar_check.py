@@ -30,6 +30,15 @@ MOST_BYTES = 256 << 20
 _lock = threading.Lock()
 
 
+# Exit codes of signals that somebody else sends: whoever stops the process group, or a kernel that is short of memory.
+# A grammar is blamed for these only the second time.
+_FROM_ELSEWHERE = (-signal.SIGTERM, -signal.SIGKILL, -signal.SIGHUP)
+
+
+class _KilledError(GrammarError):
+    """Somebody killed the process while it worked on the grammar."""
+
+
 class NoGuidesError(GrammarError):
     """This model supports no grammars."""
 
@@ -55,13 +64,19 @@ class GrammarCheck:
         """
         if self._process is not None and _has_ended(self._process):
             self._end()  # it was killed while it was idle, which is no grammar's fault
+        try:
+            self._ask(text)
+        except _KilledError:
+            self._ask(text)
+
+    def _ask(self, text: str) -> None:
         if self._process is None:
             self._begin()
         try:
             self._pipe.send(text)
             problem = self._pipe.recv()
         except (EOFError, OSError):
-            raise GrammarError(_what_ended_it(self._end())) from None
+            raise _what_ended_it(self._end()) from None
         if problem:
             raise GrammarError(problem)
 
@@ -101,11 +116,12 @@ def _has_ended(process: BaseProcess) -> bool:
         return not process.is_alive()
 
 
-def _what_ended_it(exit_code: int | None) -> str:
+def _what_ended_it(exit_code: int | None) -> GrammarError:
     """Says what is wrong with the grammar that ended the process."""
     if exit_code == -signal.SIGPROF:
-        return f"it takes more than {SECONDS:g} seconds to compile"
-    return "it is too deeply nested, or too large, to be compiled"
+        return GrammarError(f"it takes more than {SECONDS:g} seconds to compile")
+    kind = _KilledError if exit_code in _FROM_ELSEWHERE else GrammarError
+    return kind("it is too deeply nested, or too large, to be compiled")
 
 
 def _serve(pipe: Connection, directory: Path, model: ModelConfig, seconds: float, most_bytes: int) -> None:

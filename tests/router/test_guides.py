@@ -4,7 +4,9 @@ import asyncio
 import json
 import os
 import re
+import signal
 import threading
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +162,32 @@ async def test_a_process_that_was_killed_is_held_against_no_grammar(model: Path)
     process.kill()
     process.join()
     check(LLMatcher.grammar_from_regex("b"))
+
+
+async def test_a_process_that_is_killed_at_work_is_held_against_no_grammar(model: Path) -> None:
+    check = GrammarCheck(model, load_config(model))
+    check(LLMatcher.grammar_from_regex("a"))
+    process = check._process
+    assert process is not None
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGSTOP)
+    checking = asyncio.create_task(asyncio.to_thread(check, LLMatcher.grammar_from_regex("b")))
+    await asyncio.sleep(0.2)
+    process.kill()
+    await checking
+
+
+def kill_at_work(pipe: Connection, *_: object) -> None:
+    """In place of a process that answers."""
+    pipe.send("")
+    pipe.recv()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+async def test_a_grammar_at_which_it_is_killed_twice_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar_check, "_serve", kill_at_work)
+    with pytest.raises(GrammarError, match="too large"):
+        GrammarCheck(model, load_config(model))(LLMatcher.grammar_from_regex("a"))
 
 
 async def test_the_router_comes_before_what_checks_grammars(model: Path) -> None:

@@ -194,7 +194,7 @@ def _difference(hello: worker_pb2.WorkerHello, other: Worker) -> str | None:
         ("num_kv_heads", mine.layout.num_kv_heads, theirs.layout.num_kv_heads),
         ("head_dim", mine.layout.head_dim, theirs.layout.head_dim),
         ("KV dtype", mine.layout.dtype, theirs.layout.dtype),
-        # last, since any difference above makes another one
+        # last: it differs, too, if any of the above does
         ("fingerprint", hello.fingerprint, other.hello.fingerprint),
     ):
         if here != there:

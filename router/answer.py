@@ -1,4 +1,4 @@
-"""One choice's tokens, as they come, to what the client gets: text, token ids, log-probabilities, a finish."""
+"""Turns the tokens of one choice into what the client gets: text, token ids, log-probabilities, and the finish."""
 
 import time
 from collections.abc import Sequence
@@ -15,7 +15,13 @@ from twostroke.v1 import worker_pb2
 
 
 class Answer:
-    """The reader's side of a `Request`, and at the reader's pace: what gathered since the last call is one delta."""
+    """What the client sees of a `Request`. All tokens that came since the last call of `advance` become one delta, so
+    it goes at the client's pace.
+
+    Args:
+        begins_text: the answer does not continue the prompt's text; see `Tokenizer.detokenizer`.
+        parser: takes reasoning and tool calls out of the text; None if the client did not ask for that.
+    """
 
     def __init__(
         self,
@@ -41,11 +47,11 @@ class Answer:
         self._stops = StopStrings(job.stop) if job.stop else None
         self._silent_stops = job.stop_token_ids - self._spoken_stops(tokenizer.special_ids)
         self._last_at: float | None = None
-        self.tokens = 0  # of the request's output that are in the answer
+        self.tokens = 0  # of the request's output that were put into the answer
         self.over = False
 
     def advance(self) -> tuple[pb.Delta, pb.Finish | None]:
-        """What came since the last call; a finish with the last of it."""
+        """What came since the last call, and the finish if the answer is over with it."""
         request = self._request
         begin = self.tokens
         tokens = request.output[begin:]
@@ -80,7 +86,7 @@ class Answer:
     # ------------------------------------------------------------ text
 
     def _spoken_stops(self, special: frozenset[int]) -> frozenset[int]:
-        """The stop tokens whose text is part of the answer that they end."""
+        """The stop tokens whose text is part of the answer that they end. The text of the others is left out."""
         hidden = special.union(self._eos_token_ids)
         return frozenset(
             token
@@ -89,12 +95,13 @@ class Answer:
         )
 
     def _text(self, tokens: Sequence[int]) -> str:
-        if tokens and tokens[-1] in self._silent_stops:  # which is the last token there will be
+        if tokens and tokens[-1] in self._silent_stops:  # no token comes after it
             tokens = tokens[:-1]
         return self._detokenizer.feed(tokens)
 
     def _text_to_stop(self, stops: StopStrings, tokens: Sequence[int]) -> tuple[str, str | None]:
-        """Token by token, so that the token that completes a stop string does not depend on what came with it."""
+        """The text up to a stop string, and the stop string if there is one. Goes token by token: which token completes
+        a stop string must not depend on how many came at once."""
         text = ""
         for token in tokens:
             self.tokens += 1
@@ -148,15 +155,15 @@ class Answer:
         timing = pb.Timing()
         timing.CopyFrom(request.timing)
         timing.total_ms = 1000 * total
-        if request.attempt is not None and request.attempt.decoding_since is not None:  # a stop string cuts it short
+        if request.attempt is not None and request.attempt.decoding_since is not None:  # ended by a stop string
             timing.decode_ms += 1000 * (time.monotonic() - request.attempt.decoding_since)
         for phase, histogram in self._metrics.phases.items():
-            if milliseconds := getattr(timing, f"{phase}_ms"):  # without a hand-over there is no transfer
+            if milliseconds := getattr(timing, f"{phase}_ms"):  # 0: there was none, such as a transfer
                 histogram.observe(milliseconds / 1000)
         return pb.Finish(reason=reason, stop=stop, stop_token_id=stop_token_id, usage=usage, timing=timing)
 
     def _measure(self) -> None:
-        """One gap, however many tokens end it: a share for each of them would hide the stall before it."""
+        """Observes one gap, however many tokens came after it: to divide it among them would hide stalls."""
         now = time.monotonic()
         if self._last_at is not None:
             self._metrics.inter_token.observe(now - self._last_at)

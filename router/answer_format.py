@@ -1,4 +1,4 @@
-"""How a model marks reasoning and tool calls in its answers, as far as its chat template and its vocabulary tell."""
+"""The marks around reasoning and tool calls in a model's answers, as its chat template and vocabulary show them."""
 
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
@@ -15,7 +15,8 @@ PYTHON_TAG = "<|python_tag|>"
 
 MARKS = (THINK, END_THINK, TOOL_CALL, END_TOOL_CALL, TOOL_CALLS, CALL_ID, ARGS, PYTHON_TAG)
 
-# Halves of UTF-16 pairs, one for each mark: no token spells one, and no stop string has one.
+# What stands for a mark that is a special token in the text that is parsed: a lone UTF-16 surrogate, which neither the
+# text of tokens nor a stop string can contain.
 _SIGNS = {mark: chr(0xD800 + place) for place, mark in enumerate(MARKS)}
 
 
@@ -26,7 +27,7 @@ class Calls(Enum):
     BARE = auto()  # the whole answer is such an object, or several with semicolons between them
 
 
-# In this order: vocabularies of models that were trained further have marks of those before, too.
+# The first that is found counts: models that were trained further still have the marks of earlier ones.
 _SPOKEN_BY = {TOOL_CALL: Calls.TAGGED, ARGS: Calls.NAMED, TOOL_CALLS: Calls.LISTED, PYTHON_TAG: Calls.BARE}
 
 
@@ -35,10 +36,10 @@ class AnswerFormat:
     """
     Args:
         reasoning: whether an answer may begin with <think>.
-        calls: in what form it calls tools; None where that is not known.
-        signs: special tokens that are marks, to what stands for them in the text that is parsed. A text that spells
-            the mark letter by letter is none.
-        tokens: marks that are one token, special or not, to that.
+        calls: the form of tool calls; None if it is not known.
+        signs: by id, the special tokens that are marks, and what stands for each in the text that is parsed. Then the
+            same mark spelled with other tokens is ordinary text.
+        tokens: the id of each mark that is one token, special or not.
     """
 
     reasoning: bool = False
@@ -47,22 +48,22 @@ class AnswerFormat:
     tokens: Mapping[str, int] = field(default_factory=dict)
 
     def seen(self, mark: str) -> str:
-        """What a mark is in the text that is parsed."""
+        """How a mark looks in the text that is parsed."""
         sign = _SIGNS[mark]
         return sign if sign in self.signs.values() else mark
 
     def shown(self, text: str) -> str:
-        """Text as it is where nothing is parsed: special tokens have none."""
+        """The text for the client, without what stands for special tokens."""
         for sign in self.signs.values():
             text = text.replace(sign, "")
         return text
 
     def opens_reasoning(self, prompt: str) -> bool:
-        """Whether the answer to a rendered prompt begins in the middle of reasoning."""
+        """Whether a rendered prompt ends with the beginning of reasoning, so that the answer goes on inside it."""
         return self.reasoning and prompt.rstrip().endswith(THINK)
 
     def closes_reasoning(self, prompt: str) -> bool:
-        """Whether a rendered prompt ends with reasoning that is over, such as none at all."""
+        """Whether a rendered prompt ends with the end of reasoning, which may be empty, so that the answer has none."""
         return self.reasoning and prompt.rstrip().endswith(END_THINK)
 
 
@@ -70,13 +71,13 @@ def of(template: str, token_of: Callable[[str], int | None], special: Set[int]) 
     """
     Args:
         template: the source of the model's chat templates.
-        token_of: the id of a token, by its text.
-        special: those which are special.
+        token_of: returns the id of a token; None if there is none with this text.
+        special: ids of the special tokens.
     """
     tokens = {mark: token for mark in MARKS if (token := token_of(mark)) is not None}
 
     def known() -> Calls | None:
-        for there in (template, tokens):  # what the template writes says more than what the vocabulary could
+        for there in (template, tokens):  # the template shows what the model writes, the vocabulary what it may write
             for mark, calls in _SPOKEN_BY.items():
                 if mark in there:
                     return calls

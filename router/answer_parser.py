@@ -1,4 +1,4 @@
-"""Takes reasoning and tool calls out of an answer that comes piece by piece, however it is cut."""
+"""Takes reasoning and tool calls out of an answer that is streamed, however it is cut into pieces."""
 
 import re
 from collections.abc import Callable, Set
@@ -25,14 +25,14 @@ from twostroke.v1 import inference_pb2 as pb
 
 _BLANKS = re.compile(f"[{BLANKS}]+")
 
-# Of a tool, where it is no JSON.
+# The name of a tool, where it is not written in JSON.
 NAME = re.compile(r"[\w./:-]+")
 MAX_NAME = 256
 
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What came of an answer since the last ones."""
+    """What has become certain of an answer since the last call."""
 
     text: str
     reasoning: str
@@ -40,15 +40,17 @@ class Parts:
 
 
 class AnswerParser:
-    """An answer is reasoning, if it begins with that, and then text with calls in it. Text goes out as it comes, a call
-    when it is complete. What begins as a call and is none is text to the last letter; what looks like a mark inside of
-    that, or of reasoning, is none.
+    """An answer may begin with reasoning; then comes text with tool calls in it. Text is passed on as it comes, a call
+    once it is complete. What begins like a call and turns out to be none is passed on as text, unchanged, and marks
+    inside it are not looked for; nor are marks other than its end inside reasoning.
+
+    It is a recursive-descent parser written as generators, which yield where they need more text.
 
     Args:
-        form: how the model marks them.
-        in_reasoning: the prompt ends with the reasoning's beginning.
-        tools: names of those that the model may call.
-        new_id: makes an id for a call that has none, out of its number.
+        form: how the model marks reasoning and calls.
+        in_reasoning: the prompt ends with the beginning of reasoning.
+        tools: names of the tools that the model may call.
+        new_id: makes an id for a call to which the model gave none, from the call's number in the answer.
     """
 
     def __init__(
@@ -58,7 +60,7 @@ class AnswerParser:
         self._tools = tools
         self._new_id = new_id
         self._incoming = Incoming()
-        self._held: list[str] = []  # what may be a call, from its beginning on
+        self._held: list[str] = []  # what may turn out to be a call, from its beginning on
         self._text = Trimmed()
         self._reasoning = Trimmed()
         self._calls: list[pb.ToolCall] = []
@@ -66,7 +68,7 @@ class AnswerParser:
         self._grammar = self._answer(in_reasoning)
 
     def feed(self, text: str, *, last: bool) -> Parts:
-        """What is certain now; all of it with the last."""
+        """Takes the next piece of the answer. With the `last` one everything that was held back is returned."""
         self._incoming.add(text, last=last)
         next(self._grammar, None)
         if last:
@@ -81,7 +83,7 @@ class AnswerParser:
         form, incoming = self._form, self._incoming
         self._text.give((yield from incoming.run(_BLANKS)))
         if form.reasoning:
-            # Some models open again what the prompt has opened already.
+            # Some models repeat the mark with which the prompt ends.
             opened = yield from incoming.takes(form.seen(THINK))
             if opened or in_reasoning:
                 yield from self._reasons()
@@ -111,7 +113,7 @@ class AnswerParser:
     def _tagged_call(self) -> Steps[None]:
         self._hold(self._form.seen(TOOL_CALL))
         call = yield from self._object_call()
-        # An answer may end with the object, or in the middle of the mark after it: it lacks nothing of the call.
+        # If the answer ends before the closing mark, or inside it, the call is complete all the same.
         if call is not None and (yield from self._incoming.takes(self._form.seen(END_TOOL_CALL), or_end=True)):
             self._call(call)
         else:
@@ -150,10 +152,10 @@ class AnswerParser:
             self._call(call)
         self._no_call()
 
-    # ------------------------------------------------------------ its words
+    # ------------------------------------------------------------ parts of the grammar
 
     def _give(self, part: Trimmed, mark: str | None) -> Steps[bool]:
-        """All up to a mark, or the end. Whether there was a mark."""
+        """Passes on everything up to a mark or the end. Returns whether there was a mark."""
         incoming = self._incoming
         seen = None if mark is None else self._form.seen(mark)
         while True:
@@ -167,7 +169,7 @@ class AnswerParser:
             yield
 
     def _object_call(self) -> Steps[ToolCall | None]:
-        """With the white space around it."""
+        """A call written as a JSON object, with the white space around it; None if there is none."""
         self._hold((yield from self._incoming.run(_BLANKS)))
         call = tool_call.of_object((yield from self._object()))
         if call is not None:
@@ -175,7 +177,7 @@ class AnswerParser:
         return call
 
     def _object(self) -> Steps[str]:
-        """As far as what follows may be a JSON object; nothing where it is not one."""
+        """The source of a JSON object, empty if what follows is none. What was looked at is held back either way."""
         incoming, scan = self._incoming, JsonScan()
         pieces: list[str] = []
         while True:
@@ -198,7 +200,7 @@ class AnswerParser:
             self._hold(seen)
         return there
 
-    # ------------------------------------------------------------ what became of what was held back
+    # ------------------------------------------------------------ what may be a call
 
     def _hold(self, text: str) -> None:
         self._held.append(text)

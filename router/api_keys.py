@@ -1,8 +1,8 @@
-"""The file of API keys: who has one, hashed, and what each may use.
+"""The file of API keys: names, hashes and limits.
 
-A key is a name and 256 random bits: `alice.N3v...`. The name finds the entry, so that one hash is computed however many
-keys there are. BLAKE2b (RFC 7693) is enough where passwords would need scrypt: nobody guesses 256 random bits, however
-fast the hash is. Its salt keeps equal keys, in this file or another, from being recognized as equal.
+A key is a name and 256 random bits: `alice.N3v...`. The entry is found by the name, so one hash is computed however
+many keys there are. A fast hash, BLAKE2b (RFC 7693), is enough: unlike a password, 256 random bits can't be guessed.
+The salt hides whether two entries, of this file or another, have the same key.
 """
 
 import asyncio
@@ -37,15 +37,15 @@ class Entry:
     caller: Caller
 
 
-# What a key of an unknown name is compared with: it takes as long as a known one.
+# Keys with an unknown name are compared with this, so that they take as long to refuse as others.
 NOBODY = Entry(secrets.token_bytes(SALT_BYTES), secrets.token_bytes(DIGEST_BYTES), Caller("nobody"))
 
 
 def make(name: str) -> tuple[str, str]:
-    """A new key, and its lines for the keys file.
+    """Returns a new key, and the lines for it in the keys file.
 
     Raises:
-        SettingsError: the name is none.
+        SettingsError: the name is not valid.
     """
     if not NAME.fullmatch(name):
         raise SettingsError(f"{name!r} is not a key name: use 1 to 64 letters, digits, - and _")
@@ -54,7 +54,8 @@ def make(name: str) -> tuple[str, str]:
 
 
 class ApiKeys:
-    """
+    """The keys in a file.
+
     Raises:
         SettingsError: the file cannot be read, or an entry in it is wrong.
     """
@@ -69,13 +70,13 @@ class ApiKeys:
         return len(self._entries)
 
     def caller(self, key: str) -> Caller | None:
-        """Whose key this is; None where it is nobody's."""
+        """Whose key this is; None if it is not valid."""
         entry = self._entries.get(key.partition(".")[0], NOBODY)
         return entry.caller if hmac.compare_digest(_digest(key, entry.salt), entry.digest) else None
 
     async def watch(self) -> None:
-        """Reads the file again whenever it changes, until cancelled. One that is wrong changes nothing, and is read at
-        each look, changed or not: it may be its permissions that are wrong."""
+        """Reads the file again whenever it changes, until cancelled. While it can't be read the keys stay as they were,
+        and it is tried every second, changed or not: its permissions may be what is wrong."""
         problem = ""
         while True:
             await asyncio.sleep(LOOK_SECONDS)
@@ -107,7 +108,10 @@ class ApiKeys:
 
 
 def _entry(name: str, table: object, usage: Usage) -> Entry:
-    """Raises ValueError with a sentence about what is wrong."""
+    """
+    Raises:
+        ValueError: says what is wrong with the entry.
+    """
     if not NAME.fullmatch(name):
         raise ValueError("the name of a key has up to 64 letters, digits, - and _")
     if not isinstance(table, Mapping):

@@ -1,4 +1,4 @@
-"""Lets in only calls with an API key, and those only within its limits."""
+"""Refuses calls without a valid API key, and those beyond the key's limits."""
 
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
@@ -23,12 +23,13 @@ SCHEME = "bearer "
 NO_KEY = "this router needs an API key: send the metadata authorization: Bearer KEY"
 WRONG_KEY = "the API key is not one of this router's"
 
-# Who has the cluster's secret could as well be one of its workers. `serve` and operators ask for the load with it.
+# A caller that has the cluster's secret, such as `serve` or an operator who asks for the load. It could pose as a
+# worker anyway.
 CLUSTER = Caller("the cluster", cache_group="the cluster")
 
 
 class KeyInterceptor(grpc.aio.ServerInterceptor):
-    """Guards one service (given by its full name); health, reflection and the rest are not its business."""
+    """Guards one service, given by its full name. Others, such as health and reflection, stay open."""
 
     def __init__(self, service: str, keys: ApiKeys, secret: str | None, metrics: Metrics) -> None:
         self._prefix = f"/{service}/"

@@ -1,4 +1,4 @@
-"""A model's chat template, or two of them: one for chats, one for chats with tools."""
+"""Chat templates. Some models have two: one for chats, and one for chats with tools."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +17,13 @@ COMMON_ROLES = ("system", "user", "assistant")
 
 TOOL_USE = "tool_use"
 
-# What the template is given beside the variables of a chat, which must not hide it.
+# Variables that the router sets, which a chat's own may not replace.
 OWN_VARIABLES = ("messages", "tools", "add_generation_prompt")
 
 
 @dataclass(frozen=True, slots=True)
 class _Program:
-    source: str  # with single quotes only
+    source: str  # with double quotes replaced by single ones
     template: jinja2.Template
     reads_tools: bool
 
@@ -40,10 +40,12 @@ class _Program:
 
 
 class ChatTemplate:
-    """Renders chats to text. A template comes with the model, so it runs in a sandbox.
+    """Renders chats to text. A template is a program that comes with the model, so it runs in a sandbox.
 
     Args:
-        tool_use: the template for chats with tools; None where it is the same.
+        source: the template.
+        special_tokens: the variables that it has for them, such as `eos_token`.
+        tool_use: the template for chats with tools; None if it is the same.
     """
 
     def __init__(self, source: str, special_tokens: dict[str, str], tool_use: str | None = None) -> None:
@@ -54,14 +56,14 @@ class ChatTemplate:
 
     @property
     def source(self) -> str:
-        """Both templates'."""
+        """The source of both templates."""
         return f"{self._without_tools.source}\n{self._with_tools.source}"
 
     def render(self, chat: pb.Chat, most_characters: int) -> str:
         """
         Raises:
-            InvalidArgument: a field is wrong, the template does not know what is in the chat or refuses it, or makes
-                more than `most_characters` of it.
+            InvalidArgument: a field is wrong, the template does not support or refuses what is in the chat, or the
+                text has more than `most_characters`.
         """
         program = self._with_tools if template_input.shown_tools(chat) else self._without_tools
         given = template_input.read(chat)
@@ -70,7 +72,7 @@ class ChatTemplate:
             "messages": given.messages,
             "tools": given.tools,
             "add_generation_prompt": given.add_generation_prompt,
-            "documents": None,  # and not undefined: templates ask whether they are none
+            "documents": None,  # not undefined: templates test whether it is none
             **self._special_tokens,
             **given.variables,
         }
@@ -82,9 +84,9 @@ class ChatTemplate:
                 characters += len(piece)
                 if characters > most_characters:
                     break
-        except Exception as error:  # the template is somebody's program: what it raises may be anything
+        except Exception as error:  # templates are programs, and may raise anything
             raise InvalidArgument("chat", f"the model's chat template refuses it: {error}") from error
-        # While it is made, and not after: templates may repeat the tools, and anything else, for every message.
+        # Checked while it is rendered: a template may repeat the tools, or anything else, for every message.
         if characters > most_characters:
             raise InvalidArgument(
                 "chat",
@@ -94,7 +96,7 @@ class ChatTemplate:
         return "".join(pieces)
 
     def _check(self, given: TemplateInput, program: _Program) -> None:
-        """What a template does not know, it would pass over without a word."""
+        """Refuses what the template does not support, and would silently ignore."""
         for place, message in enumerate(given.messages):
             role = message["role"]
             if not program.knows_role(role):
@@ -115,7 +117,7 @@ class ChatTemplate:
 
 
 def load(directory: Path) -> ChatTemplate | None:
-    """The template of `chat_template.jinja` or `tokenizer_config.json`; None where the model has none.
+    """The template in `chat_template.jinja` or else in `tokenizer_config.json`; None if the model has none.
 
     Raises:
         ModelError: one of these files is damaged.
@@ -147,7 +149,7 @@ def _read(file: Path) -> str:
 
 
 def _of_settings(settings: dict[str, Any], name: str) -> str | None:
-    """The template of this name; one that has none is the default."""
+    """The template of this name. One without a name is called "default"."""
     template = settings.get("chat_template")
     if isinstance(template, list):
         named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == name]
@@ -160,7 +162,7 @@ def _of_settings(settings: dict[str, Any], name: str) -> str | None:
 
 
 def special_tokens(settings: dict[str, Any]) -> dict[str, str]:
-    """The tokens that `tokenizer_config.json` gives a name to, such as `eos_token`."""
+    """The special tokens that `tokenizer_config.json` names, such as `eos_token`: their texts by these names."""
     named = {name: value for name, value in settings.items() if name.endswith("_token")}
     texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in named.items()}
     return {name: text for name, text in texts.items() if isinstance(text, str)}

@@ -1,6 +1,6 @@
-"""Which pair of workers a request goes to: where least is left to do for it, counting what the caches there hold.
+"""Chooses the pair of workers for a request, by load and by how much of its prefix they have cached.
 
-Between workers that are equal in this, the one whose cache holds less: it has less to lose.
+Between workers that are equal in these, the one with the smaller cache is taken: less is evicted there.
 """
 
 from collections.abc import Iterable, Mapping
@@ -11,21 +11,22 @@ from router.request import Request
 from router.worker import Worker
 from router.workers import DECODE, PREFILL, Role, Workers
 
-# A block that decode need not pull is worth so many blocks of room. Pulls are quick, so the emptier worker would nearly
-# always win if it were one, and every prefix would end up in every pool, where it drives out others. A block that is
-# still to be computed there, for prompts that came before, weighs as much: a prompt that waits delays what comes after
-# it by about as much as four running sequences of its length do.
+# How many blocks of free room a cached block, which a decode worker need not pull, is worth. If it were one, the
+# emptier worker would nearly always win, since pulls are quick; every prefix would end up in every pool, and evict
+# others there. A block that a decode worker has yet to compute for earlier prompts weighs as much the other way: a
+# waiting prompt delays those after it by about as much as four running sequences of its length do.
 HIT_WORTH = 4
 
 
-# Of each set of prefill workers that are pairs with the same decode workers, by instance: the one for a prompt, or None
-# while all of them have enough to do.
+# The best prefill worker for a prompt among those that some decode worker can read, None while they are all busy. By
+# the instances that it can read (`Worker.reads`), which are the same for all decode workers of a host.
 PrefillOf: TypeAlias = Mapping[frozenset[str], Worker | None]
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Without a prefill worker decode computes the prompt, too; without a decode worker the first token is all."""
+    """Without a prefill worker the decode worker prefills, too. Without a decode worker the first token is the only
+    one."""
 
     prefill: Worker | None
     decode: Worker | None
@@ -33,15 +34,15 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Missing:
-    """None of `workers` takes the request now; whoever does must be able to hold so many tokens."""
+    """No worker can take the request now."""
 
-    role: Role
-    workers: list[Worker]
-    tokens: int
+    role: Role  # that it waits for
+    workers: list[Worker]  # of this role that might take it later
+    tokens: int  # that such a worker must be able to hold
 
 
 def pair(request: Request, workers: Workers, headroom: int) -> Pair | Missing:
-    """For a request with so many tokens of output to reserve room for."""
+    """Chooses the workers for an attempt that reserves blocks for `headroom` tokens of output."""
     prefills, decodes = workers.of(PREFILL), workers.paired()
     if request.prompt.grammar:
         prefills, decodes = _guiding(prefills, decodes)
@@ -60,7 +61,7 @@ def pair(request: Request, workers: Workers, headroom: int) -> Pair | Missing:
 
 
 def _guiding(prefills: list[Worker], decodes: list[Worker]) -> tuple[list[Worker], list[Worker]]:
-    """Those that make output follow a grammar; of decode workers, those to which such a prompt can come."""
+    """The workers that support grammars; of the decode workers, only those for which such a prompt can be prefilled."""
     prefills = [worker for worker in prefills if worker.hello.guides]
     theirs = {worker.instance for worker in prefills}
     return prefills, [
@@ -71,7 +72,8 @@ def _guiding(prefills: list[Worker], decodes: list[Worker]) -> tuple[list[Worker
 def _for_one_token(
     request: Request, prefills: list[Worker], decodes: Iterable[Worker], headroom: int
 ) -> Pair | Missing:
-    """Nothing is to be handed over: a decode worker is needed only where no prefill worker has time for the prompt."""
+    """The first token is the only one, so there is nothing to hand over. A decode worker is needed only if it prefills,
+    while all prefill workers are busy."""
     prefill = prefill_worker(request, prefills)
     if prefill is not None:
         return Pair(prefill, None)
@@ -83,12 +85,12 @@ def _for_one_token(
 
 
 def _computes(decode: Worker, request: Request) -> bool:
-    """Whether it would prefill the prompt while all prefill workers are busy."""
+    """Whether the decode worker prefills the prompt while all prefill workers are busy."""
     return decode.prefills(request) or decode.helps_out(request)
 
 
 def prefill_worker(request: Request, workers: Iterable[Worker]) -> Worker | None:
-    """The one with the fewest tokens to compute until this prompt is done; None while all have enough to do."""
+    """The one with the fewest tokens to compute until this prompt is done; None while all are busy."""
     trusted = _trusted(worker for worker in workers if worker.can_hold(request.length + 1))
     able = [worker for worker in trusted if worker.accepts_prefill]
 
@@ -100,7 +102,7 @@ def prefill_worker(request: Request, workers: Iterable[Worker]) -> Worker | None
 
 
 def prefill_workers(request: Request, prefills: Iterable[Worker], decodes: Iterable[Worker]) -> PrefillOf:
-    """Those for the decode workers that are a pair with any."""
+    """The best prefill worker for each set of prefill workers that some of the decode workers can read."""
     prefills = list(prefills)
     instances = {worker.instance for worker in prefills}
     return {
@@ -111,14 +113,15 @@ def prefill_workers(request: Request, prefills: Iterable[Worker], decodes: Itera
 
 
 def decode_workers(request: Request, workers: Iterable[Worker], tokens: int) -> list[Worker]:
-    """Those that may take it: they have room for so many tokens."""
+    """The decode workers with room for a sequence of `tokens` tokens."""
     trusted = _trusted(worker for worker in workers if worker.can_hold(request.max_length))
     return [worker for worker in trusted if worker.has_room(request, tokens)]
 
 
 def decode_worker(request: Request, able: list[Worker], prefill_of: PrefillOf) -> Worker:
-    """The one with the most room, blocks found there and blocks to be computed there first counted several times, whose
-    prefill worker is good for this prompt now, if there is one."""
+    """The one with the most room. Cached blocks add `HIT_WORTH` blocks each, blocks that it has yet to prefill subtract
+    as many. Those come last on which the request failed, then those whose prefill worker is busy, paused, or failed
+    it."""
 
     def is_doubtful(prefill: Worker | None) -> bool:
         return prefill is None or prefill.circuit.paused or prefill.instance in request.avoid
@@ -134,7 +137,7 @@ def decode_worker(request: Request, able: list[Worker], prefill_of: PrefillOf) -
 
 
 def _trusted(workers: Iterable[Worker]) -> list[Worker]:
-    """Those that have not failed again and again of late; all of them where there is no other: then a try is better
-    than a request that waits out the pause."""
+    """The workers that are not paused by their circuit breakers; all of them if all are: then it is better to try than
+    to wait for the pause to end."""
     able = list(workers)
     return [worker for worker in able if not worker.circuit.paused] or able

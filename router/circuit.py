@@ -1,4 +1,4 @@
-"""When a worker that keeps failing is left alone, and when it is tried again."""
+"""A circuit breaker: when a worker that keeps failing gets no more attempts, and when it is tried again."""
 
 import time
 from collections.abc import Container
@@ -8,22 +8,22 @@ FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0  # seconds
 
 
 class Circuit:
-    """A breaker between the router and one worker's address; it outlives the worker's streams and restarts.
+    """The circuit breaker of one worker's address. It outlives the worker's streams and restarts.
 
-    Closed: attempts go there, and `FAILURES` of them in a row that failed open it. Open: nothing should go there for a
-    while. Then it is half open: one attempt is the probe. If that does well the circuit is closed, if it fails the
-    pause begins again and is twice as long, and if it says nothing either way, the next attempt is the probe.
+    Closed: attempts go there; `FAILURES` in a row open it. Open: for the length of a pause no attempts should go there.
+    Half open: the next attempt is the probe, and others should stay away until it ends. Its success closes the circuit.
+    Its failure begins another pause, twice as long. If it shows neither, the attempt after it is the probe.
     """
 
     def __init__(self) -> None:
-        self.pause = 0.0  # seconds that the last one took, or takes; 0 while it is closed
-        self.probe: int | None = None  # attempt
+        self.pause = 0.0  # seconds of the latest pause, which may be over; 0 while the circuit is closed
+        self.probe: int | None = None  # id of that attempt
         self._failures = 0
         self._pause_ends = 0.0  # time.monotonic()
 
     @property
     def paused(self) -> bool:
-        """Whether nothing more should go to the worker now."""
+        """Whether no attempt should go to the worker now, if another worker can take it."""
         return self.pause > 0 and (self.probe is not None or time.monotonic() < self._pause_ends)
 
     def begin(self, attempt_id: int) -> None:
@@ -31,7 +31,7 @@ class Circuit:
             self.probe = attempt_id
 
     def succeeded(self, attempt_id: int) -> bool:
-        """True where this closes the circuit."""
+        """Returns whether this closes the circuit."""
         if not self.pause:
             self._failures = 0
             return False
@@ -41,8 +41,8 @@ class Circuit:
         return True
 
     def failed(self, attempt_ids: Container[int]) -> float:
-        """Counts one failure, of one attempt or of the worker with all that it had; returns the seconds of the pause
-        that this begins, 0 where it begins none. While the circuit is open, only the probe counts."""
+        """Counts one failure, of an attempt or of the worker with all its attempts. While the circuit is open only the
+        probe's counts. Returns the seconds of the pause that begins with it; 0 if none does."""
         if not self.pause:
             self._failures += 1
             if self._failures < FAILURES:
@@ -56,7 +56,7 @@ class Circuit:
         self._pause_ends = time.monotonic() + self.pause
         return self.pause
 
-    def left(self, attempt_id: int) -> None:
-        """The attempt is over there, whether or not that said something of the worker."""
+    def ended(self, attempt_id: int) -> None:
+        """The attempt is over, whether or not it counted as a success or a failure."""
         if self.probe == attempt_id:
             self.probe = None

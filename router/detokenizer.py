@@ -1,4 +1,4 @@
-"""Tokens to text, piece by piece, without cutting a UTF-8 character."""
+"""Incremental detokenization, without cutting UTF-8 characters."""
 
 import codecs
 from collections.abc import Mapping, Sequence
@@ -9,15 +9,16 @@ _new_decoder = codecs.getincrementaldecoder("utf-8")
 
 
 class Detokenizer:
-    """Gives out a growing sequence's text as soon as it is certain; all pieces together are the tokenizer's `decode`.
+    """Returns the text of a growing sequence as soon as it is certain. All pieces together are what the tokenizer's
+    `decode` returns.
 
-    Bytes that are no UTF-8 become U+FFFD, as there. One difference, in vocabularies with tokens for single bytes beside
-    pieces of text: where a run of those is invalid, `decode` replaces every byte of it, and this only the invalid ones.
+    Invalid UTF-8 becomes U+FFFD, as there. One difference, in vocabularies with tokens for single bytes (byte
+    fallback): in an invalid run of those `decode` replaces every byte, and this only the invalid ones.
 
     Args:
-        table: each token's bytes.
-        strip_leading_space: from the first text.
-        signs: what stands for some tokens, whatever their bytes are. It may be no text that UTF-8 could spell.
+        table: the bytes of each token.
+        strip_leading_space: drops one space from the beginning of the text.
+        signs: text for some tokens, in place of their bytes; it may contain lone surrogates.
     """
 
     __slots__ = ("_decoder", "_signs", "_strip", "_table")
@@ -35,11 +36,11 @@ class Detokenizer:
         return self._without_leading_space(self._decoder.decode(b"".join([table[token] for token in tokens])))
 
     def finish(self) -> str:
-        """What is left: a replacement character where the sequence ended inside a character."""
+        """The rest: U+FFFD if the sequence ended inside a character, else nothing."""
         return self._without_leading_space(self._decoder.decode(b"", True))
 
     def _feed_with_signs(self, tokens: Sequence[int]) -> str:
-        """A character that is not whole where a sign comes never will be."""
+        """A character that is incomplete before a sign can't be completed after it."""
         pieces: list[str] = []
         for token in tokens:
             sign = self._signs.get(token)

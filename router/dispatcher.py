@@ -1,4 +1,5 @@
-"""Brings requests to pairs of workers, or to one that does both, and through whatever happens there to their end."""
+"""Sends queued requests to workers, follows each attempt through prefill and decode, and resumes those that are cut
+short."""
 
 import asyncio
 import itertools
@@ -21,19 +22,26 @@ from router.sequence import hash_blocks, sequence_of
 from router.waiting_queue import WaitingQueue
 from router.worker import REFUSAL_PAUSE, Worker
 from router.worker_faults import NO_LOGPROBS, WorkerFault
-from router.workers import DECODE, ROLE_NAMES, Role, Workers
+from router.workers import DECODE, PREFILL, ROLE_NAMES, Role, Workers
 from twostroke.v1 import inference_pb2, worker_pb2
 
 log = structlog.get_logger(__name__)
 
-OfAttempt = TypeVar("OfAttempt", worker_pb2.Reserved, worker_pb2.Prefilled, worker_pb2.Started, worker_pb2.Ended)
+AttemptMessage = TypeVar(
+    "AttemptMessage", worker_pb2.Reserved, worker_pb2.Prefilled, worker_pb2.Started, worker_pb2.Ended
+)
 
-# Requests that wait for a prefill worker and are passed over, at most, in search of one that needs none.
+# How many requests that wait for a prefill worker are passed over, at most, in search of one that needs none.
 MOST_PASSED = 64
+
+# The share of the router's time that this search may take. It asks every decode worker about each of these requests,
+# and could be made with every message of every worker.
+SEARCH_SHARE = 0.1
 
 
 class Dispatcher:
-    """Owns every request and attempt. All of it runs on the event loop, and nothing in it waits."""
+    """Owns every request and attempt. All methods run on the event loop and none of them awaits, so none needs a
+    lock."""
 
     def __init__(self, config: RouterConfig, metrics: Metrics) -> None:
         self._config = config
@@ -43,8 +51,9 @@ class Dispatcher:
         self._attempt_ids = itertools.count(random.getrandbits(62))
         self._running = 0
         self._retry: asyncio.TimerHandle | None = None
+        self._search_not_before = 0.0  # by the event loop's clock
 
-    # ------------------------------------------------------------ what others may know
+    # ------------------------------------------------------------ load
 
     @property
     def queued(self) -> int:
@@ -59,8 +68,8 @@ class Dispatcher:
     def check_admission(self, requests: int = 1) -> None:
         """
         Raises:
-            CallError: RESOURCE_EXHAUSTED where the queue has no place for so many more, INVALID_ARGUMENT where it never
-                has, UNAVAILABLE where a role has had no worker for a while.
+            CallError: RESOURCE_EXHAUSTED if the queue has no place for so many more now, INVALID_ARGUMENT if it never
+                has, UNAVAILABLE if a role has had no worker for longer than the grace period.
         """
         if requests > self._config.max_queue:
             raise InvalidArgument(
@@ -75,9 +84,10 @@ class Dispatcher:
             )
 
     def submit(self, requests: list[Request]) -> None:
-        """
+        """Queues the requests, and sends out those that a worker has room for.
+
         Raises:
-            CallError: as `check_admission`; then none of the requests was taken.
+            CallError: as `check_admission`; then none of them is queued.
         """
         self.check_admission(len(requests))
         for request in requests:
@@ -85,17 +95,21 @@ class Dispatcher:
         self.dispatch()
 
     def drop(self, requests: Iterable[Request]) -> None:
-        """The client went, or has all it wants of these. The workers hear of it with the next message; what comes free
-        there goes to others, and not to those of these that wait."""
+        """Ends requests whose client has gone, or has all that it wants. Those that have ended already are left alone.
+
+        All of them are ended before the room that they leave is given to others: else it would go to those of them
+        that are still queued.
+        """
         makes_room = False
         for request in requests:
             if request.state is State.QUEUED:
+                makes_room = makes_room or request is self._queue.at(0)  # others may have waited behind it
                 self._take_out(request)
             elif request.state is State.DISPATCHED:
                 attempt = request.attempt
                 assert attempt is not None
                 if attempt.decode is not None and attempt.decoding_since is not None:
-                    blame.did_well(attempt.decode, attempt)  # as far as anybody wanted to know
+                    blame.attempt_succeeded(attempt.decode, attempt)  # as far as it got
                 self._close(attempt, "dropped")
                 makes_room = True
             else:
@@ -107,24 +121,45 @@ class Dispatcher:
     # ------------------------------------------------------------ to workers
 
     def dispatch(self) -> None:
-        """Sends out whatever waits and has a place to go to, in order. Behind a request that waits for a prefill worker
-        those go on that need none, as long as decode has room for that one, too: they can't keep it waiting."""
-        passed = 0
+        """Sends out queued requests in order, up to the first for which no worker has room. If that one waits for a
+        prefill worker, those behind it that need none may overtake it. If it waits for room on a decode worker, nothing
+        may: they would take the room that it waits for."""
+        missing = None
+        while missing is None and (request := self._queue.at(0)) is not None:
+            missing = self._try_to_place(request)
+        if missing == PREFILL and any(worker.can_prefill for worker in self.workers.of(DECODE)):
+            self._search()
+
+    def _search(self) -> None:
+        """Sends out requests that need no prefill worker from behind the first one. If the last search was only just
+        made, a timer makes the next one."""
+        now = asyncio.get_running_loop().time
+        began = now()
+        if began < self._search_not_before:
+            self._retry_at(self._search_not_before)
+            return
+        passed = 1
         while passed <= MOST_PASSED and (request := self._queue.at(passed)) is not None:
-            try:
-                missing = self._place(request)
-            except Exception:  # a fault of the router: it costs this request, and neither the others nor any block
-                log.exception("cannot be placed", request_id=request.id, choice=request.index)
-                self._give_up(request)
-                continue
-            if missing is None:
-                continue
-            if missing == DECODE or not any(worker.can_prefill for worker in self.workers.of(DECODE)):
-                return
-            passed += 1
+            missing = self._try_to_place(request)
+            if missing == DECODE:
+                break
+            if missing is not None:
+                passed += 1
+        ended = now()
+        self._search_not_before = ended + min((ended - began) / SEARCH_SHARE, REFUSAL_PAUSE)
+
+    def _try_to_place(self, request: Request) -> Role | None:
+        """As `_place`. A bug of the router ends this request alone, and leaves no block behind."""
+        try:
+            return self._place(request)
+        except Exception:
+            log.exception("cannot be placed", request_id=request.id, choice=request.index)
+            self._give_up(request)
+            return None
 
     def _place(self, request: Request) -> Role | None:
-        """None where the request left the queue, else the role that it waits for."""
+        """Sends one request out, or ends it if it can't be served. Returns the role that it has to wait for, None if it
+        has left the queue."""
         try:
             self._prepare(request)
         except CallError as error:
@@ -139,15 +174,15 @@ class Dispatcher:
         return None
 
     def _prepare(self, request: Request) -> None:
-        """What can't be done before there are workers.
+        """Does what depends on the workers: hashes the blocks, and settles the length if there were none before.
 
         Raises:
-            CallError: they can't serve it.
+            CallError: these workers can't serve the request.
         """
-        for worker in self.workers.all()[:1]:  # they are all alike in this
+        if (worker := self.workers.any()) is not None:
             hash_blocks(request, worker.kind)
-        if request.settle is not None:
-            request.limit(request.settle(self.workers.max_length()))
+        if request.recheck_length is not None:
+            request.limit(request.recheck_length(self.workers.max_length()))
 
     def _give_up(self, request: Request) -> None:
         if request.attempt is not None:
@@ -177,7 +212,7 @@ class Dispatcher:
         self._take_out(request)
         request.attempt = attempt
         request.state = State.DISPATCHED
-        request.settle = None
+        request.recheck_length = None
         request.timing.queued_ms += 1000 * (attempt.dispatched_at - request.queued_at)
         self._running += 1
         if prefill is not None:
@@ -197,7 +232,8 @@ class Dispatcher:
             )
 
     def _wait_or_end(self, request: Request, missing: choose.Missing) -> Role | None:
-        """The role of which it waits for a worker; None where none will ever take it, and it ended here."""
+        """Returns the role that the request waits for. If no connected worker could ever take it, ends it and returns
+        None."""
         sentence = None
         if missing.workers and not any(worker.can_hold(missing.tokens) for worker in missing.workers):
             sentence = f"no {ROLE_NAMES[missing.role]} worker that is left can hold {missing.tokens} tokens"
@@ -208,12 +244,20 @@ class Dispatcher:
             request.end(State.FAILED, CallError(grpc.StatusCode.UNAVAILABLE, sentence))
             return None
         if self._retry is None:
-            self._retry = asyncio.get_running_loop().call_later(REFUSAL_PAUSE, self._retry_now)
+            self._retry_at(asyncio.get_running_loop().time() + REFUSAL_PAUSE)
         return missing.role
 
     def _take_out(self, request: Request) -> None:
         self._queue.remove(request)
         request_trace.queued(request)
+
+    def _retry_at(self, when: float) -> None:
+        """Dispatches again no later than `when`, by the event loop's clock."""
+        if self._retry is not None:
+            if self._retry.when() <= when:
+                return
+            self._retry.cancel()
+        self._retry = asyncio.get_running_loop().call_at(when, self._retry_now)
 
     def _retry_now(self) -> None:
         self._retry = None
@@ -222,14 +266,14 @@ class Dispatcher:
     # ------------------------------------------------------------ from workers
 
     def worker_lost(self, worker: Worker) -> None:
-        """Its stream ended, and with it everything that it did."""
-        if worker.attempts and worker.load.ready:  # else nobody was let down, or it had said that it would go
-            blame.did_badly(worker, worker.attempts)
+        """Its stream ended, and with it every attempt there."""
+        if worker.attempts and worker.load.ready:  # not if it had announced that it would leave
+            blame.attempts_failed(worker, worker.attempts)
         self.workers.retire(worker)
         for attempt in list(worker.attempts.values()):
             try:
                 self._lost(worker, attempt)
-            except Exception:  # a fault of the router: it costs this request, and no other
+            except Exception:  # a bug of the router ends this request alone
                 log.exception("cannot be resumed", request_id=attempt.request.id, choice=attempt.request.index)
                 self._give_up(attempt.request)
         self.dispatch()
@@ -242,20 +286,22 @@ class Dispatcher:
         self._resume(attempt, worker, "worker lost", (worker,))
 
     def received(self, worker: Worker, message: worker_pb2.WorkerMessage) -> None:
-        """
+        """Takes a worker's message in. The order matters: its tokens may be of attempts that it has just started, and
+        its load has everything else in the message counted in.
+
         Raises:
-            WorkerFault: the worker said what it may not; nothing that it says counts any more.
+            WorkerFault: the worker broke the protocol; the rest of the message is not taken in.
         """
         if message.HasField("cache"):
             worker.take_cache(message.cache)
         for opened in message.opened:
             self.workers.opened(worker, opened)
-        self._take_in(self._reserved, worker, message.reserved)
-        self._take_in(self._prefilled, worker, message.prefilled)
-        self._take_in(self._started, worker, message.started)
+        self._handle_each(self._reserved, worker, message.reserved)
+        self._handle_each(self._prefilled, worker, message.prefilled)
+        self._handle_each(self._started, worker, message.started)
         if message.HasField("tokens"):
             fan_out(worker.decoding, message.tokens)
-        self._take_in(self._ended, worker, message.ended)
+        self._handle_each(self._ended, worker, message.ended)
         if message.HasField("load"):
             self._take_load(worker, message.load)
         makes_room = message.reserved or message.prefilled or message.ended or message.opened
@@ -264,29 +310,32 @@ class Dispatcher:
 
     def _take_load(self, worker: Worker, load: inference_pb2.WorkerLoad) -> None:
         worker.take_load(load)
-        blame.does_well(worker)
+        blame.check_probe(worker)
         if not load.ready:
             self.workers.retire(worker)
         elif not worker.draining and worker not in self.workers.of(worker.role):
-            self.workers.add(worker)  # it is new, or said that it was not ready
+            self.workers.add(worker)  # new, or ready again
 
-    def _take_in(
-        self, hear: Callable[[Worker, Attempt, OfAttempt], None], worker: Worker, said: Iterable[OfAttempt]
+    def _handle_each(
+        self,
+        handle: Callable[[Worker, Attempt, AttemptMessage], None],
+        worker: Worker,
+        messages: Iterable[AttemptMessage],
     ) -> None:
-        """What is said of attempts that are over is passed over.
+        """Messages about attempts that are over are ignored.
 
         Raises:
-            WorkerFault: the worker said what it may not.
+            WorkerFault: the worker broke the protocol.
         """
-        for word in said:
-            attempt = worker.attempts.get(word.attempt_id)
+        for message in messages:
+            attempt = worker.attempts.get(message.attempt_id)
             if attempt is None:
                 continue
             try:
-                hear(worker, attempt, word)
+                handle(worker, attempt, message)
             except WorkerFault:
                 raise
-            except Exception:  # a fault of the router: it costs this request, and neither the others nor the worker
+            except Exception:  # a bug of the router ends this request alone, and does not lose the worker
                 log.exception("cannot go on", request_id=attempt.request.id, choice=attempt.request.index)
                 self._give_up(attempt.request)
 
@@ -316,7 +365,7 @@ class Dispatcher:
             worker.decoding[attempt.id] = request
             _decoding(attempt)
         if request.complete:
-            blame.did_well(worker, attempt)
+            blame.attempt_succeeded(worker, attempt)
             self._close(attempt, "finished")
             request.end(State.FINISHED)
         elif attempt.reserved and not attempt.in_place:
@@ -325,14 +374,14 @@ class Dispatcher:
     def _reserved(self, worker: Worker, attempt: Attempt, reserved: worker_pb2.Reserved) -> None:
         if attempt.decode is not worker or attempt.reserved:
             return
-        worker.await_no_answer(attempt.decode_blocks)
+        worker.reservation_answered(attempt.decode_blocks)
         attempt.request.timing.reserved_ms += 1000 * (time.monotonic() - attempt.dispatched_at)
         attempt.trace.record("reserved", attempt.dispatched_at, {"twostroke.cached_tokens": reserved.cached_tokens})
         if reserved.refused:
             attempt.decode = None
             worker.end(attempt)
-            worker.give_back(attempt.decode_blocks)
-            worker.is_full()
+            worker.release(attempt.decode_blocks)
+            worker.note_refusal()
             self._refused(attempt)
             return
         attempt.reserved = True
@@ -341,17 +390,16 @@ class Dispatcher:
             self._start(attempt)
 
     def _refused(self, attempt: Attempt) -> None:
-        """A worker has no place for it. That is no resume: the worker did nothing for it. The other one of the pair was
-        told at the same time, and its first token may have been streamed already; then the next attempt goes on behind
-        it."""
+        """A worker has no room for the attempt. That is not counted as a resume, since it did nothing for it. The other
+        worker of the pair may have computed the first token meanwhile; then the next attempt goes on behind that."""
         self._close(attempt, "refused")
-        if attempt.request.complete:  # it refuses what it has done already
+        if attempt.request.complete:  # a worker that prefills refused it after the only token
             attempt.request.end(State.FINISHED)
         else:
             self._requeue(attempt.request)
 
     def _start(self, attempt: Attempt) -> None:
-        """Both sides are ready: the decode worker may take the KV."""
+        """The prompt's KV is computed and the blocks for it are reserved: the decode worker may pull."""
         assert attempt.prefilled is not None
         assert attempt.decode is not None
         attempt.decode.decoding[attempt.id] = attempt.request
@@ -368,45 +416,44 @@ class Dispatcher:
         attempt.trace.record("transfer", time.monotonic() - started.transfer_ms / 1000, {})
         _decoding(attempt)
         if attempt.prefill is not None:
-            blame.did_well(attempt.prefill, attempt)  # its KV can be read, too
+            blame.attempt_succeeded(attempt.prefill, attempt)  # its KV could be read
         self._leave_prefill(attempt, tell=True)
 
     def _ended(self, worker: Worker, attempt: Attempt, ended: worker_pb2.Ended) -> None:
-        if ended.cause == worker_pb2.Ended.CAUSE_DRAINING:
+        request, cause = attempt.request, ended.cause
+        if cause == worker_pb2.Ended.CAUSE_DRAINING:
             worker.draining = True
             self.workers.retire(worker)
         suspects = blame.suspects(worker, attempt)
-        if attempt.request.complete or ended.cause == worker_pb2.Ended.CAUSE_PREEMPTED:
-            blame.did_well(worker, attempt)
-        elif ended.cause not in blame.HARMLESS | blame.ANYBODYS:
+        if request.complete or cause == worker_pb2.Ended.CAUSE_PREEMPTED:
+            blame.attempt_succeeded(worker, attempt)
+        elif cause not in blame.NO_FAULT | blame.AMBIGUOUS:
             for suspect in suspects:
-                blame.did_badly(suspect, (attempt.id,))
+                blame.attempts_failed(suspect, (attempt.id,))
         if attempt.prefill is worker:
             self._leave_prefill(attempt, tell=False)
         else:
             self._leave_decode(attempt, tell=False)
-        if ended.cause == worker_pb2.Ended.CAUSE_FULL:
-            worker.is_full()
+        if cause == worker_pb2.Ended.CAUSE_FULL:
+            worker.note_refusal()
             self._refused(attempt)
-            return
-        if ended.cause == worker_pb2.Ended.CAUSE_DRAINING and attempt.request.length == attempt.length:
+        elif cause == worker_pb2.Ended.CAUSE_DRAINING and request.length == attempt.length:  # no token came of it
             self._refused(attempt)
-            return
-        if ended.cause == worker_pb2.Ended.CAUSE_PREEMPTED:
-            attempt.request.preemptions += 1
-        if ended.cause == worker_pb2.Ended.CAUSE_REJECTED:
+        elif cause == worker_pb2.Ended.CAUSE_REJECTED:
             sentence = f"the {ROLE_NAMES[worker.role]} worker cannot serve this request: {ended.detail}"
             self._close(attempt, "rejected", sentence)
-            attempt.request.end(State.FAILED, CallError(grpc.StatusCode.INVALID_ARGUMENT, sentence))
-            return
-        # A worker that calls an attempt finished whose last token does not say so is at fault, and treated so.
-        cause = causes.name_of(ended.cause)
-        self._resume(attempt, worker, cause, suspects if ended.cause not in blame.HARMLESS else (), detail=ended.detail)
+            request.end(State.FAILED, CallError(grpc.StatusCode.INVALID_ARGUMENT, sentence))
+        else:
+            # That includes FINISHED for a request whose last token does not end it: the worker is at fault.
+            if cause == worker_pb2.Ended.CAUSE_PREEMPTED:
+                request.preemptions += 1
+            suspects = [] if cause in blame.NO_FAULT else suspects
+            self._resume(attempt, worker, causes.name_of(cause), suspects, detail=ended.detail)
 
     # ------------------------------------------------------------ how attempts end
 
     def _close(self, attempt: Attempt, outcome: str, problem: str = "") -> None:
-        """Ends the attempt on both workers, as far as they still hold something for it."""
+        """Ends the attempt on each worker that still holds something for it."""
         self._leave_prefill(attempt, tell=True)
         self._leave_decode(attempt, tell=True)
         tokens = attempt.request.length - attempt.length
@@ -428,8 +475,8 @@ class Dispatcher:
             return
         worker.end(attempt)
         if not attempt.reserved:
-            worker.await_no_answer(attempt.decode_blocks)
-        worker.give_back(attempt.decode_blocks)
+            worker.reservation_answered(attempt.decode_blocks)
+        worker.release(attempt.decode_blocks)
         if attempt.decoding_since is not None:
             attempt.request.timing.decode_ms += 1000 * (time.monotonic() - attempt.decoding_since)
             attempt.trace.record("decode", attempt.decoding_since, {})
@@ -439,8 +486,12 @@ class Dispatcher:
     def _resume(
         self, attempt: Attempt, worker: Worker, cause: str, suspects: Sequence[Worker], detail: str = ""
     ) -> None:
-        """Another attempt goes on behind the last token that arrived, unless that was the last one anyway. `suspects`:
-        whose fault it may be that this one ended, who told of it first; nobody's where it is none."""
+        """Queues the request again, to go on behind the last token that arrived; or finishes it, if that was its last.
+
+        Args:
+            worker: the one on which the attempt ended.
+            suspects: workers that may be at fault, the one that reported the end first. Empty: it is no fault.
+        """
         request = attempt.request
         if request.complete:
             self._close(attempt, "finished")
@@ -460,7 +511,7 @@ class Dispatcher:
         )
         if suspects:
             request.faults += 1
-            # At first only who told of it: one of two that does well elsewhere is not suspected any longer.
+            # After the first fault only the worker that reported it is avoided, after the second both of the pair.
             request.avoid.update(suspect.instance for suspect in suspects[: request.faults])
             if request.faults > self._config.max_resumes:
                 sentence = (
@@ -489,7 +540,7 @@ class Dispatcher:
 
 
 def _decoding(attempt: Attempt) -> None:
-    """The KV is in place: what comes from now on are steps' tokens."""
+    """The KV is in place, and decoding has begun."""
     attempt.decoding_since = time.monotonic()
     if attempt.request.decode_cached_tokens is None:
         attempt.request.decode_cached_tokens = attempt.decode_cached_tokens

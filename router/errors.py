@@ -1,13 +1,14 @@
-"""What ends a call with a gRPC status instead of an answer."""
+"""Errors that end a call with a gRPC status."""
 
 import grpc
 
-# A sentence travels in the call's trailers, which are limited (to 8 KiB) and spell out each byte that is not ASCII.
+# Characters. The sentence is sent in the call's trailers, which may have 8 KiB, percent-encoded where it is not ASCII.
 MAX_SENTENCE = 400
 
 
 class CallError(Exception):
-    """A status code and a sentence that a person can act on. A longer one, which quotes what somebody sent, is cut."""
+    """A status code, and a sentence that a person can act on. The sentence is cut if what it quotes makes it too
+    long."""
 
     def __init__(self, code: grpc.StatusCode, message: str) -> None:
         if len(message) > MAX_SENTENCE:
@@ -18,7 +19,7 @@ class CallError(Exception):
 
 
 class InvalidArgument(CallError):
-    """A field of the request is wrong; the sentence says which, and what its limit is."""
+    """A field of the request is wrong. The sentence says which one, and what is allowed."""
 
     def __init__(self, field: str, problem: str) -> None:
         super().__init__(grpc.StatusCode.INVALID_ARGUMENT, f"{field}: {problem}")

@@ -1,4 +1,4 @@
-"""Threads at which callers take turns."""
+"""A thread pool that callers share fairly."""
 
 import asyncio
 from collections.abc import Callable
@@ -11,15 +11,16 @@ T = TypeVar("T")
 
 
 class FairThreads:
-    """One caller gets all but one of them at most: what takes long holds up neither the caller's next piece of work
-    nor, however much of that there is, anybody else's."""
+    """Callers take turns, and none can occupy all threads: however much slow work one of them submits, a thread is left
+    for the others. Needs at least two threads."""
 
     def __init__(self, count: int, name: str) -> None:
         self._turns = Turns(count, count - 1)
         self._threads = ThreadPoolExecutor(count, thread_name_prefix=name)
 
     def submit(self, caller: str, work: Callable[[], T]) -> asyncio.Task[T]:
-        """A thread that began something comes to its end, so whoever waits for that should shield it."""
+        """Runs `work` on a thread when it is the caller's turn. What a thread has begun can't be cancelled, so the task
+        that is returned should be awaited with `asyncio.shield`."""
         return asyncio.create_task(self._in_turn(caller, work))
 
     async def _in_turn(self, caller: str, work: Callable[[], T]) -> T:

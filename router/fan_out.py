@@ -1,4 +1,4 @@
-"""One packed message of a decode step, to the requests' buffers: the router's hottest loop."""
+"""Adds the tokens of a decode step, which come in one message, to their requests. This is the router's hottest loop."""
 
 from collections.abc import Mapping
 
@@ -8,11 +8,13 @@ from twostroke.v1 import worker_pb2
 
 
 def fan_out(decoding: Mapping[int, Request], tokens: worker_pb2.StepTokens) -> None:
-    """Gives every token to the request that it is for. Attempts that ended in the meantime are passed over, and what
-    comes after a request's last token.
+    """Adds each token to its request. Tokens of attempts that have ended are ignored, and those after a request's last.
+
+    Args:
+        decoding: the requests that the worker decodes, by attempt id.
 
     Raises:
-        WorkerFault: a request asked for log-probabilities, and there are none.
+        WorkerFault: a request asked for log-probabilities, and the message has none.
     """
     find = decoding.get
     if tokens.logprobs:

@@ -1,8 +1,7 @@
-"""Whether grammars can be compiled, found out in a process of its own.
+"""Tests in a process of its own whether grammars can be compiled.
 
-Some take the library hours, or gigabytes, and some overflow its stack, which ends the process: here, that costs nobody
-but them.
-Workers, which compile what was let through, have more stack.
+Some would take the library hours or gigabytes, and some overflow its stack, which ends the process. There that does no
+harm. Workers, which compile the grammars that passed, give the library more stack.
 """
 
 import multiprocessing
@@ -18,24 +17,34 @@ from common import grammar
 from common.grammar import GrammarError, compile_grammar, load_tokenizer
 from common.model_config import ModelConfig
 
-# Of work on one grammar. Most take a millisecond.
+# CPU time for one grammar. Most take a millisecond.
 SECONDS = 2.0
 
 STACK_BYTES = grammar.STACK_BYTES // 2
 
-# Of memory for one grammar. Schemas of 256 KiB have taken 50 MB.
+# Memory for one grammar. Schemas of 256 KiB have taken 50 MB.
 MOST_BYTES = 256 << 20
 
-# For two threads at once: each would look for children that ended, and one of them could miss how its own did.
+# Held to start or join a process. On two threads at once either could reap the other's child, whose exit code is then
+# lost.
 _lock = threading.Lock()
 
 
+# Exit codes of signals that somebody else sends: whoever stops the process group, or a kernel that is short of memory.
+# A grammar is blamed for these only the second time.
+_FROM_ELSEWHERE = (-signal.SIGTERM, -signal.SIGKILL, -signal.SIGHUP)
+
+
+class _KilledError(GrammarError):
+    """Somebody killed the process while it worked on the grammar."""
+
+
 class NoGuidesError(GrammarError):
-    """No grammar can be followed with this model."""
+    """This model supports no grammars."""
 
 
 class GrammarCheck:
-    """To be called by one thread at a time. The process begins with the first call, and ends with this object.
+    """Not thread-safe. The process is started by the first call, and ends when this object is freed.
 
     Args:
         directory: of the model.
@@ -50,18 +59,24 @@ class GrammarCheck:
     def __call__(self, text: str) -> None:
         """
         Raises:
-            GrammarError: nothing can follow it.
-            RuntimeError: the process cannot be started, which says nothing of the grammar.
+            GrammarError: the grammar can't be compiled.
+            RuntimeError: the process can't be started, whatever the grammar.
         """
         if self._process is not None and _has_ended(self._process):
-            self._end()  # it was killed while it waited: no grammar's fault
+            self._end()  # it was killed while it was idle, which is no grammar's fault
+        try:
+            self._ask(text)
+        except _KilledError:
+            self._ask(text)
+
+    def _ask(self, text: str) -> None:
         if self._process is None:
             self._begin()
         try:
             self._pipe.send(text)
             problem = self._pipe.recv()
         except (EOFError, OSError):
-            raise GrammarError(_what_ended_it(self._end())) from None
+            raise _what_ended_it(self._end()) from None
         if problem:
             raise GrammarError(problem)
 
@@ -87,7 +102,7 @@ class GrammarCheck:
             raise NoGuidesError(problem)
 
     def _end(self) -> int | None:
-        """Waits for the process to end, which it does once its pipe is closed; returns its exit code."""
+        """Closes the pipe, which makes the process exit, and waits for that. Returns the exit code."""
         process, self._process = self._process, None
         self._pipe.close()
         assert process is not None
@@ -101,17 +116,18 @@ def _has_ended(process: BaseProcess) -> bool:
         return not process.is_alive()
 
 
-def _what_ended_it(exit_code: int | None) -> str:
-    """What is wrong with the grammar at which the process ended."""
+def _what_ended_it(exit_code: int | None) -> GrammarError:
+    """Says what is wrong with the grammar that ended the process."""
     if exit_code == -signal.SIGPROF:
-        return f"it takes more than {SECONDS:g} seconds to compile"
-    return "it is too deeply nested, or too large, to be compiled"
+        return GrammarError(f"it takes more than {SECONDS:g} seconds to compile")
+    kind = _KilledError if exit_code in _FROM_ELSEWHERE else GrammarError
+    return kind("it is too deeply nested, or too large, to be compiled")
 
 
 def _serve(pipe: Connection, directory: Path, model: ModelConfig, seconds: float, most_bytes: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # is for the router
-    os.nice(10)  # which comes first
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # what crashes it would fill the disk
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the router, which then closes the pipe
+    os.nice(10)  # the router and the workers come first
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # grammars that crash it must not fill the disk with core dumps
     threading.stack_size(STACK_BYTES)
     thread = threading.Thread(target=_answer, args=(pipe, directory, model, seconds, most_bytes))
     thread.start()
@@ -119,7 +135,8 @@ def _serve(pipe: Connection, directory: Path, model: ModelConfig, seconds: float
 
 
 def _answer(pipe: Connection, directory: Path, model: ModelConfig, seconds: float, most_bytes: int) -> None:
-    """Says what is wrong with the model, and then with each grammar; nothing where that is nothing."""
+    """Sends what is wrong with the model, and then, for each grammar that it receives, what is wrong with that; an
+    empty text if nothing is."""
     try:
         tokenizer = load_tokenizer(directory, model)
     except GrammarError as error:
@@ -132,7 +149,7 @@ def _answer(pipe: Connection, directory: Path, model: ModelConfig, seconds: floa
             text = pipe.recv()
         except EOFError:
             return
-        signal.setitimer(signal.ITIMER_PROF, seconds)  # SIGPROF ends the process, whatever it is at
+        signal.setitimer(signal.ITIMER_PROF, seconds)  # then SIGPROF ends the process
         try:
             compile_grammar(tokenizer, text)
             problem = ""
@@ -143,6 +160,6 @@ def _answer(pipe: Connection, directory: Path, model: ModelConfig, seconds: floa
 
 
 def _limit_memory(more: int) -> None:
-    """To what this process has now, and so many bytes. What needs them and has no more ends it."""
+    """Limits this process to the memory that it has now and `more` bytes. An allocation beyond that ends it."""
     own = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()  # what RLIMIT_DATA counts
     resource.setrlimit(resource.RLIMIT_DATA, (own + more, own + more))

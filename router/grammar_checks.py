@@ -1,7 +1,8 @@
-"""Checks of many callers' grammars: each once, a few at a time, and nobody's slow ones hold up the others'."""
+"""Checks the grammars of all callers, a few at a time, so that no caller's slow ones hold up the others'."""
 
 import asyncio
 from collections import Counter, OrderedDict
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -13,51 +14,56 @@ from router.errors import CallError
 from router.fair_threads import FairThreads
 from router.grammar_check import GrammarCheck
 
-# Grammars of one caller that wait to be compiled; most take a millisecond, none much more than grammar_check.SECONDS.
+# Grammars of one caller that wait to be compiled. Most take a millisecond, none takes much more than
+# grammar_check.SECONDS.
 MAX_WAITING = 16
 
 
 class GrammarChecks:
-    """
+    """Remembers the results of the last grammars, so that common ones are compiled once.
+
     Args:
         directory: of the model.
         model: its configuration.
     """
 
     def __init__(self, directory: Path, model: ModelConfig) -> None:
-        self._idle = [GrammarCheck(directory, model) for _ in range(AT_ONCE)]  # the last is first: few ever begin
+        # used from the end, so that few start a process
+        self._idle = [GrammarCheck(directory, model) for _ in range(AT_ONCE)]
         self._threads = FairThreads(AT_ONCE, "grammar")
-        self._known: OrderedDict[str, GrammarError | None] = OrderedDict()  # the last ones, and what is wrong with them
-        self._begun: dict[str, asyncio.Task[GrammarError | None]] = {}
-        self._waiting: Counter[str] = Counter()  # of the callers that began them
+        self._known: OrderedDict[str, GrammarError | None] = OrderedDict()  # by grammar: what is wrong with it
+        # By caller and grammar. Callers don't share a check: one would wait for all that the other had asked for
+        # before.
+        self._begun: dict[tuple[str, str], asyncio.Task[GrammarError | None]] = {}
+        self._waiting: Counter[str] = Counter()  # of these, how many each caller has
 
     async def check(self, grammar: str, caller: str) -> None:
         """
         Raises:
-            GrammarError: nothing can follow it.
-            CallError: RESOURCE_EXHAUSTED where too many of the caller's wait.
-            RuntimeError: the process cannot be started, which says nothing of the grammar.
+            GrammarError: the grammar can't be compiled.
+            CallError: RESOURCE_EXHAUSTED if too many of the caller's grammars wait.
+            RuntimeError: the process that compiles can't be started, whatever the grammar.
         """
         if grammar in self._known:
             self._known.move_to_end(grammar)
             problem = self._known[grammar]
         else:
-            problem = await asyncio.shield(self._begun.get(grammar) or self._begin(grammar, caller))
+            problem = await asyncio.shield(self._begun.get((caller, grammar)) or self._begin(caller, grammar))
         if problem is not None:
-            raise problem.with_traceback(None)  # else it gets longer with each time
+            raise problem.with_traceback(None)  # which would grow each time that it is raised
 
-    def _begin(self, grammar: str, caller: str) -> "asyncio.Task[GrammarError | None]":
+    def _begin(self, caller: str, grammar: str) -> "asyncio.Task[GrammarError | None]":
         if self._waiting[caller] >= MAX_WAITING:
             raise CallError(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many guides wait to be compiled; try again later")
         self._waiting[caller] += 1
-        task = self._begun[grammar] = asyncio.create_task(self._check(grammar, caller))
+        task = self._begun[caller, grammar] = asyncio.create_task(self._check(caller, grammar))
         return task
 
-    async def _check(self, grammar: str, caller: str) -> GrammarError | None:
+    async def _check(self, caller: str, grammar: str) -> GrammarError | None:
         try:
             problem = await self._threads.submit(caller, partial(self._problem, grammar))
         finally:
-            del self._begun[grammar]
+            del self._begun[caller, grammar]
             self._waiting[caller] -= 1
         self._known[grammar] = problem
         if len(self._known) > KEPT:
@@ -65,6 +71,9 @@ class GrammarChecks:
         return problem
 
     def _problem(self, grammar: str) -> GrammarError | None:
+        """Compiles the grammar, on a thread, when it is the caller's turn. Returns what is wrong with it."""
+        with suppress(KeyError):
+            return self._known[grammar]  # checked for another caller in the meantime
         check = self._idle.pop()
         try:
             check(grammar)

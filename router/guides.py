@@ -1,4 +1,4 @@
-"""What answers must follow: guides as callers send them, to grammars as workers take them."""
+"""Structured outputs: turns guides, as callers send them, into grammars, as workers run them."""
 
 import json
 from dataclasses import replace
@@ -24,7 +24,7 @@ ANY_OBJECT = '{"type": "object"}'
 
 
 class Guides:
-    """Compiles each guide once before its request goes anywhere, so that a worker need not refuse it.
+    """Makes grammars, and makes sure that each compiles before its request is sent to a worker.
 
     Args:
         directory: of the model.
@@ -35,10 +35,11 @@ class Guides:
         self._checks = GrammarChecks(directory, model)
 
     async def grammar(self, guide: pb.Guide) -> str:
-        """
+        """The grammar of a guide.
+
         Raises:
-            InvalidArgument: nothing can follow the guide, or this model's answers can follow none.
-            CallError: RESOURCE_EXHAUSTED where too many of the caller's wait to be compiled.
+            InvalidArgument: the guide can't be compiled, or this model does not support any.
+            CallError: RESOURCE_EXHAUSTED if too many of the caller's guides wait to be compiled.
         """
         grammar = grammar_of(guide)
         try:
@@ -48,10 +49,10 @@ class Guides:
         return grammar
 
     async def call(self, chat: pb.Chat, prompt: Tokenized) -> str:
-        """The grammar of an answer that calls a tool, as the chat's tool_choice says. `prompt`: made of the chat.
+        """The grammar of an answer that must call a tool, by the chat's tool_choice. `prompt`: made from the chat.
 
         Raises:
-            InvalidArgument: names what cannot be called so.
+            InvalidArgument: names the tool or the field for which that is not possible.
             CallError: as `grammar`.
         """
         tools, several = tool_choice.tools_to_call(chat), chat.tool_choice.required
@@ -60,7 +61,7 @@ class Guides:
         try:
             await self._check("chat.tool_choice", grammar)
         except GrammarError as error:
-            for tool in tools:  # one at a time, to find which it is
+            for tool in tools:  # to name the one that is wrong
                 await self._check_arguments(tool)
             raise InvalidArgument("chat.tools", f"the calls cannot be compiled: {error}") from error
         return grammar
@@ -72,7 +73,15 @@ class Guides:
             raise InvalidArgument(tool.field, f"calls of {tool.name!r} cannot be guided: {error}") from error
 
     async def _check(self, field: str, grammar: str) -> None:
-        """Raises GrammarError, or as `grammar`. `field`: what asks for it."""
+        """
+        Args:
+            field: of the request, which asks for the grammar.
+
+        Raises:
+            GrammarError: the grammar can't be compiled.
+            InvalidArgument: this model does not support grammars.
+            CallError: as `grammar`.
+        """
         try:
             await self._checks.check(grammar, CALLER.get().name)
         except NoGuidesError as error:
@@ -80,9 +89,10 @@ class Guides:
 
 
 def grammar_of(guide: pb.Guide) -> str:
-    """
+    """The grammar of a guide, not yet compiled.
+
     Raises:
-        InvalidArgument: it is empty, too large, or no JSON where it must be.
+        InvalidArgument: the guide is empty, too large, or not JSON though it must be.
     """
     match guide.WhichOneof("kind"):
         case "json_schema":

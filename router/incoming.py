@@ -1,4 +1,4 @@
-"""Text that comes piece by piece, to a reader that takes it from the front."""
+"""Streamed text, for a parser that takes it from the front."""
 
 import re
 from collections.abc import Generator
@@ -6,14 +6,14 @@ from typing import TypeAlias, TypeVar
 
 T = TypeVar("T")
 
-# A reader is a generator: it yields where what has come does not tell how to go on, and is resumed when there is more.
+# A parser is a generator that yields when it needs more text to go on, and is resumed when there is more.
 Steps: TypeAlias = Generator[None, None, T]
 
 
 class Incoming:
-    """Looks at no character more than a few times, however the text is cut.
+    """The text that was received and not yet taken: `text` from `place` on. `over`: nothing comes after it.
 
-    `text` from `place` on has come and was not yet taken; `over`: nothing more comes.
+    Looks at each character a few times at most, however the text is cut into pieces.
     """
 
     __slots__ = ("over", "place", "text")
@@ -33,7 +33,11 @@ class Incoming:
         return self.text[begin:place]
 
     def take_before(self, mark: str) -> tuple[str, bool]:
-        """All that certainly comes before a mark; and whether that was found, and taken, too."""
+        """Takes the text up to a mark, and the mark. If it was not found, takes what can't be the beginning of one.
+
+        Returns:
+            The text without the mark, and whether the mark was found.
+        """
         found = self.text.find(mark, self.place)
         if found < 0:
             return self.take_to(len(self.text) - (0 if self.over else self._begun(mark))), False
@@ -42,15 +46,15 @@ class Incoming:
         return before, True
 
     def _begun(self, mark: str) -> int:
-        """How much of a mark's beginning the text ends with."""
+        """How many characters at the text's end may be the beginning of a mark."""
         for length in range(len(mark) - 1, 0, -1):
             if self.text.endswith(mark[:length], self.place):
                 return length
         return 0
 
     def takes(self, mark: str, *, or_end: bool = False) -> Steps[bool]:
-        """Whether a mark is next, and takes it; `or_end`: the end of the text, or as much of the mark as came before
-        that, will do."""
+        """Takes a mark if it comes next, and returns whether it did. `or_end`: the end of the text counts as the mark,
+        also in the middle of it."""
         while True:
             there = self.text[self.place : self.place + len(mark)]
             begun = mark.startswith(there)
@@ -62,7 +66,8 @@ class Incoming:
             yield
 
     def run(self, pattern: "re.Pattern[str]", most: int | None = None) -> Steps[str]:
-        """The characters that match; a `pattern` is of one character, as often as there are any."""
+        """Takes the characters that match, `most` of them at most. The pattern must match a run of characters of one
+        class, which may be empty or cut anywhere."""
         pieces: list[str] = []
         left = most
         while True:

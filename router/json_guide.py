@@ -1,11 +1,11 @@
-"""How answers write the JSON of a schema, where its x-guidance says nothing else."""
+"""Grammars of JSON schemas, with defaults for what a schema's `x-guidance` does not set."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from llguidance import LLMatcher
 
-# Without a limit, a model that does not know how to go on may go on with spaces to the end of its context.
+# White space is limited: a model that is unsure how to go on may otherwise write spaces to the end of its context.
 _DEFAULTS = {"whitespace_pattern": r"[ \t\r\n]{1,40}"}
 
 _OPTIONS = "x-guidance"
@@ -14,17 +14,18 @@ _OPTIONS = "x-guidance"
 def grammar_of(text: str, schema: Mapping[str, Any]) -> str:
     """
     Args:
-        text: the schema, as it came.
-        schema: what is in it.
+        text: the schema as the caller sent it.
+        schema: the same, parsed.
 
     Raises:
-        ValueError: the library, which has a parser of its own, cannot read it.
+        ValueError: llguidance, which has a parser of its own, can't read it.
     """
     return LLMatcher.grammar_from_json_schema(text, defaults=_defaults(schema.get(_OPTIONS)))
 
 
 def as_inlined(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """The same schema for a grammar of Lark to have in it, where there are no defaults."""
+    """The schema with the defaults written into it, for use inside a Lark grammar, to which no defaults can be
+    passed."""
     options = schema.get(_OPTIONS, {})
     return {**schema, _OPTIONS: _defaults(options) | options} if isinstance(options, dict) else dict(schema)
 

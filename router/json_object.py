@@ -1,4 +1,4 @@
-"""JSON objects that callers send, to plain values that can go on: into a template, into JSON again, into UTF-8."""
+"""Parses JSON objects that callers send into values that can be given to templates and written as JSON and UTF-8."""
 
 import json
 import math
@@ -6,10 +6,11 @@ from typing import Any
 
 from router.errors import InvalidArgument
 
-# Nothing else of the router runs while these are parsed: some ten milliseconds, where they are made for it.
+# Parsing blocks the event loop: for the worst objects of this size some ten milliseconds.
 MAX_BYTES = 256 * 1024
 
-# A JSON schema has two or three levels for each of its own. Templates that walk it recurse, and have room for these.
+# A JSON schema nests two or three levels for each level that it describes. Templates recurse into it, and can do so for
+# this many.
 MAX_DEPTH = 64
 
 

@@ -1,10 +1,10 @@
-"""Where a JSON object ends that comes piece by piece, without reading any of it twice."""
+"""Finds the end of a JSON object that is streamed, without reading any of it twice."""
 
 import re
 
 from router import json_object
 
-# Between brackets and strings; a literal that is none of JSON is for the parser to find.
+# Between brackets and strings. Whether these are literals of JSON is left to the parser.
 _OUTSIDE = re.compile(r"[-+.,:0-9A-Za-z \t\r\n]*")
 _INSIDE = re.compile(r'[^"\\\x00-\x1f\ud800-\udfff]*')
 _ESCAPED = re.compile(r"[^\ud800-\udfff]?")
@@ -12,8 +12,8 @@ _CLOSER = {"{": "}", "[": "]"}
 
 
 class JsonScan:
-    """Follows brackets and strings. What it takes for complete may still be no JSON; what it gives up is none, or is
-    larger or deeper than `json_object.parse` takes."""
+    """Follows brackets and strings only, so what it finds `complete` may still not be valid JSON. What it rejects
+    (`over`, and not `complete`) is no JSON object, or one that is larger or deeper than `json_object.parse` allows."""
 
     __slots__ = ("_closers", "_escaped", "_in_string", "_left", "complete", "over")
 
@@ -26,8 +26,8 @@ class JsonScan:
         self.complete = False
 
     def feed(self, text: str, begin: int) -> int:
-        """Goes on with what comes at `begin`. Returns the place up to which that may be of the object: that of its end
-        where it is `complete` then, and that of what cannot be of it where it is `over` without that."""
+        """Goes on with the text at `begin`. Returns how far it may belong to the object: up to the object's end if that
+        is `complete` now; if it is `over` without that, up to the first character that can't belong to one."""
         place, end = begin, min(len(text), begin + self._left)
         while place < end and not self.over:
             place = self._string(text, place, end) if self._in_string else self._structure(text, place, end)
@@ -36,7 +36,7 @@ class JsonScan:
         return place
 
     def _string(self, text: str, place: int, end: int) -> int:
-        if self._escaped:  # by a backslash: whether it may be, the parser knows
+        if self._escaped:  # anything but a sign: which characters may be escaped is left to the parser
             self._escaped = False
             self.over = _run(_ESCAPED, text, place, end) == place
             return place if self.over else place + 1
@@ -73,6 +73,6 @@ class JsonScan:
 
 
 def _run(pattern: "re.Pattern[str]", text: str, place: int, end: int) -> int:
-    """The end of what matches at `place`, which may be nothing."""
+    """The end of the match at `place`; `place` itself if nothing matches."""
     match = pattern.match(text, place, end)
     return place if match is None else match.end()

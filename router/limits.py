@@ -1,4 +1,4 @@
-"""What one API key may use: its limits, and how much of them is used up."""
+"""Limits of an API key, and how much of them is used up."""
 
 import time
 from collections.abc import Iterator
@@ -13,22 +13,23 @@ from router.errors import CallError, InvalidArgument
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """None is no limit."""
+    """Limits of one API key. None: there is none."""
 
     requests_per_minute: int | None = None  # calls of any method
-    concurrent_requests: int | None = None  # choices that are generated at once
+    concurrent_requests: int | None = None  # choices, counted while their call is under way
     tokens_per_minute: int | None = None  # of prompts and answers
 
 
 class Meter:
-    """A leaky bucket: what is counted drains at the limit's rate, so an idle caller has a minute's worth at once."""
+    """A leaky bucket. What is counted drains at the limit's rate, so a caller that was idle can use a minute's worth at
+    once."""
 
     def __init__(self) -> None:
         self._used = 0.0
         self._at = time.monotonic()
 
     def used(self, per_minute: int) -> float:
-        """What of the limit is used up now. It may be more than all of it: what is used is known only afterwards."""
+        """How much of the limit is used up now; it may be more than the limit, since tokens are counted afterwards."""
         now = time.monotonic()
         self._used = max(0.0, self._used - (now - self._at) * per_minute / 60)
         self._at = now
@@ -40,7 +41,7 @@ class Meter:
 
 @dataclass(slots=True)
 class Usage:
-    """Outlives the reading of a changed keys file."""
+    """What a key has used. It is kept when the keys file is read again."""
 
     calls: Meter = field(default_factory=Meter)
     tokens: Meter = field(default_factory=Meter)
@@ -57,10 +58,10 @@ class Caller:
     usage: Usage = field(default_factory=Usage)
 
     def call(self) -> None:
-        """Counts a call.
+        """Counts one call, of any method.
 
         Raises:
-            CallError: RESOURCE_EXHAUSTED, with the limit.
+            CallError: RESOURCE_EXHAUSTED, with the limit and when to try again.
         """
         limit = self.limits.requests_per_minute
         if limit is None:
@@ -72,10 +73,10 @@ class Caller:
 
     @contextmanager
     def generating(self, choices: int) -> Iterator[None]:
-        """As long as so many choices are generated.
+        """Counts so many choices as running for the duration of the block.
 
         Raises:
-            CallError: RESOURCE_EXHAUSTED, with the limit; INVALID_ARGUMENT where they are more than it ever allows.
+            CallError: RESOURCE_EXHAUSTED, with the limit; INVALID_ARGUMENT if they are more than it ever allows.
         """
         most, tokens, usage = self.limits.concurrent_requests, self.limits.tokens_per_minute, self.usage
         if most is not None and choices > most:
@@ -93,16 +94,18 @@ class Caller:
             usage.running -= choices
 
     def spend(self, tokens: int) -> None:
+        """Counts tokens of a prompt or an answer."""
         if self.limits.tokens_per_minute is not None:
-            self.usage.tokens.used(self.limits.tokens_per_minute)  # what has drained until now must not be this
+            self.usage.tokens.used(self.limits.tokens_per_minute)  # drains what was there before
             self.usage.tokens.add(tokens)
 
     def cache_salt(self, salt: str) -> str:
-        """The salt of a request's cached prefixes, different for every pair of cache group and salt of the request."""
+        """The salt of the hashes of a request's blocks. It differs between cache groups, and within one between
+        salts."""
         return salt if self.cache_group is None else f"{self.cache_group}\0{salt}"
 
 
-# Whoever makes the call that the current task serves; everyone, where there are no API keys.
+# Who made the call that the current task serves. Without API keys that is always EVERYONE.
 EVERYONE = Caller("everyone")
 CALLER: ContextVar[Caller] = ContextVar("caller", default=EVERYONE)
 

@@ -1,4 +1,4 @@
-"""Where the producers of an answer leave word that there is something to take, for one consumer."""
+"""A queue of things that have news, from many producers to the one consumer that writes an answer."""
 
 import asyncio
 from typing import Generic, TypeVar
@@ -9,8 +9,13 @@ T = TypeVar("T")
 
 
 class Mailbox(Generic[T]):
-    """Whatever gathers while the consumer is busy, or waits for its turn, is taken at once: that is what packs the
-    messages of a slow client, and of all clients where the router is the slow one."""
+    """Everything that gathers while the consumer is busy, or waits for its turn, is taken at once. So a slow client
+    gets fewer and larger messages, and all clients do while the router is overloaded.
+
+    Args:
+        turnstile: where consumers take turns.
+        reader: the consumer's task, which `overflow` cancels.
+    """
 
     __slots__ = ("_posted", "_reader", "_turnstile", "_waiter", "overflown")
 
@@ -28,13 +33,14 @@ class Mailbox(Generic[T]):
             self._waiter = None
 
     def overflow(self) -> None:
-        """More has gathered than may: cancels the consumer, who may be waiting for a client that does not read."""
+        """Too much has gathered: cancels the consumer, which is probably blocked by a client that does not read."""
         if not self.overflown and self._reader is not None:
             self.overflown = True
             self._reader.cancel()
 
     async def take(self) -> list[T]:
-        """Everything posted since the last call; waits while there is nothing, and for its turn."""
+        """Waits until something is posted and it is the consumer's turn; returns all that was posted since the last
+        call."""
         waiter = asyncio.get_running_loop().create_future()
         if self._posted:
             self._turnstile.admit(waiter)

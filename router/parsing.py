@@ -1,4 +1,4 @@
-"""Answers a call whose message cannot be parsed with INVALID_ARGUMENT, and counts it; grpcio would say UNKNOWN."""
+"""Answers calls whose message can't be parsed with INVALID_ARGUMENT, where grpcio would answer UNKNOWN."""
 
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -14,11 +14,11 @@ log = structlog.get_logger(__name__)
 
 
 class ParseInterceptor(grpc.aio.ServerInterceptor):
-    """Of calls that send one message, to methods that are coroutines: all that the router has, but for reflection.
+    """Applies to methods that are coroutines and take one message: all but reflection's.
 
     Args:
-        service: full name of the one whose calls are counted.
-        metrics: where to.
+        service: full name of the service whose refused calls are counted and logged.
+        metrics: counts them.
     """
 
     def __init__(self, service: str, metrics: Metrics) -> None:

@@ -1,4 +1,4 @@
-"""Which workers there are: named in the settings, found through DNS, or come by themselves."""
+"""The addresses of workers: named in the settings, found through DNS, or registered by the workers themselves."""
 
 import asyncio
 import ipaddress
@@ -25,16 +25,16 @@ from twostroke.v1 import worker_pb2
 
 log = structlog.get_logger(__name__)
 
+# Seconds.
 REGISTER_INTERVAL = 2.0
-# A worker that came by itself is forgotten when it is neither connected nor heard of for so long.
-REGISTRATION_LASTS = 15.0
+REGISTRATION_LASTS = 15.0  # an address is forgotten if there is no connection and no word of it for so long
 DNS_INTERVAL = 5.0
 MAX_WORKERS = 1024
 MAX_ADDRESS = 300  # characters
 
 
 class Registry:
-    """Keeps a link to every address, and lets in only workers that fit together."""
+    """Keeps a link to every address, and refuses workers that do not fit the router's model or one another."""
 
     def __init__(
         self, config: RouterConfig, model: ModelConfig, vocabulary: str, dispatcher: Dispatcher, peers: Peers
@@ -52,13 +52,14 @@ class Registry:
         self._links: dict[tuple[str, Role], WorkerLink] = {}
         self._tasks: dict[tuple[str, Role], asyncio.Task[None]] = {}
         self._heard_of: dict[tuple[str, Role], float] = {}
+        self._unresolved: dict[str, str] = {}  # names that can't be looked up, and why
 
     @property
     def connected(self) -> list[Worker]:
         return [link.worker for link in self._links.values() if link.worker is not None]
 
     def problems(self) -> Iterator[tuple[str, Role, str]]:
-        """Address and role of workers that are there and not of full use, and why."""
+        """Address and role of connected workers that can't be used, or not with every worker, and why."""
         for link in self._links.values():
             if link.refused is not None:
                 yield link.address, link.role, f"refused: {link.refused}"
@@ -67,7 +68,7 @@ class Registry:
                     yield link.address, link.role, problem
 
     async def run(self) -> None:
-        """Looks names up and forgets addresses that are gone, until cancelled."""
+        """Resolves names and forgets addresses that are gone, until cancelled; then closes all links."""
         try:
             while True:
                 began = time.monotonic()
@@ -80,9 +81,10 @@ class Registry:
             await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
     def register(self, request: worker_pb2.RegisterRequest) -> worker_pb2.RegisterResponse:
-        """
+        """A worker announces itself, as it does every few seconds.
+
         Raises:
-            InvalidArgument: the address or role is none, or there are too many workers.
+            InvalidArgument: the address or role is not valid, or there are too many workers.
         """
         if len(request.address) > MAX_ADDRESS:
             raise InvalidArgument("address", f"must have at most {MAX_ADDRESS} characters")
@@ -120,7 +122,8 @@ class Registry:
         return next(filter(None, (_difference(hello, other) for other in self.connected)), None)
 
     def _other_model(self, hello: worker_pb2.WorkerHello) -> str | None:
-        """What in the worker's model makes tokens mean something else there, with both values."""
+        """Says where the worker's model and the router's disagree about tokens, with both values; None if they
+        agree."""
         for what, there, here in (
             ("vocab_size", hello.vocab_size, self._vocab_size),
             ("eos_token_ids", [*hello.eos_token_ids], [*self._eos_token_ids]),
@@ -135,6 +138,8 @@ class Registry:
 
     def worker_lost(self, worker: Worker) -> None:
         self._dispatcher.worker_lost(worker)
+        for link in self._links.values():
+            link.ask_again()
 
     def received(self, worker: Worker, message: worker_pb2.WorkerMessage) -> None:
         check(message, self._vocab_size)
@@ -146,7 +151,15 @@ class Registry:
         await asyncio.gather(*(self._look_up_one(name, role) for name, role in self._named))
 
     async def _look_up_one(self, name: str, role: Role) -> None:
-        for address in await _addresses(name):
+        try:
+            addresses = await _addresses(name)
+        except (OSError, ValueError) as error:  # UnicodeError, a ValueError: no name can be like that
+            if self._unresolved.get(name) != str(error):  # it is looked up again every few seconds
+                self._unresolved[name] = str(error)
+                log.warning("cannot look up", name=name, reason=str(error))
+            return
+        self._unresolved.pop(name, None)
+        for address in addresses:
             self._heard_of[address, role] = time.monotonic()
             self._keep_link((address, role))
 
@@ -157,8 +170,11 @@ class Registry:
             self._tasks[key] = asyncio.create_task(self._links[key].run(), name=f"link {address}")
 
     def _forget_gone(self, looked_up: float) -> None:
-        """`looked_up`: when that began. One name may take longer than a registration lasts, and the others were heard
-        of at its beginning."""
+        """
+        Args:
+            looked_up: time.monotonic() before the last look-up. That may have taken longer than a registration lasts,
+                because of one slow name; then the other names were last heard of at its beginning.
+        """
         long_ago = looked_up - REGISTRATION_LASTS
         for key, link in list(self._links.items()):
             if link.worker is None and self._heard_of[key] < long_ago:
@@ -168,7 +184,7 @@ class Registry:
 
 
 def _difference(hello: worker_pb2.WorkerHello, other: Worker) -> str | None:
-    """What keeps two workers from working together, with both values."""
+    """Says what keeps two workers from working together, with both values; None if nothing does."""
     mine, theirs = hello.pool, other.hello.pool
     for what, here, there in (
         ("dtype", hello.dtype, other.hello.dtype),
@@ -178,7 +194,8 @@ def _difference(hello: worker_pb2.WorkerHello, other: Worker) -> str | None:
         ("num_kv_heads", mine.layout.num_kv_heads, theirs.layout.num_kv_heads),
         ("head_dim", mine.layout.head_dim, theirs.layout.head_dim),
         ("KV dtype", mine.layout.dtype, theirs.layout.dtype),
-        ("fingerprint", hello.fingerprint, other.hello.fingerprint),  # last: it differs with each of those above, too
+        # last: it differs, too, if any of the above does
+        ("fingerprint", hello.fingerprint, other.hello.fingerprint),
     ):
         if here != there:
             return f"its {what} is {here!r}, and that of {other.address} is {there!r}"
@@ -186,16 +203,18 @@ def _difference(hello: worker_pb2.WorkerHello, other: Worker) -> str | None:
 
 
 async def _addresses(name: str) -> list[str]:
-    """Every address behind a name now; the name itself where it is an address, local, or not to be resolved here."""
+    """All addresses that a DNS name has now. Anything else (an IP address, localhost, a Unix socket, another scheme of
+    gRPC's) is returned as it is.
+
+    Raises:
+        OSError: the name can't be looked up.
+        ValueError: no name or port can be like that.
+    """
     host, _, port = name.rpartition(":")
     if is_unix(name) or host == "localhost" or "/" in host:
         return [name]
     with suppress(ValueError):
         ipaddress.ip_address(host.strip("[]"))
         return [name]
-    try:
-        found = await asyncio.get_running_loop().getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
-    except (OSError, ValueError) as error:  # a name that cannot even be asked for is a UnicodeError
-        log.warning("cannot look up", name=name, reason=str(error))
-        return []
+    found = await asyncio.get_running_loop().getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
     return sorted({f"[{ip}]:{port}" if ":" in str(ip) else f"{ip}:{port}" for ip in (entry[4][0] for entry in found)})

@@ -1,4 +1,4 @@
-"""One choice of a client's request, and the attempts at it. The event loop owns both; nothing else touches them."""
+"""One choice of a client's request, and the attempts at it. Both are used on the event loop only."""
 
 import time
 from collections.abc import Callable
@@ -15,32 +15,32 @@ if TYPE_CHECKING:
     from router.worker import Worker
 
 
-# A client that leaves more tokens unread, beyond what gRPC holds for it, gets none: its stream ends, and its place goes
-# to others.
+# A client that leaves more tokens of a choice unread than these, besides what gRPC buffers, has its call ended: it
+# would hold a place in the batch for nothing.
 MAX_UNREAD_TOKENS = 4096
 
 
 class State(Enum):
     QUEUED = auto()  # in the router's queue
     DISPATCHED = auto()  # an attempt is under way
-    FINISHED = auto()  # every token is there
+    FINISHED = auto()  # the output is complete
     FAILED = auto()  # `failure` says why
-    DROPPED = auto()  # the client went, or a stop string ended the answer
+    DROPPED = auto()  # cancelled by the client, or ended by a stop string
 
 
 class Kind(NamedTuple):
-    """What hashes of blocks depend on, and all workers that are there together have in common."""
+    """What the hashes of blocks depend on. It is the same for all workers that are connected at one time."""
 
     fingerprint: str
     block_size: int
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
-    """A prompt as workers of one kind are told of it."""
+class EncodedPrompt:
+    """A prompt as it is sent to workers of one kind."""
 
     block_hashes: list[bytes]
-    packed: worker_pb2.Sequence = field(default_factory=worker_pb2.Sequence)
+    sequence: worker_pb2.Sequence = field(default_factory=worker_pb2.Sequence)  # empty until it is first needed
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +49,9 @@ class Prompt:
     min_length: int
     stop_token_ids: frozenset[int]
     cache_salt: str
-    grammar: str = ""  # that answers follow; see common/grammar.py
-    # Made with the first attempt of the first choice, and shared by all: a long prompt takes milliseconds.
-    told: dict[Kind, Told] = field(default_factory=dict, init=False, compare=False)
+    grammar: str = ""  # that answers must follow; see common/grammar.py
+    # Made for the first attempt and shared by all choices: for a long prompt it takes milliseconds.
+    encoded: dict[Kind, EncodedPrompt] = field(default_factory=dict, init=False, compare=False)
 
 
 @dataclass(slots=True, eq=False)
@@ -62,32 +62,33 @@ class Request:
     prompt: Prompt
     sampling: worker_pb2.SamplingParams
     mailbox: Mailbox["Request"]
-    max_length: int  # tokens, prompt and output, at which the sequence ends
-    # That, once it is known how long a sequence the workers hold: of a request that came before them, until it begins.
-    settle: Callable[[int | None], int] | None = None
+    max_length: int  # tokens of prompt and output together at which the sequence ends
+    # Set while a request waits that came before there were workers: makes `max_length` of the longest sequence that
+    # they can hold, or raises InvalidArgument.
+    recheck_length: Callable[[int | None], int] | None = None
     trace: Span = OFF  # of the call
-    arrived_at: float = field(default_factory=time.monotonic)
+    arrived_at: float = field(default_factory=time.monotonic)  # of the call, before its prompt was tokenized
     queued_at: float = field(default_factory=time.monotonic)
     state: State = State.QUEUED
     failure: CallError | None = None
     attempt: "Attempt | None" = None
-    posted: bool = False  # in the mailbox, not yet taken out
+    posted: bool = False  # in the mailbox, and not yet taken out
     output: list[int] = field(default_factory=list)
-    taken: int = 0  # tokens of the output that are in messages to the client
-    complete: bool = False  # the last token is one that ends it
-    logprobs: list[bytes] = field(default_factory=list)  # where asked for: of the tokens that were not yet taken out
-    kind: Kind | None = None  # of the workers that the hashes are for
+    taken: int = 0  # tokens of the output that were put into messages to the client
+    complete: bool = False  # the last token was a stop token, or the last that `max_length` allows
+    logprobs: list[bytes] = field(default_factory=list)  # of the tokens not yet taken, if the client asked for them
+    kind: Kind | None = None  # that `block_hashes` are for
     block_hashes: list[bytes] = field(default_factory=list)
-    attempts: int = 0  # begun
-    resumes: int = 0  # after preemptions and faults
+    attempts: int = 0
+    resumes: int = 0  # attempts that were cut short: by preemption, by a fault, or by a worker that drained
     preemptions: int = 0
     faults: int = 0
-    avoid: set[str] = field(default_factory=set)  # instances of workers that failed it
+    avoid: set[str] = field(default_factory=set)  # instances of workers on which an attempt failed
     prefill_cached_tokens: int = 0
     decode_cached_tokens: int | None = None
     timing: inference_pb2.Timing = field(default_factory=inference_pb2.Timing)
 
-    most_tokens: int = field(init=False)  # of the output, by `max_length`
+    most_tokens: int = field(init=False)  # of output, for which `max_length` has room
     wants_logprobs: bool = field(init=False)
 
     def __post_init__(self) -> None:
@@ -107,23 +108,23 @@ class Request:
         return self.max_length - self.length
 
     def add_logprobs(self, logprobs: worker_pb2.Logprobs) -> None:
-        """Those of the token that comes next."""
-        # As bytes: a message out of another one keeps all of that alive, here the step of a whole batch.
+        """Adds those of the token that is added next."""
+        # Serialized: part of a message keeps the whole message alive, which is a step of the whole batch.
         self.logprobs.append(logprobs.SerializeToString())
 
     def take_logprobs(self, count: int) -> list[worker_pb2.Logprobs]:
-        """Those of the next tokens; they are kept no longer."""
+        """Removes and returns those of the next `count` tokens."""
         taken = [worker_pb2.Logprobs.FromString(packed) for packed in self.logprobs[:count]]
         del self.logprobs[:count]
         return taken
 
     def headroom(self, first: int) -> int:
-        """Tokens of output that the next attempt reserves room for: `first`, doubled with each preemption, so that a
-        request which keeps outgrowing its pool soon asks for its whole need."""
+        """Output tokens that the next attempt reserves blocks for: `first`, doubled by each preemption, so that a
+        request which outgrew its reservation a few times asks for all that it may need."""
         return min(self.remaining, max(first, 1) << self.preemptions)
 
     def add(self, token: int) -> None:
-        """Takes the next token. None may follow one that makes it complete."""
+        """Adds the next token of the output. Not to be called once the request is complete."""
         output = self.output
         output.append(token)
         if token in self.prompt.stop_token_ids or len(output) >= self.most_tokens:
@@ -144,17 +145,19 @@ class Request:
 
 @dataclass(slots=True, eq=False)
 class Attempt:
-    """One try at a request on one pair of workers, or on a decode worker that prefills the prompt, too (`in_place`). A
-    worker is None here once it holds nothing for the attempt."""
+    """One try at a request on a pair of workers, or on a decode worker that prefills the prompt itself (`in_place`).
+
+    A worker becomes None once it holds nothing for the attempt any more.
+    """
 
     id: int
     request: Request
     prefill: "Worker | None"
     decode: "Worker | None"
-    prefill_tokens: int  # that the worker which prefills was asked to compute
+    prefill_tokens: int  # to be computed by the worker that prefills, as far as the router knows its cache
     decode_blocks: int  # that the decode worker was asked to reserve
     in_place: bool
-    length: int  # tokens that the request had, prompt and output
+    length: int  # of the request when the attempt began: tokens of prompt and output
     trace: Span = OFF
     dispatched_at: float = field(default_factory=time.monotonic)
     prefilled: worker_pb2.Prefilled | None = None

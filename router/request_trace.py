@@ -1,5 +1,5 @@
-"""What the spans of a call and of its attempts say, in the words of OpenTelemetry's conventions for RPCs and for
-generative AI where they have some. No text and no token is among them."""
+"""The attributes of the spans of calls and attempts. They are named by OpenTelemetry's conventions for RPCs and for
+generative AI, where these have a name, and contain no text and no tokens."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from router.validate import Job
 from router.worker import Worker
 from twostroke.v1 import inference_pb2 as pb
 
-# Codes that say that the service failed, and not its caller.
+# Codes with which a call's span is marked as failed: the fault is the service's, not the caller's.
 FAILURES = {
     grpc.StatusCode.UNKNOWN,
     grpc.StatusCode.DEADLINE_EXCEEDED,
@@ -51,7 +51,7 @@ def finish_reason(finish: pb.Finish) -> str:
 
 
 def queued(request: Request) -> None:
-    """The request leaves the queue."""
+    """Records the time that a request was queued. To be called when it leaves the queue."""
     request.trace.record("queued", request.queued_at, {"twostroke.choice": request.index})
 
 

@@ -1,4 +1,4 @@
-"""A router, put together: its services, its links to workers, its metrics."""
+"""Puts a router together: its services, its links to workers, its metrics."""
 
 import asyncio
 import os
@@ -35,7 +35,7 @@ REGISTRY = worker_pb2.DESCRIPTOR.services_by_name["Registry"].full_name
 NO_SECRET = "set --cluster-secret-file on the router and its workers: a router with API keys lets no worker in without"
 WRONG_SECRET = "the router has a cluster secret, and this call not the same: set --cluster-secret-file on the worker"
 
-# Calls at once over one connection; a client's next one waits there for its turn.
+# Concurrent calls on one connection. More than these wait in the client.
 MAX_STREAMS = 1024
 
 OPTIONS = [
@@ -50,7 +50,7 @@ class Router:
     """Serves from `start` to `stop`, on the running event loop.
 
     Raises:
-        StartError: a file of certificates, keys or the secret is missing or wrong, or a package for tracing.
+        StartError: a file of certificates, keys or the secret is missing or wrong, or tracing's packages are missing.
     """
 
     def __init__(self, config: RouterConfig, model: ModelConfig, tokenizer: Tokenizer, guides: Guides) -> None:
@@ -108,7 +108,7 @@ class Router:
         secret, keys = self._peers.secret, self._keys
         interceptors: list[grpc.aio.ServerInterceptor] = []
         if secret is not None or keys is not None:
-            # Whoever may register is sent prompts: with API keys about, that is not for everyone.
+            # Whoever registers as a worker is sent prompts, so with API keys that must not be open to everyone.
             interceptors.append(SecretInterceptor(REGISTRY, secret, NO_SECRET if secret is None else WRONG_SECRET))
         if keys is not None:
             interceptors.append(KeyInterceptor(INFERENCE, keys, secret, self.metrics))

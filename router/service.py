@@ -4,7 +4,7 @@ import asyncio
 import itertools
 import time
 from collections import defaultdict
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from functools import partial
 from typing import Any
@@ -39,7 +39,7 @@ log = structlog.get_logger(__name__)
 
 INFERENCE = pb.DESCRIPTOR.services_by_name["Inference"].full_name
 
-# A caller's clock and the way from it: its end of the call comes a little before the deadline does here.
+# A caller may end a call at its deadline a little before the router's clock says that the deadline has passed.
 DEADLINE_TOLERANCE = 0.05  # seconds
 
 UNREAD = f"the stream was not read: more than {MAX_UNREAD_TOKENS} tokens of an answer waited for it"
@@ -81,8 +81,8 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         ):
             return await gather(chunks)
 
-    # A coroutine that writes, where the stubs know only generators: a generator that is cancelled while its message is
-    # being sent is not closed until it is collected.
+    # A coroutine that writes, though the stubs know only generators. gRPC does not close a generator whose call is
+    # cancelled while a message is being sent: what it holds would be released only when it is garbage-collected.
     async def GenerateStream(self, request: pb.GenerateRequest, context: Context) -> None:  # type: ignore[override]
         mailbox, trace = self._mailbox(), self._trace("GenerateStream", context)
         async with (
@@ -98,7 +98,9 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     async def _chunks(
         self, request: pb.GenerateRequest, mailbox: Mailbox[Request], trace: Span
     ) -> AsyncGenerator[pb.GenerateChunk, None]:
-        """The answer, at the reader's pace. Closing it, at whatever point, ends the request on the workers."""
+        """The answer, at the reader's pace. Closing the generator, at whatever point, ends the request on the
+        workers."""
+        arrived_at = time.monotonic()
         validate.check_request_id(request.request_id)
         if request.request_id:  # the log line of a refusal has it, too
             structlog.contextvars.bind_contextvars(request_id=request.request_id)
@@ -107,37 +109,19 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         caller = CALLER.get()
         with caller.generating(job.n):
             self._dispatcher.check_admission(job.n)
-            grammar = await self._guides.grammar(job.guide) if job.guide is not None else ""
-            prompt = await self._prompt(request)
-            if job.must_call:
-                grammar = await self._guides.call(request.chat, prompt)
-            token_ids = prompt.token_ids
-            requests = self._requests(job, grammar, token_ids, mailbox, trace)
-            trace.note(request_trace.of_request(request, job, self._config.model, len(token_ids)))
+            prompt, grammar = await self._prompt_and_grammar(request, job)
+            prompt_tokens = len(prompt.token_ids)
+            requests = self._requests(job, grammar, prompt.token_ids, mailbox, trace, arrived_at)
+            trace.note(request_trace.of_request(request, job, self._config.model, prompt_tokens))
+            answers = self._answers(request, job, prompt, requests)
             finishes: list[pb.Finish] = []
-            # A chat's answer is a text of its own; a completion goes on with the prompt's. A guide is for every byte.
-            is_own_text = request.HasField("chat") or not self._tokenizer.spells(token_ids)
-            begins_text = is_own_text and job.guide is None
-            answers = [
-                Answer(
-                    choice,
-                    job,
-                    self._tokenizer,
-                    self._model.eos_token_ids,
-                    self._metrics,
-                    begins_text,
-                    self._parser(choice, prompt) if job.parsed else None,
-                )
-                for choice in requests
-            ]
             self._dispatcher.submit(requests)
             try:
-                self._metrics.prompt_tokens.inc(len(token_ids))
-                caller.spend(len(token_ids))
-                info = pb.PromptInfo(request_id=job.request_id, prompt_tokens=len(token_ids), seed=job.seed)
+                self._metrics.prompt_tokens.inc(prompt_tokens)
+                caller.spend(prompt_tokens)
+                info = pb.PromptInfo(request_id=job.request_id, prompt_tokens=prompt_tokens, seed=job.seed)
                 yield pb.GenerateChunk(prompt=info)
-                unfinished = job.n
-                while unfinished:
+                while len(finishes) < job.n:
                     for choice in await mailbox.take():
                         choice.posted = False
                         if choice.failure is not None:
@@ -148,7 +132,6 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                         delta, finish = answer.advance()
                         if finish is not None:
                             self._dispatcher.drop([choice])
-                            unfinished -= 1
                             finishes.append(finish)
                             self._answered += 1
                             _log_finish(choice.index, finish)
@@ -161,6 +144,14 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                 resumes = sum(choice.resumes for choice in requests)
                 trace.note(request_trace.of_answer(output_tokens, resumes, finishes))
 
+    async def _prompt_and_grammar(self, request: pb.GenerateRequest, job: Job) -> tuple[Tokenized, str]:
+        """The prompt, and the grammar that its answers must follow; empty if there is none."""
+        grammar = await self._guides.grammar(job.guide) if job.guide is not None else ""
+        prompt = await self._prompt(request)
+        if job.must_call:
+            grammar = await self._guides.call(request.chat, prompt)
+        return prompt, grammar
+
     async def _prompt(self, request: pb.GenerateRequest) -> Tokenized:
         match request.WhichOneof("input"):
             case "text":
@@ -170,9 +161,29 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             case _:
                 validate.check_prompt(request.token_ids.ids, self._model)
                 return Tokenized(list(request.token_ids.ids))
-        # Tokenizers may know tokens that the model does not.
+        # The tokenizer may know tokens that the model does not.
         validate.check_tokens("input", prompt.token_ids, self._model)
         return prompt
+
+    def _answers(
+        self, request: pb.GenerateRequest, job: Job, prompt: Tokenized, requests: Sequence[Request]
+    ) -> list[Answer]:
+        # The answer to a chat is a text of its own, a completion continues the prompt's text. With a guide every byte
+        # that the grammar matched is kept.
+        is_own_text = request.HasField("chat") or not self._tokenizer.spells(prompt.token_ids)
+        begins_text = is_own_text and job.guide is None
+        return [
+            Answer(
+                choice,
+                job,
+                self._tokenizer,
+                self._model.eos_token_ids,
+                self._metrics,
+                begins_text,
+                self._parser(choice, prompt) if job.parsed else None,
+            )
+            for choice in requests
+        ]
 
     def _parser(self, choice: Request, prompt: Tokenized) -> AnswerParser:
         return AnswerParser(
@@ -183,11 +194,17 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         )
 
     def _requests(
-        self, job: Job, grammar: str, token_ids: list[int], mailbox: Mailbox[Request], trace: Span
+        self,
+        job: Job,
+        grammar: str,
+        token_ids: list[int],
+        mailbox: Mailbox[Request],
+        trace: Span,
+        arrived_at: float,
     ) -> list[Request]:
         workers = self._dispatcher.workers
-        settle = partial(validate.check_length, len(token_ids), job, self._model)
-        max_length = settle(workers.max_length())
+        check_length = partial(validate.check_length, len(token_ids), job, self._model)
+        max_length = check_length(workers.max_length())
         prompt = Prompt(
             token_ids=tuple(token_ids),
             min_length=len(token_ids) + job.min_tokens,
@@ -209,8 +226,9 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                     sampling=sampling,
                     mailbox=mailbox,
                     max_length=max_length,
-                    settle=None if workers.ready else settle,
+                    recheck_length=None if workers.ready else check_length,
                     trace=trace,
+                    arrived_at=arrived_at,
                 )
             )
         return requests
@@ -263,7 +281,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             ),
             version=twostroke.__version__,
         )
-        for worker in dispatcher.workers.all()[:1]:  # they are all alike in this
+        if (worker := dispatcher.workers.any()) is not None:
             response.dtype = worker.hello.dtype
             response.block_size = worker.hello.pool.layout.block_size
             response.fingerprint = worker.hello.fingerprint
@@ -271,11 +289,11 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
     async def GetLoad(self, request: pb.GetLoadRequest, context: Context) -> pb.GetLoadResponse:
         async with self._call("GetLoad", context):
-            taking = set(self._dispatcher.workers.taking())
+            usable = set(self._dispatcher.workers.usable())
             return pb.GetLoadResponse(
                 queued=self._dispatcher.queued,
                 running=self._dispatcher.running,
-                workers=[_load(worker, worker in taking) for worker in self._registry.connected],
+                workers=[_load(worker, worker in usable) for worker in self._registry.connected],
                 answered=self._answered,
                 problems=[
                     pb.WorkerProblem(address=address, role=role, reason=reason)
@@ -296,7 +314,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     ) -> AsyncIterator[None]:
         """Turns errors into status codes, and counts and logs how the call ended."""
         began, problem = time.monotonic(), ""
-        code = grpc.StatusCode.CANCELLED  # unless the body comes to an end of its own
+        code = grpc.StatusCode.CANCELLED
         try:
             yield
             code = grpc.StatusCode.OK
@@ -338,7 +356,7 @@ class RegistryService(worker_pb2_grpc.RegistryServicer):
 
 
 async def gather(chunks: AsyncIterator[pb.GenerateChunk]) -> pb.GenerateResponse:
-    """The stream's chunks as one answer."""
+    """Puts the chunks of a stream together into one response."""
     response = pb.GenerateResponse()
     texts: defaultdict[int, list[str]] = defaultdict(list)
     reasoning: defaultdict[int, list[str]] = defaultdict(list)
@@ -357,7 +375,8 @@ async def gather(chunks: AsyncIterator[pb.GenerateChunk]) -> pb.GenerateResponse
         if chunk.HasField("finish"):
             choice.finish.CopyFrom(chunk.finish)
     for index, pieces in texts.items():
-        # Once: a message keeps every text that its field has ever had, so that adding to one takes its length squared.
+        # Set once: a message keeps every value that a string field has had until it is freed, so appending piece by
+        # piece would take memory that is quadratic in the text's length.
         response.choices[index].text = "".join(pieces)
         response.choices[index].reasoning_content = "".join(reasoning[index])
     return response

@@ -1,4 +1,4 @@
-"""Finds the first stop string in text that comes piece by piece, and holds back what may become one."""
+"""Finds the first stop string in streamed text, and holds back what may become one."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,10 +6,10 @@ from functools import lru_cache
 
 
 class StopStrings:
-    """The stop string that is complete first ends the text; of two that end together, the longer one.
+    """The stop string that ends first counts; of two that end with the same character, the longer one.
 
-    All of them are followed by one Aho-Corasick automaton, so the cost of a character depends neither on their number
-    nor on their length, and the result not on how the text is cut into pieces.
+    One Aho-Corasick automaton matches all of them, so the cost per character depends neither on their number nor on
+    their length. Nor does the result depend on how the text is cut into pieces.
     """
 
     __slots__ = ("_automaton", "_held", "_node")
@@ -20,8 +20,8 @@ class StopStrings:
         self._held = ""
 
     def feed(self, text: str, may_end: bool = True) -> tuple[str, str | None]:
-        """Returns the text that is certain now (without the stop string), and the stop string where one is complete.
-        One that is complete before the text may end is passed over."""
+        """Returns the text that is certain now, without the stop string, and the stop string if one is complete. One
+        that is complete while `may_end` is false is passed over."""
         pending = self._held + text
         following, failure = self._automaton.following, self._automaton.failure
         complete = self._automaton.complete
@@ -33,7 +33,7 @@ class StopStrings:
             if (stop := complete[node]) is not None and may_end:
                 self._held = ""
                 return pending[: place - len(stop)], stop
-        while node and not following[node]:  # passed over, and the beginning of no other
+        while node and not following[node]:  # a stop string that was passed over
             node = failure[node]
         self._node = node
         certain = len(pending) - self._automaton.depth[node]
@@ -41,22 +41,23 @@ class StopStrings:
         return pending[:certain], None
 
     def finish(self) -> str:
-        """The text held back, now that no more comes."""
+        """Returns the text that was held back, since nothing follows it."""
         held, self._held = self._held, ""
         return held
 
 
 @dataclass(frozen=True, slots=True)
 class _Automaton:
-    """Of each node, which is the beginning of a stop string and known by its number; 0 is the empty one."""
+    """An Aho-Corasick automaton. A node is a prefix of a stop string; the lists are indexed by node, 0 is the empty
+    one."""
 
-    following: list[dict[str, int]]  # the nodes that are longer by a character
-    failure: list[int]  # the longest other node that it ends with
-    depth: list[int]  # characters
-    complete: list[str | None]  # the longest stop string that it ends with
+    following: list[dict[str, int]]  # by character: the node that is longer by it
+    failure: list[int]  # the longest shorter node that is a suffix of this one
+    depth: list[int]  # length in characters
+    complete: list[str | None]  # the longest stop string that is a suffix of this node
 
 
-@lru_cache(maxsize=1)  # the choices of a call are made one after the other
+@lru_cache(maxsize=1)  # for the choices of one call, which are made one after the other
 def _automaton(stops: tuple[str, ...]) -> _Automaton:
     it = _Automaton([{}], [0], [0], [None])
     for stop in stops:

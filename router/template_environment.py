@@ -28,8 +28,8 @@ def make() -> jinja2.Environment:
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks what the assistant says, for training; here it only shows what is in it. What is set
-    in it ends with it, as in the body of a call."""
+    """`{% generation %}` marks the assistant's text for training. Here its body is rendered as it is. As in
+    transformers, variables that are set in the body end with it."""
 
     tags = {"generation"}  # noqa: RUF012, as Jinja declares it
 
@@ -44,7 +44,8 @@ class _Generation(Extension):
 
 
 class _Dict:
-    """`dict(...)`, but not the class itself, whose methods would change what the sandbox keeps from changing."""
+    """`dict(...)` for templates. Not the class itself, through whose methods they could change dicts that the sandbox
+    protects."""
 
     def __call__(self, *entries: Any, **more: Any) -> dict[Any, Any]:
         return dict(*entries, **more)
@@ -54,7 +55,7 @@ class _Dict:
 
 
 class _Namespace(Namespace):
-    """Keeps no name with which Python itself would ask an object for something."""
+    """Refuses names with which Python itself looks up an object's special attributes."""
 
     def __init__(*args: Any, **more: Any) -> None:
         self, *entries = args
@@ -75,7 +76,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Unlike Jinja's own, it leaves HTML alone."""
+    """Unlike Jinja's own filter, this does not escape HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

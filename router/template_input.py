@@ -1,5 +1,4 @@
-"""What a chat's template is given: messages, tools and variables as plain values, in the form that transformers gives
-them in."""
+"""Turns a chat into the variables of its template: messages, tools and others, as transformers passes them."""
 
 import json
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from twostroke.v1 import inference_pb2 as pb
 MAX_MESSAGES = 16_384
 MAX_TOOLS = 128
 MAX_TOOL_CALLS = 4_096  # of all messages together
-MAX_JSON_BYTES = 1024 * 1024  # likewise, with the tools and the variables
+MAX_JSON_BYTES = 1024 * 1024  # of the tools, the variables, and the arguments of all tool calls
 
 _Optional = Literal["content", "reasoning_content", "tool_call_id", "name"]
 _OPTIONAL: tuple[_Optional, ...] = ("content", "reasoning_content", "tool_call_id", "name")
@@ -44,18 +43,18 @@ def read(chat: pb.Chat) -> TemplateInput:
 
 
 def shown_tools(chat: pb.Chat) -> Sequence[str]:
-    """Those that the model is told of."""
+    """The tools that the template is given: none of them if tool_choice is none."""
     return () if chat.tool_choice.none else chat.tools
 
 
 def tool_names(chat: pb.Chat) -> frozenset[str]:
-    """Of a chat that was read."""
+    """The names of these tools. The chat must have been read."""
     names = [function_of(json.loads(tool)).get("name") for tool in shown_tools(chat)]
     return frozenset(name for name in names if isinstance(name, str))
 
 
 def function_of(tool: dict[str, Any]) -> dict[str, Any]:
-    """What a tool has under "function"; some leave that out, and their templates know it."""
+    """A tool's "function". Some chats leave that level out, for templates that expect it so."""
     function = tool.get("function", tool)
     return function if isinstance(function, dict) else {}
 
@@ -67,7 +66,7 @@ def _check_choice(choice: pb.ToolChoice) -> None:
 
 
 def _check_sizes(chat: pb.Chat) -> None:
-    """Before anything is made of them: many small values take far more time and memory than they have bytes."""
+    """Limits numbers and sizes before anything is parsed: many small values take far more memory than bytes."""
     if not chat.messages:
         raise InvalidArgument("chat.messages", "must not be empty")
     if len(chat.messages) > MAX_MESSAGES:
@@ -88,10 +87,10 @@ def _check_sizes(chat: pb.Chat) -> None:
 
 
 def _message(field: str, message: pb.ChatMessage) -> dict[str, Any]:
-    """Keys that were not set are not there: templates ask for them."""
+    """A message without the keys of fields that are not set: templates test which keys there are."""
     given: dict[str, Any] = {"role": message.role}
     if message.HasField("reasoning_content"):
-        given = {"thinking": message.reasoning_content} | given  # what some templates know it by
+        given = {"thinking": message.reasoning_content} | given  # the name that some templates have for it
     if not message.tool_calls:
         given["content"] = ""
     given |= {name: getattr(message, name) for name in _OPTIONAL if message.HasField(name)}

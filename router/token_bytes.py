@@ -1,4 +1,4 @@
-"""The bytes that each token of a vocabulary stands for."""
+"""The bytes of each token of a vocabulary."""
 
 import json
 from dataclasses import dataclass
@@ -11,27 +11,27 @@ from common.model_config import ModelError
 
 
 class UnsupportedTokenizer(ModelError):
-    """A tokenizer whose way of turning tokens into text is not known here."""
+    """A tokenizer with a decoder that the router does not support."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenBytes:
-    """Every token's bytes, by id; ids that the tokenizer does not know have none."""
+    """The bytes of every token, by id; empty for ids that the tokenizer does not know."""
 
     table: tuple[bytes, ...]
     special: frozenset[int]
     strip_leading_space: bool
 
     def without_special(self) -> tuple[bytes, ...]:
-        """The table with nothing for special tokens."""
+        """The table with special tokens empty."""
         return tuple(b"" if token in self.special else text for token, text in enumerate(self.table))
 
 
 def read(tokenizer: Tokenizer, vocab_size: int) -> TokenBytes:
-    """Reads the table from a tokenizer with a byte-level or a SentencePiece-like decoder.
+    """Reads the table of a tokenizer whose decoder is byte-level or like SentencePiece's.
 
     Raises:
-        UnsupportedTokenizer: the decoder is of another kind; the message names it.
+        UnsupportedTokenizer: the decoder is of another kind, which the message names.
     """
     decoder: dict[str, Any] = {"type": "none"}
     if tokenizer.decoder is not None:
@@ -59,7 +59,8 @@ def read(tokenizer: Tokenizer, vocab_size: int) -> TokenBytes:
 
 
 def _byte_of_character() -> dict[str, int]:
-    """How byte-level vocabularies write bytes: printable Latin-1 as itself, the rest as characters from U+0100 on."""
+    """How byte-level vocabularies (GPT-2's) write bytes: printable Latin-1 as itself, the rest as characters from
+    U+0100."""
     visible = [byte for byte in range(256) if chr(byte) in set(ByteLevel.alphabet())]
     hidden = [byte for byte in range(256) if byte not in set(visible)]
     return {chr(byte): byte for byte in visible} | {chr(256 + place): byte for place, byte in enumerate(hidden)}
@@ -72,7 +73,7 @@ def _byte_level(token: str) -> bytes:
     try:
         return bytes([_BYTE_OF_CHARACTER[character] for character in token])
     except KeyError:
-        return token.encode()  # an added token, written as it is
+        return token.encode()  # an added token, which is not byte-encoded
 
 
 def _plain_piece(token: str) -> bytes:

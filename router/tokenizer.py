@@ -1,4 +1,4 @@
-"""Text and chats to token ids, and the way back."""
+"""Tokenizes text and chats, and makes text of tokens."""
 
 import asyncio
 from collections import Counter
@@ -22,33 +22,33 @@ from twostroke.v1 import inference_pb2 as pb
 
 T = TypeVar("T")
 
-# Below this many bytes of text tokenizing takes less than a millisecond, and a thread would only add to it.
+# Text of at most so many bytes is tokenized on the event loop: that takes less than a millisecond.
 INLINE_BYTES = 2_000
 
-# Of texts that wait for a thread, one caller's and all together. Tokenizing takes some ten times a text's size.
+# Bytes of text that may wait for a thread, of one caller and of all. Tokenizing takes about ten times a text's size in
+# memory.
 MAX_WAITING_BYTES_OF_A_CALLER = 16 * 1024 * 1024
 MAX_WAITING_BYTES = 4 * MAX_WAITING_BYTES_OF_A_CALLER
 
-# Of which a caller gets two.
-THREADS = 3
+THREADS = 3  # one caller can occupy two of them
 
 
 @dataclass(frozen=True, slots=True)
 class Tokenized:
-    """A prompt as the model is given it, and what else there is to know of it where the answer is parsed."""
+    """A prompt's tokens, and what the parser of an answer needs to know about the prompt."""
 
     token_ids: list[int]
-    form: AnswerFormat = field(default_factory=AnswerFormat)  # in which the answer is read
-    opens_reasoning: bool = False  # the answer begins inside it
-    closes_reasoning: bool = False  # the answer begins after it
-    tools: frozenset[str] = frozenset()  # names of those that the model may call
+    form: AnswerFormat = field(default_factory=AnswerFormat)  # how the answer marks reasoning and calls
+    opens_reasoning: bool = False  # the answer begins inside reasoning
+    closes_reasoning: bool = False  # the answer begins after reasoning
+    tools: frozenset[str] = frozenset()  # names of the tools that the model may call
 
 
 class Tokenizer:
     """A model's `tokenizer.json` and chat template.
 
     Raises:
-        ModelError: a file is missing or damaged, or its tokens cannot be turned into text one by one.
+        ModelError: a file is missing or damaged, or the tokenizer's decoder is not supported.
     """
 
     def __init__(self, directory: Path, model: ModelConfig) -> None:
@@ -66,9 +66,9 @@ class Tokenizer:
             "" if self._template is None else self._template.source, self._tokenizer.token_to_id, self._bytes.special
         )
         self._context_length = model.context_length
-        # No text that is longer has few enough tokens, and some that are take seconds for each megabyte.
+        # A longer text has too many tokens for the context in any case, and may take seconds per megabyte to tokenize.
         self._most_bytes = model.context_length * max(map(len, self._bytes.table))
-        self._waiting_bytes: Counter[str] = Counter()  # of callers
+        self._waiting_bytes: Counter[str] = Counter()  # by caller
         self._threads = FairThreads(THREADS, "tokenizer")
 
     @property
@@ -86,8 +86,8 @@ class Tokenizer:
     async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """
         Raises:
-            InvalidArgument: the text cannot fit the model's context.
-            CallError: RESOURCE_EXHAUSTED where too much text waits already.
+            InvalidArgument: the text has more bytes than any that fits the model's context.
+            CallError: RESOURCE_EXHAUSTED if too much text waits already.
         """
         size = len(text.encode())
         self._check_size(size)
@@ -96,8 +96,9 @@ class Tokenizer:
     async def encode_chat(self, chat: pb.Chat) -> Tokenized:
         """
         Raises:
-            InvalidArgument: the model has no chat template, or it refuses the chat, or that cannot fit the context.
-            CallError: RESOURCE_EXHAUSTED where too much text waits already.
+            InvalidArgument: the model has no chat template, or that refuses the chat, or the chat has more bytes than
+                any that fits the model's context.
+            CallError: RESOURCE_EXHAUSTED if too much text waits already.
         """
         template = self._template
         if template is None:
@@ -116,17 +117,22 @@ class Tokenizer:
     def detokenizer(
         self, *, special_tokens: bool, begins_text: bool = True, signs: Mapping[int, str] = NO_SIGNS
     ) -> Detokenizer:
-        """`begins_text`: nothing comes before, and the space with which some tokenizers begin a text is left out.
-        `signs`: what stands for some of the special tokens."""
+        """
+        Args:
+            special_tokens: their text is kept.
+            begins_text: the tokens do not continue another text. Then the space is dropped with which some tokenizers
+                begin every text.
+            signs: what stands for some of the special tokens.
+        """
         table = self._bytes.table if special_tokens else self._visible
         return Detokenizer(table, self._bytes.strip_leading_space and begins_text, signs)
 
     def spells(self, token_ids: Sequence[int]) -> bool:
-        """Whether there is any text in these tokens, special ones left out."""
+        """Whether the tokens have any text, special tokens aside."""
         return any(self._visible[token] for token in token_ids)
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        # As a batch, which lets other threads run meanwhile; `encode` does not.
+        # As a batch, which releases the GIL; `encode` does not.
         (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         return encoding.ids
 
@@ -158,7 +164,7 @@ class Tokenizer:
         working = self._threads.submit(caller, work_if_wanted)
         working.add_done_callback(done)
         try:
-            # the text of a caller that leaves is there until a thread comes to it
+            # Shielded: if the caller leaves, its text is kept, and counted, until a thread has come to it.
             return cast(T, await asyncio.shield(working))
         finally:
             wanted = False
@@ -167,5 +173,5 @@ class Tokenizer:
 def _read(file: Path) -> tokenizers.Tokenizer:
     try:
         return tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises nothing more particular
+    except Exception as error:  # the library raises no narrower class
         raise ModelError(f"{file} is no tokenizer: {error}") from error

@@ -1,4 +1,4 @@
-"""A tool call as a model writes it, to one that can go into a message again."""
+"""Reads tool calls as models write them, and makes them fit for a message of a chat."""
 
 import base64
 import json
@@ -17,8 +17,8 @@ class ToolCall:
 
 
 def of_object(source: str) -> ToolCall | None:
-    """The call that a JSON object is: name, and arguments or, as Llama has it, parameters. None where it is none, or
-    none that a chat could have."""
+    """A call that is written as one JSON object, with a name, and arguments (or parameters, as Llama writes them). None
+    if it is no valid call, or larger than a chat may have."""
     try:
         value = json_object.parse("", source)
     except InvalidArgument:
@@ -31,7 +31,7 @@ def of_object(source: str) -> ToolCall | None:
 
 
 def of_arguments(name: str, source: str, id: str | None) -> ToolCall | None:
-    """Likewise, where only the arguments are JSON."""
+    """A call of which only the arguments are written in JSON; None as for `of_object`."""
     try:
         return _fitting(ToolCall(name, _json(json_object.parse("", source)), id))
     except InvalidArgument:
@@ -39,14 +39,14 @@ def of_arguments(name: str, source: str, id: str | None) -> ToolCall | None:
 
 
 def make_id(request_id: str, seed: int, number: int) -> str:
-    """The same request with the same seed has the same ids. Nine letters and digits, without which Mistral's templates
-    refuse a call."""
+    """An id for a call to which the model gave none; the same for the same request id, seed and number of the call. It
+    has nine letters and digits, because Mistral's templates reject any other."""
     digest = blake2b(f"{request_id} {seed} {number}".encode(), digest_size=8).digest()
     return base64.b32encode(digest)[:9].decode().lower()
 
 
 def _json(arguments: dict[str, object]) -> str:
-    """As templates print it."""
+    """Written as chat templates write JSON."""
     return json.dumps(arguments, ensure_ascii=False)
 
 

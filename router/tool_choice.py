@@ -24,16 +24,16 @@ from router.errors import InvalidArgument
 from router.template_input import function_of
 from twostroke.v1 import inference_pb2 as pb
 
-# As OpenAI's API has it: a tool without parameters takes none.
+# Of a tool without parameters, as in OpenAI's API.
 _NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
 
-# What a model may have learned to write, and may leave out.
+# The id of a call, which some models have learned to write.
 _ID = "/[a-zA-Z0-9]{9}/"
 
 
 @dataclass(frozen=True, slots=True)
 class Tool:
-    field: str  # of the request
+    field: str  # of the request, for error sentences
     name: str
     parameters: dict[str, Any]  # a JSON schema, of an object
 
@@ -43,10 +43,10 @@ def must_call(chat: pb.Chat) -> bool:
 
 
 def tools_to_call(chat: pb.Chat) -> list[Tool]:
-    """Those of which the answer must call one, of a chat that was read.
+    """The tools of which the answer must call one. The chat must have been read by `template_input`.
 
     Raises:
-        InvalidArgument: there are none, or one that nothing can call.
+        InvalidArgument: there are none, the chosen one is not among them, or one has no usable name or parameters.
     """
     if not chat.tools:
         raise InvalidArgument("chat.tool_choice", "there are no tools to call: set chat.tools")
@@ -82,24 +82,24 @@ def _tool(field: str, function: dict[str, Any]) -> Tool:
 
 
 def arguments_grammar(tool: Tool) -> str:
-    """Of one tool's arguments alone.
+    """The grammar of one tool's arguments alone.
 
     Raises:
-        ValueError: the library cannot read their schema.
+        ValueError: llguidance can't read their schema.
     """
     return LLMatcher.grammar_from_json_schema(json_guide.as_inlined(tool.parameters))
 
 
 def answer_grammar(tools: Sequence[Tool], form: AnswerFormat, *, several: bool, in_reasoning: bool) -> str:
-    """Of an answer that is a call of one of the tools, after reasoning if the model begins with that.
+    """The grammar of an answer that calls one of the tools, after reasoning if the model begins with that.
 
     Args:
-        form: in which the model reasons and writes calls.
-        several: more calls may follow, if the form has room for them.
-        in_reasoning: the prompt ends with the reasoning's beginning.
+        form: how the model marks reasoning and calls.
+        several: more calls may follow, if the form allows several.
+        in_reasoning: the prompt ends with the beginning of reasoning.
 
     Raises:
-        InvalidArgument: the form is not known, or has no way to write a tool's name.
+        InvalidArgument: the form is not known, or a tool's name can't be written in it.
     """
     match form.calls:
         case Calls.TAGGED:
@@ -113,7 +113,7 @@ def answer_grammar(tools: Sequence[Tool], form: AnswerFormat, *, several: bool, 
             calls = 'call (", " call)*' if several else "call"
             answer, rules = f'{_mark(form, TOOL_CALLS)} " "? "[" {calls} "]"', []
             write = _object_with("arguments", f'(", \\"id\\": \\"" {_ID} "\\"")?')
-        case Calls.BARE:  # its templates refuse several
+        case Calls.BARE:  # Llama's templates refuse several
             answer, rules = "call", []
             write = _object_with("parameters")
         case None:
@@ -133,7 +133,8 @@ def answer_grammar(tools: Sequence[Tool], form: AnswerFormat, *, several: bool, 
 
 
 def _mark(form: AnswerFormat, mark: str) -> str:
-    """Text in a grammar never stands for a special token, and for llguidance all are that which look like tags."""
+    """A mark in Lark. One that is a token is written by its id: a text in a grammar never matches a special token, and
+    llguidance takes every token that looks like a tag for special."""
     token = form.tokens.get(mark)
     return json.dumps(mark) if token is None else f"<[{token}]>"
 
@@ -159,14 +160,14 @@ def _named(form: AnswerFormat) -> Callable[[Tool, str], str]:
 
 
 def _reasoning(form: AnswerFormat, in_reasoning: bool) -> str:
-    if in_reasoning:  # some models open again what the prompt has opened already
+    if in_reasoning:  # some models repeat the mark with which the prompt ends
         return f"{_mark(form, THINK)}? thoughts BLANKS?"
     return f"({_mark(form, THINK)} thoughts BLANKS?)?"
 
 
 def _thoughts(form: AnswerFormat) -> str:
-    """To the end of the mark after them."""
+    """Rules for the text of the reasoning, with the mark at its end."""
     if END_THINK not in form.tokens:
         return r"thoughts[lazy]: /(?s:.*)<\/think>/"
-    # Letter by letter the mark may be one for the parser, too.
+    # The text may not have the mark spelled with other tokens either: the answer's parser may take that for the mark.
     return f"thoughts: THOUGHTS? {_mark(form, END_THINK)}\nTHOUGHTS: /(?s:.+)/ & ~/(?s:.*)<\\/think>(?s:.*)/"

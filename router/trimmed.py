@@ -1,11 +1,12 @@
-"""Text that comes piece by piece, without the white space next to what was taken out of it."""
+"""Streamed text, trimmed of white space where something was taken out of it."""
 
 BLANKS = " \t\r\n"
 
 
 class Trimmed:
-    """White space at the end is held back: what comes next decides whether it stays. It does between two pieces of
-    text, even where something was taken out there, and not where there is text on one side alone."""
+    """White space at the end is held back until it is known what follows. It is dropped between something that was
+    taken out and the beginning or end of the whole text, and kept between two pieces of text, even if something was
+    taken out between them."""
 
     __slots__ = ("_begun", "_beside", "_blanks", "_certain")
 
@@ -29,15 +30,15 @@ class Trimmed:
         self._blanks.append(trailing)
 
     def taken_out(self) -> None:
-        """Something was, here."""
+        """Something was taken out here."""
         self._beside = True
 
     def finish(self) -> None:
-        """No more comes."""
+        """The text is over."""
         if not self._beside:
             self._certain += self._blanks
 
     def take(self) -> str:
-        """What became certain since the last call."""
+        """Returns what has become certain since the last call."""
         certain, self._certain = self._certain, []
         return "".join(certain)

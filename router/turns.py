@@ -1,4 +1,4 @@
-"""A few places at which callers take turns."""
+"""Round-robin scheduling of callers over a few places."""
 
 import asyncio
 from collections import Counter, deque
@@ -7,21 +7,22 @@ from contextlib import asynccontextmanager
 
 
 class Turns:
-    """Of the callers that wait, the one whose last turn is longest ago is next, however much the others want.
+    """Places go to the waiting callers in turn, however many each of them asks for.
 
     Args:
-        places: that can be held at once.
-        each: places that one caller can hold at once.
+        places: how many can be held at once.
+        each: how many of them one caller can hold at once.
     """
 
     def __init__(self, places: int, each: int) -> None:
         self._free = places
         self._each = each
         self._held: Counter[str] = Counter()
-        self._waiting: dict[str, deque[asyncio.Future[None]]] = {}  # in the order of the callers' turns
+        self._waiting: dict[str, deque[asyncio.Future[None]]] = {}  # by caller, the next one first
 
     @asynccontextmanager
     async def place(self, caller: str) -> AsyncIterator[None]:
+        """Waits for a place, and holds it for the duration of the block."""
         turn = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(caller, deque()).append(turn)
         self._admit()
@@ -39,7 +40,7 @@ class Turns:
             turns = self._waiting.pop(caller)
             turn = turns.popleft()
             if turns:
-                self._waiting[caller] = turns  # behind all others
+                self._waiting[caller] = turns  # now behind all others
             if not turn.cancelled():
                 self._free -= 1
                 self._held[caller] += 1

@@ -1,4 +1,4 @@
-"""A request as it came, to values that are known to be right."""
+"""Checks the fields of requests, and fills in defaults."""
 
 import math
 import random
@@ -27,24 +27,24 @@ MIN_TEMPERATURE = 9.999999e-6  # 1e-5, as a float of 32 bits has it
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What a client asked for, but for the prompt: every field checked, every default filled in."""
+    """A client's request without its prompt: every field is checked, every default filled in."""
 
     request_id: str
     n: int
     cache_salt: str
     seed: int
-    sampling: worker_pb2.SamplingParams  # of choice 0; never changed
+    sampling: worker_pb2.SamplingParams  # of choice 0; the others have copies with their own seeds
     max_tokens: int | None
     min_tokens: int
     stop: tuple[str, ...]
-    stop_token_ids: frozenset[int]  # the model's end-of-sequence tokens among them, unless they are to be ignored
+    stop_token_ids: frozenset[int]  # with the model's end-of-sequence tokens, unless these are to be ignored
     include_stop: bool
     want_token_ids: bool
     logprobs: int | None
     special_tokens: bool
     parsed: bool
     guide: pb.Guide | None
-    must_call: bool  # a tool, as the chat's tool_choice says
+    must_call: bool  # the answer must call a tool, by the chat's tool_choice
 
 
 def check_request_id(request_id: str) -> None:
@@ -58,7 +58,7 @@ def check_request_id(request_id: str) -> None:
 
 
 def check(request: pb.GenerateRequest, model: ModelConfig) -> Job:
-    """Checks everything that needs no tokenizer.
+    """Checks all that can be checked without a tokenizer.
 
     Raises:
         InvalidArgument: names the first field that is wrong, and its limit.
@@ -116,12 +116,13 @@ def check_tokens(field: str, token_ids: Sequence[int], model: ModelConfig) -> No
 
 
 def check_length(prompt_tokens: int, job: Job, model: ModelConfig, held_by_all: int | None) -> int:
-    """Returns the length, prompt and output together, at which the sequence ends.
+    """Returns the number of tokens, of prompt and output together, at which the sequence ends.
 
-    `held_by_all`: tokens of the longest sequence that every connected worker can hold; None while there is none.
+    Args:
+        held_by_all: tokens of the longest sequence that fits every connected worker; None while there is no worker.
 
     Raises:
-        InvalidArgument: prompt and output do not fit.
+        InvalidArgument: the prompt has no tokens, or prompt and output do not fit.
     """
     limit, whose = model.context_length, "the model's context"
     if held_by_all is not None and held_by_all < limit:
@@ -150,7 +151,7 @@ def check_length(prompt_tokens: int, job: Job, model: ModelConfig, held_by_all: 
 def check_detokenize(token_ids: Sequence[int], model: ModelConfig) -> None:
     """
     Raises:
-        InvalidArgument: there are more tokens than any answer has, or some that do not exist.
+        InvalidArgument: there are more tokens than the model's context has, or some are not in the vocabulary.
     """
     if len(token_ids) > model.context_length:
         raise InvalidArgument(
@@ -163,7 +164,7 @@ def check_detokenize(token_ids: Sequence[int], model: ModelConfig) -> None:
 def check_prompt(token_ids: Sequence[int], model: ModelConfig) -> None:
     """
     Raises:
-        InvalidArgument: a prompt that is given as token ids has too many of them, or some that do not exist.
+        InvalidArgument: a prompt of token ids is too long for the context, or some are not in the vocabulary.
     """
     if len(token_ids) >= model.context_length:
         raise InvalidArgument(
@@ -244,7 +245,7 @@ def _can_be_parsed(request: pb.GenerateRequest) -> None:
 
 
 def _fits_a_guide(stopping: pb.Stopping, guide: str) -> None:
-    """A guided answer is over where it is complete: then only an end-of-sequence token may come."""
+    """A guided answer ends when it is complete: then only an end-of-sequence token can come."""
     if stopping.ignore_eos:
         raise InvalidArgument(
             "stopping.ignore_eos", f"cannot go with {guide}, by which an answer ends when it is complete"

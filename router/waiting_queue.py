@@ -1,4 +1,4 @@
-"""Requests that no worker has: resumed ones first, each kind in the order of arrival."""
+"""The requests that wait for workers: resumed ones first, then the others, each in order of arrival."""
 
 from bisect import bisect_left, insort
 
@@ -6,7 +6,7 @@ from router.request import Request
 
 
 class WaitingQueue:
-    """A sorted list: it is as long as the router's queue may get, and is read from the front."""
+    """A sorted list, which is fast enough for the length that the router's queue may have."""
 
     def __init__(self) -> None:
         self._requests: list[Request] = []
@@ -18,7 +18,7 @@ class WaitingQueue:
         insort(self._requests, request, key=_order)
 
     def at(self, place: int) -> Request | None:
-        """The request that so many are before; None where fewer wait."""
+        """The request at an index, 0 being the front; None if the queue is shorter."""
         return self._requests[place] if place < len(self._requests) else None
 
     def remove(self, request: Request) -> None:
@@ -27,11 +27,11 @@ class WaitingQueue:
         del self._requests[place]
 
     def clear(self) -> list[Request]:
-        """Takes every request out, in order."""
+        """Removes all requests, and returns them in order."""
         requests, self._requests = self._requests, []
         return requests
 
 
 def _order(request: Request) -> tuple[bool, int]:
-    """The same for as long as the request is in here: only an attempt that ends is a resume."""
+    """Does not change while the request is queued: `resumes` only grows when an attempt ends."""
     return request.resumes == 0, request.serial

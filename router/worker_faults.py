@@ -1,4 +1,4 @@
-"""What no worker may say: a worker that does is cut off, and its requests go on elsewhere."""
+"""Checks workers' messages. A worker that breaks the protocol is disconnected, and its requests resume elsewhere."""
 
 import math
 
@@ -16,7 +16,7 @@ class WorkerFault(Exception):
 def check(message: worker_pb2.WorkerMessage, vocab_size: int) -> None:
     """
     Raises:
-        WorkerFault: the message contradicts itself or the model, so that nothing of it can be trusted.
+        WorkerFault: the message contradicts itself or the model, so that none of it can be trusted.
     """
     tokens = message.tokens
     count = len(tokens.attempt_ids)

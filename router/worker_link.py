@@ -1,8 +1,9 @@
-"""The stream to one worker's address, opened again whenever it breaks."""
+"""The stream to one worker's address, which is opened again whenever it breaks."""
 
 import asyncio
 import random
 from collections import deque
+from contextlib import suppress
 from typing import Protocol
 
 import grpc
@@ -18,26 +19,28 @@ from twostroke.v1 import worker_pb2, worker_pb2_grpc
 
 log = structlog.get_logger(__name__)
 
+# Seconds.
 HELLO_SECONDS = 5.0
-FIRST_PAUSE, LONGEST_PAUSE = 0.05, 2.0
+FIRST_PAUSE, LONGEST_PAUSE = 0.05, 2.0  # between two tries; each pause is twice as long as the one before
 PAUSE_AFTER_REFUSAL = 5.0
+
 MOST_ELSEWHERE = 64
 
 Connect = grpc.aio.StreamStreamCall[worker_pb2.RouterMessage, worker_pb2.WorkerMessage]
 
 
 class Events(Protocol):
-    """Whom the link tells what happens."""
+    """What the link calls when something happens."""
 
     def refusal(self, worker: Worker, expected: Role) -> str | None:
-        """Why this worker cannot be used; None where it can."""
+        """Why this worker can't be used; None if it can."""
 
     def worker_lost(self, worker: Worker) -> None: ...
 
     def received(self, worker: Worker, message: worker_pb2.WorkerMessage) -> None:
         """
         Raises:
-            WorkerFault: the worker said what it may not, and is lost.
+            WorkerFault: the worker broke the protocol. The link closes the stream.
         """
 
 
@@ -54,7 +57,8 @@ class WorkerLink:
         self.address = address
         self.role = role
         self.worker: Worker | None = None
-        self.refused: str | None = None  # why the worker that is there cannot be used
+        self.refused: str | None = None  # why the worker at this address can't be used
+        self._refused_instance = ""
         self._router = router
         self._peers = peers
         self._silence_seconds = silence_seconds
@@ -62,18 +66,25 @@ class WorkerLink:
         self._circuit = Circuit()
         self._hurry = asyncio.Event()
         self._stream: Connect | None = None
-        self._last = ""  # instance that was here last
-        self._said_to_be_here: str | None = None  # another one, and so the stream was cut off
-        self._elsewhere: deque[str] = deque(maxlen=MOST_ELSEWHERE)  # instances that name this address, and are not here
+        self._last = ""  # the last instance that was connected
+        self._announced: str | None = None  # the instance for whose registration the stream was closed
+        self._elsewhere: deque[str] = deque(maxlen=MOST_ELSEWHERE)  # instances that register this address by mistake
 
     def announced(self, instance: str) -> None:
-        """The worker says that it is there, as `instance`: no need to wait longer, and another instance is gone."""
+        """A worker registers this address as its own. If the link has none, it tries at once. If it has another
+        instance, that one must have been restarted, so its stream is closed."""
         if self.worker is None:
-            self._hurry.set()
+            if self.refused is None or instance != self._refused_instance:
+                self._hurry.set()
         elif instance not in (self.worker.instance, *self._elsewhere) and self._stream is not None:
             log.info("worker restarted", worker=self.address, was=self.worker.instance, now=instance)
-            self._said_to_be_here = instance
+            self._announced = instance
             self._stream.cancel()
+            self._hurry.set()
+
+    def ask_again(self) -> None:
+        """If the worker was refused, it may fit now, since another one has left."""
+        if self.refused is not None:
             self._hurry.set()
 
     async def run(self) -> None:
@@ -92,8 +103,8 @@ class WorkerLink:
             except asyncio.CancelledError:
                 if _this_task_is_cancelled():
                     raise
-                problem = "the stream was cut off here"  # which its reader is told with the same exception
-            except Exception as error:  # a fault of the router must not lose it the worker for good
+                problem = "the stream was cut off here"  # a cancelled stream raises the same exception
+            except Exception as error:  # a bug of the router must not end the link for good
                 log.exception("link failed", worker=self.address)
                 problem = repr(error)
             if problem != self.refused:
@@ -115,11 +126,11 @@ class WorkerLink:
     def _tell_lost(self, worker: Worker) -> None:
         try:
             self._events.worker_lost(worker)
-        except Exception:  # a fault of the router must not lose it the worker that comes next
+        except Exception:  # as in `run`
             log.exception("link failed", worker=self.address)
 
     async def _connect(self) -> str:
-        """One stream, from hello to its end; returns why it ended."""
+        """Opens a stream and follows it to its end. Returns why it ended."""
         options = [*PEERS, ("grpc.max_receive_message_length", -1), ("grpc.use_local_subchannel_pool", 1)]
         async with self._peers.channel(self.address, options) as channel:
             stream: Connect = worker_pb2_grpc.WorkerStub(channel).Connect(metadata=self._peers.metadata)
@@ -141,8 +152,8 @@ class WorkerLink:
                 stream.cancel()
 
     async def _follow(self, stream: Connect, worker: Worker, silence: asyncio.Timeout) -> str:
-        """From the engine's first word, which comes after the hello: that is said by a thread that says it for an
-        engine that hangs, too."""
+        """Follows a stream from its second message on. The worker counts as connected only from there: a hello comes
+        from another thread, also if the engine hangs."""
         first = await stream.read()
         if not isinstance(first, worker_pb2.WorkerMessage):
             return "the worker closed the stream"
@@ -150,9 +161,12 @@ class WorkerLink:
         if (reason := self.refused) is not None:
             if reason != known:  # it is asked again every few seconds
                 log.error("worker refused", worker=self.address, instance=worker.instance, reason=reason)
+            self._refused_instance = worker.instance
             await stream.write(worker_pb2.RouterMessage(refused=reason))
             silence.reschedule(None)
-            await asyncio.sleep(PAUSE_AFTER_REFUSAL)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(PAUSE_AFTER_REFUSAL):
+                    await self._hurry.wait()
             return reason
         self.worker = worker
         self._note_who_is_here(worker.instance)
@@ -169,9 +183,9 @@ class WorkerLink:
         return "the worker closed the stream"
 
     def _note_who_is_here(self, instance: str) -> None:
-        """Were two workers to name one address, the one elsewhere would end the requests of the one that is here with
-        every registration; so it does that once."""
-        other, self._said_to_be_here = self._said_to_be_here, None
+        """If two workers register one address, the one that can't be reached there must not have the other's stream
+        closed with every registration. So each instance can do that once."""
+        other, self._announced = self._announced, None
         if instance != self._last:
             self._last = instance
             self._elsewhere.clear()
@@ -193,7 +207,7 @@ class WorkerLink:
         except Exception:
             log.exception("cannot write", worker=self.address)
         finally:
-            stream.cancel()  # so that the reader sees the end, too
+            stream.cancel()  # ends the reader, too
 
 
 def _this_task_is_cancelled() -> bool:

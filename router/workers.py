@@ -1,4 +1,4 @@
-"""The workers that take work, by role; which of them are pairs; and how long a role has had none."""
+"""The workers that take requests, by role; which of them are pairs; and how long a role has been without one."""
 
 import asyncio
 import time
@@ -19,21 +19,22 @@ PREFILL = inference_pb2.WORKER_ROLE_PREFILL
 DECODE = inference_pb2.WORKER_ROLE_DECODE
 ROLE_NAMES: dict[Role, str] = {PREFILL: "prefill", DECODE: "decode"}
 
-# A decode worker that could not read a prefill worker's pool is asked again after so many seconds.
+# Seconds before a decode worker that could not read a prefill worker's pool is asked again.
 ASK_AGAIN_SECONDS = 5.0
 
 
 class Workers:
     """
     Args:
-        grace: seconds that a role may be without a worker before it counts as gone.
-        role_gone: called when one has been for so long.
+        grace: seconds without a worker after which a role counts as gone.
+        role_gone: called when a role has become so.
     """
 
     def __init__(self, grace: float, role_gone: Callable[[], None]) -> None:
         self._grace = grace
         self._role_gone = role_gone
-        # Decode first: where the only worker did both, and is gone, it is a decode worker that is missing.
+        # Decode comes first: if the only worker, which prefilled too, is gone, then a decode worker is said to be
+        # missing.
         self._of_role: dict[Role, list[Worker]] = {DECODE: [], PREFILL: []}
         self._missing_since = dict.fromkeys(self._of_role, time.monotonic())
         self._asked_again: set[tuple[Worker, Worker]] = set()  # decode, prefill
@@ -43,45 +44,49 @@ class Workers:
         return self._of_role[role]
 
     def paired(self) -> list[Worker]:
-        """Decode workers that requests can go to: each has read the pool of a prefill worker, or prefills itself."""
+        """The decode workers that requests can go to: those that have read a prefill worker's pool, or can prefill."""
         return [worker for worker in self._of_role[DECODE] if worker.can_prefill or worker.reads]
 
-    def taking(self) -> list[Worker]:
-        """All that requests can go to: those that are of a pair, or do both."""
+    def usable(self) -> list[Worker]:
+        """The workers that requests can go to: both of each pair, and decode workers that can prefill."""
         read = {instance for decode in self._of_role[DECODE] for instance in decode.reads}
         return [*(worker for worker in self._of_role[PREFILL] if worker.instance in read), *self.paired()]
 
     def all(self) -> list[Worker]:
         return [worker for workers in self._of_role.values() for worker in workers]
 
+    def any(self) -> Worker | None:
+        """Some worker: all that are connected have the same kind and dtype. None while there is none."""
+        return next((worker for workers in self._of_role.values() for worker in workers), None)
+
     def count(self, role: Role) -> int:
-        """Those that requests can go to."""
-        return sum(worker.role == role for worker in self.taking())
+        """How many workers of a role requests can go to."""
+        return sum(worker.role == role for worker in self.usable())
 
     def count_paused(self, role: Role) -> int:
-        """Those of them that are left alone for a while."""
-        return sum(worker.role == role and worker.circuit.paused for worker in self.taking())
+        """How many of these are paused by their circuit breakers."""
+        return sum(worker.role == role and worker.circuit.paused for worker in self.usable())
 
     def max_length(self) -> int | None:
-        """Tokens of the longest sequence that every worker can hold; None while there is no worker."""
+        """Tokens of the longest sequence that fits every worker; None while there is no worker."""
         return min((worker.hello.max_length for worker in self.all()), default=None)
 
     @property
     def ready(self) -> bool:
-        """There is a pair, or a worker that does both."""
+        """Whether requests can be served: there is a pair, or a decode worker that can prefill."""
         return all(self._filled(role) for role in self._of_role)
 
     def gone(self) -> Role | None:
-        """A role that has had no worker for longer than its grace."""
+        """A role that has been without a worker for the grace period or longer; None if there is none."""
         return next((role for role in self._of_role if self._is_gone(role)), None)
 
     def watch(self) -> None:
-        """Starts the clock for the roles that have no worker yet."""
+        """Starts the grace period of roles that have no worker yet."""
         self._missing_since = dict.fromkeys(self._of_role, time.monotonic())
         self._call_when_gone()
 
     def add(self, worker: Worker) -> None:
-        worker.reads, worker.unreadable = frozenset(), {}  # what it said before may be of workers that are gone
+        worker.reads, worker.unreadable = frozenset(), {}  # they may be of workers that have left since
         with self._change():
             self._of_role[worker.role].append(worker)
         if worker.role == DECODE:
@@ -94,7 +99,7 @@ class Workers:
             self._ask(*pair)
 
     def retire(self, worker: Worker) -> None:
-        """Nothing new goes to it."""
+        """Sends nothing new to the worker. Attempts that it has go on."""
         workers = self._of_role[worker.role]
         if worker not in workers:
             return
@@ -105,7 +110,7 @@ class Workers:
                 decode.unreadable.pop(worker.instance, None)
 
     def opened(self, decode: Worker, opened: worker_pb2.PoolOpened) -> None:
-        """A decode worker says whether it can read a prefill worker's pool."""
+        """A decode worker reports whether it can read a prefill worker's pool."""
         prefill = next((worker for worker in self._of_role[PREFILL] if worker.instance == opened.instance), None)
         if prefill is None or decode not in self._of_role[DECODE]:
             return
@@ -132,7 +137,7 @@ class Workers:
             self._ask(decode, prefill)
 
     def _ask(self, decode: Worker, prefill: Worker) -> None:
-        """Two workers are a pair once the decode worker has read from the other's pool; see `opened`."""
+        """Asks a decode worker to open a prefill worker's pool. They are a pair once it has; see `opened`."""
         decode.send_pool(prefill.hello.pool)
 
     @contextmanager
@@ -153,7 +158,7 @@ class Workers:
             self._role_gone()
 
     def why_missing(self, role: Role) -> str:
-        """What keeps a role that is not filled from being so."""
+        """A sentence about why nobody fills a role."""
         for decode in self._of_role[DECODE]:
             for problem in decode.pair_problems:
                 return f"decode worker {decode.address} {problem}"
@@ -161,12 +166,12 @@ class Workers:
         return f"no {ROLE_NAMES[role]} worker is connected{where}"
 
     def _filled(self, role: Role) -> bool:
-        """Whether somebody does this role's part."""
+        """Whether the role's work can be done now."""
         if role == PREFILL and self._of_role[DECODE]:
-            return bool(self.paired())  # decode workers that are no pair make it a prefill worker that is missing
+            return bool(self.paired())  # decode workers without a pair lack a prefill worker
         return bool(self._of_role[role])
 
     def _is_gone(self, role: Role) -> bool:
-        # A millisecond's tolerance: the timer that asks may be early by its clock's resolution.
+        # With a millisecond's tolerance: a timer may fire early by the resolution of its clock.
         missing = time.monotonic() - self._missing_since[role] + 0.001
         return not self._filled(role) and missing >= self._grace

@@ -17,6 +17,7 @@ from twostroke.v1 import inference_pb2, worker_pb2, worker_pb2_grpc
 PREFILL = inference_pb2.WORKER_ROLE_PREFILL
 DECODE = inference_pb2.WORKER_ROLE_DECODE
 HEARTBEAT_SECONDS = 0.1
+MOST_UNSENT = 64  # messages, beyond which it makes no more tokens; a real worker packs them into fewer
 Ended = worker_pb2.Ended
 
 _instances = itertools.count()
@@ -292,6 +293,8 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         while True:
             next_step = max(next_step + self.script.step_seconds, time.monotonic())
             await asyncio.sleep(next_step - time.monotonic())
+            if self._out.qsize() > MOST_UNSENT:
+                continue
             message = self._step()
             if message.tokens.token_ids or message.ended:
                 self._out.put_nowait(message)

@@ -33,7 +33,7 @@ def opened() -> Circuit:
     for attempt in range(FAILURES):
         made.begin(attempt)
         made.failed((attempt,))
-        made.left(attempt)
+        made.ended(attempt)
     assert made.paused
     return made
 
@@ -62,7 +62,7 @@ def test_a_worker_that_is_lost_with_many_attempts_failed_once(clock: Clock) -> N
         it.begin(attempt)
     it.failed(range(50))
     for attempt in range(50):
-        it.left(attempt)
+        it.ended(attempt)
     assert not it.paused
 
 
@@ -87,7 +87,7 @@ def test_pauses_grow_up_to_a_limit(clock: Clock) -> None:
         clock.now += LONGEST_PAUSE
         it.begin(attempt)
         pauses.append(it.failed((attempt,)))
-        it.left(attempt)
+        it.ended(attempt)
     assert pauses[:3] == [2 * FIRST_PAUSE, 4 * FIRST_PAUSE, 8 * FIRST_PAUSE]
     assert pauses[-1] == LONGEST_PAUSE
 
@@ -96,7 +96,7 @@ def test_a_probe_that_says_nothing_makes_room_for_another(clock: Clock) -> None:
     it = opened()
     clock.now += FIRST_PAUSE
     it.begin(7)
-    it.left(7)
+    it.ended(7)
     assert not it.paused
     it.begin(8)
     assert it.paused

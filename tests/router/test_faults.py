@@ -16,6 +16,7 @@ from structlog.testing import capture_logs
 from common.prefix_hash import cache_root
 from router import choose, dispatcher
 from router.worker import REFUSAL_PAUSE, Worker
+from tests.router import fake_worker
 from tests.router.cluster import PROMPT, Cluster, cluster, eventually, expected, request
 from tests.router.fake_worker import DECODE, PREFILL, Ended, FakeWorker, Script
 from twostroke.v1 import inference_pb2, worker_pb2
@@ -121,6 +122,25 @@ async def test_a_client_that_dies_frees_both_workers(model: Path) -> None:
 async def test_one_choice_of_several_that_fails_ends_the_others(model: Path) -> None:
     async with cluster(model, decodes=[Script(reject=1, stop_after=3)]) as it:
         assert (await failing(it, n=3, max_tokens=100)).code() == grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_a_cancel_lets_those_behind_go_that_need_less(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once, not when a worker says something the next time."""
+    monkeypatch.setattr(dispatcher, "REFUSAL_PAUSE", 60)
+    monkeypatch.setattr(fake_worker, "HEARTBEAT_SECONDS", 60)
+    small = FakeWorker(DECODE, Script(stop_after=3), num_blocks=8, max_length=128)
+    async with cluster(model, decodes=[small]) as it:
+        running = it.stub.Generate(request(max_tokens=20))
+        await eventually(lambda: len(small.running) == 1)
+        long = it.stub.Generate(request(prompt=range(40, 120)))
+        await eventually(lambda: it.router.dispatcher.queued == 1)
+        short = it.stub.Generate(request())
+        await eventually(lambda: it.router.dispatcher.queued == 2)
+        long.cancel()
+        await eventually(lambda: len(small.running) == 2, seconds=2)
+        for call in (running, short):
+            call.cancel()
+        await eventually(it.nothing_held)
 
 
 # ---------------------------------------------------------------- a worker says no

@@ -4,7 +4,9 @@ import asyncio
 import json
 import os
 import re
+import signal
 import threading
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +164,32 @@ async def test_a_process_that_was_killed_is_held_against_no_grammar(model: Path)
     check(LLMatcher.grammar_from_regex("b"))
 
 
+async def test_a_process_that_is_killed_at_work_is_held_against_no_grammar(model: Path) -> None:
+    check = GrammarCheck(model, load_config(model))
+    check(LLMatcher.grammar_from_regex("a"))
+    process = check._process
+    assert process is not None
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGSTOP)
+    checking = asyncio.create_task(asyncio.to_thread(check, LLMatcher.grammar_from_regex("b")))
+    await asyncio.sleep(0.2)
+    process.kill()
+    await checking
+
+
+def kill_at_work(pipe: Connection, *_: object) -> None:
+    """In place of a process that answers."""
+    pipe.send("")
+    pipe.recv()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+async def test_a_grammar_at_which_it_is_killed_twice_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar_check, "_serve", kill_at_work)
+    with pytest.raises(GrammarError, match="too large"):
+        GrammarCheck(model, load_config(model))(LLMatcher.grammar_from_regex("a"))
+
+
 async def test_the_router_comes_before_what_checks_grammars(model: Path) -> None:
     check = GrammarCheck(model, load_config(model))
     check(LLMatcher.grammar_from_regex("a"))
@@ -264,9 +292,23 @@ async def test_one_callers_slow_grammar_does_not_hold_up_its_next_one(
         await slow
 
 
-async def test_a_grammar_that_two_callers_wait_for_is_checked_once(
+async def test_a_grammar_that_waits_behind_one_callers_slow_ones_does_not_hold_up_another(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    go_on = threading.Event()
+    monkeypatch.setattr(GrammarCheck, "__call__", lambda _, text: text.startswith("slow") and go_on.wait(10))
+    checks = GrammarChecks(model, load_config(model))
+    alices = [asyncio.create_task(checks.check(text, "alice")) for text in ("slow 1", "slow 2", "slow 3", "common")]
+    await asyncio.sleep(0)
+    try:
+        async with asyncio.timeout(5):
+            await checks.check("common", "bob")
+    finally:
+        go_on.set()
+        await asyncio.gather(*alices)
+
+
+async def test_a_grammar_that_is_known_is_not_checked_again(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checked: list[str] = []
 
     def wrong(_: GrammarCheck, text: str) -> None:
@@ -275,11 +317,13 @@ async def test_a_grammar_that_two_callers_wait_for_is_checked_once(
 
     monkeypatch.setattr(GrammarCheck, "__call__", wrong)
     checks = GrammarChecks(model, load_config(model))
-    asked = [checks.check("a", caller) for caller in ("alice", "bob", "alice")]
-    assert [str(end) for end in await asyncio.gather(*asked, return_exceptions=True)] == ["nothing follows it"] * 3
+    asked = [checks.check("a", caller) for caller in ("alice", "bob", "alice", "carol", "dave", "erin")]
+    assert [str(end) for end in await asyncio.gather(*asked, return_exceptions=True)] == ["nothing follows it"] * 6
+    assert len(checked) <= AT_ONCE  # those of callers who all had a turn at once
+    checked.clear()
     with pytest.raises(GrammarError):
-        await checks.check("a", "carol")
-    assert checked == ["a"]
+        await checks.check("a", "frank")
+    assert not checked
 
 
 async def test_workers_are_told_the_grammar_with_every_attempt(model: Path) -> None:

@@ -11,7 +11,9 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from common.prefix_hash import block_hashes, cache_root
+from router import choose
 from router.prefix_index import PrefixIndex
+from router.request import Request
 from tests.router.cluster import PROMPT, Cluster, cluster, eventually, expected, request
 from tests.router.fake_worker import DECODE, PREFILL, Ended, FakeWorker, Script
 from tests.router.models import EOS
@@ -220,6 +222,30 @@ async def test_prompts_that_wait_are_not_looked_up_again_and_again(
             monkeypatch.delattr(PrefixIndex, name)
         it.router.dispatcher.dispatch()
         monkeypatch.undo()
+        for call in calls:
+            call.cancel()
+        await eventually(it.nothing_held)
+
+
+async def test_what_workers_say_does_not_have_all_that_wait_looked_at_each_time(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked_at, pair = [], choose.pair
+
+    def counted(request: Request, *rest: Any) -> choose.Pair | choose.Missing:
+        looked_at.append(request)
+        return pair(request, *rest)
+
+    slow = FakeWorker(PREFILL, Script(silent=True), max_batch=50)
+    async with cluster(model, prefills=[slow], decodes=[both(prefill_tokens=20) for _ in range(4)]) as it:
+        calls = [it.stub.Generate(request(prompt=prompt), timeout=10) for prompt in long_prompts(42)]
+        await eventually(lambda: it.router.dispatcher.queued == 40)
+        monkeypatch.setattr(choose, "pair", counted)
+        messages = 200
+        for _ in range(messages):
+            it.router.dispatcher.dispatch()
+        assert len(looked_at) < 10 * messages  # of 40 that wait
+        assert list((await it.generate()).choices[0].token_ids) == expected(8)  # a short one, at their end
         for call in calls:
             call.cancel()
         await eventually(it.nothing_held)

@@ -46,7 +46,7 @@ async def test_the_other_host_takes_what_the_emptier_one_has_no_prefill_worker_f
     decodes = [FakeWorker(DECODE, host="a"), FakeWorker(DECODE, host="b", num_blocks=130)]
     async with cluster(model, prefills, decodes) as it:
         connected = it.router.dispatcher.workers.of(PREFILL)
-        next(worker for worker in connected if worker.host == "a").is_full()
+        next(worker for worker in connected if worker.host == "a").note_refusal()
         assert list((await it.generate()).choices[0].token_ids) == expected(8)
         assert not prefills[0].prefills
 

@@ -63,6 +63,36 @@ async def test_a_refusal_is_logged_once_though_the_worker_is_asked_again(
     assert "worker refused" not in told[1:]
 
 
+async def test_refused_workers_take_over_once_those_that_they_do_not_fit_are_gone(model: Path) -> None:
+    """As when a cluster is moved to other weights."""
+    async with cluster(model, worker_grace=1.0) as it:
+        before, after = it.workers, [FakeWorker(role, fingerprint="e" * 32) for role in (PREFILL, DECODE)]
+        for worker in after:
+            address = await worker.start()
+            it.router.registry.register(
+                worker_pb2.RegisterRequest(address=address, instance=worker.instance, role=worker.role)
+            )
+        await eventually(lambda: len(list(it.router.registry.problems())) == 2)
+        it.prefills, it.decodes = after[:1], after[1:]
+        for worker in before:
+            await worker.die()
+        assert list((await it.generate()).choices[0].token_ids) == expected(8)
+
+
+async def test_a_restart_with_the_right_settings_is_noticed_at_once(model: Path) -> None:
+    async with cluster(model, prefills=[FakeWorker(PREFILL, vocab_size=1)], ready=False) as it:
+        wrong = it.prefills[0]
+        await eventually(lambda: len(wrong.refusals) == 1)
+        await wrong.die()
+        right = FakeWorker(PREFILL)
+        it.prefills[:] = [right]
+        await right.start(wrong.address)
+        it.router.registry.register(
+            worker_pb2.RegisterRequest(address=wrong.address, instance=right.instance, role=PREFILL)
+        )
+        await eventually(it.introduced, seconds=2)
+
+
 async def test_a_first_worker_of_another_model_is_refused_too(model: Path) -> None:
     with capture_logs() as logs:
         workers = [FakeWorker(role, vocab_size=151936) for role in (PREFILL, DECODE)]
@@ -214,10 +244,18 @@ async def test_a_name_that_cannot_be_looked_up_costs_no_other_worker(
     model: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(registry, "DNS_INTERVAL", 0.05)
+    look_ups, addresses = [], registry._addresses
+
+    async def counted(name: str) -> list[str]:
+        look_ups.append(name)
+        return await addresses(name)
+
+    monkeypatch.setattr(registry, "_addresses", counted)
     with capture_logs() as logs:
         async with cluster(model) as it:
             it.router.registry._named.insert(0, (name, DECODE))
-            await eventually(lambda: sum(entry["event"] == "cannot look up" for entry in logs) >= 2)
+            await eventually(lambda: look_ups.count(name) >= 4)
+            assert sum(entry["event"] == "cannot look up" for entry in logs) == 1
             assert list((await it.generate()).choices[0].token_ids) == expected(8)
             assert len(it.router.dispatcher.workers.all()) == 2
 

@@ -3,6 +3,7 @@
 import asyncio
 import resource
 import threading
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -297,6 +298,25 @@ async def test_a_short_chat_that_its_template_makes_long_is_tokenized_on_a_threa
         for content in ("a" * 50, "a" * 500):
             await it.stub.Tokenize(pb.TokenizeRequest(chat=pb.Chat(messages=[{"role": "user", "content": content}])))
     assert threads == [(1_000, True), (10_000, False)]
+
+
+async def test_what_an_answer_took_counts_from_before_its_prompt_was_tokenized(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = Tokenizer._encode
+
+    def slow(self: Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
+        time.sleep(0.2)
+        return encode(self, text, add_special_tokens)
+
+    monkeypatch.setattr(Tokenizer, "_encode", slow)
+    async with cluster(model) as it:
+        timing = (await it.generate(text="the lazy dog", max_tokens=2)).choices[0].finish.timing
+        assert timing.first_token_ms >= 200
+        assert timing.total_ms >= timing.first_token_ms
+        assert timing.queued_ms < 200
+        for name in ("first_token", "request"):
+            assert (it.router.metrics.registry.get_sample_value(f"twostroke_{name}_seconds_sum") or 0) >= 0.2
 
 
 async def test_tokens_that_the_model_does_not_have_reach_no_worker(tmp_path: Path) -> None:

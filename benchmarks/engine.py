@@ -25,8 +25,8 @@ from benchmarks.cluster import Cluster
 from benchmarks.in_process import InProcess, spec
 from benchmarks.parts import LoadedModel, load_model, worker_parts
 from benchmarks.report import Figure, Report
-from common.cpu_memory import keep_freed_memory
-from common.model_files import EMBEDDED, resolve
+from common.device.cpu_memory import keep_freed_memory
+from common.model.model_files import EMBEDDED, resolve
 from decode_worker.loop import DecodeLoop
 from decode_worker.runner import Runner
 from decode_worker.scheduler import Sequence

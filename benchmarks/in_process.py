@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import torch
 
-from common.prefix_hash import block_hashes
-from common.sampling import SamplingParams
-from common.sequence import SequenceSpec
-from common.worker_parts import WorkerParts
+from common.kv.prefix_hash import block_hashes
+from common.sampling.parameters import SamplingParams
+from common.worker.sequence import SequenceSpec
+from common.worker.worker_parts import WorkerParts
 from decode_worker.loop import DecodeLoop
 from decode_worker.runner import Runner as DecodeRunner
 from decode_worker.scheduler import Sequence

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.cluster import Cluster
-from common.model_files import EMBEDDED
+from common.model.model_files import EMBEDDED
 from twostroke import Client
 
 BLOCK_SIZE = 16

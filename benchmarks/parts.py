@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common import model_config, weights
-from common.block_pool import BlockPool
-from common.guided_sampling import GuidedSampling
-from common.kv_pool import KvLayout, KvPool, view
-from common.model import Model
-from common.worker_parts import WorkerParts
+from common.kv.block_pool import BlockPool
+from common.kv.kv_pool import KvLayout, KvPool, view
+from common.model import model_config, weights
+from common.model.transformer import Model
+from common.sampling.guided_sampling import GuidedSampling
+from common.worker.worker_parts import WorkerParts
 from kernels.ops import Ops, select
 from twostroke.v1 import worker_pb2
 

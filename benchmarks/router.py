@@ -24,16 +24,16 @@ import grpc
 from rich.console import Console
 from rich.table import Table
 
-from common.model_config import ModelConfig, load_config
-from common.model_files import EMBEDDED, resolve
+from common.model.model_config import ModelConfig, load_config
+from common.model.model_files import EMBEDDED, resolve
+from router.answers.detokenizer import Detokenizer
+from router.cluster.fan_out import fan_out
 from router.config import RouterConfig
-from router.detokenizer import Detokenizer
-from router.fan_out import fan_out
-from router.guides import Guides
+from router.dispatch.request import Prompt, Request
+from router.grammars.guides import Guides
 from router.mailbox import Mailbox
-from router.request import Prompt, Request
+from router.prompts.tokenizer import Tokenizer
 from router.server import Router
-from router.tokenizer import Tokenizer
 from router.turnstile import Turnstile
 from tests.router.fake_worker import DECODE, PREFILL, FakeWorker, Script
 from twostroke.v1 import inference_pb2, inference_pb2_grpc, worker_pb2

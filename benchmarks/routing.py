@@ -28,16 +28,16 @@ from rich.table import Table
 from benchmarks.load.config import Limits, LoadConfig
 from benchmarks.load.run import run
 from benchmarks.load.summary import summarize
-from common.model_config import load_config
-from common.model_files import EMBEDDED, resolve
+from common.model.model_config import load_config
+from common.model.model_files import EMBEDDED, resolve
 from common.transport import sweep
-from router import choose
+from router.cluster.worker import Worker
 from router.config import RouterConfig
-from router.guides import Guides
-from router.request import Request
+from router.dispatch import choose
+from router.dispatch.request import Request
+from router.grammars.guides import Guides
+from router.prompts.tokenizer import Tokenizer
 from router.server import Router
-from router.tokenizer import Tokenizer
-from router.worker import Worker
 from twostroke import AsyncClient
 
 START_SECONDS = 120.0

@@ -13,7 +13,7 @@ def key(name: Annotated[str, Parameter(show_env_var=False)], /) -> None:
     name
         Whose key it is: up to 64 letters, digits, - and _.
     """
-    from router.api_keys import make
+    from router.callers.api_keys import make
 
     made, lines = make(name)
     print(lines)

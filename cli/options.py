@@ -12,10 +12,10 @@ from typing import Annotated, TypedDict, TypeVar, cast
 import grpc
 from cyclopts import Parameter
 
-from common import pem
-from common.addresses import Target
-from common.security_config import SettingsError, TlsConfig
-from common.tls import channel_credentials
+from common.network.addresses import Target
+from common.security import pem
+from common.security.security_config import SettingsError, TlsConfig
+from common.security.tls import channel_credentials
 from twostroke import (
     AsyncClient,
     Client,

@@ -22,12 +22,13 @@ from cli.children import Child
 from cli.readiness import Readiness
 from cli.serve_config import ServeConfig
 from cli.stopping import STOP_SECONDS, end_command, stop, stop_signals
-from common import cluster_secret, listening, pem
-from common.addresses import ANY_HOST
+from common.network import listening
+from common.network.addresses import ANY_HOST
 from common.probe import probe, service_of_process
-from common.security_config import SettingsError, TlsConfig
+from common.security import cluster_secret, pem
+from common.security.security_config import SettingsError, TlsConfig
+from common.security.tls import channel_credentials
 from common.start_error import AddressError
-from common.tls import channel_credentials
 from decode_worker.config import DecodeConfig
 from prefill_worker.config import PrefillConfig
 from router.config import RouterConfig

@@ -7,8 +7,8 @@ from typing import Literal
 from cyclopts import Parameter
 from cyclopts.types import NonNegativeFloat, NonNegativeInt, Port, PositiveFloat, PositiveInt
 
-from common.addresses import Listen
-from common.security_config import SecurityConfig
+from common.network.addresses import Listen
+from common.security.security_config import SecurityConfig
 from router.config import Silence
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import grpc
 from grpc_health.v1 import health_pb2
 
-from common import pem, tls
-from common.security_config import SettingsError, TlsConfig
+from common.security import pem, tls
+from common.security.security_config import SettingsError, TlsConfig
 
 TIMEOUT_SECONDS = 3
 PLAIN_TEXT = TlsConfig()

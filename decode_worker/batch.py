@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from common.device_io import to_device
+from common.device.device_io import to_device
 from decode_worker.scheduler import Sequence
 
 # Length of a row without a sequence, which steps leave alone.

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from cyclopts.types import NonNegativeInt, PositiveInt
 
-from common.config import WorkerConfig
+from common.worker.config import WorkerConfig
 
 
 @dataclass(frozen=True, slots=True)

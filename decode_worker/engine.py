@@ -4,15 +4,15 @@ make one turn of the running batch; tell routers what came of them."""
 import time
 from collections import defaultdict
 
-from common.attempts import Attempts
-from common.cache_report import CacheReport
-from common.kv_pool import blocks_for
+from common.kv.cache_report import CacheReport
+from common.kv.kv_pool import blocks_for
 from common.lifecycle import Lifecycle
-from common.load_report import INTERVAL_SECONDS, LoadReport
-from common.sequence import SequenceSpec
-from common.tracing import Tracing
-from common.worker_parts import WorkerParts
-from common.worker_service import WorkerService
+from common.telemetry.tracing import Tracing
+from common.worker.attempts import Attempts
+from common.worker.load_report import INTERVAL_SECONDS, LoadReport
+from common.worker.sequence import SequenceSpec
+from common.worker.worker_parts import WorkerParts
+from common.worker.worker_service import WorkerService
 from decode_worker.loop import DecodeLoop, StepTokens, Turn
 from decode_worker.metrics import DecodeMetrics
 from decode_worker.own_prompts import OwnPrompts

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common.gpu_memory import Passes
-from common.graph_capture import capture
+from common.device.gpu_memory import Passes
+from common.device.graph_capture import capture
 from decode_worker.batch import BatchState
 from decode_worker.step import Stepper
 

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 
-from common.worker_parts import WorkerParts
+from common.worker.worker_parts import WorkerParts
 from decode_worker.pace import Pace
 from decode_worker.runner import Runner, Step
 from decode_worker.scheduler import Scheduler, Sequence, State

@@ -1,6 +1,6 @@
 """Prompts that a decode worker prefills itself, with the prefill worker's loop, on its own pool and stream."""
 
-from common.worker_parts import WorkerParts
+from common.worker.worker_parts import WorkerParts
 from decode_worker.scheduler import Sequence
 from prefill_worker.loop import PrefillLoop
 from prefill_worker.runner import FirstToken, Runner

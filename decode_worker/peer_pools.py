@@ -9,7 +9,7 @@ import structlog
 import torch
 from prometheus_client import Gauge
 
-from common.kv_pool import KvLayout
+from common.kv.kv_pool import KvLayout
 from common.transport import PeerPool, TransportError, open_peer
 from twostroke.v1 import worker_pb2 as pb
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-from common.kv_pool import KvPool
+from common.kv.kv_pool import KvPool
 from common.transport import PeerPool, Transfer, TransportError
 from decode_worker.peer_pools import PeerPools
 from decode_worker.scheduler import Sequence

@@ -7,12 +7,12 @@ import structlog
 import torch
 from torch import Tensor
 
-from common.device_io import HostCopy, mark
-from common.guided_sampling import AllowedTokens, GrammarState
-from common.host_logprobs import HostLogprobs
-from common.kv_pool import blocks_for
-from common.special_sampling import AdjustedRows, TokenCounts, wants_adjusting, wants_logprobs
-from common.worker_parts import WorkerParts
+from common.device.device_io import HostCopy, mark
+from common.kv.kv_pool import blocks_for
+from common.sampling.guided_sampling import AllowedTokens, GrammarState
+from common.sampling.host_logprobs import HostLogprobs
+from common.sampling.special_sampling import AdjustedRows, TokenCounts, wants_adjusting, wants_logprobs
+from common.worker.worker_parts import WorkerParts
 from decode_worker.batch import DecodeBatch
 from decode_worker.graphs import DecodeGraphs
 from decode_worker.scheduler import Sequence

@@ -9,12 +9,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
-from common.block_pool import BlockPool
-from common.guided_sampling import GrammarState
-from common.kv_pool import blocks_for
-from common.prefix_hash import extend
-from common.sequence import SequenceSpec
-from common.tracing import OFF, Span
+from common.kv.block_pool import BlockPool
+from common.kv.kv_pool import blocks_for
+from common.kv.prefix_hash import extend
+from common.sampling.guided_sampling import GrammarState
+from common.telemetry.tracing import OFF, Span
+from common.worker.sequence import SequenceSpec
 
 
 class State(Enum):

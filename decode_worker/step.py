@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from common.kv_pool import KvPool
-from common.model import Model
+from common.kv.kv_pool import KvPool
+from common.model.transformer import Model
 from decode_worker.batch import BatchState
 from kernels.ops import LayersOfOneToken, Ops
 from kernels.rope import Rotation

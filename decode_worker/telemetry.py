@@ -2,8 +2,8 @@
 
 import time
 
-from common.kv_pool import KvLayout
-from common.worker_telemetry import WorkerTelemetry
+from common.kv.kv_pool import KvLayout
+from common.worker.worker_telemetry import WorkerTelemetry
 from decode_worker.loop import StepTokens
 from decode_worker.metrics import DecodeMetrics
 from decode_worker.pulls import Pulled

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-ROOMS = ("router", "prefill_worker", "decode_worker", "common", "common/transport", "kernels", "cli", "benchmarks")
+ROOMS = ("router", "prefill_worker", "decode_worker", "common", "kernels", "cli", "benchmarks")
 
 
 def pages() -> dict[str, dict[str, str]]:
@@ -19,8 +19,8 @@ def pages() -> dict[str, dict[str, str]]:
     sys.path[:0] = [str(ROOT), str(ROOT / "protos")]
     from cli.options import Connection, Sampling
     from cli.serve_config import ServeConfig
-    from common.config import WorkerConfig
-    from common.security_config import SecurityConfig, TlsConfig
+    from common.security.security_config import SecurityConfig, TlsConfig
+    from common.worker.config import WorkerConfig
     from decode_worker.config import DecodeConfig
     from prefill_worker.config import PrefillConfig
     from router.config import RouterConfig
@@ -72,10 +72,10 @@ def docstrings(config: type[Any]) -> dict[str, str]:
 
 
 def modules() -> str:
-    """One line for each module that has something to say: the first paragraph of its docstring."""
+    """One line for each folder and module that has something to say: the first paragraph of its docstring."""
     rows = ["| module | what it holds |", "| --- | --- |"]
     for room in ROOMS:
-        for path in sorted((ROOT / room).glob("*.py")):
+        for path in sorted((ROOT / room).rglob("*.py"), key=lambda path: (path.parent, path.name)):
             text = ast.get_docstring(ast.parse(path.read_text()))
             if text and path.name != "__main__.py":
                 name = path.relative_to(ROOT).as_posix().removesuffix("/__init__.py")

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from common.kv_pool import blocks_for
+from common.kv.kv_pool import blocks_for
 from kernels.attention import PrefillAttention
 from prefill_worker.scheduler import Chunk
 

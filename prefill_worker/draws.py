@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from common.sequence import SequenceSpec
+from common.worker.sequence import SequenceSpec
 
 COLUMNS = 7  # int32 values for each row; a seed takes two
 # Columns start at multiples of this many values (16 bytes): Triton would compile a kernel again for other pointers.

@@ -2,15 +2,15 @@
 
 import time
 
-from common.attempts import Attempts
-from common.cache_report import CacheReport
+from common.kv.cache_report import CacheReport
 from common.lifecycle import Lifecycle
-from common.load_report import INTERVAL_SECONDS, LoadReport
-from common.sequence import SequenceSpec
-from common.tracing import Tracing
-from common.worker_parts import WorkerParts
-from common.worker_service import WorkerService
-from common.worker_telemetry import WorkerTelemetry
+from common.telemetry.tracing import Tracing
+from common.worker.attempts import Attempts
+from common.worker.load_report import INTERVAL_SECONDS, LoadReport
+from common.worker.sequence import SequenceSpec
+from common.worker.worker_parts import WorkerParts
+from common.worker.worker_service import WorkerService
+from common.worker.worker_telemetry import WorkerTelemetry
 from prefill_worker.leases import Leases
 from prefill_worker.loop import GRAMMAR_POLL_SECONDS, PrefillLoop, Turn
 from prefill_worker.metrics import PrefillMetrics

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from common.kv_pool import KvPool
-from common.model import Model
+from common.kv.kv_pool import KvPool
+from common.model.transformer import Model
 from kernels.ops import Ops
 from kernels.rope import Rotation
 from prefill_worker.batch import PackedBatch

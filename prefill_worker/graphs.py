@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common.device_io import copy_to_device
-from common.gpu_memory import Passes
-from common.graph_capture import capture
-from common.sequence import SequenceSpec
+from common.device.device_io import copy_to_device
+from common.device.gpu_memory import Passes
+from common.device.graph_capture import capture
+from common.worker.sequence import SequenceSpec
 from kernels.attention import FEW_TOKENS, SHORT_TOKENS
 from prefill_worker import draws
 from prefill_worker.batch import BatchShape, exact_shape, pack

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from common.block_pool import BlockPool
+from common.kv.block_pool import BlockPool
 from prefill_worker.scheduler import Prompt
 
 

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from common.worker_parts import WorkerParts
+from common.worker.worker_parts import WorkerParts
 from prefill_worker.runner import FirstToken, LaunchedBatch, Runner
 from prefill_worker.scheduler import Prompt, Scheduler
 

@@ -2,8 +2,11 @@
 
 import structlog
 
-from common import garbage, lifecycle, logs, peers, tracing, worker_parts
-from common.worker_service import WorkerService
+from common import garbage, lifecycle
+from common.network import peers
+from common.telemetry import logs, tracing
+from common.worker import worker_parts
+from common.worker.worker_service import WorkerService
 from prefill_worker import graphs
 from prefill_worker.config import PrefillConfig
 from prefill_worker.engine import Engine

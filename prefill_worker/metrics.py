@@ -2,7 +2,7 @@
 
 from prometheus_client import Histogram
 
-from common.worker_metrics import WorkerMetrics
+from common.worker.worker_metrics import WorkerMetrics
 
 TOKEN_BUCKETS = (16, 64, 256, 512, 1_024, 2_048, 4_096, 8_192, 16_384)
 

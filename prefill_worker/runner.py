@@ -6,13 +6,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from common.device_io import HostCopy, to_device
-from common.guided_sampling import AllowedTokens
-from common.host_logprobs import HostLogprobs
-from common.kv_pool import blocks_for
-from common.sequence import SequenceSpec
-from common.special_sampling import TokenCounts, wants_adjusting, wants_logprobs
-from common.worker_parts import WorkerParts
+from common.device.device_io import HostCopy, to_device
+from common.kv.kv_pool import blocks_for
+from common.sampling.guided_sampling import AllowedTokens
+from common.sampling.host_logprobs import HostLogprobs
+from common.sampling.special_sampling import TokenCounts, wants_adjusting, wants_logprobs
+from common.worker.sequence import SequenceSpec
+from common.worker.worker_parts import WorkerParts
 from prefill_worker import draws
 from prefill_worker.batch import exact_shape, pack
 from prefill_worker.forward import Forward

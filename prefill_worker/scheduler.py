@@ -4,11 +4,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from common.block_pool import BlockPool
-from common.guided_sampling import GrammarState
-from common.kv_pool import blocks_for
-from common.sequence import SequenceSpec
-from common.tracing import OFF, Span
+from common.kv.block_pool import BlockPool
+from common.kv.kv_pool import blocks_for
+from common.sampling.guided_sampling import GrammarState
+from common.telemetry.tracing import OFF, Span
+from common.worker.sequence import SequenceSpec
 
 
 @dataclass(slots=True, eq=False)

@@ -8,8 +8,8 @@ from cyclopts import Parameter
 from cyclopts.types import NonNegativeFloat, NonNegativeInt, Port, PositiveInt
 from cyclopts.validators import Number
 
-from common.addresses import Listen, Target
-from common.security_config import SecurityConfig
+from common.network.addresses import Listen, Target
+from common.security.security_config import SecurityConfig
 
 # Of a worker's engine: one that says something every second must not be taken for lost in between.
 Silence = Annotated[float, Parameter(validator=Number(gt=1))]

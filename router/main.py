@@ -5,15 +5,17 @@ import signal
 
 import structlog
 
-from common import garbage, logs, open_files
-from common.addresses import with_port
-from common.model_config import load_config
-from common.model_files import resolve
-from common.peers import only_local
+from common import garbage
+from common.model.model_config import load_config
+from common.model.model_files import resolve
+from common.network import open_files
+from common.network.addresses import with_port
+from common.network.peers import only_local
+from common.telemetry import logs
 from router.config import RouterConfig
-from router.guides import Guides
+from router.grammars.guides import Guides
+from router.prompts.tokenizer import Tokenizer
 from router.server import Router
-from router.tokenizer import Tokenizer
 
 log = structlog.get_logger(__name__)
 

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 
 import grpc
 
-from common.tracing import Attributes, Span
-from router.request import Request
+from common.telemetry.tracing import Attributes, Span
+from router.cluster.worker import Worker
+from router.dispatch.request import Request
 from router.validate import Job
-from router.worker import Worker
 from twostroke.v1 import inference_pb2 as pb
 
 # Codes with which a call's span is marked as failed: the fault is the service's, not the caller's.

@@ -9,25 +9,25 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from common import metrics_server, tracing
-from common.cluster_secret import SecretInterceptor
-from common.grpc_options import CALLERS
-from common.health import Health
-from common.model_config import ModelConfig
-from common.peers import Peers
+from common.model.model_config import ModelConfig
+from common.network.grpc_options import CALLERS
+from common.network.health import Health
+from common.network.peers import Peers
 from common.probe import service_of_process
-from router.api_keys import ApiKeys
-from router.auth import KeyInterceptor
+from common.security.cluster_secret import SecretInterceptor
+from common.telemetry import metrics_server, tracing
+from router.callers.api_keys import ApiKeys
+from router.callers.auth import KeyInterceptor
+from router.cluster.registry import Registry
+from router.cluster.workers import DECODE, PREFILL, ROLE_NAMES
 from router.config import RouterConfig
-from router.dispatcher import Dispatcher
-from router.guides import Guides
+from router.dispatch.dispatcher import Dispatcher
+from router.grammars.guides import Guides
 from router.metrics import Metrics
 from router.parsing import ParseInterceptor
-from router.registry import Registry
+from router.prompts.tokenizer import Tokenizer
 from router.service import INFERENCE, InferenceService, RegistryService
-from router.tokenizer import Tokenizer
 from router.validate import MAX_MESSAGE_BYTES
-from router.workers import DECODE, PREFILL, ROLE_NAMES
 from twostroke.v1 import inference_pb2_grpc, worker_pb2, worker_pb2_grpc
 
 REGISTRY = worker_pb2.DESCRIPTOR.services_by_name["Registry"].full_name

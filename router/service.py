@@ -13,25 +13,26 @@ import grpc
 import structlog
 
 import twostroke
-from common.cluster_secret import metadata_value
-from common.model_config import ModelConfig
-from common.tracing import OFF, Span, Tracing
-from router import request_trace, tool_call, validate
-from router.answer import Answer
-from router.answer_parser import AnswerParser
+from common.model.model_config import ModelConfig
+from common.security.cluster_secret import metadata_value
+from common.telemetry.tracing import OFF, Span, Tracing
+from router import request_trace, validate
+from router.answers import tool_call
+from router.answers.answer import Answer
+from router.answers.answer_parser import AnswerParser
+from router.callers.limits import CALLER
+from router.cluster.registry import Registry
+from router.cluster.worker import Worker
 from router.config import RouterConfig
-from router.dispatcher import Dispatcher
+from router.dispatch.dispatcher import Dispatcher
+from router.dispatch.request import MAX_UNREAD_TOKENS, Prompt, Request
 from router.errors import CallError, InvalidArgument
-from router.guides import Guides
-from router.limits import CALLER
+from router.grammars.guides import Guides
 from router.mailbox import Mailbox
 from router.metrics import Metrics
-from router.registry import Registry
-from router.request import MAX_UNREAD_TOKENS, Prompt, Request
-from router.tokenizer import Tokenized, Tokenizer
+from router.prompts.tokenizer import Tokenized, Tokenizer
 from router.turnstile import Turnstile
 from router.validate import Job
-from router.worker import Worker
 from twostroke.v1 import inference_pb2 as pb
 from twostroke.v1 import inference_pb2_grpc, worker_pb2, worker_pb2_grpc
 

@@ -6,9 +6,9 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from common.model_config import ModelConfig
-from router import tool_choice
+from common.model.model_config import ModelConfig
 from router.errors import InvalidArgument
+from router.grammars import tool_choice
 from twostroke.v1 import inference_pb2 as pb
 from twostroke.v1 import worker_pb2
 

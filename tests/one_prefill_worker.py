@@ -2,9 +2,9 @@
 
 from typing import Any, cast
 
-from common.tracing import Tracing
-from common.worker_parts import WorkerParts
-from common.worker_service import Received, WorkerService
+from common.telemetry.tracing import Tracing
+from common.worker.worker_parts import WorkerParts
+from common.worker.worker_service import Received, WorkerService
 from prefill_worker.engine import Engine
 from prefill_worker.metrics import PrefillMetrics
 from prefill_worker.runner import Runner

@@ -5,11 +5,11 @@ from collections.abc import Sequence as Items
 from dataclasses import replace
 from typing import Any, cast
 
-from common.prefix_hash import block_hashes
-from common.sequence import SequenceSpec
-from common.tracing import Tracing
-from common.worker_parts import WorkerParts
-from common.worker_service import Received, WorkerService
+from common.kv.prefix_hash import block_hashes
+from common.telemetry.tracing import Tracing
+from common.worker.sequence import SequenceSpec
+from common.worker.worker_parts import WorkerParts
+from common.worker.worker_service import Received, WorkerService
 from decode_worker.engine import Engine
 from decode_worker.metrics import DecodeMetrics
 from decode_worker.own_prompts import OwnPrompts

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from common.kv_pool import KvLayout, KvPool, allocate
-from common.model import Model
+from common.kv.kv_pool import KvLayout, KvPool, allocate
+from common.model.transformer import Model
 from kernels.attention import PrefillAttention
 from kernels.ops import Ops
 from kernels.rope import Rotation

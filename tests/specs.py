@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from common.prefix_hash import block_hashes, cache_root
-from common.sampling import SamplingParams
-from common.sequence import SequenceSpec
+from common.kv.prefix_hash import block_hashes, cache_root
+from common.sampling.parameters import SamplingParams
+from common.worker.sequence import SequenceSpec
 from twostroke.v1 import worker_pb2 as pb
 
 ROOT = cache_root("test-model", "")

@@ -22,7 +22,7 @@ from benchmarks.gpu.timing import copy_bytes_per_second, elapsed, gemm_operation
 from benchmarks.in_process import spec
 from benchmarks.parts import LoadedModel, load_model, worker_parts
 from benchmarks.report import Figure, Report
-from common.worker_parts import WorkerParts
+from common.worker.worker_parts import WorkerParts
 from decode_worker.engine import STEP_POLL_SECONDS
 from decode_worker.loop import DecodeLoop
 from decode_worker.runner import Runner as DecodeRunner

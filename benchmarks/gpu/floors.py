@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from common.model_config import ModelConfig
+from common.model.model_config import ModelConfig
 
 VALUE_BYTES = 2  # bfloat16
 

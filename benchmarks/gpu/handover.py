@@ -21,7 +21,7 @@ import torch
 
 from benchmarks.report import Figure, Report
 from common import transport
-from common.kv_pool import KvLayout, allocate, view
+from common.kv.kv_pool import KvLayout, allocate, view
 from common.transport import cuda_ipc
 from common.transport.block_copy import CTAS
 

@@ -26,7 +26,7 @@ from benchmarks.cluster import Cluster, Flags
 from benchmarks.gpu import floors, models, nano_vllm
 from benchmarks.gpu.timing import copy_bytes_per_second, gemm_operations_per_second
 from benchmarks.report import Figure, Report
-from common.model_config import load_config
+from common.model.model_config import load_config
 from twostroke import AsyncClient
 
 TEMPERATURE = 0.6

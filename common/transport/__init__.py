@@ -4,7 +4,7 @@ from typing import Protocol
 
 import torch
 
-from common.kv_pool import KvLayout
+from common.kv.kv_pool import KvLayout
 from common.transport import shm
 from common.transport.interface import PeerPool, PoolMemory, Transfer, TransferFailed, TransportError
 from common.transport.segment import sweep

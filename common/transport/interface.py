@@ -5,8 +5,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from common.block_pool import Generations
-from common.kv_pool import KvPool
+from common.kv.block_pool import Generations
+from common.kv.kv_pool import KvPool
 from common.start_error import StartError
 
 

@@ -19,7 +19,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Self
 
-from common.kv_pool import KvLayout
+from common.kv.kv_pool import KvLayout
 from common.transport.interface import TransferFailed, TransportError
 
 DIRECTORY = Path("/dev/shm")

@@ -10,7 +10,7 @@ import structlog
 import torch
 from torch import Tensor
 
-from common.kv_pool import KvLayout, KvPool
+from common.kv.kv_pool import KvLayout, KvPool
 from common.transport.interface import TransferFailed, TransportError
 from common.transport.segment import PROBE_BYTES, OwnSegment, PeerSegment, digest
 

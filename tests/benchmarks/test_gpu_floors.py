@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks.gpu import floors, models
 from benchmarks.gpu.throughput import workload
-from common.model_config import parse_config
+from common.model.model_config import parse_config
 
 
 def test_the_workload_is_that_of_nano_vllm() -> None:

@@ -10,9 +10,9 @@ from cli.key import key
 from cli.main import main
 from cli.serve import _client, _secret, _tls_environment, serve
 from cli.serve_config import ServeConfig
-from common import cluster_secret
-from common.security_config import SettingsError
-from router.api_keys import ApiKeys
+from common.security import cluster_secret
+from common.security.security_config import SettingsError
+from router.callers.api_keys import ApiKeys
 from tests.certificates import sign
 from tests.protos.fake_router import FakeRouter, serving
 

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from common import model_files
+from common.model import model_files
 
 
 @pytest.fixture(scope="session")

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
-from common import weights
-from common.model import Model
-from common.model_config import load_config
+from common.model import weights
+from common.model.model_config import load_config
+from common.model.transformer import Model
 from kernels.ops import REFERENCE
 
 _SMALL: dict[str, Any] = {

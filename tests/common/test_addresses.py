@@ -1,6 +1,6 @@
 import pytest
 
-from common.addresses import check_listen, check_target
+from common.network.addresses import check_listen, check_target
 
 
 @pytest.mark.parametrize(

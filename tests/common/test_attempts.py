@@ -4,8 +4,8 @@ from typing import Any, cast
 
 import structlog
 
-from common.attempts import Attempts
-from common.worker_service import WorkerService
+from common.worker.attempts import Attempts
+from common.worker.worker_service import WorkerService
 from decode_worker.metrics import DecodeMetrics
 from tests.one_worker import ROUTER, Wire
 from tests.specs import spec

@@ -5,7 +5,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from common.block_pool import BlockPool, OutOfBlocks
+from common.kv.block_pool import BlockPool, OutOfBlocks
 
 
 def name(number: int) -> bytes:

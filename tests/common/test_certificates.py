@@ -9,9 +9,9 @@ import pytest
 import structlog
 from structlog.testing import capture_logs
 
-from common import certificates, file_state, pem
-from common.certificates import Certificates
-from common.security_config import SecurityConfig, SettingsError, TlsConfig
+from common.security import certificates, file_state, pem
+from common.security.certificates import Certificates
+from common.security.security_config import SecurityConfig, SettingsError, TlsConfig
 from tests.certificates import Signed, replace, sign
 
 READ_AGAIN = {

@@ -5,8 +5,8 @@ import pytest
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from structlog.testing import capture_logs
 
-from common import cluster_secret
-from common.cluster_secret import SecretInterceptor
+from common.security import cluster_secret
+from common.security.cluster_secret import SecretInterceptor
 
 
 @pytest.mark.parametrize(("again", "told"), [(600.0, 1), (0.0, 3)])

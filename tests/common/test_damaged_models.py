@@ -17,9 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from common import fingerprint, gguf_import, weights
-from common.kv_pool import KvLayout
-from common.model_config import ModelError, load_config, parse_config
+from common.kv.kv_pool import KvLayout
+from common.model import fingerprint, gguf_import, weights
+from common.model.model_config import ModelError, load_config, parse_config
 from tests.damage import JSON, altered, damaged
 from tests.messages import fuzz
 
@@ -266,7 +266,7 @@ def test_a_full_disk_is_no_damage(tmp_path: Path, file: str) -> None:
 WITH_A_FILE_LIMIT = """
 import resource, sys
 from pathlib import Path
-from common import gguf_import
+from common.model import gguf_import
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), resource.RLIM_INFINITY))
 try:
     gguf_import.convert(Path(sys.argv[1]), Path(sys.argv[2]))

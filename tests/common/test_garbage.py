@@ -21,5 +21,5 @@ def test_a_part_does_not_import_what_only_unpacking_the_embedded_model_takes() -
     path = f"{ROOT}:{ROOT / 'protos'}"
     ran = subprocess.run([sys.executable, "-c", program], env={"PYTHONPATH": path}, check=True, capture_output=True)
     modules = set(ran.stdout.decode().split())
-    assert "common.model_files" in modules
-    assert modules.isdisjoint({"gguf", "common.gguf_import"})
+    assert "common.model.model_files" in modules
+    assert modules.isdisjoint({"gguf", "common.model.gguf_import"})

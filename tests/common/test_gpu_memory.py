@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from benchmarks.gpu import models
-from common.gpu_memory import Passes, bytes_for
-from common.kv_pool import KvLayout
-from common.model_config import ModelConfig, ModelError, load_config
-from common.pool_size import GPU_POOL_SHARE, blocks_that_fit
+from common.device.gpu_memory import Passes, bytes_for
+from common.kv.kv_pool import KvLayout
+from common.kv.pool_size import GPU_POOL_SHARE, blocks_that_fit
+from common.model.model_config import ModelConfig, ModelError, load_config
 from decode_worker import graphs as decode_graphs
 from prefill_worker import graphs as prefill_graphs
 

@@ -10,9 +10,9 @@ import pytest
 from llguidance import LLMatcher
 from tokenizers import AddedToken
 
-from common import grammar
-from common.grammar import CompiledGrammars, GrammarError, GrammarTokenizer, compile_grammar, load_tokenizer
-from common.model_config import parse_config
+from common.model.model_config import parse_config
+from common.sampling import grammar
+from common.sampling.grammar import CompiledGrammars, GrammarError, GrammarTokenizer, compile_grammar, load_tokenizer
 from tests.router import models
 
 MODEL = parse_config(models.CONFIG)

@@ -12,11 +12,11 @@ import torch
 from llguidance import LLMatcher, LLParserLimits
 from tokenizers import Tokenizer
 
-from common import grammar
-from common.grammar import CompiledGrammars, GrammarTokenizer, load_tokenizer
-from common.guided_sampling import MOST_COMPILATIONS, AllowedTokens, GrammarState, GuidedSampling, warm_up
-from common.model_config import parse_config
-from router import token_bytes
+from common.model.model_config import parse_config
+from common.sampling import grammar
+from common.sampling.grammar import CompiledGrammars, GrammarTokenizer, load_tokenizer
+from common.sampling.guided_sampling import MOST_COMPILATIONS, AllowedTokens, GrammarState, GuidedSampling, warm_up
+from router.answers import token_bytes
 from tests.router import models
 from tests.specs import spec
 

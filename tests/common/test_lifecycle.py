@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 LOGS_WITHOUT_END = """
 from structlog import get_logger
-from common import logs
+from common.telemetry import logs
 from common.lifecycle import Lifecycle
 
 logs.configure("json")
@@ -30,7 +30,7 @@ while not lifecycle.over(idle=True):
 # A worker that gets no further than to what comes after its pool.
 STARTS_WITHOUT_END = """
 import sys, time
-from common import worker_parts
+from common.worker import worker_parts
 
 def load_guided(*_):
     print("has its pool", flush=True)

@@ -4,7 +4,7 @@ import socket
 
 import pytest
 
-from common.listening import check
+from common.network.listening import check
 from common.start_error import AddressError
 
 

@@ -6,7 +6,7 @@ from typing import Literal
 import pytest
 import structlog
 
-from common import logs
+from common.telemetry import logs
 
 
 class Stderr(io.StringIO):

@@ -15,10 +15,11 @@ from urllib.request import urlopen
 import pytest
 from prometheus_client import CollectorRegistry, Counter
 
-from common import certificates, metrics_server
-from common.certificates import Certificates
-from common.security_config import SecurityConfig
+from common.security import certificates
+from common.security.certificates import Certificates
+from common.security.security_config import SecurityConfig
 from common.start_error import AddressError
+from common.telemetry import metrics_server
 from tests.certificates import Signed, sign
 from tests.router import models
 

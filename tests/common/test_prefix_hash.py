@@ -4,7 +4,7 @@ import sys
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.prefix_hash import HASH_BYTES, block_hashes, cache_root, extend
+from common.kv.prefix_hash import HASH_BYTES, block_hashes, cache_root, extend
 
 ROOT = cache_root("model", "")
 tokens = st.lists(st.integers(0, 2**32 - 1), max_size=70)
@@ -52,7 +52,7 @@ def test_roots_keep_models_and_tenants_apart() -> None:
 
 
 def test_hashes_do_not_depend_on_the_process() -> None:
-    code = "from common.prefix_hash import *; print(block_hashes(cache_root('m', 's'), range(40), 16)[-1].hex())"
+    code = "from common.kv.prefix_hash import *; print(block_hashes(cache_root('m', 's'), range(40), 16)[-1].hex())"
     outputs = {
         subprocess.run(
             [sys.executable, "-c", code],

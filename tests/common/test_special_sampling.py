@@ -11,9 +11,9 @@ from transformers import (
     SequenceBiasLogitsProcessor,
 )
 
-from common.sampling import SamplingParams
-from common.sequence import SequenceSpec
-from common.special_sampling import TokenCounts, logprobs, wants_adjusting, wants_logprobs, warm_up
+from common.sampling.parameters import SamplingParams
+from common.sampling.special_sampling import TokenCounts, logprobs, wants_adjusting, wants_logprobs, warm_up
+from common.worker.sequence import SequenceSpec
 from kernels import sampling
 
 VOCAB = 60

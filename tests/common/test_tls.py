@@ -13,10 +13,10 @@ from types import SimpleNamespace
 import grpc
 import pytest
 
-from common import certificates, pem, tls
-from common.certificates import Certificates
-from common.security_config import SecurityConfig, TlsConfig
-from common.tls import channel_credentials, channel_options, server_credentials
+from common.security import certificates, pem, tls
+from common.security.certificates import Certificates
+from common.security.security_config import SecurityConfig, TlsConfig
+from common.security.tls import channel_credentials, channel_options, server_credentials
 from tests.certificates import Signed, replace, sign
 
 READY, FAILED = grpc.ChannelConnectivity.READY, grpc.ChannelConnectivity.TRANSIENT_FAILURE

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from common import tracing
-from common.security_config import SettingsError
+from common.security.security_config import SettingsError
+from common.telemetry import tracing
 from tests.router import models
 
 ROOT = Path(__file__).parents[2]

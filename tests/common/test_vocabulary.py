@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from common import vocabulary
-from common.model_config import ModelError
+from common.model import vocabulary
+from common.model.model_config import ModelError
 
 
 def written(directory: Path, **tokenizer: object) -> Path:

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from common import fingerprint, weights
-from common.kv_pool import KvLayout
-from common.model_config import ModelError, load_config
+from common.kv.kv_pool import KvLayout
+from common.model import fingerprint, weights
+from common.model.model_config import ModelError, load_config
 from tests.common import hf_models
 
 CPU = torch.device("cpu")

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
-from common import worker_parts
-from common.config import WorkerConfig
-from common.gpu_memory import Passes
+from common.device.gpu_memory import Passes
+from common.worker import worker_parts
+from common.worker.config import WorkerConfig
 from tests.router import models
 from twostroke.v1 import inference_pb2
 

@@ -9,12 +9,13 @@ import grpc
 import pytest
 from structlog.testing import capture_logs
 
-from common import peers, unsent, worker_service
-from common.config import WorkerConfig
-from common.peers import Peers
+from common.network import peers
+from common.network.peers import Peers
 from common.probe import probe
-from common.unsent import Unsent
-from common.worker_service import MAX_REFUSALS, WorkerService
+from common.worker import unsent, worker_service
+from common.worker.config import WorkerConfig
+from common.worker.unsent import Unsent
+from common.worker.worker_service import MAX_REFUSALS, WorkerService
 from tests.raw_calls import NO_UTF8, call
 from twostroke.v1 import inference_pb2, worker_pb2, worker_pb2_grpc
 

@@ -4,7 +4,7 @@ import random
 
 import torch
 
-from common.sampling import SamplingParams
+from common.sampling.parameters import SamplingParams
 from decode_worker.batch import UNUSED, DecodeBatch
 from decode_worker.scheduler import Sequence, State
 from tests.specs import spec

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from benchmarks.in_process import spec
 from benchmarks.parts import LoadedModel, load_model, worker_parts
-from common.worker_service import Received
+from common.worker.worker_service import Received
 from tests.messages import Path as FieldPath
 from tests.messages import fuzz, messages, paths, values
 from tests.one_prefill_worker import OnePrefillWorker

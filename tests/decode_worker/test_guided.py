@@ -14,9 +14,9 @@ from tokenizers import Tokenizer
 
 from benchmarks.in_process import spec
 from benchmarks.parts import LoadedModel, worker_parts
-from common.guided_sampling import AllowedTokens, GrammarState, GuidedSampling
-from common.sampling import SamplingParams
-from common.sequence import SequenceSpec
+from common.sampling.guided_sampling import AllowedTokens, GrammarState, GuidedSampling
+from common.sampling.parameters import SamplingParams
+from common.worker.sequence import SequenceSpec
 from prefill_worker.loop import GRAMMAR_POLL_SECONDS
 from tests import guided
 from tests.one_worker import OneWorker

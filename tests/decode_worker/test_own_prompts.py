@@ -9,8 +9,8 @@ import torch
 
 from benchmarks.in_process import spec
 from benchmarks.parts import LoadedModel, worker_parts
-from common.block_pool import BlockPool
-from common.sequence import SequenceSpec
+from common.kv.block_pool import BlockPool
+from common.worker.sequence import SequenceSpec
 from decode_worker.loop import DecodeLoop
 from decode_worker.scheduler import State
 from kernels.ops import REFERENCE

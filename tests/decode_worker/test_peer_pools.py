@@ -10,7 +10,7 @@ import torch
 from prometheus_client import CollectorRegistry, Gauge
 
 from common import transport
-from common.kv_pool import KvLayout, layout_to_proto
+from common.kv.kv_pool import KvLayout, layout_to_proto
 from common.transport import PoolMemory
 from decode_worker import peer_pools
 from decode_worker.peer_pools import PeerPools

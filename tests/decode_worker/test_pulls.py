@@ -7,7 +7,7 @@ import torch
 from prometheus_client import CollectorRegistry, Gauge
 
 from common import transport
-from common.kv_pool import KvLayout, allocate, layout_to_proto, view
+from common.kv.kv_pool import KvLayout, allocate, layout_to_proto, view
 from decode_worker.peer_pools import PeerPools
 from decode_worker.pulls import Pull, Pulled, Puller
 from decode_worker.scheduler import Sequence

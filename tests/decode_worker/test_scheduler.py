@@ -3,8 +3,8 @@
 import random
 from collections import Counter
 
-from common.block_pool import BlockPool
-from common.prefix_hash import block_hashes
+from common.kv.block_pool import BlockPool
+from common.kv.prefix_hash import block_hashes
 from decode_worker.scheduler import Scheduler, Sequence, State
 from tests.specs import ROOT, spec
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from common import model_files
+from common.model import model_files
 from kernels.ops import REFERENCE
-from router import chat_template
+from router.prompts import chat_template
 from tests.common import hf_models
 from tests.paged import PagedSequences
 from twostroke.chat import chat_of

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from common.config import WorkerConfig
+from common.worker.config import WorkerConfig
 from router.config import RouterConfig
 
 ROOT = Path(__file__).parents[2]
@@ -46,7 +46,7 @@ def metrics_named_in(path: Path) -> set[str]:
 
 def test_every_metric_of_the_dashboard_the_alerts_and_the_manual_exists() -> None:
     sources = [
-        path for room in ("router", "common", "prefill_worker", "decode_worker") for path in ROOT.glob(f"{room}/*.py")
+        path for room in ("router", "common", "prefill_worker", "decode_worker") for path in (ROOT / room).rglob("*.py")
     ]
     exported = {
         SUFFIX.sub("", name) for path in sources for name in re.findall(r'"(twostroke_[a-z_]+)"', path.read_text())

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from common.model_files import EMBEDDED, resolve
+from common.model.model_files import EMBEDDED, resolve
 
 
 @cache

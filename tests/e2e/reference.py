@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from common.model_files import EMBEDDED, resolve
+from common.model.model_files import EMBEDDED, resolve
 
 
 @cache

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from common.model_files import EMBEDDED, resolve
+from common.model.model_files import EMBEDDED, resolve
 from tests.e2e.cluster import Cluster
 from tests.e2e.tiny import prompt, tiny_cluster
 from tests.router import models

@@ -27,7 +27,8 @@ pytestmark = [
 PREFILL_FLAGS = {"max-batch-tokens": 8}
 LONG, SHORT = tuple(prompt(1_200)), tuple(prompt(30, seed=1))
 
-# A peer that answers no pings is noticed after four seconds (common/grpc_options.py), and then some for the machine.
+# A peer that answers no pings is noticed after four seconds (common/network/grpc_options.py), and then some for the
+# machine.
 NOTICED_SECONDS = 4.0 + 2.0
 CALLER_NOTICED_SECONDS = 10.0 + 2.0
 

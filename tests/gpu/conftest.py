@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from common import gguf_import, model_files
-from common.model_config import ModelError
+from common.model import gguf_import, model_files
+from common.model.model_config import ModelError
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

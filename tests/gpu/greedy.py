@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
-from common.sampling import SamplingParams
+from common.sampling.parameters import SamplingParams
 from kernels.sampling import philox_uniform
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from common import transport
-from common.kv_pool import KvLayout, allocate
+from common.kv.kv_pool import KvLayout, allocate
 from common.transport import TransferFailed, TransportError
 from tests.pool_owner import PoolOwner
 
@@ -21,8 +21,8 @@ READER = torch.device("cuda", 0)
 OWNER = """
 import sys, torch
 from common import transport
-from common.block_pool import BlockPool
-from common.kv_pool import KvLayout, view
+from common.kv.block_pool import BlockPool
+from common.kv.kv_pool import KvLayout, view
 
 device, instance, num_blocks = torch.device("cuda", int(sys.argv[1])), sys.argv[2], int(sys.argv[3])
 layout = KvLayout(num_blocks, 5, 16, 3, 80, "bfloat16")

@@ -10,8 +10,8 @@ import torch
 
 from benchmarks.in_process import InProcess, spec
 from benchmarks.parts import LoadedModel, load_model, worker_parts
-from common.sampling import SamplingParams
-from common.sequence import SequenceSpec
+from common.sampling.parameters import SamplingParams
+from common.worker.sequence import SequenceSpec
 from decode_worker.pace import Pace
 from tests.gpu import tiny_models
 from tests.gpu.greedy import DEVICE, LENGTHS, assert_greedy, assert_same_draws, gaps, reference, text

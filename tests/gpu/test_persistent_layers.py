@@ -11,8 +11,8 @@ from torch import Tensor
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device: torch.cuda.is_available() is False", allow_module_level=True)
 
-from common.graph_capture import capture
-from common.weights import LayerWeights
+from common.device.graph_capture import capture
+from common.model.weights import LayerWeights
 from kernels import attention, linear, step
 from kernels.hidden import Hidden
 from kernels.ops import LayersOfOneToken

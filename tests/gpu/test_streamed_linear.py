@@ -13,7 +13,7 @@ if not torch.cuda.is_available():
 if torch.cuda.get_device_capability()[0] != 9:
     pytest.skip("no Hopper GPU: its matrix units' instructions are what this is written in", allow_module_level=True)
 
-from common.graph_capture import capture
+from common.device.graph_capture import capture
 from kernels import triton_launch, triton_linear
 from kernels.hidden import Hidden
 from kernels.streamed_linear import MAX_ROWS, add_streamed_linear, streamed_linear, suits_stream

@@ -6,7 +6,7 @@ from itertools import accumulate
 import pytest
 import torch
 
-from common.sampling import SamplingParams
+from common.sampling.parameters import SamplingParams
 from kernels.attention import FEW_TOKENS, SHORT_TOKENS
 from prefill_worker import draws
 from prefill_worker.batch import BatchShape, exact_shape, pack

@@ -10,8 +10,8 @@ from tokenizers import Tokenizer
 
 from benchmarks.in_process import spec
 from benchmarks.parts import LoadedModel, worker_parts
-from common.sampling import SamplingParams
-from common.sequence import SequenceSpec
+from common.sampling.parameters import SamplingParams
+from common.worker.sequence import SequenceSpec
 from prefill_worker.loop import GRAMMAR_POLL_SECONDS
 from tests import guided
 from tests.one_prefill_worker import OnePrefillWorker

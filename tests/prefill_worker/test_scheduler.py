@@ -2,7 +2,7 @@
 
 import random
 
-from common.block_pool import BlockPool
+from common.kv.block_pool import BlockPool
 from prefill_worker.leases import Leases
 from prefill_worker.scheduler import Chunk, Prompt, Scheduler
 from tests.specs import spec

@@ -11,11 +11,11 @@ from typing import Any, TypeVar
 
 import grpc
 
-from common.model_config import load_config
+from common.model.model_config import load_config
 from router.config import RouterConfig
-from router.guides import Guides
+from router.grammars.guides import Guides
+from router.prompts.tokenizer import Tokenizer
 from router.server import Router
-from router.tokenizer import Tokenizer
 from tests.router.fake_worker import DECODE, PREFILL, FakeWorker, Script, counting
 from twostroke.v1 import inference_pb2 as pb
 from twostroke.v1 import inference_pb2_grpc

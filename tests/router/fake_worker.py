@@ -10,7 +10,7 @@ from typing import Any
 
 import grpc
 
-from common.grpc_options import PEERS
+from common.network.grpc_options import PEERS
 from tests.router import models
 from twostroke.v1 import inference_pb2, worker_pb2, worker_pb2_grpc
 

@@ -5,13 +5,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from common.model_config import load_config
-from router import answer, validate
-from router.answer import Answer
+from common.model.model_config import load_config
+from router import validate
+from router.answers import answer
+from router.answers.answer import Answer
+from router.dispatch.request import Prompt, Request
 from router.mailbox import Mailbox
 from router.metrics import Metrics
-from router.request import Prompt, Request
-from router.tokenizer import Tokenizer
+from router.prompts.tokenizer import Tokenizer
 from router.turnstile import Turnstile
 from tests.router.cluster import request
 

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router import answer_format, json_object
-from router.answer_format import AnswerFormat, Calls
-from router.answer_parser import AnswerParser
+from router.answers import answer_format
+from router.answers.answer_format import AnswerFormat, Calls
+from router.answers.answer_parser import AnswerParser
+from router.prompts import json_object
 
 # Marks that are text, as in Qwen3's vocabulary, and one of them that is a special token, as in Mistral's.
 TAGGED = AnswerFormat(reasoning=True, calls=Calls.TAGGED)

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
-from common.security_config import SettingsError
-from router import api_keys
-from router.api_keys import ApiKeys, make
-from router.limits import Limits
+from common.security.security_config import SettingsError
+from router.callers import api_keys
+from router.callers.api_keys import ApiKeys, make
+from router.callers.limits import Limits
 from tests.router.cluster import eventually
 
 

@@ -13,13 +13,14 @@ from prometheus_client import generate_latest
 from structlog.testing import capture_logs
 
 from benchmarks.ports import free_port
-from common import certificates, peers
-from common.cluster_secret import METADATA_KEY
-from common.config import WorkerConfig
-from common.own_address import Way
-from common.prefix_hash import cache_root
-from common.worker_service import WorkerService
-from router.api_keys import make
+from common.kv.prefix_hash import cache_root
+from common.network import peers
+from common.network.own_address import Way
+from common.security import certificates
+from common.security.cluster_secret import METADATA_KEY
+from common.worker.config import WorkerConfig
+from common.worker.worker_service import WorkerService
+from router.callers.api_keys import make
 from tests.certificates import Signed, sign
 from tests.router.cluster import PROMPT, Cluster, cluster, eventually, expected, request
 from tests.router.fake_worker import DECODE, PREFILL, FakeWorker, Script
@@ -213,7 +214,7 @@ async def test_a_wrong_secret_is_told_of_where_something_else_was_wrong_before(
     def told(logs: Sequence[Any], sentence: str) -> bool:
         return any("trying on" in entry["event"] and sentence in str(entry) for entry in logs)
 
-    monkeypatch.setattr("common.registration.way_to", later)
+    monkeypatch.setattr("common.worker.registration.way_to", later)
     with capture_logs() as logs:
         async with cluster(model, prefills=[], decodes=[], ready=False, cluster_secret_file=secret) as it:
             await asyncio.to_thread(worker, DECODE, router=(it.address,))

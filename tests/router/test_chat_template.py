@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from common import model_files
-from router import chat_template, template_input
-from router.chat_template import ChatTemplate
+from common.model import model_files
 from router.errors import InvalidArgument
+from router.prompts import chat_template, template_input
+from router.prompts.chat_template import ChatTemplate
 from tests.router import models
 from tests.router.templates import LLAMA, QWEN
 from twostroke import chat as client

@@ -1,12 +1,12 @@
 from random import Random
 from typing import Any
 
-from router import choose
-from router.circuit import Circuit
+from router.cluster.circuit import Circuit
+from router.cluster.worker import Worker
+from router.dispatch import choose
+from router.dispatch.request import Prompt, Request
 from router.mailbox import Mailbox
-from router.request import Prompt, Request
 from router.turnstile import Turnstile
-from router.worker import Worker
 from tests.router.fake_worker import DECODE, PREFILL, FakeWorker
 from twostroke.v1 import inference_pb2, worker_pb2
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from router import circuit
-from router.circuit import FAILURES, FIRST_PAUSE, LONGEST_PAUSE, Circuit
+from router.cluster import circuit
+from router.cluster.circuit import FAILURES, FIRST_PAUSE, LONGEST_PAUSE, Circuit
 from tests.router.cluster import Cluster, cluster, eventually, expected, request
 from tests.router.fake_worker import DECODE, PREFILL, Ended, FakeWorker, Script
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.model_config import ModelError, parse_config
-from router.tokenizer import Tokenizer
+from common.model.model_config import ModelError, parse_config
+from router.prompts.tokenizer import Tokenizer
 from tests.damage import JSON, altered, damaged
 from tests.messages import fuzz
 from tests.router import models

@@ -1,8 +1,8 @@
 """What a step's message leaves behind at the requests that it is for."""
 
-from router.fan_out import fan_out
+from router.cluster.fan_out import fan_out
+from router.dispatch.request import MAX_UNREAD_TOKENS, Prompt, Request
 from router.mailbox import Mailbox
-from router.request import MAX_UNREAD_TOKENS, Prompt, Request
 from router.turnstile import Turnstile
 from tests.router.test_overload import resident_mib
 from twostroke.v1 import worker_pb2

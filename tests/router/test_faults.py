@@ -13,9 +13,9 @@ import grpc
 import pytest
 from structlog.testing import capture_logs
 
-from common.prefix_hash import cache_root
-from router import choose, dispatcher
-from router.worker import REFUSAL_PAUSE, Worker
+from common.kv.prefix_hash import cache_root
+from router.cluster.worker import REFUSAL_PAUSE, Worker
+from router.dispatch import choose, dispatcher
 from tests.router import fake_worker
 from tests.router.cluster import PROMPT, Cluster, cluster, eventually, expected, request
 from tests.router.fake_worker import DECODE, PREFILL, Ended, FakeWorker, Script

@@ -14,13 +14,20 @@ import grpc
 import pytest
 from llguidance import LLMatcher
 
-from common.grammar import AT_ONCE, CompiledGrammars, GrammarError, GrammarTokenizer, compile_grammar, load_tokenizer
-from common.model_config import load_config
-from router import grammar_check, grammar_checks, guides
+from common.model.model_config import load_config
+from common.sampling.grammar import (
+    AT_ONCE,
+    CompiledGrammars,
+    GrammarError,
+    GrammarTokenizer,
+    compile_grammar,
+    load_tokenizer,
+)
 from router.errors import CallError, InvalidArgument
-from router.grammar_check import GrammarCheck
-from router.grammar_checks import GrammarChecks
-from router.guides import Guides, grammar_of
+from router.grammars import grammar_check, grammar_checks, guides
+from router.grammars.grammar_check import GrammarCheck
+from router.grammars.grammar_checks import GrammarChecks
+from router.grammars.guides import Guides, grammar_of
 from tests.router import models
 from tests.router.cluster import Cluster, cluster, eventually, expected, request
 from tests.router.fake_worker import DECODE, PREFILL, FakeWorker, Script

@@ -10,10 +10,10 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from common.prefix_hash import block_hashes, cache_root
-from router import choose
-from router.prefix_index import PrefixIndex
-from router.request import Request
+from common.kv.prefix_hash import block_hashes, cache_root
+from router.cluster.prefix_index import PrefixIndex
+from router.dispatch import choose
+from router.dispatch.request import Request
 from tests.router.cluster import PROMPT, Cluster, cluster, eventually, expected, request
 from tests.router.fake_worker import DECODE, PREFILL, Ended, FakeWorker, Script
 from tests.router.models import EOS

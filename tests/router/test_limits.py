@@ -6,8 +6,8 @@ from collections.abc import Callable
 import grpc
 import pytest
 
+from router.callers.limits import Caller, Limits
 from router.errors import CallError, InvalidArgument
-from router.limits import Caller, Limits
 
 
 @pytest.fixture

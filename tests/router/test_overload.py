@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 import pytest
 
-from router.request import MAX_UNREAD_TOKENS, Request
+from router.dispatch.request import MAX_UNREAD_TOKENS, Request
 from router.validate import MAX_MESSAGE_BYTES
 from tests.router import models
 from tests.router.cluster import Cluster, cluster, eventually, expected, request

@@ -7,7 +7,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from router import workers
+from router.cluster import workers
 from tests.router.cluster import Cluster, cluster, eventually, expected
 from tests.router.fake_worker import DECODE, PREFILL, FakeWorker, Script
 from twostroke.v1 import inference_pb2 as pb

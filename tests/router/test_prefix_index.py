@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from common.block_pool import BlockPool
-from common.cache_report import CacheReport
-from router.prefix_index import PrefixIndex
+from common.kv.block_pool import BlockPool
+from common.kv.cache_report import CacheReport
+from router.cluster.prefix_index import PrefixIndex
 from twostroke.v1 import worker_pb2
 
 

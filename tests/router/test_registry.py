@@ -8,8 +8,8 @@ import grpc
 import pytest
 from structlog.testing import capture_logs
 
-from common import vocabulary
-from router import registry, worker_link
+from common.model import vocabulary
+from router.cluster import registry, worker_link
 from tests.router.cluster import PROMPT, Cluster, cluster, eventually, expected
 from tests.router.fake_worker import DECODE, PREFILL, FakeWorker, Script
 from twostroke.v1 import inference_pb2 as pb

@@ -3,12 +3,12 @@
 import grpc
 import pytest
 
-from common import prefix_hash
-from common.sequence import sequence_from_proto
+from common.kv import prefix_hash
+from common.worker.sequence import sequence_from_proto
+from router.dispatch.request import Kind, Prompt, Request
+from router.dispatch.sequence import hash_blocks, sequence_of
 from router.errors import CallError
 from router.mailbox import Mailbox
-from router.request import Kind, Prompt, Request
-from router.sequence import hash_blocks, sequence_of
 from router.turnstile import Turnstile
 from twostroke.v1 import worker_pb2
 

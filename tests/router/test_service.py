@@ -16,12 +16,12 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from prometheus_client import generate_latest
 from structlog.testing import capture_logs
 
-from common.model_config import load_config
-from common.prefix_hash import block_hashes, cache_root
+from common.kv.prefix_hash import block_hashes, cache_root
+from common.model.model_config import load_config
+from router.callers.limits import CALLER, EVERYONE, Caller
 from router.errors import CallError
-from router.limits import CALLER, EVERYONE, Caller
+from router.prompts.tokenizer import Tokenizer
 from router.service import gather
-from router.tokenizer import Tokenizer
 from tests.router import models
 from tests.router.cluster import PROMPT, cluster, eventually, expected, request
 from tests.router.fake_worker import Script
@@ -332,7 +332,7 @@ async def test_tokens_that_the_model_does_not_have_reach_no_worker(tmp_path: Pat
 
 async def test_text_that_waits_for_its_tokens_is_limited(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = "the lazy dog " * 1_000
-    monkeypatch.setattr("router.tokenizer.MAX_WAITING_BYTES_OF_A_CALLER", 2 * len(text))
+    monkeypatch.setattr("router.prompts.tokenizer.MAX_WAITING_BYTES_OF_A_CALLER", 2 * len(text))
     async with cluster(model) as it:
         calls = [it.stub.Tokenize(pb.TokenizeRequest(text=text)) for _ in range(20)]
         ends = await asyncio.gather(*calls, return_exceptions=True)
@@ -347,7 +347,7 @@ async def test_text_counts_until_a_thread_has_come_to_it_though_its_caller_left(
     model: Path, limit: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = "the lazy dog " * 1_000
-    monkeypatch.setattr(f"router.tokenizer.{limit}", 4 * len(text))
+    monkeypatch.setattr(f"router.prompts.tokenizer.{limit}", 4 * len(text))
     tokenizer = Tokenizer(model, load_config(model))
     go_on = threading.Event()
     for _ in range(2):
@@ -378,7 +378,7 @@ async def test_one_callers_texts_hold_up_nobody_else(model: Path, monkeypatch: p
         return encode(self, text, add_special_tokens)
 
     monkeypatch.setattr(Tokenizer, "_encode", slow)
-    monkeypatch.setattr("router.tokenizer.MAX_WAITING_BYTES_OF_A_CALLER", 5 * len(text))
+    monkeypatch.setattr("router.prompts.tokenizer.MAX_WAITING_BYTES_OF_A_CALLER", 5 * len(text))
 
     async def tokenize(caller: str, text: str) -> list[int]:
         CALLER.set(Caller(caller))

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from router.stop_strings import StopStrings
+from router.answers.stop_strings import StopStrings
 
 LETTERS = st.text(alphabet="ab", max_size=40)
 STOPS = st.lists(st.text(alphabet="ab", min_size=1, max_size=5), min_size=1, max_size=4)

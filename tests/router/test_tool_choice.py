@@ -10,15 +10,16 @@ import grpc
 import pytest
 import tokenizers
 
-from common.grammar import GrammarError, compile_grammar, load_tokenizer
-from common.model_config import load_config
-from router import json_object, tool_choice
-from router.answer_format import AnswerFormat
-from router.answer_parser import AnswerParser
+from common.model.model_config import load_config
+from common.sampling.grammar import GrammarError, compile_grammar, load_tokenizer
+from router.answers.answer_format import AnswerFormat
+from router.answers.answer_parser import AnswerParser
 from router.errors import InvalidArgument
-from router.grammar_check import GrammarCheck
-from router.guides import Guides
-from router.tokenizer import Tokenized, Tokenizer
+from router.grammars import tool_choice
+from router.grammars.grammar_check import GrammarCheck
+from router.grammars.guides import Guides
+from router.prompts import json_object
+from router.prompts.tokenizer import Tokenized, Tokenizer
 from tests.router import models
 from tests.router.answering import (
     LIKE_HERMES,

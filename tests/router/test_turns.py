@@ -1,6 +1,6 @@
 import asyncio
 
-from router.turns import Turns
+from router.callers.turns import Turns
 
 
 class Callers:

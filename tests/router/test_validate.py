@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from common.model_config import ModelConfig, parse_config
+from common.model.model_config import ModelConfig, parse_config
 from router import validate
 from router.errors import InvalidArgument
 from tests.router import models

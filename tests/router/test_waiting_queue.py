@@ -1,10 +1,10 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
+from router.dispatch.request import Prompt, Request
+from router.dispatch.waiting_queue import WaitingQueue
 from router.mailbox import Mailbox
-from router.request import Prompt, Request
 from router.turnstile import Turnstile
-from router.waiting_queue import WaitingQueue
 from twostroke.v1 import worker_pb2
 
 PROMPT = Prompt((1,), 1, frozenset(), "")

@@ -230,7 +230,7 @@ class Sequence(_message.Message):
     prompt_length: _builtins.int
     """the first so many of token_ids are the prompt; penalties tell them apart"""
     block_hashes: _builtins.bytes
-    """16 bytes for each full block of token_ids, chained; see common/prefix_hash.py"""
+    """16 bytes for each full block of token_ids, chained; see common/kv/prefix_hash.py"""
     max_length: _builtins.int
     """tokens in all (prompt and output) at which the sequence ends"""
     min_length: _builtins.int
@@ -240,7 +240,7 @@ class Sequence(_message.Message):
     request_id: _builtins.str
     """the client's, for logs"""
     grammar: _builtins.str
-    """that the output follows, as llguidance writes it; see common/grammar.py. Empty: none"""
+    """that the output follows, as llguidance writes it; see common/sampling/grammar.py. Empty: none"""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -595,7 +595,7 @@ class WorkerHello(_message.Message):
     vocab_size: _builtins.int
     """What the router's model must have in common with the worker's."""
     vocabulary: _builtins.str
-    """of which token each id stands for, see common/vocabulary.py; empty: the worker has no tokenizer"""
+    """of which token each id stands for, see common/model/vocabulary.py; empty: the worker has no tokenizer"""
     host: _builtins.str
     """the same for all workers of one host, where KV can go from one to the other"""
     guides: _builtins.bool

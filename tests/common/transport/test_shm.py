@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from common import transport
-from common.kv_pool import KvLayout, KvPool, allocate, view
+from common.kv.kv_pool import KvLayout, KvPool, allocate, view
 from common.transport import TransferFailed, TransportError, segment, shm
 from tests.pool_owner import PoolOwner
 
@@ -21,8 +21,8 @@ LAYOUT = KvLayout(num_blocks=24, num_layers=3, block_size=4, num_kv_heads=2, hea
 OWNER = """
 import sys, torch
 from common import transport
-from common.block_pool import BlockPool
-from common.kv_pool import KvLayout, view
+from common.kv.block_pool import BlockPool
+from common.kv.kv_pool import KvLayout, view
 
 layout = KvLayout(24, 3, 4, 2, 8, "bfloat16")
 memory = transport.create("shm", layout, torch.device("cpu"), sys.argv[1])

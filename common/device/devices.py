@@ -1,0 +1,37 @@
+"""Which device a worker runs its model on, and in which dtype."""
+
+import torch
+
+from common.model.model_config import ModelConfig, ModelError
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that `name` stands for: auto, cpu, cuda or cuda:N. A GPU becomes torch's current device.
+
+    Raises:
+        ModelError: there is no such GPU.
+    """
+    available = torch.cuda.is_available()
+    if name == "auto":
+        name = "cuda" if available else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda":
+        if not available:
+            raise ModelError(
+                f"device {name} was asked for, but torch sees no GPU; use --device cpu, or check the driver"
+            )
+        if ":" not in name:
+            device = torch.device("cuda", 0)
+        if device.index >= torch.cuda.device_count():
+            raise ModelError(f"device {name} was asked for, but there are {torch.cuda.device_count()} GPUs")
+        torch.cuda.set_device(device)
+    return device
+
+
+def choose_dtype(name: str, model: ModelConfig, device: torch.device) -> str:
+    """`name`, or for auto the dtype that suits the model on this device: "float32", "bfloat16" or "float16"."""
+    if name != "auto":
+        return name
+    if device.type == "cpu":
+        return "float32"
+    return "bfloat16" if model.dtype == "float32" else model.dtype

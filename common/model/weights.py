@@ -1,0 +1,161 @@
+"""A model's weights, laid out as the model takes them: read from safetensors files, or random."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from common.model.dtypes import torch_dtype
+from common.model.model_config import ModelConfig, ModelError
+from common.model.safetensors_files import checkpoint_files, map_tensors
+
+_PROGRESS_AFTER_SECONDS = 1.0
+
+# (name in a Hugging Face checkpoint, shape) -> the tensor, of the wanted dtype, on the wanted device
+_Source = Callable[[str, tuple[int, ...]], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """Weights of one layer, laid out as F.linear takes them: [out, in]. H hidden, D head_dim, I intermediate."""
+
+    attention_norm: Tensor  # [H]
+    qkv: Tensor  # [(Hq + 2 Hkv) * D, H]: q, k, v
+    qkv_bias: Tensor | None  # [(Hq + 2 Hkv) * D]
+    q_norm: Tensor | None  # [D]
+    k_norm: Tensor | None  # [D]
+    output: Tensor  # [H, Hq * D]
+    output_bias: Tensor | None  # [H]
+    mlp_norm: Tensor  # [H]
+    gate_up: Tensor  # [2 I, H]: gate, up
+    down: Tensor  # [H, I]
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    embedding: Tensor  # [V, H]
+    layers: tuple[LayerWeights, ...]
+    norm: Tensor  # [H]
+    lm_head: Tensor  # [V, H]; the embedding itself if they are tied
+
+
+def load(directory: Path, config: ModelConfig, dtype: str, device: torch.device) -> Weights:
+    """Reads the safetensors files of a Hugging Face directory.
+
+    On a CPU, weights that are stored in `dtype` stay in the mapped file: they are read as they are used, and workers of
+    one host share the memory. So the file must not be changed while it is served. Parts of a fused matrix are copied if
+    they are not neighbours in the file.
+
+    Args:
+        directory: where the files are.
+        config: the model's shape.
+        dtype: "float32", "bfloat16" or "float16".
+        device: where the weights go.
+
+    Raises:
+        ModelError: a file is damaged, or a tensor is missing, unknown, or of a wrong shape or dtype; it names both.
+    """
+    stored: dict[str, Tensor] = {}
+    for file in checkpoint_files(directory):
+        stored |= map_tensors(file)
+    with tqdm(
+        total=sum(tensor.nbytes for tensor in stored.values()),
+        desc="loading weights",
+        unit="B",
+        unit_scale=True,
+        delay=_PROGRESS_AFTER_SECONDS,
+        leave=False,
+    ) as progress:
+
+        def take(name: str, shape: tuple[int, ...]) -> Tensor:
+            tensor = stored.pop(name, None)
+            if tensor is None:
+                raise ModelError(f"{directory} lacks the tensor {name}")
+            if tensor.shape != shape:
+                raise ModelError(
+                    f"{name} in {directory} has shape {list(tensor.shape)}; config.json asks for {list(shape)}"
+                )
+            progress.update(tensor.nbytes)
+            return tensor.to(device, torch_dtype(dtype))
+
+        weights = _assemble(config, take)
+    _refuse_leftovers(stored, directory, config)
+    return weights
+
+
+def dummy(config: ModelConfig, dtype: str, device: torch.device, seed: int = 0) -> Weights:
+    """Random weights for benchmarks: the same for the same seed on the same kind of device.
+
+    Norms are 1 and biases 0. The rest is normally distributed with variance 1 / inputs, which keeps activations in
+    range in every dtype.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def make(name: str, shape: tuple[int, ...]) -> Tensor:
+        try:
+            tensor = torch.empty(shape, dtype=torch_dtype(dtype), device=device)
+        except RuntimeError as error:
+            raise ModelError(f"there is no room for {name} of shape {list(shape)}") from error
+        if name.endswith("norm.weight"):
+            return tensor.fill_(1.0)
+        if name.endswith(".bias"):
+            return tensor.zero_()
+        return tensor.normal_(0.0, shape[1] ** -0.5, generator=generator)
+
+    return _assemble(config, make)
+
+
+def _assemble(config: ModelConfig, take: _Source) -> Weights:
+    hidden, intermediate, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
+    q_size, kv_size = config.num_heads * head_dim, config.num_kv_heads * head_dim
+
+    def layer(index: int) -> LayerWeights:
+        prefix = f"model.layers.{index}"
+        attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
+        qkv = [("q", q_size), ("k", kv_size), ("v", kv_size)]
+        return LayerWeights(
+            attention_norm=take(f"{prefix}.input_layernorm.weight", (hidden,)),
+            qkv=_joined([take(f"{attention}.{part}_proj.weight", (size, hidden)) for part, size in qkv]),
+            qkv_bias=_joined([take(f"{attention}.{part}_proj.bias", (size,)) for part, size in qkv])
+            if config.qkv_bias
+            else None,
+            q_norm=take(f"{attention}.q_norm.weight", (head_dim,)) if config.qk_norm else None,
+            k_norm=take(f"{attention}.k_norm.weight", (head_dim,)) if config.qk_norm else None,
+            output=take(f"{attention}.o_proj.weight", (hidden, q_size)),
+            output_bias=take(f"{attention}.o_proj.bias", (hidden,)) if config.output_bias else None,
+            mlp_norm=take(f"{prefix}.post_attention_layernorm.weight", (hidden,)),
+            gate_up=_joined([take(f"{mlp}.{part}_proj.weight", (intermediate, hidden)) for part in ("gate", "up")]),
+            down=take(f"{mlp}.down_proj.weight", (hidden, intermediate)),
+        )
+
+    embedding = take("model.embed_tokens.weight", (config.vocab_size, hidden))
+    return Weights(
+        embedding=embedding,
+        layers=tuple(layer(index) for index in range(config.num_layers)),
+        norm=take("model.norm.weight", (hidden,)),
+        lm_head=embedding if config.tie_word_embeddings else take("lm_head.weight", (config.vocab_size, hidden)),
+    )
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """`parts` joined along their first dimension, without a copy if they already lie end to end in memory."""
+    first = parts[0]
+    end = first.data_ptr()
+    for part in parts:
+        if part.data_ptr() != end or part.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
+            return torch.cat(parts)
+        end += part.nbytes
+    rows = sum(part.shape[0] for part in parts)
+    return first.as_strided((rows, *first.shape[1:]), first.stride())
+
+
+def _refuse_leftovers(stored: Iterable[str], directory: Path, config: ModelConfig) -> None:
+    """Refuses tensors that the model does not have, except two that some checkpoints carry without need."""
+    for name in stored:
+        if not (name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_word_embeddings)):
+            raise ModelError(
+                f"{directory} holds {name}, which {config.architecture} with this config.json does not have"
+            )

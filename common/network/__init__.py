@@ -1,0 +1,1 @@
+"""How the parts of a cluster listen, and reach each other."""

@@ -1,0 +1,1 @@
+"""Who may talk to whom: certificates, and the cluster's secret."""

@@ -1,0 +1,77 @@
+"""Settings that both kinds of worker have; their docstrings are the help of the command line."""
+
+import re
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from cyclopts import Parameter
+from cyclopts.types import NonNegativeFloat, Port, PositiveInt
+
+from common.network.addresses import Listen, Target
+from common.security.security_config import SecurityConfig
+
+DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
+
+
+def _is_device(_type: Any, device: str) -> None:
+    if not DEVICE.fullmatch(device):
+        raise ValueError("Must be auto, cpu, cuda or cuda:N.")
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerConfig(SecurityConfig):
+    """Settings of a worker, fixed at its start."""
+
+    model: str = "SmolLM2-135M-Instruct"
+    """Model to serve: the embedded one's name, or a local Hugging Face directory."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of weights and KV. auto: the model's own on a GPU, float32 on a CPU."""
+
+    device: Annotated[str, Parameter(validator=_is_device)] = "auto"
+    """cpu, cuda or cuda:N. auto: cuda where there is one."""
+
+    load_format: Literal["auto", "dummy"] = "auto"
+    """dummy: random weights for the model's config.json, for benchmarks."""
+
+    listen: Listen = "127.0.0.1:0"
+    """Address to serve routers at, host:port. Port 0 picks a free one."""
+
+    advertise: Target | None = None
+    """Address that routers are told, host:port. Not set: that of `listen`; if that is every address of this machine,
+    the one that leads to the router."""
+
+    router: tuple[Target, ...] = ()
+    """Addresses of routers to register with, host:port. Not set: a router has this worker's address in its settings."""
+
+    insecure: bool = False
+    """Listen where other machines can reach this worker, although no secret and no certificates keep strangers out."""
+
+    block_size: PositiveInt = 16
+    """Tokens in a KV block. Equal on all workers of a cluster."""
+
+    num_blocks: PositiveInt | None = None
+    """KV blocks in the pool. Not set: a share of the free memory."""
+
+    max_length: PositiveInt | None = None
+    """Tokens of the longest sequence, prompt and output together. Not set: the model's context length, or the whole
+    pool if that is less."""
+
+    transport: Literal["auto", "shm", "cuda_ipc"] = "auto"
+    """How KV goes from prefill to decode workers. auto: cuda_ipc on a GPU, shm on a CPU."""
+
+    threads: PositiveInt | None = None
+    """CPU threads of torch. Not set: torch's own choice."""
+
+    drain_seconds: NonNegativeFloat = 30.0
+    """Seconds that running requests get to finish after SIGTERM."""
+
+    metrics_port: Port | None = None
+    """Port of Prometheus metrics, on the host of `listen`. Not set: none are served."""
+
+    otlp_endpoint: str | None = None
+    """OpenTelemetry collector that traces go to, by OTLP over gRPC: http://HOST:4317, or https. Not set: no traces.
+    Needs the extra `tracing`; OpenTelemetry's own variables (OTEL_*) set the rest."""
+
+    log_format: Literal["people", "json"] = "people"
+    """How log lines look."""

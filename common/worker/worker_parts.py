@@ -1,0 +1,198 @@
+"""What every worker is made of: a model on a device, a pool of KV blocks, and the hello that it greets routers with."""
+
+import uuid
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+
+import structlog
+import torch
+
+from common.device.cpu_memory import keep_freed_memory
+from common.device.devices import choose_device, choose_dtype
+from common.device.gpu_memory import Passes, bytes_for
+from common.kv.block_pool import BlockPool
+from common.kv.kv_pool import KvLayout, KvPool, blocks_for, layout_to_proto, view
+from common.kv.pool_size import blocks_that_fit
+from common.model import fingerprint, model_config, model_files, vocabulary, weights
+from common.model.model_config import ModelConfig
+from common.model.transformer import Model
+from common.network.own_host import host_id
+from common.sampling import guided_sampling, special_sampling
+from common.sampling.grammar import CompiledGrammars, GrammarError, load_tokenizer
+from common.sampling.guided_sampling import GrammarState, GuidedSampling
+from common.transport import PoolMemory, create
+from common.worker.config import WorkerConfig
+from common.worker.sequence import SequenceSpec
+from kernels.ops import Ops, select
+from twostroke.v1 import inference_pb2
+from twostroke.v1 import worker_pb2 as pb
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerParts:
+    model: Model
+    ops: Ops
+    pool: KvPool
+    memory: PoolMemory
+    blocks: BlockPool
+    device: torch.device
+    hello: pb.WorkerHello
+    guided: GuidedSampling | None = None  # None: grammars are not supported with this model's files
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest sequence, prompt and output together."""
+        return self.hello.max_length
+
+    @property
+    def pool_handle(self) -> pb.PoolHandle:
+        return self.hello.pool
+
+    def check(self, spec: SequenceSpec, length: int) -> None:
+        """Raises ValueError, with a sentence, if a sequence of up to `length` tokens cannot be served here."""
+        if length > self.max_length:
+            raise ValueError(f"{length} tokens do not fit; the longest sequence here has {self.max_length}")
+        if len(spec.block_hashes) != len(spec.token_ids) // self.pool.layout.block_size:
+            raise ValueError(f"{len(spec.block_hashes)} block hashes came with {len(spec.token_ids)} tokens")
+        vocab_size = self.model.config.vocab_size
+        if max((*spec.token_ids, *spec.stop_token_ids)) >= vocab_size:
+            raise ValueError(f"a token is not in the vocabulary of {vocab_size}")
+        spec.sampling.check(vocab_size)
+        if spec.grammar and self.guided is None:
+            raise ValueError("output cannot be made to follow a grammar here; the worker's log says why")
+
+    def grammar_state(self, spec: SequenceSpec) -> GrammarState | None:
+        """The grammar state of a sequence that `check` let through; None if it follows no grammar."""
+        return self.guided.begin(spec) if self.guided is not None and spec.grammar else None
+
+    def warm_up_sampling(self) -> None:
+        """Does everything that can be done to logits once, so that no request waits while kernels are compiled."""
+        vocab_size, dtype = self.model.config.vocab_size, self.pool.tensor.dtype
+        special_sampling.warm_up(self.ops.sample, vocab_size, dtype, self.device)
+        guided_sampling.warm_up(vocab_size, dtype, self.device)
+
+    def blocks_load(self, reserved: int) -> inference_pb2.Blocks:
+        return inference_pb2.Blocks(
+            total=self.blocks.num_blocks,
+            free=self.blocks.free_count,
+            cached=self.blocks.cached_count,
+            in_use=self.blocks.in_use_count,
+            reserved=reserved,
+        )
+
+    def close(self) -> None:
+        self.memory.close()
+
+
+def load(
+    config: WorkerConfig, role: "inference_pb2.WorkerRole.ValueType", max_batch: int, passes: Passes
+) -> WorkerParts:
+    """Loads the model and allocates the pool; on a GPU, leaves room for `passes`.
+
+    Args:
+        config: the worker's settings.
+        role: prefill or decode.
+        max_batch: what routers are told: most tokens in a prefill batch, or most sequences in a decode batch.
+        passes: what will be captured as CUDA graphs.
+
+    Raises:
+        ModelError: the model cannot be served, or the pool would not hold a single block.
+        TransportError: the transport that was asked for does not work here.
+    """
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    device = choose_device(config.device)
+    if device.type == "cpu":
+        keep_freed_memory()
+    directory = model_files.resolve(config.model)
+    model = model_config.load_config(directory, config.max_length)
+    dtype = choose_dtype(config.dtype, model, device)
+    if config.load_format == "dummy":
+        loaded = weights.dummy(model, dtype, device)
+    else:
+        loaded = weights.load(directory, model, dtype, device)
+    layout = _layout(config, model, dtype, device, passes)
+    instance = uuid.uuid4().hex
+    transport = config.transport if config.transport != "auto" else ("cuda_ipc" if device.type == "cuda" else "shm")
+    memory = create(transport, layout, device, instance)
+    max_length = min(model.context_length, layout.num_blocks * layout.block_size)
+    _log_loaded(config.model, device, layout, max_length, model.context_length)
+    ops = select(device)
+    guided = load_guided(directory, model)
+    hello = pb.WorkerHello(
+        instance=instance,
+        role=role,
+        model=config.model,
+        fingerprint=fingerprint.compute(directory, config.load_format, dtype, layout),
+        pool=pb.PoolHandle(
+            instance=instance, transport=transport, descriptor=memory.descriptor, layout=layout_to_proto(layout)
+        ),
+        max_length=max_length,
+        max_batch=max_batch,
+        version=version("twostroke"),
+        dtype=dtype,
+        vocab_size=model.vocab_size,
+        eos_token_ids=model.eos_token_ids,
+        vocabulary=vocabulary.digest(directory),
+        host=host_id(),
+        guides=guided is not None,
+    )
+    return WorkerParts(
+        model=Model(model, loaded, ops),
+        ops=ops,
+        pool=KvPool(layout, view(memory.tensor, layout)),
+        memory=memory,
+        blocks=BlockPool(layout.num_blocks, memory.generations),
+        device=device,
+        hello=hello,
+        guided=guided,
+    )
+
+
+def _layout(config: WorkerConfig, model: ModelConfig, dtype: str, device: torch.device, passes: Passes) -> KvLayout:
+    one_block = KvLayout(
+        num_blocks=1,
+        num_layers=model.num_layers,
+        block_size=config.block_size,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        dtype=dtype,
+    )
+    return replace(
+        one_block,
+        num_blocks=config.num_blocks or blocks_that_fit(one_block, device, bytes_for(passes, model, dtype)),
+    )
+
+
+def _log_loaded(name: str, device: torch.device, layout: KvLayout, max_length: int, context_length: int) -> None:
+    log.info(
+        "model loaded",
+        model=name,
+        dtype=layout.dtype,
+        device=str(device),
+        blocks=layout.num_blocks,
+        block_size=layout.block_size,
+        pool_mib=layout.pool_bytes >> 20,
+        max_length=max_length,
+    )
+    if max_length < context_length:
+        log.warning(
+            "the pool is smaller than the longest sequence that the model allows; longer requests are refused: set "
+            "--num-blocks, or --max-length where that is meant",
+            tokens=max_length,
+            context_length=context_length,
+            num_blocks_for_all=blocks_for(context_length, layout.block_size),
+        )
+
+
+def load_guided(directory: Path, model: ModelConfig) -> GuidedSampling | None:
+    """What runs grammars; or None, and a line in the log, if requests with a grammar must be refused."""
+    try:
+        grammars = CompiledGrammars(load_tokenizer(directory, model))
+    except GrammarError as error:
+        log.warning("guided output is not served", reason=str(error))
+        return None
+    return GuidedSampling(grammars, model.vocab_size, torch.get_num_threads())

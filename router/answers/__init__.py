@@ -1,0 +1,1 @@
+"""Tokens to answers: text, reasoning, tool calls."""

@@ -1,0 +1,1 @@
+"""Who calls, what each may use, and whose turn it is."""

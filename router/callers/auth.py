@@ -1,0 +1,68 @@
+"""Refuses calls without a valid API key, and those beyond the key's limits."""
+
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import grpc
+import structlog
+from grpc import HandlerCallDetails, RpcMethodHandler
+
+from common.network.refusal import refuse
+from common.security.cluster_secret import metadata_value, same
+from router.callers.api_keys import ApiKeys
+from router.callers.limits import CALLER, Caller
+from router.errors import CallError
+from router.metrics import Metrics
+
+log = structlog.get_logger(__name__)
+
+_Request = TypeVar("_Request")
+_Response = TypeVar("_Response")
+
+SCHEME = "bearer "
+NO_KEY = "this router needs an API key: send the metadata authorization: Bearer KEY"
+WRONG_KEY = "the API key is not one of this router's"
+
+# A caller that has the cluster's secret, such as `serve` or an operator who asks for the load. It could pose as a
+# worker anyway.
+CLUSTER = Caller("the cluster", cache_group="the cluster")
+
+
+class KeyInterceptor(grpc.aio.ServerInterceptor):
+    """Guards one service, given by its full name. Others, such as health and reflection, stay open."""
+
+    def __init__(self, service: str, keys: ApiKeys, secret: str | None, metrics: Metrics) -> None:
+        self._prefix = f"/{service}/"
+        self._keys = keys
+        self._secret = secret
+        self._metrics = metrics
+
+    async def intercept_service(
+        self,
+        continuation: "Callable[[HandlerCallDetails], Awaitable[RpcMethodHandler[_Request, _Response] | None]]",
+        details: HandlerCallDetails,
+    ) -> "RpcMethodHandler[_Request, _Response] | None":
+        handler = await continuation(details)
+        if handler is None or not details.method.startswith(self._prefix):
+            return handler
+        try:
+            caller = self._caller(metadata_value(details.invocation_metadata, "authorization"))
+            structlog.contextvars.bind_contextvars(caller=caller.name)
+            caller.call()
+        except CallError as error:
+            method = details.method.removeprefix(self._prefix)
+            self._metrics.calls.labels(method, error.code.name).inc()
+            log.info("call refused", method=method, code=error.code.name, reason=error.message)
+            return refuse(error.code, error.message)
+        CALLER.set(caller)
+        return handler
+
+    def _caller(self, authorization: str | bytes) -> Caller:
+        if not isinstance(authorization, str) or not authorization.lower().startswith(SCHEME):
+            raise CallError(grpc.StatusCode.UNAUTHENTICATED, NO_KEY)
+        key = authorization[len(SCHEME) :].strip()
+        if caller := self._keys.caller(key):
+            return caller
+        if self._secret is not None and same(key, self._secret):
+            return CLUSTER
+        raise CallError(grpc.StatusCode.UNAUTHENTICATED, WRONG_KEY)

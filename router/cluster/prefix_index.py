@@ -1,0 +1,85 @@
+"""Which blocks a worker has in its prefix cache, as far as the router knows."""
+
+from collections import Counter
+from collections.abc import Container, Iterable, Sequence
+from itertools import islice, takewhile
+
+from common.kv.prefix_hash import HASH_BYTES
+from twostroke.v1 import worker_pb2
+
+
+class PrefixIndex:
+    """The hashes of blocks that a worker has reported, and of the attempts under way there, which it will report
+    soon."""
+
+    def __init__(self) -> None:
+        self.published: set[bytes] = set()
+        self._under_way: Counter[bytes] = Counter()
+        self._computed_here: Counter[bytes] = Counter()  # of those, by this worker: not pulled from another
+
+    def __len__(self) -> int:
+        return len(self.published)
+
+    def apply(self, changes: worker_pb2.CacheChanges) -> None:
+        if changes.snapshot:
+            self.published.clear()
+        self.published.update(_unpacked(changes.published))
+        self.published.difference_update(_unpacked(changes.dropped))
+
+    def begin(self, hashes: Sequence[bytes], computed_here: bool) -> None:
+        """An attempt with these blocks begins.
+
+        Args:
+            hashes: of its full blocks.
+            computed_here: whether this worker computes them, or a prefill worker that it will pull them from.
+        """
+        self._under_way.update(hashes)
+        if computed_here:
+            self._computed_here.update(hashes)
+
+    def end(self, hashes: Sequence[bytes], computed_here: bool) -> None:
+        """Undoes one `begin`."""
+        _take_away(self._under_way, hashes)
+        if computed_here:
+            _take_away(self._computed_here, hashes)
+
+    def hits(self, hashes: Sequence[bytes]) -> int:
+        """How many of the leading `hashes` are in the cache, or will be once the attempts under way have their KV."""
+        return _leading_in_either(self.published, self._under_way, hashes)
+
+    def computed(self, hashes: Sequence[bytes]) -> int:
+        """How many of the leading `hashes` a prompt that is computed here will find: those in the cache, and those that
+        this worker computes for prompts before it. What a prefill worker still has to compute may come much later."""
+        return _leading_in_either(self.published, self._computed_here, hashes)
+
+    def shared(self, hashes: Sequence[bytes]) -> int:
+        """How many of the leading `hashes` are both in the cache and in use: for these a sequence takes no more
+        room."""
+        return min(_leading(self.published, hashes), _leading(self._under_way, hashes))
+
+    def may_have_computed(self, block_hash: bytes) -> bool:
+        """False if `computed` is certain not to reach this hash."""
+        return block_hash in self.published or block_hash in self._computed_here
+
+
+def _take_away(counter: Counter[bytes], hashes: Iterable[bytes]) -> None:
+    for block_hash in hashes:
+        counter[block_hash] -= 1
+        if not counter[block_hash]:
+            del counter[block_hash]
+
+
+def _leading(found: Container[bytes], hashes: Sequence[bytes], start: int = 0) -> int:
+    # There may be thousands of blocks, for each waiting request and each worker, so the loop is left to C.
+    return len(list(takewhile(found.__contains__, islice(hashes, start, None))))
+
+
+def _leading_in_either(one: Container[bytes], other: Container[bytes], hashes: Sequence[bytes]) -> int:
+    count = 0
+    while more := _leading(one, hashes, count) or _leading(other, hashes, count):
+        count += more
+    return count
+
+
+def _unpacked(hashes: bytes) -> Iterable[bytes]:
+    return (hashes[start : start + HASH_BYTES] for start in range(0, len(hashes), HASH_BYTES))

@@ -1,0 +1,547 @@
+"""Sends queued requests to workers, follows each attempt through prefill and decode, and resumes those that are cut
+short."""
+
+import asyncio
+import itertools
+import random
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
+
+import grpc
+import structlog
+
+from common.worker import causes
+from router import request_trace
+from router.cluster.fan_out import fan_out
+from router.cluster.worker import REFUSAL_PAUSE, Worker
+from router.cluster.worker_faults import NO_LOGPROBS, WorkerFault
+from router.cluster.workers import DECODE, PREFILL, ROLE_NAMES, Role, Workers
+from router.config import RouterConfig
+from router.dispatch import blame, choose
+from router.dispatch.request import Attempt, Request, State
+from router.dispatch.sequence import hash_blocks, sequence_of
+from router.dispatch.waiting_queue import WaitingQueue
+from router.errors import CallError, InvalidArgument
+from router.metrics import Metrics
+from twostroke.v1 import inference_pb2, worker_pb2
+
+log = structlog.get_logger(__name__)
+
+AttemptMessage = TypeVar(
+    "AttemptMessage", worker_pb2.Reserved, worker_pb2.Prefilled, worker_pb2.Started, worker_pb2.Ended
+)
+
+# How many requests that wait for a prefill worker are passed over, at most, in search of one that needs none.
+MOST_PASSED = 64
+
+# The share of the router's time that this search may take. It asks every decode worker about each of these requests,
+# and could be made with every message of every worker.
+SEARCH_SHARE = 0.1
+
+
+class Dispatcher:
+    """Owns every request and attempt. All methods run on the event loop and none of them awaits, so none needs a
+    lock."""
+
+    def __init__(self, config: RouterConfig, metrics: Metrics) -> None:
+        self._config = config
+        self._metrics = metrics
+        self._queue = WaitingQueue()
+        self.workers = Workers(config.worker_grace, self._give_up_waiting)
+        self._attempt_ids = itertools.count(random.getrandbits(62))
+        self._running = 0
+        self._retry: asyncio.TimerHandle | None = None
+        self._search_not_before = 0.0  # by the event loop's clock
+
+    # ------------------------------------------------------------ load
+
+    @property
+    def queued(self) -> int:
+        return len(self._queue)
+
+    @property
+    def running(self) -> int:
+        return self._running
+
+    # ------------------------------------------------------------ from clients
+
+    def check_admission(self, requests: int = 1) -> None:
+        """
+        Raises:
+            CallError: RESOURCE_EXHAUSTED if the queue has no place for so many more now, INVALID_ARGUMENT if it never
+                has, UNAVAILABLE if a role has had no worker for longer than the grace period.
+        """
+        if requests > self._config.max_queue:
+            raise InvalidArgument(
+                "n", f"{requests} answers are more than the router's queue of {self._config.max_queue}"
+            )
+        if (role := self.workers.gone()) is not None:
+            raise self._no_worker(role)
+        if len(self._queue) + requests > self._config.max_queue:
+            raise CallError(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                f"the queue is full ({len(self._queue)} of {self._config.max_queue} requests wait); try again later",
+            )
+
+    def submit(self, requests: list[Request]) -> None:
+        """Queues the requests, and sends out those that a worker has room for.
+
+        Raises:
+            CallError: as `check_admission`; then none of them is queued.
+        """
+        self.check_admission(len(requests))
+        for request in requests:
+            self._queue.push(request)
+        self.dispatch()
+
+    def drop(self, requests: Iterable[Request]) -> None:
+        """Ends requests whose client has gone, or has all that it wants. Those that have ended already are left alone.
+
+        All of them are ended before the room that they leave is given to others: else it would go to those of them
+        that are still queued.
+        """
+        makes_room = False
+        for request in requests:
+            if request.state is State.QUEUED:
+                makes_room = makes_room or request is self._queue.at(0)  # others may have waited behind it
+                self._take_out(request)
+            elif request.state is State.DISPATCHED:
+                attempt = request.attempt
+                assert attempt is not None
+                if attempt.decode is not None and attempt.decoding_since is not None:
+                    blame.attempt_succeeded(attempt.decode, attempt)  # as far as it got
+                self._close(attempt, "dropped")
+                makes_room = True
+            else:
+                continue
+            request.state = State.DROPPED
+        if makes_room:
+            self.dispatch()
+
+    # ------------------------------------------------------------ to workers
+
+    def dispatch(self) -> None:
+        """Sends out queued requests in order, up to the first for which no worker has room. If that one waits for a
+        prefill worker, those behind it that need none may overtake it. If it waits for room on a decode worker, nothing
+        may: they would take the room that it waits for."""
+        missing = None
+        while missing is None and (request := self._queue.at(0)) is not None:
+            missing = self._try_to_place(request)
+        if missing == PREFILL and any(worker.can_prefill for worker in self.workers.of(DECODE)):
+            self._search()
+
+    def _search(self) -> None:
+        """Sends out requests that need no prefill worker from behind the first one. If the last search was only just
+        made, a timer makes the next one."""
+        now = asyncio.get_running_loop().time
+        began = now()
+        if began < self._search_not_before:
+            self._retry_at(self._search_not_before)
+            return
+        passed = 1
+        while passed <= MOST_PASSED and (request := self._queue.at(passed)) is not None:
+            missing = self._try_to_place(request)
+            if missing == DECODE:
+                break
+            if missing is not None:
+                passed += 1
+        ended = now()
+        self._search_not_before = ended + min((ended - began) / SEARCH_SHARE, REFUSAL_PAUSE)
+
+    def _try_to_place(self, request: Request) -> Role | None:
+        """As `_place`. A bug of the router ends this request alone, and leaves no block behind."""
+        try:
+            return self._place(request)
+        except Exception:
+            log.exception("cannot be placed", request_id=request.id, choice=request.index)
+            self._give_up(request)
+            return None
+
+    def _place(self, request: Request) -> Role | None:
+        """Sends one request out, or ends it if it can't be served. Returns the role that it has to wait for, None if it
+        has left the queue."""
+        try:
+            self._prepare(request)
+        except CallError as error:
+            self._take_out(request)
+            request.end(State.FAILED, error)
+            return None
+        headroom = request.headroom(self._config.headroom_tokens)
+        found = choose.pair(request, self.workers, headroom)
+        if isinstance(found, choose.Missing):
+            return self._wait_or_end(request, found)
+        self._begin(request, found, headroom)
+        return None
+
+    def _prepare(self, request: Request) -> None:
+        """Does what depends on the workers: hashes the blocks, and settles the length if there were none before.
+
+        Raises:
+            CallError: these workers can't serve the request.
+        """
+        if (worker := self.workers.any()) is not None:
+            hash_blocks(request, worker.kind)
+        if request.recheck_length is not None:
+            request.limit(request.recheck_length(self.workers.max_length()))
+
+    def _give_up(self, request: Request) -> None:
+        if request.attempt is not None:
+            self._close(request.attempt, "failed", "a fault of the router")
+        elif request.state is State.QUEUED:
+            self._take_out(request)
+        sentence = "a fault of the router; its log says more"
+        request.end(State.FAILED, CallError(grpc.StatusCode.INTERNAL, sentence))
+
+    def _begin(self, request: Request, pair: choose.Pair, headroom: int) -> None:
+        prefill, decode = pair.prefill, pair.decode
+        computing = prefill or decode
+        assert computing is not None
+        request.attempts += 1
+        attempt = Attempt(
+            id=next(self._attempt_ids),
+            request=request,
+            prefill=prefill,
+            decode=decode,
+            prefill_tokens=computing.missing_tokens(request),
+            decode_blocks=decode.new_blocks(request, request.length + headroom) if decode else 0,
+            in_place=prefill is None,
+            length=request.length,
+            trace=request_trace.attempt(request, prefill, decode),
+        )
+        sequence, traceparent = sequence_of(request), attempt.trace.traceparent
+        self._take_out(request)
+        request.attempt = attempt
+        request.state = State.DISPATCHED
+        request.recheck_length = None
+        request.timing.queued_ms += 1000 * (attempt.dispatched_at - request.queued_at)
+        self._running += 1
+        if prefill is not None:
+            prefill.begin(attempt)
+            prefill.send_prefill(worker_pb2.Prefill(attempt_id=attempt.id, traceparent=traceparent), sequence)
+        if decode is not None:
+            decode.begin(attempt)
+            decode.reserve(attempt.decode_blocks)
+            decode.send_reserve(
+                worker_pb2.Reserve(
+                    attempt_id=attempt.id,
+                    headroom_tokens=headroom,
+                    prefill=attempt.in_place,
+                    traceparent=traceparent,
+                ),
+                sequence,
+            )
+
+    def _wait_or_end(self, request: Request, missing: choose.Missing) -> Role | None:
+        """Returns the role that the request waits for. If no connected worker could ever take it, ends it and returns
+        None."""
+        sentence = None
+        if missing.workers and not any(worker.can_hold(missing.tokens) for worker in missing.workers):
+            sentence = f"no {ROLE_NAMES[missing.role]} worker that is left can hold {missing.tokens} tokens"
+        elif request.prompt.grammar and missing.role == DECODE and not missing.workers and self.workers.paired():
+            sentence = "no pair of workers that is left can guide an answer; each worker's log says what it lacks"
+        if sentence is not None:
+            self._take_out(request)
+            request.end(State.FAILED, CallError(grpc.StatusCode.UNAVAILABLE, sentence))
+            return None
+        if self._retry is None:
+            self._retry_at(asyncio.get_running_loop().time() + REFUSAL_PAUSE)
+        return missing.role
+
+    def _take_out(self, request: Request) -> None:
+        self._queue.remove(request)
+        request_trace.queued(request)
+
+    def _retry_at(self, when: float) -> None:
+        """Dispatches again no later than `when`, by the event loop's clock."""
+        if self._retry is not None:
+            if self._retry.when() <= when:
+                return
+            self._retry.cancel()
+        self._retry = asyncio.get_running_loop().call_at(when, self._retry_now)
+
+    def _retry_now(self) -> None:
+        self._retry = None
+        self.dispatch()
+
+    # ------------------------------------------------------------ from workers
+
+    def worker_lost(self, worker: Worker) -> None:
+        """Its stream ended, and with it every attempt there."""
+        if worker.attempts and worker.load.ready:  # not if it had announced that it would leave
+            blame.attempts_failed(worker, worker.attempts)
+        self.workers.retire(worker)
+        for attempt in list(worker.attempts.values()):
+            try:
+                self._lost(worker, attempt)
+            except Exception:  # a bug of the router ends this request alone
+                log.exception("cannot be resumed", request_id=attempt.request.id, choice=attempt.request.index)
+                self._give_up(attempt.request)
+        self.dispatch()
+
+    def _lost(self, worker: Worker, attempt: Attempt) -> None:
+        if attempt.prefill is worker:
+            self._leave_prefill(attempt, tell=False)
+        else:
+            self._leave_decode(attempt, tell=False)
+        self._resume(attempt, worker, "worker lost", (worker,))
+
+    def received(self, worker: Worker, message: worker_pb2.WorkerMessage) -> None:
+        """Takes a worker's message in. The order matters: its tokens may be of attempts that it has just started, and
+        its load has everything else in the message counted in.
+
+        Raises:
+            WorkerFault: the worker broke the protocol; the rest of the message is not taken in.
+        """
+        if message.HasField("cache"):
+            worker.take_cache(message.cache)
+        for opened in message.opened:
+            self.workers.opened(worker, opened)
+        self._handle_each(self._reserved, worker, message.reserved)
+        self._handle_each(self._prefilled, worker, message.prefilled)
+        self._handle_each(self._started, worker, message.started)
+        if message.HasField("tokens"):
+            fan_out(worker.decoding, message.tokens)
+        self._handle_each(self._ended, worker, message.ended)
+        if message.HasField("load"):
+            self._take_load(worker, message.load)
+        makes_room = message.reserved or message.prefilled or message.ended or message.opened
+        if self._queue and (makes_room or message.HasField("load")):
+            self.dispatch()
+
+    def _take_load(self, worker: Worker, load: inference_pb2.WorkerLoad) -> None:
+        worker.take_load(load)
+        blame.check_probe(worker)
+        if not load.ready:
+            self.workers.retire(worker)
+        elif not worker.draining and worker not in self.workers.of(worker.role):
+            self.workers.add(worker)  # new, or ready again
+
+    def _handle_each(
+        self,
+        handle: Callable[[Worker, Attempt, AttemptMessage], None],
+        worker: Worker,
+        messages: Iterable[AttemptMessage],
+    ) -> None:
+        """Messages about attempts that are over are ignored.
+
+        Raises:
+            WorkerFault: the worker broke the protocol.
+        """
+        for message in messages:
+            attempt = worker.attempts.get(message.attempt_id)
+            if attempt is None:
+                continue
+            try:
+                handle(worker, attempt, message)
+            except WorkerFault:
+                raise
+            except Exception:  # a bug of the router ends this request alone, and does not lose the worker
+                log.exception("cannot go on", request_id=attempt.request.id, choice=attempt.request.index)
+                self._give_up(attempt.request)
+
+    def _prefilled(self, worker: Worker, attempt: Attempt, prefilled: worker_pb2.Prefilled) -> None:
+        if attempt.prefilled is not None:
+            return
+        if worker is not (attempt.decode if attempt.in_place else attempt.prefill):
+            return
+        request = attempt.request
+        if request.wants_logprobs and not prefilled.HasField("logprobs"):
+            raise WorkerFault(NO_LOGPROBS)
+        now = time.monotonic()
+        attempt.prefilled = prefilled
+        worker.prefilled(attempt)
+        request.timing.prefill_ms += 1000 * (now - attempt.dispatched_at)
+        attempt.trace.record("prefill", attempt.dispatched_at, {"twostroke.cached_tokens": prefilled.cached_tokens})
+        if not request.output:
+            request.timing.first_token_ms = 1000 * (now - request.arrived_at)
+            if not attempt.in_place:
+                request.prefill_cached_tokens = prefilled.cached_tokens
+            self._metrics.first_token.observe(now - request.arrived_at)
+        if request.wants_logprobs:
+            request.add_logprobs(prefilled.logprobs)
+        request.add(prefilled.first_token)
+        if attempt.in_place:
+            attempt.decode_cached_tokens = prefilled.cached_tokens
+            worker.decoding[attempt.id] = request
+            _decoding(attempt)
+        if request.complete:
+            blame.attempt_succeeded(worker, attempt)
+            self._close(attempt, "finished")
+            request.end(State.FINISHED)
+        elif attempt.reserved and not attempt.in_place:
+            self._start(attempt)
+
+    def _reserved(self, worker: Worker, attempt: Attempt, reserved: worker_pb2.Reserved) -> None:
+        if attempt.decode is not worker or attempt.reserved:
+            return
+        worker.reservation_answered(attempt.decode_blocks)
+        attempt.request.timing.reserved_ms += 1000 * (time.monotonic() - attempt.dispatched_at)
+        attempt.trace.record("reserved", attempt.dispatched_at, {"twostroke.cached_tokens": reserved.cached_tokens})
+        if reserved.refused:
+            attempt.decode = None
+            worker.end(attempt)
+            worker.release(attempt.decode_blocks)
+            worker.note_refusal()
+            self._refused(attempt)
+            return
+        attempt.reserved = True
+        attempt.decode_cached_tokens = reserved.cached_tokens
+        if attempt.prefilled is not None:
+            self._start(attempt)
+
+    def _refused(self, attempt: Attempt) -> None:
+        """A worker has no room for the attempt. That is not counted as a resume, since it did nothing for it. The other
+        worker of the pair may have computed the first token meanwhile; then the next attempt goes on behind that."""
+        self._close(attempt, "refused")
+        if attempt.request.complete:  # a worker that prefills refused it after the only token
+            attempt.request.end(State.FINISHED)
+        else:
+            self._requeue(attempt.request)
+
+    def _start(self, attempt: Attempt) -> None:
+        """The prompt's KV is computed and the blocks for it are reserved: the decode worker may pull."""
+        assert attempt.prefilled is not None
+        assert attempt.decode is not None
+        attempt.decode.decoding[attempt.id] = attempt.request
+        attempt.decode.send_start(
+            worker_pb2.Start(attempt_id=attempt.id, first_token=attempt.prefilled.first_token, kv=attempt.prefilled.kv)
+        )
+
+    def _started(self, worker: Worker, attempt: Attempt, started: worker_pb2.Started) -> None:
+        if attempt.decode is not worker or attempt.id not in worker.decoding:
+            return
+        if attempt.decoding_since is not None:
+            return
+        attempt.request.timing.transfer_ms += started.transfer_ms
+        attempt.trace.record("transfer", time.monotonic() - started.transfer_ms / 1000, {})
+        _decoding(attempt)
+        if attempt.prefill is not None:
+            blame.attempt_succeeded(attempt.prefill, attempt)  # its KV could be read
+        self._leave_prefill(attempt, tell=True)
+
+    def _ended(self, worker: Worker, attempt: Attempt, ended: worker_pb2.Ended) -> None:
+        request, cause = attempt.request, ended.cause
+        if cause == worker_pb2.Ended.CAUSE_DRAINING:
+            worker.draining = True
+            self.workers.retire(worker)
+        suspects = blame.suspects(worker, attempt)
+        if request.complete or cause == worker_pb2.Ended.CAUSE_PREEMPTED:
+            blame.attempt_succeeded(worker, attempt)
+        elif cause not in blame.NO_FAULT | blame.AMBIGUOUS:
+            for suspect in suspects:
+                blame.attempts_failed(suspect, (attempt.id,))
+        if attempt.prefill is worker:
+            self._leave_prefill(attempt, tell=False)
+        else:
+            self._leave_decode(attempt, tell=False)
+        if cause == worker_pb2.Ended.CAUSE_FULL:
+            worker.note_refusal()
+            self._refused(attempt)
+        elif cause == worker_pb2.Ended.CAUSE_DRAINING and request.length == attempt.length:  # no token came of it
+            self._refused(attempt)
+        elif cause == worker_pb2.Ended.CAUSE_REJECTED:
+            sentence = f"the {ROLE_NAMES[worker.role]} worker cannot serve this request: {ended.detail}"
+            self._close(attempt, "rejected", sentence)
+            request.end(State.FAILED, CallError(grpc.StatusCode.INVALID_ARGUMENT, sentence))
+        else:
+            # That includes FINISHED for a request whose last token does not end it: the worker is at fault.
+            if cause == worker_pb2.Ended.CAUSE_PREEMPTED:
+                request.preemptions += 1
+            suspects = [] if cause in blame.NO_FAULT else suspects
+            self._resume(attempt, worker, causes.name_of(cause), suspects, detail=ended.detail)
+
+    # ------------------------------------------------------------ how attempts end
+
+    def _close(self, attempt: Attempt, outcome: str, problem: str = "") -> None:
+        """Ends the attempt on each worker that still holds something for it."""
+        self._leave_prefill(attempt, tell=True)
+        self._leave_decode(attempt, tell=True)
+        tokens = attempt.request.length - attempt.length
+        attempt.trace.end({"twostroke.outcome": outcome, "twostroke.output_tokens": tokens}, problem)
+        attempt.request.attempt = None
+        self._running -= 1
+
+    def _leave_prefill(self, attempt: Attempt, *, tell: bool) -> None:
+        worker, attempt.prefill = attempt.prefill, None
+        if worker is None:
+            return
+        worker.end(attempt)
+        if tell:
+            worker.send_ended(attempt.id)
+
+    def _leave_decode(self, attempt: Attempt, *, tell: bool) -> None:
+        worker, attempt.decode = attempt.decode, None
+        if worker is None:
+            return
+        worker.end(attempt)
+        if not attempt.reserved:
+            worker.reservation_answered(attempt.decode_blocks)
+        worker.release(attempt.decode_blocks)
+        if attempt.decoding_since is not None:
+            attempt.request.timing.decode_ms += 1000 * (time.monotonic() - attempt.decoding_since)
+            attempt.trace.record("decode", attempt.decoding_since, {})
+        if tell:
+            worker.send_ended(attempt.id)
+
+    def _resume(
+        self, attempt: Attempt, worker: Worker, cause: str, suspects: Sequence[Worker], detail: str = ""
+    ) -> None:
+        """Queues the request again, to go on behind the last token that arrived; or finishes it, if that was its last.
+
+        Args:
+            worker: the one on which the attempt ended.
+            suspects: workers that may be at fault, the one that reported the end first. Empty: it is no fault.
+        """
+        request = attempt.request
+        if request.complete:
+            self._close(attempt, "finished")
+            request.end(State.FINISHED)
+            return
+        self._close(attempt, cause, f"{cause} ({worker.address}) {detail}".rstrip() if suspects else "")
+        request.resumes += 1
+        self._metrics.resumes.labels(cause).inc()
+        log.info(
+            "resuming",
+            request_id=request.id,
+            choice=request.index,
+            cause=cause,
+            detail=detail,
+            worker=worker.address,
+            tokens_so_far=len(request.output),
+        )
+        if suspects:
+            request.faults += 1
+            # After the first fault only the worker that reported it is avoided, after the second both of the pair.
+            request.avoid.update(suspect.instance for suspect in suspects[: request.faults])
+            if request.faults > self._config.max_resumes:
+                sentence = (
+                    f"gave up after {request.faults} faults; the last: {cause} ({worker.address}) {detail}".rstrip()
+                )
+                request.end(State.FAILED, CallError(grpc.StatusCode.UNAVAILABLE, sentence))
+                return
+        self._requeue(request)
+
+    def _requeue(self, request: Request) -> None:
+        if (role := self.workers.gone()) is not None:
+            request.end(State.FAILED, self._no_worker(role))
+            return
+        request.state = State.QUEUED
+        request.queued_at = time.monotonic()
+        self._queue.push(request)
+
+    def _give_up_waiting(self) -> None:
+        if (role := self.workers.gone()) is not None:
+            for request in self._queue.clear():
+                request_trace.queued(request)
+                request.end(State.FAILED, self._no_worker(role))
+
+    def _no_worker(self, role: Role) -> CallError:
+        return CallError(grpc.StatusCode.UNAVAILABLE, f"{self.workers.why_missing(role)}; it is safe to try again")
+
+
+def _decoding(attempt: Attempt) -> None:
+    """The KV is in place, and decoding has begun."""
+    attempt.decoding_since = time.monotonic()
+    if attempt.request.decode_cached_tokens is None:
+        attempt.request.decode_cached_tokens = attempt.decode_cached_tokens

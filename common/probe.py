@@ -27,6 +27,7 @@ def service_of_process(pid: int) -> str:
 
 def probe(address: str, service: str, config: TlsConfig = PLAIN_TEXT) -> str | None:
     """None if the service at `address` ("host:port") is SERVING, else a sentence that says why not."""
+    asked = f"{address} {service}".rstrip()
     credentials, options = tls.channel_credentials(pem.read(config)), tls.channel_options(config)
     with (
         grpc.secure_channel(address, credentials, options) if credentials else grpc.insecure_channel(address)
@@ -39,10 +40,10 @@ def probe(address: str, service: str, config: TlsConfig = PLAIN_TEXT) -> str | N
         try:
             response = check(health_pb2.HealthCheckRequest(service=service), timeout=TIMEOUT_SECONDS)
         except grpc.RpcError as error:
-            return f"{address} {service}: {error.code().name}: {error.details()}"
+            return f"{asked}: {error.code().name}: {error.details()}"
     if response.status == health_pb2.HealthCheckResponse.SERVING:
         return None
-    return f"{address} {service}: {health_pb2.HealthCheckResponse.ServingStatus.Name(response.status)}"
+    return f"{asked}: {health_pb2.HealthCheckResponse.ServingStatus.Name(response.status)}"
 
 
 def main() -> None:

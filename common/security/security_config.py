@@ -18,11 +18,11 @@ class TlsConfig:
     """PEM file of the authorities that sign the certificates of what is called. Set: it is called with TLS."""
 
     tls_cert: Path | None = None
-    """PEM file of the own certificate and those between it and its authority. A part with one serves TLS only; a
+    """PEM file of this part's certificate and those between it and its authority. A part with one serves TLS only; a
     caller presents it when asked."""
 
     tls_key: Path | None = None
-    """PEM file of the own certificate's private key."""
+    """PEM file of that certificate's private key."""
 
     tls_server_name: str | None = None
     """Name in the certificates of what is called. Not set: the host that is called."""

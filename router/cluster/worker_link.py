@@ -111,8 +111,11 @@ class WorkerLink:
                 self.refused = None
             if self.worker is not None:
                 worker, self.worker = self.worker, None
+                # A worker that stops in order says that it is not ready, and finishes what it has.
+                in_order = not (broke_off or worker.attempts or worker.load.ready)
+                tell, event = (log.info, "worker left") if in_order else (log.warning, "worker lost")
+                tell(event, worker=self.address, instance=worker.instance, reason=problem)
                 self._tell_lost(worker)
-                log.warning("worker lost", worker=self.address, instance=worker.instance, reason=problem)
                 pause, told = LONGEST_PAUSE if broke_off else FIRST_PAUSE, ""
             elif problem not in (told, self.refused):
                 log.info("no worker yet; trying on", worker=self.address, reason=problem)

@@ -600,6 +600,24 @@ async def test_the_first_message_of_a_worker_is_checked_as_all_are(model: Path) 
     assert reason == "it broke the protocol: hashes of 16 bytes came as 5 bytes"
 
 
+async def test_a_worker_that_has_drained_is_not_called_lost(model: Path) -> None:
+    drained, killed = FakeWorker(PREFILL), FakeWorker(PREFILL)
+    with capture_logs() as logs:
+        async with cluster(model, prefills=[drained, killed]) as it:
+            drained.ready = False
+            drained.report()
+            await eventually(lambda: it.router.dispatcher.workers.count(PREFILL) == 1)
+            for worker in (drained, killed):
+                await worker.die()
+            await eventually(lambda: not it.router.dispatcher.workers.count(PREFILL))
+            await eventually(lambda: len(_gone(logs)) == 2)
+    assert _gone(logs) == {drained.address: "worker left", killed.address: "worker lost"}
+
+
+def _gone(logs: list[Any]) -> dict[str, str]:
+    return {entry["worker"]: entry["event"] for entry in logs if entry["event"] in ("worker left", "worker lost")}
+
+
 @pytest.mark.parametrize("role", [PREFILL, DECODE])
 async def test_a_first_token_without_the_logprobs_that_were_asked_for_breaks_the_protocol(
     model: Path, role: inference_pb2.WorkerRole.ValueType

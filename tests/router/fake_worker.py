@@ -68,7 +68,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
     def __init__(self, role: inference_pb2.WorkerRole.ValueType, script: Script | None = None, **hello: Any) -> None:
         self.role = role
         self.script = script or Script()
-        self.instance = f"fake-{next(_instances)}"
+        self.instance = _new_instance()
         self.blocks = hello.pop("num_blocks", 4096)
         layout = worker_pb2.KvLayout(
             num_blocks=self.blocks,
@@ -125,8 +125,11 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         for task in self._tasks:
             task.cancel()
         await self._server.stop(grace=None)
-        self.held.clear()
-        self.running.clear()
+        self._forget()
+
+    def renew(self) -> None:
+        """As if it had started anew at its address; the router hears of it when it registers."""
+        self.instance = self.hello.instance = self.hello.pool.instance = _new_instance()
 
     def _spawn(self, work: Any) -> None:
         task = asyncio.ensure_future(work)
@@ -136,22 +139,30 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
     async def Connect(self, requests: AsyncIterator[worker_pb2.RouterMessage], context: Any) -> None:  # type: ignore[override]
         hello = await anext(requests)
         assert hello.HasField("hello")
-        self._out = asyncio.Queue()
+        # The stream before may be told of its end later than this one begins: what belongs to a stream is kept apart.
+        self._out = out = asyncio.Queue()
+        self._forget()
         await context.write(worker_pb2.WorkerMessage(hello=self.hello))
         heart = asyncio.ensure_future(self._beat())
-        writer = asyncio.ensure_future(self._write(context))
+        writer = asyncio.ensure_future(self._write(context, out))
         try:
             async for message in requests:
+                if self._out is not out:
+                    break
                 self._received(message)
         finally:
             heart.cancel()
             writer.cancel()
-            self.held.clear()
-            self.running.clear()
+            if self._out is out:
+                self._forget()
 
-    async def _write(self, context: Any) -> None:
+    def _forget(self) -> None:
+        self.held.clear()
+        self.running.clear()
+
+    async def _write(self, context: Any, out: asyncio.Queue[worker_pb2.WorkerMessage]) -> None:
         while True:
-            await context.write(await self._out.get())
+            await context.write(await out.get())
 
     async def _beat(self) -> None:
         while True:
@@ -170,6 +181,9 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         self.send(ended=[Ended(attempt_id=attempt_id, cause=cause, detail=detail)])
 
     def report(self) -> None:
+        self.send(load=self._load())
+
+    def _load(self) -> inference_pb2.WorkerLoad:
         in_use = sum(_blocks(len(sequence.token_ids)) for sequence in self.held.values())
         promised = sum(
             _blocks(len(reserve.sequence.token_ids) + reserve.headroom_tokens)
@@ -181,7 +195,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
             total=self.blocks, free=self.blocks - in_use, in_use=in_use, reserved=min(promised, self.blocks - in_use)
         )
         running = len(self.held) + self.others
-        self.send(load=inference_pb2.WorkerLoad(role=self.role, ready=self.ready, running=running, blocks=blocks))
+        return inference_pb2.WorkerLoad(role=self.role, ready=self.ready, running=running, blocks=blocks)
 
     # ------------------------------------------------------------ what it hears
 
@@ -323,6 +337,10 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         for end in ended:
             del self.held[end.attempt_id], self.running[end.attempt_id]
         return worker_pb2.WorkerMessage(tokens=packed, ended=ended)
+
+
+def _new_instance() -> str:
+    return f"fake-{next(_instances)}"
 
 
 def _blocks(tokens: int) -> int:

@@ -1,6 +1,7 @@
 """A worker that says what it should not, of attempts that it has and of others: the client gets its answer or a code,
 nothing is held, and once the worker behaves, the next request is answered."""
 
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,17 +15,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests import messages
-from tests.router.cluster import Background, background, eventually, request
+from tests.router.cluster import Background, Cluster, background, eventually, request
 from tests.router.fake_worker import DECODE, PREFILL, FakeWorker, Script
 from twostroke.v1 import inference_pb2 as pb
 from twostroke.v1 import worker_pb2
 
 MESSAGE = worker_pb2.WorkerMessage.DESCRIPTOR
 FIELDS = [path for path in messages.paths(MESSAGE) if path.names[0] != "hello"]  # said once more it is passed over
-MOMENTS = ("asked", "started", "running", "told")
+MOMENTS = ("asked", "started", "running", "told", "answered")
 
 # What may come of it. Not DEADLINE_EXCEEDED: the worker goes on, or is cut off, and then the request goes on elsewhere.
 FINE = {grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INVALID_ARGUMENT}
+
+
+_marks = itertools.count()
 
 
 class Saboteur(FakeWorker):
@@ -34,6 +38,7 @@ class Saboteur(FakeWorker):
         super().__init__(role, Script(step_seconds=0.001))
         self.words: list[worker_pb2.WorkerMessage] = []
         self.moment = ""
+        self.mark = ""  # in every load that it reports
 
     def _received(self, message: worker_pb2.RouterMessage) -> None:
         if message.prefills or message.reserves:
@@ -49,10 +54,18 @@ class Saboteur(FakeWorker):
             self.speak("running", list(self.running))
         return super()._step()
 
-    async def forget(self) -> None:
-        """What it holds of attempts that it called over is its own affair."""
-        self.held.clear()
-        self.running.clear()
+    def _load(self) -> pb.WorkerLoad:
+        load = super()._load()
+        load.instance = self.mark  # which the router does not look at
+        return load
+
+    def behave(self) -> None:
+        """From now on. What it holds of attempts that it called over is its own affair."""
+        self.speak("answered", list(self.held))
+        self.moment = ""
+        self._forget()
+        self.mark = f"behind the words {next(_marks)}"
+        self.report()
 
     def speak(self, moment: str, attempts: Sequence[int]) -> None:
         if moment == self.moment:
@@ -102,23 +115,32 @@ def sabotage(
     saboteur.words, saboteur.moment = words, moment
     asked = request(max_tokens=8, response=pb.ResponseOptions(logprobs=1 if words and len(words) % 2 else None))
     assert outcome(router.stub.Generate, asked) in FINE
-    saboteur.moment = ""
-    router.run(saboteur.forget())
-    router.run(eventually(lambda: _all_linked(router)))
+    router.run(recover(router.cluster, saboteur))
     router.assert_well()
 
 
-def _all_linked(router: Background) -> bool:
-    """A worker that was cut off is connected to again soon, and one that said it was draining is not used again; not to
-    wait for either, it registers, as if it had started anew."""
-    registry = router.cluster.router.registry
-    used = {worker.instance for worker in router.cluster.router.dispatcher.workers.all()}
-    connected = {worker.instance for worker in registry.connected}
-    for worker in router.cluster.workers:
-        if worker.instance not in used:
-            instance = "anew" if worker.instance in connected else worker.instance
-            registry.register(worker_pb2.RegisterRequest(address=worker.address, instance=instance, role=worker.role))
-    return len(used) == len(router.cluster.workers) and router.cluster.introduced()
+async def recover(cluster: Cluster, saboteur: Saboteur) -> None:
+    saboteur.behave()
+    await eventually(lambda: _recovered(cluster, saboteur), seconds=25)
+
+
+def _recovered(cluster: Cluster, saboteur: Saboteur) -> bool:
+    """The router has taken in all that was said, and has all workers.
+
+    Words may be on their way for longer than the request that they were said of, and cut the worker off, or have it
+    retired, only then. A worker that was cut off is connected to again soon, and one that said it was draining is not
+    used again; not to wait for either, it registers, the latter as if it had started anew."""
+    registry = cluster.router.registry
+    connected = {worker.instance: worker for worker in registry.connected}
+    for worker in cluster.workers:
+        known = connected.get(worker.instance)
+        if known is not None and known.draining:
+            worker.renew()
+        if known is None or known.draining:
+            asked = worker_pb2.RegisterRequest(address=worker.address, instance=worker.instance, role=worker.role)
+            registry.register(asked)
+    heard = saboteur.instance in connected and connected[saboteur.instance].load.instance == saboteur.mark
+    return heard and cluster.introduced()
 
 
 @pytest.mark.parametrize("path", FIELDS, ids=[str(path) for path in FIELDS])
@@ -142,6 +164,13 @@ def test_any_messages(router: Background, role: pb.WorkerRole.ValueType, example
         sabotage(router, role, moment, words)
 
     any_messages()
+
+
+@pytest.mark.parametrize("role", [PREFILL, DECODE], ids=["prefill", "decode"])
+def test_as_often_as_it_drains(router: Background, role: pb.WorkerRole.ValueType) -> None:
+    draining = worker_pb2.WorkerMessage(ended=[worker_pb2.Ended(cause=worker_pb2.Ended.CAUSE_DRAINING)])
+    for _ in range(3):
+        sabotage(router, role, "asked", [draining])
 
 
 def test_nothing_comes_after_the_last_token(router: Background) -> None:

@@ -140,7 +140,8 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         hello = await anext(requests)
         assert hello.HasField("hello")
         # The stream before may be told of its end later than this one begins: what belongs to a stream is kept apart.
-        self._out = out = asyncio.Queue()
+        out: asyncio.Queue[worker_pb2.WorkerMessage] = asyncio.Queue()
+        self._out = out
         self._forget()
         await context.write(worker_pb2.WorkerMessage(hello=self.hello))
         heart = asyncio.ensure_future(self._beat())

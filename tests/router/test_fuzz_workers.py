@@ -27,7 +27,6 @@ MOMENTS = ("asked", "started", "running", "told", "answered")
 # What may come of it. Not DEADLINE_EXCEEDED: the worker goes on, or is cut off, and then the request goes on elsewhere.
 FINE = {grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INVALID_ARGUMENT}
 
-
 _marks = itertools.count()
 
 

@@ -29,8 +29,8 @@ def test_without_an_endpoint_nothing_is_made() -> None:
 
 
 def test_without_an_endpoint_opentelemetry_is_not_imported() -> None:
-    code = "import sys; from common import tracing; tracing.start(None, 'x'); print('opentelemetry' in sys.modules)"
-    assert _run(code).stdout == "False\n"
+    code = "import sys; from common.telemetry import tracing; tracing.start(None, 'x')"
+    assert _run(f"{code}; print('opentelemetry' in sys.modules)").stdout == "False\n"
 
 
 @pytest.mark.parametrize("endpoint", ["localhost:4317", "collector", ""])

@@ -62,7 +62,7 @@ def test_help_of_every_command_explains_every_flag(command: str) -> None:
 
 def test_help_has_a_paragraph_for_each_flag_and_those_of_security_last() -> None:
     help_text = twostroke("router", "--help").stdout
-    assert "PEM file of the own certificate and those between it and its authority. A part with one serves" in help_text
+    assert "PEM file of this part's certificate and those between it and its authority." in help_text
     assert "serves TLS only; a caller presents it when asked." in help_text  # a new line in the code
     assert max(map(help_text.index, ("--model", "--log-format"))) < min(map(help_text.index, ("--tls-ca", "--cluster")))
 

@@ -116,9 +116,9 @@ def test_the_health_check_has_its_settings_from_the_environment(
         monkeypatch.setattr("sys.argv", ["probe", address])
         for name, value, code in (
             ("TWOSTROKE_TLS_CERT", str(signed.cert), "--tls-cert and --tls-key belong together: set both or none"),
-            ("TWOSTROKE_TLS_KEY", str(signed.key), f"{address} : UNAVAILABLE"),
+            ("TWOSTROKE_TLS_KEY", str(signed.key), f"{address}: UNAVAILABLE"),
             ("TWOSTROKE_TLS_CA", str(signed.ca), None),
-            ("TWOSTROKE_TLS_SERVER_NAME", "another", f"{address} : UNAVAILABLE"),
+            ("TWOSTROKE_TLS_SERVER_NAME", "another", f"{address}: UNAVAILABLE"),
         ):
             monkeypatch.setenv(name, value)
             with pytest.raises(SystemExit) as ended:

@@ -147,7 +147,7 @@ def test_health_says_when_the_engine_hangs(service: WorkerService, monkeypatch: 
             time.sleep(0.01)
         return (probe(service.address, "") is None) == serving
 
-    assert probe(service.address, "") == f"{service.address} : NOT_SERVING"  # nobody has said that it is ready
+    assert probe(service.address, "") == f"{service.address}: NOT_SERVING"  # nobody has said that it is ready
     service.receive(timeout=0)
     service.set_serving(True)
     assert eventually_serving(True, turns=True)

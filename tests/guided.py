@@ -1,4 +1,4 @@
-"""Workers' parts that can follow grammars, and a compiler of grammars that waits."""
+"""Workers' parts that can follow grammars, the tokens that a grammar allows, and a compiler of grammars that waits."""
 
 import threading
 from dataclasses import replace
@@ -17,6 +17,11 @@ from common.worker.worker_parts import load_guided
 def load(directory: Path, dtype: str, device: torch.device, *, dummy: bool, max_length: int) -> LoadedModel:
     loaded = load_model(directory, dtype, device, dummy=dummy, max_length=max_length)
     return replace(loaded, guided=load_guided(directory, loaded.model.config))
+
+
+def allowed_tokens(tokenizer: GrammarTokenizer, matcher: LLMatcher) -> list[int]:
+    bits = matcher.compute_bitmask()
+    return [token for token in range(tokenizer.tokens.vocab_size) if bits[token // 8] >> token % 8 & 1]
 
 
 def hold_up_compiler(monkeypatch: pytest.MonkeyPatch) -> threading.Event:

@@ -13,6 +13,7 @@ from tokenizers import AddedToken
 from common.model.model_config import parse_config
 from common.sampling import grammar
 from common.sampling.grammar import CompiledGrammars, GrammarError, GrammarTokenizer, compile_grammar, load_tokenizer
+from tests.guided import allowed_tokens
 from tests.router import models
 
 MODEL = parse_config(models.CONFIG)
@@ -83,8 +84,7 @@ def test_a_special_token_that_a_grammar_spells_is_written_letter_by_letter(
     special = [vocabulary.token_to_id(name) for name in ("</tool_call>", "<|im_end|>", "<｜Ü▁Ü｜>")]
     matcher, output = compile_grammar(tokenizer, grammar(token)), list[int]()
     while not matcher.is_accepting():
-        bits = matcher.compute_bitmask()
-        allowed = [token for token in range(tokenizer.tokens.vocab_size) if bits[token // 8] >> token % 8 & 1]
+        allowed = allowed_tokens(tokenizer, matcher)
         assert allowed
         assert not {*allowed} & {*special}
         assert all(matcher.deep_copy().consume_token(token) for token in allowed)

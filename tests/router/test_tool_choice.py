@@ -20,6 +20,7 @@ from router.grammars.grammar_check import GrammarCheck
 from router.grammars.guides import Guides
 from router.prompts import json_object
 from router.prompts.tokenizer import Tokenized, Tokenizer
+from tests.guided import allowed_tokens
 from tests.router import models
 from tests.router.answering import (
     LIKE_HERMES,
@@ -86,10 +87,7 @@ class Speaker:
         """Without the token that ends it. Marks, and the end, come more often than chance has them."""
         matcher, answer = compile_grammar(self.grammar_tokenizer, grammar), list[int]()
         while len(answer) < 2_000:
-            bits = matcher.compute_bitmask()
-            allowed = [
-                token for token in range(self.grammar_tokenizer.tokens.vocab_size) if bits[token // 8] >> token % 8 & 1
-            ]
+            allowed = allowed_tokens(self.grammar_tokenizer, matcher)
             marks = [token for token in allowed if token in (models.EOS, *self.form.tokens.values())]
             token = dice.choice(marks if marks and dice.random() < 0.3 else allowed)
             if token == models.EOS:

@@ -61,19 +61,23 @@ class GrammarChecks:
 
     async def _check(self, caller: str, grammar: str) -> GrammarError | None:
         try:
-            problem = await self._threads.submit(caller, partial(self._problem, grammar))
+            return await self._threads.submit(caller, partial(self._problem, grammar))
         finally:
             del self._begun[caller, grammar]
             self._waiting[caller] -= 1
-        self._known[grammar] = problem
-        if len(self._known) > KEPT:
-            self._known.popitem(last=False)
-        return problem
+            if len(self._known) > KEPT:
+                self._known.popitem(last=False)
 
     def _problem(self, grammar: str) -> GrammarError | None:
         """Compiles the grammar, on a thread, when it is the caller's turn. Returns what is wrong with it."""
         with suppress(KeyError):
             return self._known[grammar]  # checked for another caller in the meantime
+        # Remembered before the turn ends. The next one may be for the same grammar, and begins before the event loop
+        # comes to this one's result.
+        problem = self._known[grammar] = self._compile(grammar)
+        return problem
+
+    def _compile(self, grammar: str) -> GrammarError | None:
         check = self._idle.pop()
         try:
             check(grammar)

@@ -38,6 +38,10 @@ WRONG_SECRET = "the router has a cluster secret, and this call not the same: set
 # Concurrent calls on one connection. More than these wait in the client.
 MAX_STREAMS = 1024
 
+# How long calls may take, at the end of the time that running ones were given, to be told that the router stops. Those
+# whose client doesn't read need longer; they are cancelled.
+UNREAD_SECONDS = 0.5
+
 OPTIONS = [
     *CALLERS,
     ("grpc.so_reuseport", 0),
@@ -98,7 +102,11 @@ class Router:
         spans."""
         self.dispatcher.workers.ready_changed = lambda _ready: None
         await self._health.enter_graceful_shutdown()
-        await self._server.stop(grace)
+        end_requests = asyncio.get_running_loop().call_later(grace, self.dispatcher.stop)
+        try:
+            await self._server.stop(grace + UNREAD_SECONDS)
+        finally:
+            end_requests.cancel()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

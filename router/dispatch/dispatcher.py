@@ -39,6 +39,8 @@ MOST_PASSED = 64
 # and could be made with every message of every worker.
 SEARCH_SHARE = 0.1
 
+STOPPED = "the router stopped before the answer was complete; it is safe to try again"
+
 
 class Dispatcher:
     """Owns every request and attempt. All methods run on the event loop and none of them awaits, so none needs a
@@ -50,7 +52,8 @@ class Dispatcher:
         self._queue = WaitingQueue()
         self.workers = Workers(config.worker_grace, self._give_up_waiting)
         self._attempt_ids = itertools.count(random.getrandbits(62))
-        self._running = 0
+        self._attempts: dict[int, Attempt] = {}  # under way
+        self._stopped = False
         self._retry: asyncio.TimerHandle | None = None
         self._search_not_before = 0.0  # by the event loop's clock
 
@@ -62,7 +65,7 @@ class Dispatcher:
 
     @property
     def running(self) -> int:
-        return self._running
+        return len(self._attempts)
 
     # ------------------------------------------------------------ from clients
 
@@ -70,8 +73,10 @@ class Dispatcher:
         """
         Raises:
             CallError: RESOURCE_EXHAUSTED if the queue has no place for so many more now, INVALID_ARGUMENT if it never
-                has, UNAVAILABLE if a role has had no worker for longer than the grace period.
+                has, UNAVAILABLE if a role has had no worker for longer than the grace period, or after `stop`.
         """
+        if self._stopped:
+            raise _stopped()
         if requests > self._config.max_queue:
             raise InvalidArgument(
                 "n", f"{requests} answers are more than the router's queue of {self._config.max_queue}"
@@ -118,6 +123,16 @@ class Dispatcher:
             request.state = State.DROPPED
         if makes_room:
             self.dispatch()
+
+    def stop(self) -> None:
+        """Ends all requests, and takes no more."""
+        self._stopped = True
+        for request in self._queue.clear():
+            request_trace.queued(request)
+            request.end(State.FAILED, _stopped())
+        for attempt in list(self._attempts.values()):
+            self._close(attempt, "router stopped", STOPPED)
+            attempt.request.end(State.FAILED, _stopped())
 
     # ------------------------------------------------------------ to workers
 
@@ -215,7 +230,7 @@ class Dispatcher:
         request.state = State.DISPATCHED
         request.recheck_length = None
         request.timing.queued_ms += 1000 * (attempt.dispatched_at - request.queued_at)
-        self._running += 1
+        self._attempts[attempt.id] = attempt
         if prefill is not None:
             prefill.begin(attempt)
             prefill.send_prefill(worker_pb2.Prefill(attempt_id=attempt.id, traceparent=traceparent), sequence)
@@ -460,7 +475,7 @@ class Dispatcher:
         tokens = attempt.request.length - attempt.length
         attempt.trace.end({"twostroke.outcome": outcome, "twostroke.output_tokens": tokens}, problem)
         attempt.request.attempt = None
-        self._running -= 1
+        del self._attempts[attempt.id]
 
     def _leave_prefill(self, attempt: Attempt, *, tell: bool) -> None:
         worker, attempt.prefill = attempt.prefill, None
@@ -538,6 +553,10 @@ class Dispatcher:
 
     def _no_worker(self, role: Role) -> CallError:
         return CallError(grpc.StatusCode.UNAVAILABLE, f"{self.workers.why_missing(role)}; it is safe to try again")
+
+
+def _stopped() -> CallError:
+    return CallError(grpc.StatusCode.UNAVAILABLE, STOPPED)
 
 
 def _decoding(attempt: Attempt) -> None:

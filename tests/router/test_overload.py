@@ -105,6 +105,20 @@ async def test_streams_that_nobody_reads_end_and_give_back_what_they_hold(long_m
             await channel.close()
 
 
+async def test_a_stream_that_nobody_reads_does_not_hold_up_the_routers_stop(long_model: Path) -> None:
+    async with cluster(long_model, **workers(stop_after=3000)) as it:
+        [channel] = [channel async for channel in new_channels(it, 1)]
+        stub: Any = inference_pb2_grpc.InferenceStub(channel)
+        call = stub.GenerateStream(request(max_tokens=LONG, response=pb.ResponseOptions(logprobs=20)))
+        await call.read()
+        (attempt,) = it.router.dispatcher.workers.all()[0].attempts.values()
+        await eventually(lambda: len(attempt.request.output) == 3001)
+        assert attempt.request.taken < 3001, "gRPC's windows hold the whole answer"
+        async with asyncio.timeout(5):
+            await it.router.stop(0)
+        await channel.close()
+
+
 async def test_a_slow_reader_gets_all_of_an_answer(long_model: Path) -> None:
     """As long as it is not too far behind: what gathers meanwhile comes in fewer, larger messages."""
     async with cluster(long_model, **workers()) as it:

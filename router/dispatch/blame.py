@@ -12,9 +12,20 @@ from twostroke.v1 import worker_pb2
 log = structlog.get_logger(__name__)
 
 # Causes that are no fault, neither of the worker nor of the request.
-NO_FAULT = {worker_pb2.Ended.CAUSE_PREEMPTED, worker_pb2.Ended.CAUSE_DRAINING, worker_pb2.Ended.CAUSE_FULL}
+_NO_FAULT = {worker_pb2.Ended.CAUSE_PREEMPTED, worker_pb2.Ended.CAUSE_DRAINING, worker_pb2.Ended.CAUSE_FULL}
 # Faults for which the worker that reports them may not be responsible: its circuit breaker does not count them.
 AMBIGUOUS = {worker_pb2.Ended.CAUSE_LEASE_LOST, worker_pb2.Ended.CAUSE_REJECTED}
+
+
+def is_fault(attempt: Attempt, cause: worker_pb2.Ended.Cause.ValueType) -> bool:
+    """Whether a worker may be at fault for the end of the attempt.
+
+    Only sequences that have begun to decode are preempted. An attempt that is, before it brought a token, would be
+    followed by others like it without end.
+    """
+    if cause == worker_pb2.Ended.CAUSE_PREEMPTED:
+        return attempt.request.length == attempt.length
+    return cause not in _NO_FAULT
 
 
 def suspects(worker: Worker, attempt: Attempt) -> list[Worker]:

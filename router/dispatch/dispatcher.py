@@ -440,10 +440,10 @@ class Dispatcher:
         if cause == worker_pb2.Ended.CAUSE_DRAINING:
             worker.draining = True
             self.workers.retire(worker)
-        suspects = blame.suspects(worker, attempt)
-        if request.complete or cause == worker_pb2.Ended.CAUSE_PREEMPTED:
+        suspects = blame.suspects(worker, attempt) if blame.is_fault(attempt, cause) else []
+        if request.complete or (cause == worker_pb2.Ended.CAUSE_PREEMPTED and not suspects):
             blame.attempt_succeeded(worker, attempt)
-        elif cause not in blame.NO_FAULT | blame.AMBIGUOUS:
+        elif cause not in blame.AMBIGUOUS:
             for suspect in suspects:
                 blame.attempts_failed(suspect, (attempt.id,))
         if attempt.prefill is worker:
@@ -463,7 +463,6 @@ class Dispatcher:
             # That includes FINISHED for a request whose last token does not end it: the worker is at fault.
             if cause == worker_pb2.Ended.CAUSE_PREEMPTED:
                 request.preemptions += 1
-            suspects = [] if cause in blame.NO_FAULT else suspects
             self._resume(attempt, worker, causes.name_of(cause), suspects, detail=ended.detail)
 
     # ------------------------------------------------------------ how attempts end

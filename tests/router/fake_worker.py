@@ -38,6 +38,7 @@ class Script:
     fail: int = 0  # at once
     full: int = 0
     drain: int = 0  # so many are turned away
+    preempt: int = 0  # before they have a token
     end_after: dict[int, list["Ended.Cause.ValueType"]] = field(
         default_factory=dict
     )  # decode: tokens -> causes to use up
@@ -239,6 +240,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
             ("fail", Ended.CAUSE_FAILED),
             ("full", Ended.CAUSE_FULL),
             ("drain", Ended.CAUSE_DRAINING),
+            ("preempt", Ended.CAUSE_PREEMPTED),
         )
         for name, cause in causes:
             if getattr(self.script, name) > 0:

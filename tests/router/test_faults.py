@@ -259,6 +259,14 @@ async def test_faults_without_end_are_answered_with_unavailable(model: Path) -> 
         assert len(it.decodes[0].starts) == 3
 
 
+async def test_a_worker_that_preempts_what_has_no_token_yet_is_at_fault(model: Path) -> None:
+    async with cluster(model, prefills=[Script(preempt=10**9)], max_resumes=2) as it:
+        error = await failing(it)
+        assert error.code() == grpc.StatusCode.UNAVAILABLE
+        assert error.details().startswith("gave up after 3 faults; the last: preempted")
+        assert len(it.prefills[0].prefills) == 3
+
+
 async def test_a_draining_worker_gets_nothing_more(model: Path) -> None:
     drains = Script(end_after={2: [Ended.CAUSE_DRAINING]}, step_seconds=0.001)
     async with cluster(model, decodes=[drains], worker_grace=5) as it:

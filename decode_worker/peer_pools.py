@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Container
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 
 import structlog
 import torch
@@ -19,13 +18,8 @@ log = structlog.get_logger(__name__)
 CHECK_SECONDS = 1.0
 # Most pools open at once. A router only names the prefill workers of this host, so more would be a fault of its own.
 MAX_POOLS = 64
-
-
-@dataclass(frozen=True, slots=True)
-class _Asked:
-    connection: int
-    instance: str
-    opening: Future[PeerPool]
+# Characters of a sentence about a pool that can't be opened. It quotes the handle, which may be of any length.
+MAX_PROBLEM = 400
 
 
 class PeerPools:
@@ -44,7 +38,7 @@ class PeerPools:
         self._wake = wake
         self._opener = ThreadPoolExecutor(max_workers=1, thread_name_prefix="open-peer")
         self._pools: dict[str, Future[PeerPool]] = {}
-        self._asked: list[_Asked] = []
+        self._asked: dict[tuple[int, str], Future[PeerPool]] = {}  # by connection and instance
         self._next_check = 0.0  # time.monotonic()
 
     def open(self, handle: pb.PoolHandle) -> Future[PeerPool]:
@@ -58,20 +52,20 @@ class PeerPools:
         return opening
 
     def prove(self, connection: int, handle: pb.PoolHandle) -> None:
-        """Opens a pool before there is anything to pull from it; `answers` returns the outcome."""
-        opening = self.open(handle)
-        self._asked.append(_Asked(connection, handle.instance, opening))
+        """Opens a pool before there is anything to pull from it; `answers` returns the outcome, once however often it
+        was asked for."""
+        asked = connection, handle.instance
+        if asked in self._asked:
+            return
+        opening = self._asked[asked] = self.open(handle)
         opening.add_done_callback(lambda _: self._wake())
 
     def answers(self) -> list[tuple[int, pb.PoolOpened]]:
         """Outcomes of `prove` since the last call, with the connection that asked."""
-        if not self._asked:
-            return []
-        over = [asked for asked in self._asked if asked.opening.done()]
-        self._asked = [asked for asked in self._asked if not asked.opening.done()]
+        over = [asked for asked, opening in self._asked.items() if opening.done()]
         return [
-            (asked.connection, pb.PoolOpened(instance=asked.instance, problem=_problem(asked.opening)))
-            for asked in over
+            (connection, pb.PoolOpened(instance=instance, problem=_problem(self._asked.pop((connection, instance)))))
+            for connection, instance in over
         ]
 
     def close_gone(self, in_use: Callable[[], Container[str]]) -> None:
@@ -106,4 +100,4 @@ class PeerPools:
 
 def _problem(opening: Future[PeerPool]) -> str:
     error = opening.exception()
-    return "" if error is None else str(error) or repr(error)
+    return "" if error is None else (str(error) or repr(error))[:MAX_PROBLEM]

@@ -83,6 +83,20 @@ def test_a_pool_is_proven_once_and_its_speed_is_shown(owners: Owners, peers: Pee
     assert not peers.pools.answers()
 
 
+def test_what_is_asked_again_before_the_answer_is_answered_once_and_briefly(peers: Peers) -> None:
+    handle = pb.PoolHandle(instance="a", transport="long" * 10_000, descriptor=b"{}")
+    for _ in range(20_000):
+        peers.pools.prove(CONNECTION, handle)
+        peers.pools.prove(CONNECTION + 1, handle)
+    peers.pools.open(handle).exception(timeout=10)
+    answers = peers.pools.answers()
+    assert [connection for connection, _ in answers] == [CONNECTION, CONNECTION + 1]
+    for _, opened in answers:
+        assert opened.instance == handle.instance
+        assert opened.problem.startswith("no transport is called")
+        assert len(opened.problem) == peer_pools.MAX_PROBLEM
+
+
 def test_why_a_pool_cannot_be_read_is_said_and_it_is_tried_again(owners: Owners, peers: Peers) -> None:
     handle = owners.start("two", replace(LAYOUT, head_dim=16))
     peers.pools.prove(CONNECTION, handle)

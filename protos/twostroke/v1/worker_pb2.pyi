@@ -108,7 +108,7 @@ class RouterMessage(_message.Message):
 
     @_builtins.property
     def pools(self) -> _containers.RepeatedCompositeFieldContainer[Global___PoolHandle]:
-        """to decode workers: of prefill workers they may come to pull from; each is answered with a PoolOpened"""
+        """to decode workers: of prefill workers they may come to pull from; answered with PoolOpened"""
 
     def __init__(
         self,

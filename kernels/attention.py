@@ -35,12 +35,22 @@ class PrefillAttention:
 
 
 @dataclass(frozen=True, slots=True)
+class DecodeGroup:
+    """Rows of a decode batch whose K and V are gathered and attended to together, the shorter ones padded."""
+
+    rows: Tensor | None  # [R] int64; None: all rows of the batch
+    blocks: Tensor  # [R * M] int32: M blocks of each row, those after its end included
+    mask: Tensor  # [R, 1, 1, M * block_size], in the cache's dtype: 0 for a row's own tokens, -inf after its end
+
+
+@dataclass(frozen=True, slots=True)
 class DecodeAttention:
-    """What a decode batch of B sequences attends to."""
+    """What a decode batch of B sequences attends to, and how, for all layers of a step."""
 
     block_tables: Tensor  # [B, M] int32
     seq_lens: Tensor  # [B] int32: tokens of the sequence, the current one included; 0 in a padded row
-    plan: Tensor  # int32: how the kernel's programs share the keys, for all layers of a step; empty in the reference
+    plan: Tensor  # int32: how the kernel's programs share the keys; empty in the reference
+    groups: tuple[DecodeGroup, ...] = ()  # of the reference
 
 
 def prefill_attention(
@@ -80,8 +90,23 @@ def prefill_attention(
 
 
 def plan_decode(block_tables: Tensor, seq_lens: Tensor, key_cache: Tensor) -> DecodeAttention:
-    """What all layers of a step attend to. `key_cache` [N, block_size, Hkv, D]: that of any layer."""
-    return DecodeAttention(block_tables, seq_lens, seq_lens.new_empty(0))
+    """What all layers of a step attend to. `key_cache` [N, block_size, Hkv, D]: that of any layer.
+
+    Sequences of similar length form a group, which is small enough for the K and V that are gathered to stay in the
+    CPU's cache. For 32 lengths from 1 to 1,500 that is 2.7 times as fast as one padded batch.
+    """
+    block_size = key_cache.shape[1]
+    lengths = seq_lens.clamp(min=1)
+    groups = list(_groups([-(-length // block_size) for length in lengths.tolist()], block_size))
+    made = []
+    for rows, blocks in groups:
+        index = None if len(groups) == 1 else torch.tensor(rows, device=seq_lens.device)
+        tables, ends = (block_tables, lengths) if index is None else (block_tables[index], lengths[index])
+        after_end = torch.arange(blocks * block_size, device=seq_lens.device) >= ends.unsqueeze(1)
+        mask = torch.zeros(after_end.shape, dtype=key_cache.dtype, device=seq_lens.device)
+        mask.masked_fill_(after_end, -torch.inf)
+        made.append(DecodeGroup(index, tables[:, :blocks].flatten(), mask[:, None, None, :]))
+    return DecodeAttention(block_tables, seq_lens, seq_lens.new_empty(0), tuple(made))
 
 
 def decode_attention(
@@ -94,21 +119,14 @@ def decode_attention(
     has seq_len 0 and slot -1; its output is finite but undefined. Returns [B, Hq, D].
 
     The query heads that share a KV head become queries of that head, so that K and V need not be repeated (GQA: Ainslie
-    et al., 2023). Sequences of similar length are attended to together, in groups small enough for the gathered K and V
-    to stay in the CPU's cache. For 32 lengths from 1 to 1,500 that is 2.7 times as fast as one padded batch.
+    et al., 2023).
     """
     q, _, _ = rope_write_kv(qkv, rotation, key_cache, value_cache)
-    block_size = key_cache.shape[1]
-    block_tables, seq_lens = batch.block_tables, batch.seq_lens.clamp(min=1)
-    groups = list(_groups([-(-length // block_size) for length in seq_lens.tolist()], block_size))
-    if len(groups) == 1:
-        return _decode_group(q, key_cache, value_cache, block_tables[:, : groups[0][1]], seq_lens, scale)
+    if len(batch.groups) == 1:
+        return _decode_group(q, key_cache, value_cache, batch.groups[0], scale)
     attended = torch.empty_like(q)
-    for rows, blocks in groups:
-        index = torch.tensor(rows, device=q.device)
-        attended[index] = _decode_group(
-            q[index], key_cache, value_cache, block_tables[index, :blocks], seq_lens[index], scale
-        )
+    for group in batch.groups:
+        attended[group.rows] = _decode_group(q[group.rows], key_cache, value_cache, group, scale)
     return attended
 
 
@@ -128,21 +146,16 @@ def _groups(blocks: list[int], block_size: int) -> Iterator[tuple[list[int], int
             start = end
 
 
-def _decode_group(
-    q: Tensor, key_cache: Tensor, value_cache: Tensor, block_tables: Tensor, seq_lens: Tensor, scale: float
-) -> Tensor:
+def _decode_group(q: Tensor, key_cache: Tensor, value_cache: Tensor, group: DecodeGroup, scale: float) -> Tensor:
     batch, num_heads, head_dim = q.shape
-    block_size, num_kv_heads = key_cache.shape[1:3]
-    tokens = block_tables.shape[1] * block_size
-    table = block_tables.flatten()
-    keys = key_cache.index_select(0, table).view(batch, tokens, num_kv_heads, head_dim)
-    values = value_cache.index_select(0, table).view(batch, tokens, num_kv_heads, head_dim)
-    reach = torch.arange(tokens, device=q.device) < seq_lens.unsqueeze(1)
+    num_kv_heads, tokens = key_cache.shape[2], group.mask.shape[-1]
+    keys = key_cache.index_select(0, group.blocks).view(batch, tokens, num_kv_heads, head_dim)
+    values = value_cache.index_select(0, group.blocks).view(batch, tokens, num_kv_heads, head_dim)
     attended = F.scaled_dot_product_attention(
         q.view(batch, num_kv_heads, num_heads // num_kv_heads, head_dim),
         keys.transpose(1, 2),
         values.transpose(1, 2),
-        attn_mask=reach[:, None, None, :],
+        attn_mask=group.mask,
         scale=scale,
     )
     return attended.reshape(batch, num_heads, head_dim)

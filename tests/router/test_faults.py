@@ -283,7 +283,7 @@ async def test_what_a_draining_worker_turns_away_is_no_resume(model: Path, side:
 
 async def test_a_lost_worker_costs_no_more_room_than_it_had(model: Path) -> None:
     """Two workers with room for 32 requests of 20 tokens and head-room each, or for nine at their full length."""
-    small = [FakeWorker(DECODE, Script(step_seconds=0.02), num_blocks=32 * 18) for _ in range(2)]
+    small = [FakeWorker(DECODE, Script(stop_after=3), num_blocks=32 * 18) for _ in range(2)]  # they grow no further
     async with cluster(model, decodes=small) as it:
         calls = [it.stub.Generate(request(max_tokens=None)) for _ in range(40)]
         await eventually(lambda: sum(len(worker.running) for worker in small) == 40)

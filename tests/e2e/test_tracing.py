@@ -214,5 +214,5 @@ def test_the_last_spans_are_sent_when_a_worker_stops(cluster: Cluster, traces: C
     for name in cluster.processes:
         cluster.signal(name, signal.SIGTERM)
     for process in cluster.processes.values():
-        assert process.wait(timeout=20) == 0
+        assert process.wait(timeout=60) == 0
     wait_for(traces, trace_id)

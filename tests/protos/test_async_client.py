@@ -99,17 +99,17 @@ async def test_leaving_the_loop_cancels(client: AsyncClient, router: FakeRouter)
     async for piece in client.stream("Hello", max_tokens=10_000):
         if piece.text:
             break
-    assert await asyncio.to_thread(router.cancelled.wait, 5)
+    assert await asyncio.to_thread(router.cancelled.wait, 20)
 
 
 async def test_cancelling_the_task_cancels(client: AsyncClient, router: FakeRouter) -> None:
     router.step_seconds = 0.01
     task = asyncio.create_task(client.generate("Hello", max_tokens=10_000))
-    assert await asyncio.to_thread(router.begun.wait, 5)
+    assert await asyncio.to_thread(router.begun.wait, 20)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert await asyncio.to_thread(router.cancelled.wait, 5)
+    assert await asyncio.to_thread(router.cancelled.wait, 20)
 
 
 async def test_wait_until_ready() -> None:

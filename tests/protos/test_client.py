@@ -519,7 +519,7 @@ def test_leaving_the_loop_cancels(client: Client, router: FakeRouter) -> None:
     for piece in client.stream("Hello", max_tokens=10_000):
         if piece.text:
             break
-    assert router.cancelled.wait(timeout=5)
+    assert router.cancelled.wait(timeout=20)
 
 
 def test_api_key(router: FakeRouter) -> None:

@@ -74,7 +74,7 @@ class Collector(TraceServiceServicer):
     def named(self, name: str, service: str = "twostroke-router", trace_id: str = TRACE_ID) -> list[Span]:
         return [span for span in self.of_trace(trace_id) if (span.service, span.name) == (service, name)]
 
-    def wait_for(self, holds: Callable[[], bool], seconds: float = 10.0) -> None:
+    def wait_for(self, holds: Callable[[], bool], seconds: float = 30.0) -> None:
         deadline = time.monotonic() + seconds
         while not holds():
             assert time.monotonic() < deadline, [(span.service, span.name) for span in self.spans]

@@ -2,6 +2,14 @@
 
 import gc
 import signal
+from contextlib import suppress
+
+with suppress(ImportError):  # tests of kernels run without it, too
+    from hypothesis import HealthCheck, settings
+
+    # The same examples in every run, and no judgement of how fast the machine is.
+    settings.register_profile("suite", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("suite")
 
 
 def pytest_configure() -> None:

@@ -32,10 +32,11 @@ class OtlpSpan(Span):
         return OtlpSpan(self._tracer, self._tracer.start_span(name, self._context, attributes=attributes))
 
     def record(self, name: str, began: float, attributes: Attributes, problem: str = "") -> None:
-        start = time.time_ns() - round((time.monotonic() - began) * 1e9)
+        now = time.time_ns()
+        start = now - round((time.monotonic() - began) * 1e9)
         span = self._tracer.start_span(name, self._context, attributes=attributes, start_time=start)
         _fail(span, problem)
-        span.end()
+        span.end(now)
 
     def note(self, attributes: Attributes) -> None:
         self._span.set_attributes(attributes)

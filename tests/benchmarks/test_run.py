@@ -42,13 +42,13 @@ async def test_closed_loop(router: FakeRouter) -> None:
     for record in records:
         assert [count for _, count in record.deltas] == [2, 2, 2]
         assert record.due < record.deltas[0][0] < record.deltas[1][0] < record.deltas[2][0] <= record.ended
-        assert all(gap >= 0.009 for gap in record.itl)
+        assert record.ended - record.due >= 3 * 0.009  # less than a step may lie between two that were read late
     assert [len(request.token_ids.ids) for request in router.requests] != [5] * 12
     assert all(request.stopping.ignore_eos and request.stopping.max_tokens == 6 for request in router.requests)
 
 
 async def test_open_loop_does_not_wait_for_answers(router: FakeRouter) -> None:
-    router.step_seconds = 0.2
+    router.step_seconds = 0.5
     records = await records_of(router, replace(LOAD, rate=100.0, warmup=0))
     due = sorted(record.due for record in records)
     assert due == pytest.approx([time for time, _ in zip(arrivals(100.0, LOAD.seed), range(12), strict=False)])

@@ -131,7 +131,7 @@ def test_it_watches_until_ctrl_c(router: FakeRouter) -> None:
         router.load.queued = 77
         _read_until(terminal, b"77 queued")
         watching.send_signal(signal.SIGINT)
-        assert watching.wait(timeout=10) == 0
+        assert watching.wait(timeout=30) == 0
     finally:
         watching.kill()
         watching.wait()
@@ -139,7 +139,7 @@ def test_it_watches_until_ctrl_c(router: FakeRouter) -> None:
 
 
 def _read_until(terminal: int, wanted: bytes) -> None:
-    seen, deadline = b"", time.monotonic() + 15
+    seen, deadline = b"", time.monotonic() + 30
     while wanted not in seen:
         assert time.monotonic() < deadline, seen
         if select.select([terminal], [], [], 0.1)[0]:

@@ -60,7 +60,7 @@ def test_a_signal_ends_a_worker_that_is_logging() -> None:
         time.sleep(0.3)  # nobody reads the log: by now it waits inside of a line for the full pipe
         worker.send_signal(signal.SIGTERM)
         time.sleep(0.1)
-        log = worker.communicate(timeout=10)[1]
+        log = worker.communicate(timeout=30)[1]
         assert '"event": "draining"' in log.splitlines()[-1]
         assert worker.returncode == 0
     finally:
@@ -83,7 +83,7 @@ def test_a_worker_that_is_stopped_while_it_starts_leaves_no_pool(
         assert "has its pool\n" in worker.stdout
         (pool,) = mapped_segments(worker.pid)
         worker.send_signal(number)
-        assert worker.wait(timeout=10) == 128 + number
+        assert worker.wait(timeout=30) == 128 + number
         assert not (segment.DIRECTORY / pool).exists()
     finally:
         worker.kill()

@@ -4,6 +4,7 @@ import socket
 
 import pytest
 
+from benchmarks.ports import free_port
 from common.network.listening import check
 from common.start_error import AddressError
 
@@ -15,7 +16,7 @@ def test_free(address: str) -> None:
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0"])
 def test_taken(host: str) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
+    with socket.create_server(("127.0.0.1", free_port())) as server:
         address = f"{host}:{server.getsockname()[1]}"
         with pytest.raises(AddressError, match=f"^cannot listen on {address}: the port is taken$"):
             check(address)
@@ -23,7 +24,7 @@ def test_taken(host: str) -> None:
 
 
 def test_left_by_a_connection_that_was_closed() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
+    with socket.create_server(("127.0.0.1", free_port())) as server:
         host, port = server.getsockname()
         with socket.create_connection((host, port)) as caller:
             server.accept()[0].close()  # this side first: the kernel remembers it for a minute

@@ -81,7 +81,7 @@ def call(
 ) -> tuple[bytes | None, ssl.SSLSession | None, bool]:
     """The server's certificate, the session for the next call, and whether this one resumed the one that was given."""
     with (
-        socket.create_connection(("127.0.0.1", port), timeout=5) as connection,
+        socket.create_connection(("127.0.0.1", port), timeout=30) as connection,
         context.wrap_socket(connection, server_hostname="127.0.0.1", session=session) as secured,
     ):
         if not secured.recv(1):  # of HTTP/2's settings, which come once the server is content with the caller
@@ -196,7 +196,7 @@ def test_no_caller_is_lost_to_a_renewal(
                 assert call(port, context)[0] == certificate(files)
         finally:
             done.set()
-        assert all(count.result(10) for count in calling)
+        assert all(count.result(60) for count in calling)
     assert shown <= {certificate(first), certificate(renewed)}
 
 

@@ -59,6 +59,10 @@ def test_a_router_is_held_up_while_the_engine_takes_nothing(service: WorkerServi
     with grpc.insecure_channel(service.address) as channel:
         answers = worker_pb2_grpc.WorkerStub(channel).Connect(messages())
         next(answers)
+        deadline = time.monotonic() + 30
+        while service._inbox.qsize() < LIMIT:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
         seen = -1
         while seen != handed_over:  # until no more is taken from us
             seen = handed_over
@@ -140,12 +144,14 @@ def test_health_says_when_the_engine_hangs(service: WorkerService, monkeypatch: 
     monkeypatch.setattr(worker_service, "HEALTH_INTERVAL", 0.02)
 
     def eventually_serving(serving: bool, *, turns: bool) -> bool:
-        deadline = time.monotonic() + 10
-        while (probe(service.address, "") is None) != serving and time.monotonic() < deadline:
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            if (probe(service.address, "") is None) == serving:
+                return True
             if turns:
                 service.receive(timeout=0)
             time.sleep(0.01)
-        return (probe(service.address, "") is None) == serving
+        return False
 
     assert probe(service.address, "") == f"{service.address}: NOT_SERVING"  # nobody has said that it is ready
     service.receive(timeout=0)

@@ -144,13 +144,13 @@ class Cluster:
         self.processes[name].kill()
         self.processes[name].wait()
 
-    def wait_for(self, condition: Callable[[], bool], seconds: float = 5.0) -> None:
+    def wait_for(self, condition: Callable[[], bool], seconds: float = 20.0) -> None:
         deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline, f"it did not come true within {seconds} s: {self.client.load()}"
             time.sleep(0.02)
 
-    def assert_blocks_home(self, seconds: float = 5.0, client: Client | None = None) -> None:
+    def assert_blocks_home(self, seconds: float = 20.0, client: Client | None = None) -> None:
         """Every block of every worker is free or cached, and nobody holds or waits for anything: as the first router
         sees it, or that of `client`."""
 

@@ -107,9 +107,9 @@ def test_the_only_worker_is_killed(pair: Cluster, state: str, role: str) -> None
         asking.join(timeout=60)
         assert asking.error is None, "a decoding request needs no prefill worker"
     else:
-        asking.join(timeout=10)
+        asking.join(timeout=30)
         assert isinstance(asking.error, Unavailable)
-        assert time.monotonic() - killed < 2.0 + 0.5
+        assert time.monotonic() - killed < 5.0  # --worker-grace, and what a busy machine adds to it
     pair.start_worker(role, 0)
     pair.wait_until_ready()
     assert_well(pair)
@@ -167,7 +167,7 @@ def test_a_restarted_router_finds_its_workers_again(pair: Cluster) -> None:
     asking = Asking(pair.client, SHORT)
     reach(pair, asking, "decoding")
     pair.kill("router-0")
-    asking.join(timeout=10)
+    asking.join(timeout=30)
     assert isinstance(asking.error, Unavailable)
     pair.start_router()
     pair.wait_until_ready()
@@ -184,7 +184,7 @@ def test_a_worker_drains_on_sigterm(pairs: Cluster) -> None:
     assert asking.error is None
     assert asking.pieces[-1].finish is not None
     assert asking.pieces[-1].finish.usage.resumes == 0
-    assert pairs.processes[victim].wait(timeout=10) == 0
+    assert pairs.processes[victim].wait(timeout=30) == 0
     pairs.start_worker("decode", int(victim[-1]))
     pairs.wait_until_ready()
     assert_well(pairs)
@@ -205,7 +205,7 @@ def test_a_second_ctrl_c_hurries_and_leaves_nothing_behind_either() -> None:
             assert serve.poll() is None
             serve.send_signal(signal.SIGINT)
             threading.Thread(target=serve.stderr.read, daemon=True).start()
-            assert serve.wait(timeout=15) == 0
+            assert serve.wait(timeout=30) == 0
     assert not any(pool.exists() for pool in pools)
 
 
@@ -216,7 +216,7 @@ def test_nothing_is_left_behind(pair: Cluster) -> None:
     for name in ("router-0", "prefill-0", "decode-0"):
         pair.signal(name, signal.SIGTERM)
     for process in pair.processes.values():
-        assert process.wait(timeout=20) == 0
+        assert process.wait(timeout=60) == 0
     assert not any(pool.exists() for pool in pools)
     with pytest.raises(Unavailable), Client(pair.target) as client:
         client.model(timeout=2)

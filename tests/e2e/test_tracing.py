@@ -1,5 +1,6 @@
 """A request through real processes is one trace: the router's spans in the caller's, and the workers' below those."""
 
+import itertools
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,20 @@ IN_PLACE_TOKENS = 3
 
 SECRET_TEXT = "the quick brown fox"
 
+_seeds = itertools.count(100)  # of prompts that no test asks
+
+
+def wait_for_pairs(cluster: Cluster) -> None:
+    """Until something was handed over to each decode worker. One that has not read the prefill worker's pool yet is
+    ready, too, as it can prefill: it would get prompts that are to be handed over."""
+
+    def handed_over() -> bool:
+        cluster.client.generate(prompt(40, seed=next(_seeds)), max_tokens=2, ignore_eos=True)
+        return all(worker.totals.prompt_tokens > worker.totals.prefilled_tokens for worker in cluster.workers("decode"))
+
+    cluster.wait_for(handed_over)
+    cluster.assert_blocks_home()
+
 
 @pytest.fixture(scope="module")
 def traces() -> Iterator[Collector]:
@@ -43,6 +58,7 @@ def cluster(traces: Collector, tmp_path_factory: pytest.TempPathFactory) -> Iter
             decode=2,
             decode_flags={"prefill-tokens": IN_PLACE_TOKENS},
         ) as it:
+            wait_for_pairs(it)
             yield it
 
 
@@ -204,7 +220,7 @@ def test_a_killed_worker_is_a_failed_attempt_and_a_second_one(cluster: Cluster, 
 
     cluster.start_worker("decode", int(name.rpartition("-")[2]))
     cluster.wait_until_ready()
-    cluster.assert_blocks_home()
+    wait_for_pairs(cluster)
 
 
 def test_the_last_spans_are_sent_when_a_worker_stops(cluster: Cluster, traces: Collector) -> None:
@@ -214,5 +230,5 @@ def test_the_last_spans_are_sent_when_a_worker_stops(cluster: Cluster, traces: C
     for name in cluster.processes:
         cluster.signal(name, signal.SIGTERM)
     for process in cluster.processes.values():
-        assert process.wait(timeout=20) == 0
+        assert process.wait(timeout=60) == 0
     wait_for(traces, trace_id)

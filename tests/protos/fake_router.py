@@ -144,9 +144,10 @@ def serving(
     *,
     listen: str = "127.0.0.1:0",
     tls: grpc.ServerCredentials | None = None,
-    ready_after: float = 0.0,
+    ready: threading.Event | None = None,
 ) -> Iterator[FakeRouter]:
-    """Serves on a free port or at `listen`, on a thread of its own; `router.address` says where."""
+    """Serves on a free port or at `listen`, on a thread of its own; `router.address` says where. With `ready` it is
+    not ready before that is set."""
     loop = asyncio.new_event_loop()
     stop = asyncio.Event()
     started: Future[str] = Future()
@@ -161,7 +162,8 @@ def serving(
         await servicer.set(service_of_process(os.getpid()), health_pb2.HealthCheckResponse.SERVING)
         await server.start()
         started.set_result(f"127.0.0.1:{port}")
-        await asyncio.sleep(ready_after)
+        if ready is not None:
+            await asyncio.to_thread(ready.wait)
         await servicer.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
         await stop.wait()
         await server.stop(grace=0)
@@ -172,6 +174,8 @@ def serving(
         router.address = started.result(timeout=10)
         yield router
     finally:
+        if ready is not None:
+            ready.set()
         loop.call_soon_threadsafe(stop.set)
         thread.join(timeout=10)
         loop.close()

@@ -50,6 +50,7 @@ class Script:
     stop_after: int | None = None  # decode: goes silent after so many tokens of a sequence
     step_seconds: float = 0.0
     prefill_seconds: float = 0.0
+    prefill_when: asyncio.Event | None = None  # prefills nothing before it is set
     silent_at_prefill: bool = False  # decode: reserves, and never prefills
     unreadable: dict[str, str] = field(default_factory=dict)  # decode: why it can't read pools, by instance
     silent_of_pools: bool = False  # decode: never says whether it can
@@ -268,6 +269,8 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         """Announces it; None where the attempt ended before."""
         if self.script.prefill_seconds:
             await asyncio.sleep(self.script.prefill_seconds)
+        if self.script.prefill_when is not None:
+            await self.script.prefill_when.wait()
         if asked.attempt_id not in self.held:
             return None
         token = self.script.token(len(asked.sequence.token_ids))

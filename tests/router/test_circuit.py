@@ -1,12 +1,14 @@
 """Workers that keep failing are left alone for a while, and tried again with one request."""
 
 import asyncio
+import time
 from pathlib import Path
 
 import pytest
 
 from router.cluster import circuit
 from router.cluster.circuit import FAILURES, FIRST_PAUSE, LONGEST_PAUSE, Circuit
+from router.dispatch import blame
 from tests.router.cluster import Cluster, cluster, eventually, expected, request
 from tests.router.fake_worker import DECODE, PREFILL, Ended, FakeWorker, Script
 
@@ -19,6 +21,16 @@ class Clock:
 
     def monotonic(self) -> float:
         return self.now
+
+
+class Ahead:
+    """The time, and `seconds` more."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def monotonic(self) -> float:
+        return time.monotonic() + self.seconds
 
 
 @pytest.fixture
@@ -135,10 +147,7 @@ def bad_and_good(script: Script) -> list[Script | FakeWorker]:
     return [FakeWorker(DECODE, script, num_blocks=8192), FakeWorker(DECODE)]
 
 
-async def test_a_decode_worker_that_keeps_failing_is_left_alone_and_tried_again(
-    model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(circuit, "FIRST_PAUSE", 0.5)
+async def test_a_decode_worker_that_keeps_failing_is_left_alone_and_tried_again(model: Path, clock: Clock) -> None:
     script = Script(fail=ALWAYS)
     async with cluster(model, decodes=bad_and_good(script)) as it:
         bad, good = it.decodes
@@ -150,14 +159,15 @@ async def test_a_decode_worker_that_keeps_failing_is_left_alone_and_tried_again(
         for _ in range(5):
             await ask(it)
         assert len(bad.reserves) == FAILURES
-        await eventually(lambda: paused(it, "decode") == 0)
+        clock.now += FIRST_PAUSE
+        assert paused(it, "decode") == 0
         await ask(it, times=8)
         assert len(bad.reserves) == FAILURES + 1  # the probe, which failed: now the pause is twice as long
-        assert paused(it, "decode") == 1
-        await asyncio.sleep(0.6)
+        clock.now += 1.9 * FIRST_PAUSE
         assert paused(it, "decode") == 1
         script.fail = 0
-        await eventually(lambda: paused(it, "decode") == 0)
+        clock.now += 0.1 * FIRST_PAUSE
+        assert paused(it, "decode") == 0
         before = len(good.reserves)
         for _ in range(4):
             await ask(it)
@@ -165,16 +175,20 @@ async def test_a_decode_worker_that_keeps_failing_is_left_alone_and_tried_again(
         assert len(bad.starts) == 4
 
 
-async def test_a_probe_need_not_come_to_its_end(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_probe_need_not_come_to_its_end(model: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     """An answer may take minutes; for as long as the pause took is enough."""
-    monkeypatch.setattr(circuit, "FIRST_PAUSE", 0.1)
+    monkeypatch.setattr(circuit, "FIRST_PAUSE", 1000.0)  # longer than the test
+    of_probes = Ahead()
+    monkeypatch.setattr(blame, "time", of_probes)
     async with cluster(model, decodes=bad_and_good(Script(fail=FAILURES, step_seconds=0.005))) as it:
         for _ in range(FAILURES):
             await ask(it)
-        await eventually(lambda: paused(it, "decode") == 0)
+        clock.now += 1000
+        assert paused(it, "decode") == 0
         probe = it.stub.GenerateStream(request(max_tokens=2000))
         await eventually(lambda: bool(it.decodes[0].running))
         assert paused(it, "decode") == 1
+        of_probes.seconds = 1000
         await eventually(lambda: paused(it, "decode") == 0)
         assert it.decodes[0].running
         await ask(it)
@@ -182,6 +196,7 @@ async def test_a_probe_need_not_come_to_its_end(model: Path, monkeypatch: pytest
         probe.cancel()
 
 
+@pytest.mark.usefixtures("clock")
 async def test_a_prefill_worker_that_keeps_failing_is_left_alone(model: Path) -> None:
     bad = FakeWorker(PREFILL, Script(fail=ALWAYS))
     async with cluster(model, prefills=[bad]) as it:
@@ -196,6 +211,7 @@ async def test_a_prefill_worker_that_keeps_failing_is_left_alone(model: Path) ->
         assert paused(it, "prefill") == 1
 
 
+@pytest.mark.usefixtures("clock")
 async def test_a_prefill_worker_whose_kv_nobody_can_read_is_left_alone(model: Path) -> None:
     """The decode workers say so, and it could be their own fault as well; but with another one they do well."""
     unreadable = FakeWorker(PREFILL)
@@ -210,6 +226,7 @@ async def test_a_prefill_worker_whose_kv_nobody_can_read_is_left_alone(model: Pa
         assert (paused(it, "prefill"), paused(it, "decode")) == (1, 0)
 
 
+@pytest.mark.usefixtures("clock")
 async def test_a_worker_that_breaks_off_again_and_again_is_left_alone(model: Path) -> None:
     """Also where every start makes a new instance of it, and the stream is a new one."""
     async with cluster(model, decodes=bad_and_good(Script(stop_after=3)), worker_grace=5) as it:
@@ -256,14 +273,13 @@ async def test_what_is_not_the_workers_fault_is_not_held_against_it(model: Path,
             assert paused(it, "decode") == 0
 
 
+@pytest.mark.usefixtures("clock")  # it stands: no pause ends
 async def test_the_only_worker_is_tried_on(model: Path) -> None:
     fails = Script(end_after={3: [Ended.CAUSE_FAILED] * 2 * FAILURES})
     async with cluster(model, decodes=[fails], max_resumes=2 * FAILURES) as it:
-        began = asyncio.get_running_loop().time()
         choice = (await it.generate(max_tokens=40)).choices[0]
         assert list(choice.token_ids) == expected(40)
         assert choice.finish.usage.resumes == 2 * FAILURES
-        assert asyncio.get_running_loop().time() - began < FIRST_PAUSE
         assert paused(it, "decode") == 1
         await ask(it)
 

@@ -65,25 +65,29 @@ async def test_what_the_decode_worker_has_cached_does_not_count(model: Path) -> 
 async def test_what_a_prefill_worker_still_computes_does_not_count(model: Path) -> None:
     """Else the decode worker would find, when the prompt's turn comes, that it has to compute all of it."""
     prompts = [(*range(40, 88), token) for token in range(40, 44)]
-    slow = Script(prefill_seconds=0.05)
+    go_on = asyncio.Event()
+    slow = Script(prefill_when=go_on)
     async with cluster(model, prefills=[slow], decodes=[both(prefill_tokens=8, prefill_overflow_tokens=8)]) as it:
-        for prompt, answer in zip(
-            prompts, await asyncio.gather(*(it.generate(prompt=p) for p in prompts)), strict=True
-        ):
-            assert list(answer.choices[0].token_ids) == expected(8, prompt)
+        answers = [asyncio.ensure_future(it.generate(prompt=prompt)) for prompt in prompts]
+        await eventually(lambda: len(it.prefills[0].held) == 4)
+        go_on.set()
+        for prompt, answer in zip(prompts, answers, strict=True):
+            assert list((await answer).choices[0].token_ids) == expected(8, prompt)
         assert [reserve.prefill for reserve in it.decodes[0].reserves] == [False] * 4
 
 
 async def test_what_the_decode_worker_computes_for_a_prompt_before_counts(model: Path) -> None:
     first = tuple(range(40, 88))
     second = first + (40,) * 8
-    async with cluster(model, decodes=[both(Script(prefill_seconds=0.1), prefill_tokens=len(first))]) as it:
+    go_on = asyncio.Event()
+    async with cluster(model, decodes=[both(Script(prefill_when=go_on), prefill_tokens=len(first))]) as it:
         asked = asyncio.ensure_future(it.generate(prompt=first))
         await eventually(lambda: len(it.decodes[0].held) == 1)
         answer = asyncio.ensure_future(it.generate(prompt=second))
         await eventually(lambda: len(it.decodes[0].held) == 2)
         worker = next(worker for worker in it.router.dispatcher.workers.all() if worker.role == DECODE)
         assert worker.pending_tokens == len(second)
+        go_on.set()
         await asyncio.gather(asked, answer)
         assert [reserve.prefill for reserve in it.decodes[0].reserves] == [True, True]
 
@@ -124,12 +128,14 @@ def long_prompts(count: int) -> list[tuple[int, ...]]:
 
 
 async def test_prompts_that_wait_to_be_computed_send_others_elsewhere(model: Path) -> None:
-    slow = Script(prefill_seconds=0.2)
-    async with cluster(model, prefills=[], decodes=[both(slow), both(slow, num_blocks=4090)]) as it:
+    go_on = asyncio.Event()
+    slow = Script(prefill_when=go_on)
+    async with cluster(model, prefills=[], decodes=[both(slow), both(num_blocks=4090)]) as it:
         emptier, other = it.decodes
         first = asyncio.ensure_future(it.generate(prompt=long_prompts(1)[0]))
         await eventually(lambda: len(emptier.held) == 1)
         assert list((await it.generate()).choices[0].token_ids) == expected(8)
+        go_on.set()
         assert list((await first).choices[0].token_ids) == expected(8, long_prompts(1)[0])
         assert (len(emptier.reserves), len(other.reserves)) == (1, 1)
         assert [worker.pending_tokens for worker in it.router.dispatcher.workers.all()] == [0, 0]
@@ -146,12 +152,14 @@ async def test_what_is_to_be_computed_is_counted_out_however_it_ends(model: Path
 
 async def test_short_prompts_pass_those_that_wait_for_a_prefill_worker(model: Path) -> None:
     long = long_prompts(3)
-    slow = FakeWorker(PREFILL, Script(prefill_seconds=0.5), max_batch=50)
+    go_on = asyncio.Event()
+    slow = FakeWorker(PREFILL, Script(prefill_when=go_on), max_batch=50)
     async with cluster(model, prefills=[slow], decodes=[both(prefill_tokens=20)]) as it:
         answers = [asyncio.ensure_future(it.generate(prompt=prompt)) for prompt in long]
         await eventually(lambda: it.router.dispatcher.queued == 1)
         assert list((await it.generate()).choices[0].token_ids) == expected(8)
         assert it.router.dispatcher.queued == 1, "the long one waits on"
+        go_on.set()
         for prompt, answer in zip(long, answers, strict=True):
             assert list((await answer).choices[0].token_ids) == expected(8, prompt)
         assert [reserve.prefill for reserve in it.decodes[0].reserves] == [False, False, True, False]
@@ -160,12 +168,14 @@ async def test_short_prompts_pass_those_that_wait_for_a_prefill_worker(model: Pa
 async def test_a_decode_worker_helps_out_with_one_prompt_at_a_time(model: Path) -> None:
     prompts = long_prompts(5)
     slow = FakeWorker(PREFILL, Script(silent=True), max_batch=50)
-    helping = FakeWorker(DECODE, Script(prefill_seconds=0.1), prefill_overflow_tokens=len(prompts[0]))
+    go_on = asyncio.Event()
+    helping = FakeWorker(DECODE, Script(prefill_when=go_on), prefill_overflow_tokens=len(prompts[0]))
     async with cluster(model, prefills=[slow], decodes=[helping]) as it:
         calls = [it.stub.Generate(request(prompt=prompt), timeout=10) for prompt in prompts[:2]]
         await eventually(lambda: len(slow.prefills) == 2)
         answers = [asyncio.ensure_future(it.generate(prompt=prompt)) for prompt in prompts[2:]]
         await eventually(lambda: it.router.dispatcher.queued == 2)
+        go_on.set()
         for prompt, answer in zip(prompts[2:], answers, strict=True):
             assert list((await answer).choices[0].token_ids) == expected(8, prompt)
         assert [reserve.prefill for reserve in helping.reserves] == [False, False, True, True, True]
@@ -344,7 +354,7 @@ def stuck(worker: FakeWorker, state: str) -> bool:
 @pytest.mark.parametrize("how", ["cancel", "deadline"])
 async def test_a_client_that_goes_frees_the_worker(model: Path, state: str, how: str) -> None:
     async with cluster(model, prefills=[], decodes=[both(STATES[state])]) as it:
-        call = it.stub.Generate(request(max_tokens=100), timeout=0.3 if how == "deadline" else 10)
+        call = it.stub.Generate(request(max_tokens=100), timeout=1 if how == "deadline" else 10)
         await eventually(lambda: stuck(it.decodes[0], state))
         if how == "cancel":
             call.cancel()
@@ -380,7 +390,7 @@ async def test_with_no_worker_left_the_answer_is_unavailable_soon(model: Path, s
         error = await answer
         assert error.code() == grpc.StatusCode.UNAVAILABLE
         assert error.details() == "no decode worker is connected; it is safe to try again"
-        assert 0.2 < time.monotonic() - began < 1.5
+        assert 0.2 < time.monotonic() - began < 5
 
 
 async def test_without_its_prefill_worker_a_request_goes_on_in_place(model: Path) -> None:

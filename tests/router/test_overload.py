@@ -178,16 +178,18 @@ async def test_far_more_demand_than_room_is_served_in_order(model: Path) -> None
 
 async def test_a_batch_that_another_router_fills_is_waited_for(model: Path) -> None:
     """Not tried again and again, with a prefill in vain each time."""
-    busy = FakeWorker(DECODE, Script(step_seconds=0.05), max_batch=4)
+    busy = FakeWorker(DECODE, Script(stop_after=3), max_batch=4)
     busy.others = 4
     async with cluster(model, decodes=[busy]) as it:
         answers = asyncio.gather(*(it.generate() for _ in range(6)))
+        await eventually(lambda: it.router.dispatcher.queued == 6)
         await asyncio.sleep(0.3)
         assert (it.router.dispatcher.queued, busy.reserves, it.prefills[0].prefills) == (6, [], [])
         busy.others = 1
         busy.report()
         await eventually(lambda: len(busy.reserves) > 0)
         assert len(busy.reserves) == 3
+        busy.script.stop_after = None
         assert all(list(answer.choices[0].token_ids) == expected(8) for answer in await answers)
         await assert_well(it)
 

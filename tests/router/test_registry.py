@@ -63,9 +63,12 @@ async def test_a_refusal_is_logged_once_though_the_worker_is_asked_again(
     assert "worker refused" not in told[1:]
 
 
-async def test_refused_workers_take_over_once_those_that_they_do_not_fit_are_gone(model: Path) -> None:
+async def test_refused_workers_take_over_once_those_that_they_do_not_fit_are_gone(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As when a cluster is moved to other weights."""
-    async with cluster(model, worker_grace=1.0) as it:
+    monkeypatch.setattr(worker_link, "PAUSE_AFTER_REFUSAL", 60)
+    async with cluster(model, worker_grace=20) as it:
         before, after = it.workers, [FakeWorker(role, fingerprint="e" * 32) for role in (PREFILL, DECODE)]
         for worker in after:
             address = await worker.start()
@@ -79,7 +82,10 @@ async def test_refused_workers_take_over_once_those_that_they_do_not_fit_are_gon
         assert list((await it.generate()).choices[0].token_ids) == expected(8)
 
 
-async def test_a_restart_with_the_right_settings_is_noticed_at_once(model: Path) -> None:
+async def test_a_restart_with_the_right_settings_is_noticed_at_once(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_link, "PAUSE_AFTER_REFUSAL", 60)
     async with cluster(model, prefills=[FakeWorker(PREFILL, vocab_size=1)], ready=False) as it:
         wrong = it.prefills[0]
         await eventually(lambda: len(wrong.refusals) == 1)
@@ -90,7 +96,7 @@ async def test_a_restart_with_the_right_settings_is_noticed_at_once(model: Path)
         it.router.registry.register(
             worker_pb2.RegisterRequest(address=wrong.address, instance=right.instance, role=PREFILL)
         )
-        await eventually(it.introduced, seconds=2)
+        await eventually(it.introduced)
 
 
 async def test_a_first_worker_of_another_model_is_refused_too(model: Path) -> None:

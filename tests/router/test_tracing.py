@@ -123,7 +123,7 @@ async def test_a_cancelled_request_is_traced_to_its_end(model: Path, traces: Col
 async def test_a_deadline_that_passes_is_an_error(model: Path, traces: Collector) -> None:
     async with cluster(model, decodes=[Script(silent=True)], otlp_endpoint=traces.endpoint) as it:
         with pytest.raises(grpc.aio.AioRpcError):
-            await it.stub.Generate(request(), timeout=0.3, metadata=METADATA)
+            await it.stub.Generate(request(), timeout=1, metadata=METADATA)
         span = await the_call(traces)
     assert span.attributes["rpc.response.status_code"] == "DEADLINE_EXCEEDED"
     assert span.problem == "the caller's deadline passed"

@@ -109,7 +109,7 @@ class Engine:
                     self._drop(sequence)
 
     def _reserve(self, connection: int, reserve: pb.Reserve, draining: bool) -> None:
-        under_way = self._scheduler.get(reserve.attempt_id) is not None
+        under_way = self._scheduler.get(reserve.attempt_id) is not None or self._own_prompts.has(reserve.attempt_id)
         refusal = pb.Ended.CAUSE_DRAINING if draining else None
         spec = self._attempts.accept(connection, reserve, _length, refusal, under_way)
         if spec is None:

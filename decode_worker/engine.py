@@ -3,6 +3,7 @@ make one turn of the running batch; tell routers what came of them."""
 
 import time
 from collections import defaultdict
+from collections.abc import Iterable
 
 from common.kv.cache_report import CacheReport
 from common.kv.kv_pool import blocks_for
@@ -95,6 +96,7 @@ class Engine:
                 for orphan in self._scheduler.of_connection(received.connection):
                     self._drop(orphan)
                 continue
+            self._drop_all(received.message.ended)  # first: the router has given their room to new ones
             for handle in received.message.pools:
                 self._peers.prove(received.connection, handle)
             for reserve in received.message.reserves:
@@ -104,12 +106,10 @@ class Engine:
                 for start in received.message.starts
                 if (sequence := self._started(received.connection, start)) is not None
             )
-            for attempt_id in received.message.ended:
-                if (sequence := self._scheduler.get(attempt_id)) is not None:
-                    self._drop(sequence)
+            self._drop_all(received.message.ended)  # those that the same message asked for
 
     def _reserve(self, connection: int, reserve: pb.Reserve, draining: bool) -> None:
-        under_way = self._scheduler.get(reserve.attempt_id) is not None
+        under_way = self._scheduler.get(reserve.attempt_id) is not None or self._own_prompts.has(reserve.attempt_id)
         refusal = pb.Ended.CAUSE_DRAINING if draining else None
         spec = self._attempts.accept(connection, reserve, _length, refusal, under_way)
         if spec is None:
@@ -128,6 +128,11 @@ class Engine:
         )
         if admitted and reserve.prefill:
             self._own_prompts.add(sequence)
+
+    def _drop_all(self, attempt_ids: Iterable[int]) -> None:
+        for attempt_id in attempt_ids:
+            if (sequence := self._scheduler.get(attempt_id)) is not None:
+                self._drop(sequence)
 
     def _drop(self, sequence: Sequence) -> None:
         if sequence.state is State.RUNNING:

@@ -31,6 +31,10 @@ class OwnPrompts:
         """Whether all that is left to do waits for grammars to be compiled."""
         return self._loop.waits_for_grammar
 
+    def has(self, attempt_id: int) -> bool:
+        """Whether there is such a prompt, or chunks of one that was dropped are still being computed."""
+        return self._loop.scheduler.has(attempt_id)
+
     def add(self, sequence: Sequence) -> None:
         """Takes the sequence and its blocks over, until `turn` returns them."""
         blocks, sequence.blocks = sequence.blocks, []

@@ -23,7 +23,8 @@ MAX_PROBLEM = 400
 
 
 class PeerPools:
-    """
+    """Opened pools, and those that are being opened, by their owners' instances. For the engine's thread only.
+
     Args:
         layout: of the pool that is read into.
         device: where that pool lies.

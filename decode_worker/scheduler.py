@@ -28,7 +28,7 @@ class State(Enum):
 @dataclass(slots=True, eq=False)
 class Sequence:
     attempt_id: int
-    connection: int
+    connection: int  # of the router that asked for it
     spec: SequenceSpec
     tokens: list[int]  # prompt and output, as far as the host has read them
     state: State = State.RESERVED
@@ -37,7 +37,7 @@ class Sequence:
     promised: int = 0  # blocks for output that are not taken yet
     last_hash: bytes = b""  # of the last full block
     kv_len: int = 0  # tokens whose KV is there or is being computed by launched steps
-    steps_in_flight: int = 0
+    steps_in_flight: int = 0  # launched steps that write to its blocks and have not been read; a pull counts as one
     grammar: GrammarState | None = None  # how far the output is in its grammar, if it follows one
     trace: Span = OFF  # of the attempt
     received_at: float = field(default_factory=time.monotonic)

@@ -16,7 +16,7 @@ class Prompt:
     """A prompt on its way through the worker; it belongs to the scheduler until its last chunk has run."""
 
     attempt_id: int
-    connection: int
+    connection: int  # of the router that asked for it
     spec: SequenceSpec
     blocks: list[int] = field(default_factory=list)  # all or none; a decode worker's own prompts come with theirs
     cached_len: int = 0  # tokens whose KV was found in the pool

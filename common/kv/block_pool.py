@@ -80,8 +80,8 @@ class BlockPool:
     def peek(self, hashes: Sequence[bytes]) -> int:
         """How many of the leading `hashes` are found. Takes no reference and leaves the eviction order alone."""
         by_hash = self._by_hash
-        for hits, name in enumerate(hashes):
-            if name not in by_hash:
+        for hits, block_hash in enumerate(hashes):
+            if block_hash not in by_hash:
                 return hits
         return len(hashes)
 
@@ -103,8 +103,8 @@ class BlockPool:
         by_hash, references = self._by_hash, self._references
         older, newer = self._older, self._newer
         blocks: list[int] = []
-        for name in hashes:
-            block = by_hash.get(name)
+        for block_hash in hashes:
+            block = by_hash.get(block_hash)
             if block is None:
                 break
             if references[block] == 0:
@@ -144,11 +144,11 @@ class BlockPool:
         sentinel = self.num_blocks
         block = newer[sentinel]
         for _ in range(n):
-            name = hashes[block]
-            assert name is not None, "a cached block has a hash"
-            del by_hash[name]
+            block_hash = hashes[block]
+            assert block_hash is not None, "a cached block has a hash"
+            del by_hash[block_hash]
             if changes is not None:
-                changes[name] = False
+                changes[block_hash] = False
             hashes[block] = None
             evicted.append(block)
             block = newer[block]
@@ -158,8 +158,8 @@ class BlockPool:
         if changes is not None and len(changes) > sentinel:
             self._changes = None
 
-    def publish(self, block: int, hash: bytes) -> None:
-        """Makes a complete block findable by its 16-byte `hash`.
+    def publish(self, block: int, block_hash: bytes) -> None:
+        """Makes a complete block findable by its 16-byte `block_hash`.
 
         If another block has that hash already, `match` goes on finding that one, and this one becomes free (not cached)
         with its last release. Publishing a block again under its own hash changes nothing.
@@ -170,12 +170,12 @@ class BlockPool:
         if self._references[block] == 0:
             raise ValueError(f"block {block} is published, but nobody holds it")
         known = self._hashes[block]
-        if known is not None and known != hash:
+        if known is not None and known != block_hash:
             raise ValueError(f"block {block} is already published under another hash")
-        if self._by_hash.setdefault(hash, block) == block:
-            self._hashes[block] = hash
+        if self._by_hash.setdefault(block_hash, block) == block:
+            self._hashes[block] = block_hash
             if self._changes is not None:
-                self._changes[hash] = True
+                self._changes[block_hash] = True
 
     def release(self, blocks: Iterable[int]) -> None:
         """Drops one reference from each of `blocks`, given in the order of their sequence.

@@ -29,6 +29,6 @@ class CacheReport:
 
 def _packed(changes: dict[bytes, bool]) -> pb.CacheChanges:
     return pb.CacheChanges(
-        published=b"".join(name for name, found in changes.items() if found),
-        dropped=b"".join(name for name, found in changes.items() if not found),
+        published=b"".join(block_hash for block_hash, found in changes.items() if found),
+        dropped=b"".join(block_hash for block_hash, found in changes.items() if not found),
     )

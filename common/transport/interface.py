@@ -65,7 +65,7 @@ class PeerPool(Protocol):
         the source still held what it should: its owner raises a block's generation before rewriting it.
 
         Raises:
-            TransferFailed: the two lists do not match, or a block is outside its pool.
+            TransferFailed: the two lists do not match, a block is outside its pool, or the peer's pool was closed.
         """
 
     def generations_hold(self, blocks: Sequence[int], expected: Sequence[int]) -> bool:

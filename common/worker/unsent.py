@@ -10,7 +10,7 @@ from twostroke.v1 import worker_pb2 as pb
 
 log = structlog.get_logger(__name__)
 
-# A router that leaves this many messages or bytes unread is cut off: its sequences end, so memory stays bounded.
+# A router that leaves this many messages or bytes unread is cut off: its attempts end, so memory stays bounded.
 # Measuring a message takes as long as sending it, so the first ones, which nearly all routers keep up with, are not
 # measured.
 MAX_UNSENT_MESSAGES = 10_000
@@ -19,19 +19,28 @@ UNMEASURED_MESSAGES = 100
 
 
 class Unsent:
-    """A queue of messages; `ready` is set whenever there is something to take. `cut_off` ends the router's stream."""
+    """A queue of messages; `ready` is set whenever there is something to take.
+
+    Args:
+        cut_off: called once, when too much is unread. What is unread is forgotten then, and so is all that follows.
+    """
 
     def __init__(self, cut_off: Callable[[], object]) -> None:
         self.ready = asyncio.Event()
+        self.is_cut_off = False
         self._messages: deque[tuple[pb.WorkerMessage, int]] = deque()  # with the bytes of those that were measured
         self._bytes = 0
         self._cut_off = cut_off
 
     def put(self, message: pb.WorkerMessage) -> None:
+        if self.is_cut_off:
+            return
         count = len(self._messages)
         size = message.ByteSize() if count >= UNMEASURED_MESSAGES else 0
         if count >= MAX_UNSENT_MESSAGES or self._bytes + size > MAX_UNSENT_BYTES:
             log.error("a router does not read; cutting it off", unsent=count, mebibytes=self._bytes >> 20)
+            self.is_cut_off = True
+            self._messages.clear()
             self._cut_off()
             return
         self._messages.append((message, size))

@@ -200,9 +200,8 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         if hello is None or not hello.HasField("hello"):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message of a stream must be hello")
         yield pb.WorkerMessage(hello=self._hello)
-        task = asyncio.current_task()
-        assert task is not None
-        unsent = Unsent(cut_off=task.cancel)
+        # Nothing can be sent to a router that does not read: it is told of the end once it reads again.
+        unsent = Unsent(cut_off=lambda: reader.cancel())
         reader = asyncio.create_task(self._read(hello.hello.router, requests, unsent))
         try:
             while await unsent.ready.wait() and not reader.done():
@@ -211,6 +210,8 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
                     yield message
         finally:
             reader.cancel()
+        if unsent.is_cut_off:
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "the router left too many messages unread")
 
     async def _read(self, router: str, requests: AsyncIterator[pb.RouterMessage], unsent: Unsent) -> None:
         """Reads a router's messages. The engine sees the connection for as long as this runs."""

@@ -167,6 +167,34 @@ def test_health_says_when_the_engine_hangs(service: WorkerService, monkeypatch: 
         assert probe(service.address, "") is not None
 
 
+def test_a_router_that_was_cut_off_is_told_so_when_it_reads_again(
+    service: WorkerService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would else send requests to a worker that does not see it any more, until the silence strikes it."""
+    monkeypatch.setattr(unsent, "MAX_UNSENT_MESSAGES", LIMIT)
+    hello = worker_pb2.RouterMessage(hello=worker_pb2.RouterHello(router="r"))
+    done = threading.Event()
+
+    def messages() -> Iterator[worker_pb2.RouterMessage]:
+        yield hello
+        done.wait(30)
+
+    with grpc.insecure_channel(service.address) as channel:
+        answers = worker_pb2_grpc.WorkerStub(channel).Connect(messages(), timeout=20)
+        next(answers)
+        (connected,) = service.receive(timeout=5)
+        while (received := service.receive(timeout=0)) == []:
+            service.outgoing(connected.connection).cache.published = PAYLOAD
+            service.flush()
+        assert [(item.connection, item.message) for item in received] == [(connected.connection, None)]
+        assert service.connections == ()
+        with pytest.raises(grpc.RpcError) as error:
+            list(answers)
+        done.set()
+    assert isinstance(error.value, grpc.Call)
+    assert error.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
 @pytest.mark.parametrize(("most_messages", "most_bytes", "taken"), [(7, 1 << 30, 7), (1_000, 4_500, 6)])
 def test_a_router_that_reads_nothing_is_cut_off_by_messages_and_by_bytes(
     monkeypatch: pytest.MonkeyPatch, most_messages: int, most_bytes: int, taken: int
@@ -187,4 +215,6 @@ def test_a_router_that_reads_nothing_is_cut_off_by_messages_and_by_bytes(
         queue.put(message)
     assert not cut_off
     queue.put(message)
-    assert cut_off
+    queue.put(message)
+    assert len(cut_off) == 1
+    assert queue.take() is None, "a router must not miss messages and then get others"

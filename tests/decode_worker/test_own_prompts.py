@@ -169,6 +169,23 @@ def test_who_leaves_takes_nothing_along(loaded: LoadedModel, state: str, gone: s
     assert attempt not in one.ended
 
 
+def test_an_id_is_not_taken_again_before_the_last_chunk_of_the_dropped_prompt_is_computed(loaded: LoadedModel) -> None:
+    """As on a GPU, where a batch is under way between two turns. The new prompt would push out the old one, whose
+    blocks would never come home."""
+    dropped, other = (greedy(tokens, 4) for tokens in prompts((20, 20)))
+    one = worker(loaded, chunk_tokens=4)
+    one._own._loop._batches_ahead = 1
+    attempt = one.ask(dropped)
+    one.turn()
+    one.cancel(attempt)
+    one._attempts -= 1
+    assert one.ask(other) == attempt
+    for _ in range(20):
+        one.turn()
+    assert one.ended == {attempt: pb.Ended.CAUSE_REJECTED}
+    assert one.parts.blocks.in_use_count == 0
+
+
 def test_running_sequences_are_preempted_and_the_prompt_under_way_is_not(loaded: LoadedModel) -> None:
     asked = prompts((4, 4, 40))
     one = worker(loaded, blocks=15, chunk_tokens=2)

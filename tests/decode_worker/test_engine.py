@@ -1,0 +1,54 @@
+"""What a decode worker makes of a router's messages."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.in_process import spec
+from benchmarks.parts import LoadedModel, load_model, worker_parts
+from common.worker.sequence import SequenceSpec
+from common.worker.worker_service import Received
+from tests.one_worker import ROUTER, OneWorker
+from tests.router import models
+from tests.specs import sequence_to_proto
+from twostroke.v1 import worker_pb2 as pb
+
+BLOCK = 4
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    torch.set_num_threads(1)
+    directory: Path = models.write(tmp_path_factory.mktemp("tiny"), models.byte_level())
+    return load_model(directory, "float32", torch.device("cpu"), dummy=True, max_length=64)
+
+
+def sequence(first_token: int) -> SequenceSpec:
+    return spec(range(first_token, first_token + 10), 40, temperature=0, block_size=BLOCK)
+
+
+@pytest.mark.parametrize(("blocks", "max_batch"), [(40, 1), (11, 8)], ids=["full batch", "full pool"])
+def test_room_of_an_attempt_that_ended_goes_to_one_of_the_same_message(
+    loaded: LoadedModel, blocks: int, max_batch: int
+) -> None:
+    """As when a client cancels while others wait: a router packs both into one message."""
+    one = OneWorker(worker_parts(loaded, blocks, BLOCK), max_batch=max_batch)
+    first = one.ask(sequence(40))
+    one.turn()
+    second = one.ask(sequence(80))
+    message = one._wire.to_worker[-1].message
+    assert message is not None
+    message.ended.append(first)
+    one.finish()
+    assert one.refused == set()
+    assert one.ended == {second: pb.Ended.CAUSE_FINISHED}
+
+
+def test_an_attempt_that_its_own_message_ends_leaves_nothing(loaded: LoadedModel) -> None:
+    one = OneWorker(worker_parts(loaded, 40, BLOCK))
+    reserve = pb.Reserve(attempt_id=1, sequence=sequence_to_proto(sequence(40)), headroom_tokens=4)
+    one._wire.to_worker.append(Received(ROUTER, pb.RouterMessage(reserves=[reserve], ended=[1])))
+    one.turn()
+    assert one.scheduler.get(1) is None
+    assert one.parts.blocks.in_use_count == 0

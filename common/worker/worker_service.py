@@ -37,6 +37,9 @@ WRONG_SECRET = "the worker has a cluster secret, and this call not the same: set
 MAX_UNREAD_MESSAGES = 1_000
 UNREAD_PAUSE = 0.005  # seconds
 
+# A router's hello comes right behind its call.
+HELLO_SECONDS = 10.0
+
 # Most reasons to remember why routers refused this worker.
 MAX_REFUSALS = 256
 
@@ -196,9 +199,13 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         context: "grpc.aio.ServicerContext[pb.RouterMessage, pb.WorkerMessage]",
     ) -> AsyncIterator[pb.WorkerMessage]:
         """One router's stream, from its hello until either side goes."""
-        hello = await anext(requests, None)
+        hello = None
+        with suppress(TimeoutError):
+            async with asyncio.timeout(HELLO_SECONDS):
+                hello = await anext(requests, None)
         if hello is None or not hello.HasField("hello"):
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message of a stream must be hello")
+            sentence = f"the first message of a stream must be hello, within {HELLO_SECONDS:g} seconds"
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, sentence)
         yield pb.WorkerMessage(hello=self._hello)
         # Nothing can be sent to a router that does not read: it is told of the end once it reads again.
         unsent = Unsent(cut_off=lambda: reader.cancel())

@@ -43,6 +43,27 @@ def test_whatever_keeps_it_from_serving_is_raised(monkeypatch: pytest.MonkeyPatc
         WorkerService(worker_pb2.WorkerHello(), WorkerConfig(), peers.of_worker(WorkerConfig()))
 
 
+@pytest.mark.parametrize("first", [None, worker_pb2.RouterMessage(), worker_pb2.RouterMessage(ended=[1])])
+def test_a_stream_that_does_not_begin_with_hello_is_ended(
+    service: WorkerService, first: worker_pb2.RouterMessage | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_service, "HELLO_SECONDS", 0.2)
+    done = threading.Event()
+
+    def messages() -> Iterator[worker_pb2.RouterMessage]:
+        if first is not None:
+            yield first
+        done.wait(30)
+
+    with grpc.insecure_channel(service.address) as channel:
+        with pytest.raises(grpc.RpcError) as failed:
+            next(worker_pb2_grpc.WorkerStub(channel).Connect(messages(), timeout=20))
+        done.set()
+    assert failed.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "must be hello" in failed.value.details()
+    assert service.connections == ()
+
+
 def test_a_router_is_held_up_while_the_engine_takes_nothing(service: WorkerService) -> None:
     handed_over = 0
     done = threading.Event()

@@ -2,11 +2,12 @@
 
 import grpc
 import pytest
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2_grpc
 from structlog.testing import capture_logs
 
 from common.security import cluster_secret
 from common.security.cluster_secret import SecretInterceptor
+from tests.health import check
 
 
 @pytest.mark.parametrize(("again", "told"), [(600.0, 1), (0.0, 3)])
@@ -23,7 +24,7 @@ async def test_refused_calls_of_a_host_are_told_once_in_a_while(
             options = [("grpc.use_local_subchannel_pool", 1)]  # a connection of its own, as each try of a worker has
             async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options) as channel:
                 with pytest.raises(grpc.aio.AioRpcError) as refused:
-                    await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+                    await check(channel)
             assert refused.value.details() == "not the same secret"
     await server.stop(None)
     lines = [entry for entry in logs if entry["event"] == "call refused"]

@@ -7,7 +7,7 @@ from typing import Any
 
 import grpc
 import pytest
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2
 
 from common.network import peers
 from common.probe import main, probe
@@ -15,6 +15,7 @@ from common.security import certificates, cluster_secret
 from common.security.security_config import SecurityConfig, SettingsError, TlsConfig
 from common.worker.config import WorkerConfig
 from common.worker.worker_service import WorkerService
+from tests import health
 from tests.certificates import Signed, sign
 from twostroke.v1 import inference_pb2, worker_pb2, worker_pb2_grpc
 
@@ -72,7 +73,7 @@ def test_a_worker_with_a_secret_refuses_who_has_not(secret: Path, given: str | N
     with worker(cluster_secret_file=secret) as address, pytest.raises(grpc.RpcError) as refused:
         connect(address, metadata=metadata)
     assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
-    assert "--cluster-secret-file" in refused.value.details()
+    assert "--cluster-secret-file" in (refused.value.details() or "")
 
 
 def test_a_worker_with_mutual_tls_lets_in_who_its_authority_signed(signed: Signed, tmp_path: Path) -> None:
@@ -99,8 +100,7 @@ async def test_a_part_calls_with_renewed_files(signed: Signed, tmp_path: Path, m
 
     async def asked(address: str) -> int:
         async with part.channel(address, ()) as channel:
-            check = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=5)
-            return int((await check).status)
+            return await health.check(channel, timeout=5)
 
     with worker(tls_cert=signed.cert, tls_key=signed.key, tls_client_ca=signed.ca) as address:
         with pytest.raises(grpc.aio.AioRpcError, match="UNAVAILABLE"):

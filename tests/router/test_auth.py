@@ -3,12 +3,13 @@
 import asyncio
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2
 from prometheus_client import generate_latest
 from structlog.testing import capture_logs
 
@@ -21,6 +22,7 @@ from common.security.cluster_secret import METADATA_KEY
 from common.worker.config import WorkerConfig
 from common.worker.worker_service import WorkerService
 from router.callers.api_keys import make
+from tests import health
 from tests.certificates import Signed, sign
 from tests.router.cluster import PROMPT, Cluster, cluster, eventually, expected, request
 from tests.router.fake_worker import DECODE, PREFILL, FakeWorker, Script
@@ -101,8 +103,7 @@ async def test_the_scheme_is_bearer_in_any_case(model: Path, keys: Keys, authori
 
 async def test_health_is_open(model: Path, keys: Keys) -> None:
     async with cluster(model, api_keys=keys.path) as it:
-        answer = await health_pb2_grpc.HealthStub(it.channel).Check(health_pb2.HealthCheckRequest())
-        assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        assert await health.check(it.channel) == health_pb2.HealthCheckResponse.SERVING
 
 
 async def test_logs_name_the_caller_and_neither_key_nor_prompt(
@@ -295,10 +296,14 @@ async def test_parts_find_one_another_over_mutual_tls(
         "tls_client_ca": signed.ca,
     }
     mutual["tls_server_name"] = "cluster.internal"
+
+    def connected(service: WorkerService) -> bool:
+        return bool(service.connections)
+
     async with cluster(model, prefills=[], decodes=[], **mutual) as it:
         for role in (PREFILL, DECODE):
             service = await asyncio.to_thread(worker, role, router=(it.address,), **mutual)
-            await eventually(lambda service=service: service.connections)
+            await eventually(partial(connected, service))
             for connection in service.connections:
                 service.outgoing(connection).load.ready = True
             service.flush()

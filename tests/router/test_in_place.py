@@ -8,12 +8,13 @@ from typing import Any
 
 import grpc
 import pytest
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2
 
 from common.kv.prefix_hash import block_hashes, cache_root
 from router.cluster.prefix_index import PrefixIndex
 from router.dispatch import choose
 from router.dispatch.request import Request
+from tests import health
 from tests.router.cluster import PROMPT, Cluster, cluster, eventually, expected, request
 from tests.router.fake_worker import DECODE, PREFILL, Ended, FakeWorker, Script
 from tests.router.models import EOS
@@ -25,10 +26,6 @@ SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.Health
 
 def both(script: Script | None = None, prefill_tokens: int = 1, **hello: Any) -> FakeWorker:
     return FakeWorker(DECODE, script, prefill_tokens=prefill_tokens, **hello)
-
-
-async def health(it: Cluster) -> "health_pb2.HealthCheckResponse.ServingStatus.ValueType":
-    return (await health_pb2_grpc.HealthStub(it.channel).Check(health_pb2.HealthCheckRequest())).status
 
 
 async def failing(it: Cluster, **fields: Any) -> grpc.aio.AioRpcError:
@@ -101,7 +98,7 @@ async def test_a_single_token_is_not_worth_a_place_in_the_batch(model: Path) -> 
 async def test_without_a_prefill_worker_every_length_is_prefilled_in_place(model: Path) -> None:
     long = tuple(40 + place % 50 for place in range(1000))
     async with cluster(model, prefills=[], decodes=[both()]) as it:
-        assert await health(it) == SERVING
+        assert await health.check(it.channel) == SERVING
         for prompt in (PROMPT, long):
             assert list((await it.generate(prompt=prompt)).choices[0].token_ids) == expected(8, prompt)
         assert [reserve.prefill for reserve in it.decodes[0].reserves] == [True, True]
@@ -116,7 +113,7 @@ async def test_without_a_prefill_worker_those_that_only_decode_are_left_out(mode
 
 async def test_workers_that_only_decode_are_no_cluster(model: Path) -> None:
     async with cluster(model, prefills=[], decodes=[Script()], worker_grace=0.05) as it:
-        assert await health(it) == NOT_SERVING
+        assert await health.check(it.channel) == NOT_SERVING
         await asyncio.sleep(0.1)
         error = await failing(it)
         assert error.code() == grpc.StatusCode.UNAVAILABLE
@@ -191,7 +188,8 @@ async def test_a_single_token_is_computed_by_a_decode_worker_while_all_prefill_w
 ) -> None:
     prompts = long_prompts(3)
     slow = FakeWorker(PREFILL, Script(silent=True), max_batch=50)
-    helping = FakeWorker(DECODE, **{allowed: len(PROMPT)})
+    hello: dict[str, Any] = {allowed: len(PROMPT)}
+    helping = FakeWorker(DECODE, **hello)
     async with cluster(model, prefills=[slow], decodes=[helping]) as it:
         calls = [it.stub.Generate(request(prompt=prompt, max_tokens=1), timeout=10) for prompt in prompts]
         await eventually(lambda: it.router.dispatcher.queued == 1)
@@ -273,7 +271,7 @@ async def test_what_is_too_long_for_it_waits_for_a_prefill_worker(model: Path) -
 
 async def test_who_only_helps_out_prefills_all_while_there_is_no_prefill_worker(model: Path) -> None:
     async with cluster(model, prefills=[], decodes=[FakeWorker(DECODE, prefill_overflow_tokens=1)]) as it:
-        assert await health(it) == SERVING
+        assert await health.check(it.channel) == SERVING
         assert list((await it.generate()).choices[0].token_ids) == expected(8)
 
 
@@ -370,14 +368,14 @@ async def test_its_death_is_survived_on_another(model: Path, state: str) -> None
         await eventually(lambda: stuck(it.decodes[0], state))
         await it.decodes[0].die()
         await eventually(lambda: not it.router.dispatcher.workers.ready)
-        assert await health(it) == NOT_SERVING
+        assert await health.check(it.channel) == NOT_SERVING
         spare = both()
         it.decodes.append(spare)
         it.router.registry._keep_link((await spare.start(), DECODE))
         choice = (await answer).choices[0]
         assert list(choice.token_ids) == expected(20)
         assert choice.finish.usage.resumes == 1
-        assert await health(it) == SERVING
+        assert await health.check(it.channel) == SERVING
 
 
 @pytest.mark.parametrize("state", STATES)

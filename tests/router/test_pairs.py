@@ -5,19 +5,16 @@ from pathlib import Path
 
 import grpc
 import pytest
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2
 
 from router.cluster import workers
+from tests import health
 from tests.router.cluster import Cluster, cluster, eventually, expected
 from tests.router.fake_worker import DECODE, PREFILL, FakeWorker, Script
 from twostroke.v1 import inference_pb2 as pb
 from twostroke.v1 import worker_pb2
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
-
-
-async def health(it: Cluster) -> "health_pb2.HealthCheckResponse.ServingStatus.ValueType":
-    return (await health_pb2_grpc.HealthStub(it.channel).Check(health_pb2.HealthCheckRequest())).status
 
 
 def counted(it: Cluster) -> tuple[float | None, ...]:
@@ -54,7 +51,7 @@ async def test_the_other_host_takes_what_the_emptier_one_has_no_prefill_worker_f
 async def test_a_decode_worker_alone_on_its_host_prefills_itself_or_gets_nothing(model: Path) -> None:
     decodes = [FakeWorker(DECODE, host="b", prefill_tokens=1), FakeWorker(DECODE, host="c")]
     async with cluster(model, [FakeWorker(PREFILL, host="a")], decodes) as it:
-        assert await health(it) == SERVING
+        assert await health.check(it.channel) == SERVING
         assert list((await it.generate()).choices[0].token_ids) == expected(8)
         assert [reserve.prefill for reserve in decodes[0].reserves] == [True]
         assert not it.prefills[0].prefills
@@ -63,7 +60,7 @@ async def test_a_decode_worker_alone_on_its_host_prefills_itself_or_gets_nothing
 
 async def test_without_a_pair_on_one_host_nobody_is_served(model: Path) -> None:
     async with cluster(model, [FakeWorker(PREFILL, host="a")], [FakeWorker(DECODE, host="b")]) as it:
-        assert await health(it) == NOT_SERVING
+        assert await health.check(it.channel) == NOT_SERVING
         with pytest.raises(grpc.aio.AioRpcError) as failed:
             await it.generate()
         assert failed.value.code() == grpc.StatusCode.UNAVAILABLE
@@ -83,7 +80,7 @@ async def test_without_a_pair_on_one_host_nobody_is_served(model: Path) -> None:
 async def test_a_pair_that_breaks_leaves_the_router_not_serving(model: Path) -> None:
     prefills = [FakeWorker(PREFILL, host=host) for host in ("a", "b")]
     async with cluster(model, prefills, [FakeWorker(DECODE, host="a")]) as it:
-        assert await health(it) == SERVING
+        assert await health.check(it.channel) == SERVING
         await prefills[0].die()
         await eventually(lambda: not it.router.dispatcher.workers.ready)
         with pytest.raises(grpc.aio.AioRpcError, match="on a decode worker's host"):
@@ -100,7 +97,7 @@ async def test_workers_of_which_one_cannot_read_the_other_serve_nobody_until_it_
     prefill = FakeWorker(PREFILL)
     decode = FakeWorker(DECODE, Script(unreadable={prefill.instance: PROBLEM}))
     async with cluster(model, [prefill], [decode]) as it:
-        assert await health(it) == NOT_SERVING
+        assert await health.check(it.channel) == NOT_SERVING
         load = await it.stub.GetLoad(pb.GetLoadRequest())
         assert [worker.ready for worker in load.workers] == [False, False]
         reason = f"cannot read the KV of a prefill worker: {PROBLEM}"
@@ -118,7 +115,7 @@ async def test_workers_of_which_one_cannot_read_the_other_serve_nobody_until_it_
         await eventually(lambda: len(decode.pools) > 2)  # it is asked again and again
         decode.script.unreadable.clear()
         await eventually(lambda: it.router.dispatcher.workers.ready)
-        assert await health(it) == SERVING
+        assert await health.check(it.channel) == SERVING
         load = await it.stub.GetLoad(pb.GetLoadRequest())
         assert not load.problems
         assert [worker.ready for worker in load.workers] == [True, True]
@@ -143,7 +140,7 @@ async def test_a_decode_worker_that_reads_nobody_gets_only_what_it_prefills_itse
     prefill = FakeWorker(PREFILL)
     decode = FakeWorker(DECODE, Script(unreadable={prefill.instance: PROBLEM}), prefill_tokens=1)
     async with cluster(model, [prefill], [decode]) as it:
-        assert await health(it) == SERVING
+        assert await health.check(it.channel) == SERVING
         assert list((await it.generate()).choices[0].token_ids) == expected(8)
         assert [reserve.prefill for reserve in decode.reserves] == [True]
         assert not prefill.prefills

@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 import pytest
 import structlog
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from prometheus_client import generate_latest
 from structlog.testing import capture_logs
@@ -22,6 +22,7 @@ from router.callers.limits import CALLER, EVERYONE, Caller
 from router.errors import CallError
 from router.prompts.tokenizer import Tokenizer
 from router.service import gather
+from tests import health
 from tests.router import models
 from tests.router.cluster import PROMPT, cluster, eventually, expected, request
 from tests.router.fake_worker import Script
@@ -296,7 +297,8 @@ async def test_a_short_chat_that_its_template_makes_long_is_tokenized_on_a_threa
     monkeypatch.setattr(Tokenizer, "_encode", noted)
     async with cluster(directory) as it:
         for content in ("a" * 50, "a" * 500):
-            await it.stub.Tokenize(pb.TokenizeRequest(chat=pb.Chat(messages=[{"role": "user", "content": content}])))
+            chat = pb.Chat(messages=[pb.ChatMessage(role="user", content=content)])
+            await it.stub.Tokenize(pb.TokenizeRequest(chat=chat))
     assert threads == [(1_000, True), (10_000, False)]
 
 
@@ -412,11 +414,9 @@ async def test_one_callers_texts_hold_up_nobody_else(model: Path, monkeypatch: p
 
 async def test_health_is_that_of_the_pair(model: Path) -> None:
     async with cluster(model) as it:
-        health = health_pb2_grpc.HealthStub(it.channel)
 
         async def status(service: str) -> int:
-            answer = await health.Check(health_pb2.HealthCheckRequest(service=service))
-            return int(answer.status)
+            return await health.check(it.channel, service)
 
         serving, not_serving = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
         for service in ("", "twostroke.v1.Inference", "twostroke.v1.Registry"):
@@ -432,8 +432,9 @@ async def test_health_is_that_of_the_pair(model: Path) -> None:
 
 async def test_reflection_lists_the_services(model: Path) -> None:
     async with cluster(model) as it:
-        stub = reflection_pb2_grpc.ServerReflectionStub(it.channel)
-        call = stub.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(list_services="")]))
+        stub_of: Any = reflection_pb2_grpc.ServerReflectionStub
+        asked = iter([reflection_pb2.ServerReflectionRequest(list_services="")])
+        call = stub_of(it.channel).ServerReflectionInfo(asked)
         names = {service.name for answer in [await call.read()] for service in answer.list_services_response.service}
         assert {"twostroke.v1.Inference", "twostroke.v1.Registry", "grpc.health.v1.Health"} <= names
 

@@ -14,6 +14,7 @@ from common.sampling.parameters import SamplingParams
 from kernels.sampling import philox_uniform
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+LENGTHS: tuple[int, ...]
 LENGTHS = (1, 2, 3, 5, 8, 15, 16, 17, 31, 32, 33, 47, 48, 63, 64, 65, 80, 100, 127, 128, 129, 150, 200, 255, 256)
 LENGTHS += (300, 400, 511, 512, 700, 1_000, 1_500)
 

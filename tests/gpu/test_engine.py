@@ -4,6 +4,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -84,7 +85,7 @@ def test_more_prompts_than_a_batch_holds(smol: Engines) -> None:
     asked = text(smol.directory, [1 + index % 11 for index in range(150)])
     outputs = smol.engine(blocks=1024, max_batch_tokens=256).run(greedy(asked, 4))
     assert_greedy(smol.directory, asked, outputs, 4)
-    special = ({}, {"logprobs": 2}, {"logit_bias": ((5, 0.0),)})
+    special: tuple[dict[str, Any], ...] = ({}, {"logprobs": 2}, {"logit_bias": ((5, 0.0),)})
     mixed = [
         replace(wanted, sampling=replace(wanted.sampling, **special[index % 3]))
         for index, wanted in enumerate(greedy(asked[:20], 4))

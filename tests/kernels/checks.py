@@ -63,9 +63,9 @@ def check_linear(
 
     residual = randn(rows, outputs, dtype=dtype, seed=5)
     expected = linear.add_linear(Hidden(residual.double()), x.double(), weight.double(), wide_bias, None)
-    actual = triton_linear.add_linear(Hidden(residual), x, weight, bias, None)
-    assert actual.states.data_ptr() == residual.data_ptr()
-    assert_close(actual.states, expected.states)
+    added = triton_linear.add_linear(Hidden(residual), x, weight, bias, None)
+    assert added.states.data_ptr() == residual.data_ptr()
+    assert_close(added.states, expected.states)
 
 
 def check_norm_gated_linear(rows: int, intermediate: int, inputs: int, dtype: torch.dtype) -> None:

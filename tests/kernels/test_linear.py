@@ -1,5 +1,7 @@
 """The linear references by their definition, on both sides of every choice that a CPU makes."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -26,7 +28,7 @@ def _normed(x: Tensor, norm: Tensor) -> Tensor:
 def test_against_the_definition_in_float64(rows: int, outputs: int, dtype: torch.dtype) -> None:
     x, norm = _randn(rows, 40, dtype=dtype, seed=1), _randn(40, dtype=dtype, seed=2)
     weight, bias = _randn(outputs, 40, dtype=dtype, seed=3), _randn(outputs, dtype=dtype, seed=4)
-    tolerance = {"rtol": 1e-5, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.5}
+    tolerance: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.5}
     product = _normed(x, norm) @ weight.double().T
 
     def close(actual: Tensor, expected: Tensor) -> None:

@@ -47,7 +47,8 @@ def _kept(logits: Tensor, temperature: float, top_k: int, top_p: float, min_p: f
     if top_p < 1:
         p[likelier >= top_p] = 0
     p[p < min_p * p.max()] = 0
-    return p / p.sum()
+    kept: NDArray[np.float64] = p / p.sum()
+    return kept
 
 
 def _philox(key: int, counter: int) -> int:

@@ -69,7 +69,7 @@ def paths(descriptor: Descriptor, prefix: tuple[str, ...] = ()) -> Iterator[Path
         names = (*prefix, field.name)
         yield Path(names, field)
         if _is_message(field) and not _is_map(field):
-            yield from paths(field.message_type, names)
+            yield from paths(_message_type(field), names)
 
 
 def messages(descriptor: Descriptor, known: Callable[[FieldDescriptor], Strategy | None] | None = None) -> Strategy:
@@ -89,7 +89,7 @@ def messages(descriptor: Descriptor, known: Callable[[FieldDescriptor], Strategy
 def values(field: FieldDescriptor, known: Callable[[FieldDescriptor], Strategy | None] | None = None) -> Strategy:
     """What a field can be set to: the ends of its range, and beyond all measure."""
     if _is_map(field):
-        key, value = (field.message_type.fields_by_name[name] for name in ("key", "value"))
+        key, value = (_message_type(field).fields_by_name[name] for name in ("key", "value"))
         few = st.dictionaries(_single(key, known), _single(value, known), max_size=3)
         return few | _single(value, known).map(lambda it: dict.fromkeys(range(_MANY), it))
     single = _single(field, known)
@@ -115,6 +115,7 @@ def _anything(field: FieldDescriptor, known: Callable[[FieldDescriptor], Strateg
     if kind == FieldDescriptor.TYPE_BOOL:
         return st.booleans()
     if kind == FieldDescriptor.TYPE_ENUM:
+        assert field.enum_type is not None
         declared = [value.number for value in field.enum_type.values]
         return st.sampled_from([*declared, max(declared) + 1, 2**31 - 1, -(2**31)])
     if kind == FieldDescriptor.TYPE_STRING:
@@ -124,7 +125,7 @@ def _anything(field: FieldDescriptor, known: Callable[[FieldDescriptor], Strateg
     if kind == FieldDescriptor.TYPE_BYTES:
         return st.sampled_from([b"", b"\0", b"x" * _LONG]) | st.binary(max_size=40)
     assert _is_message(field), f"{field.full_name} is of a type that nobody thought of"
-    return messages(field.message_type, known)
+    return messages(_message_type(field), known)
 
 
 def _repeats(value: object) -> int:
@@ -136,8 +137,13 @@ def _is_message(field: FieldDescriptor) -> bool:
     return field.type == FieldDescriptor.TYPE_MESSAGE
 
 
+def _message_type(field: FieldDescriptor) -> Descriptor:
+    assert field.message_type is not None
+    return field.message_type
+
+
 def _is_map(field: FieldDescriptor) -> bool:
-    return _is_message(field) and bool(field.message_type.GetOptions().map_entry)
+    return _is_message(field) and bool(_message_type(field).GetOptions().map_entry)
 
 
 def _assign(message: Message, field: FieldDescriptor, value: Any) -> None:

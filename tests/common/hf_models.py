@@ -71,7 +71,7 @@ def save(name: str, directory: Path, max_shard_size: str = "5GB") -> PreTrainedM
     """Writes a random model to `directory`. Every parameter is random, norms and biases too, and large enough that
     greedy answers do not repeat one token."""
     torch.manual_seed(list(CONFIGS).index(name))
-    model = AutoModelForCausalLM.from_config(CONFIGS[name], dtype=torch.float32).eval()
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(CONFIGS[name], dtype=torch.float32).eval()
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             offset = 1.0 if parameter_name.endswith("norm.weight") else 0.0
@@ -88,10 +88,11 @@ def load_ours(directory: Path, dtype: str = "float32") -> Model:
 @torch.inference_mode()
 def greedy(model: PreTrainedModel, prompts: list[list[int]], count: int) -> list[list[int]]:
     """transformers' own answers, each prompt alone."""
+    generate: Any = model.generate  # of a mixin that the class has in its subclasses only
     answers = []
     for prompt in prompts:
         ids = torch.tensor([prompt])
-        output = model.generate(
+        output = generate(
             ids,
             attention_mask=torch.ones_like(ids),
             do_sample=False,

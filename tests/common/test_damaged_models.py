@@ -280,6 +280,6 @@ def test_a_disk_that_fills_up_while_weights_are_written_is_no_damage(tmp_path: P
     write_gguf(source)
     gguf_import.convert(source, tmp_path)
     size = (tmp_path / "model.safetensors").stat().st_size
-    command = [sys.executable, "-c", WITH_A_FILE_LIMIT, source, tmp_path, str(size - 1)]
+    command: list[str | Path] = [sys.executable, "-c", WITH_A_FILE_LIMIT, source, tmp_path, str(size - 1)]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert run.stdout == "File too large\n"

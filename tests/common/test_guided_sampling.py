@@ -63,7 +63,8 @@ def test_nothing_but_what_goes_on_with_a_choice_may_come(guided: GuidedSampling,
     table = token_bytes.read(tokenizer, models.VOCAB_SIZE).table
     texts = [choice.encode() for choice in CHOICES]
     for choice in CHOICES:
-        state, before, output = begin(guided), b"", []
+        state, before = begin(guided), b""
+        output: list[int] = []
         for token in tokenizer.encode(choice).ids:
             may = tokens_of(guided.allowed({0: state}))
             assert tokens_of(guided.allowed({0: begin(guided, output=output)})) == may, "replayed"

@@ -22,8 +22,8 @@ async def watching(health: Health, service: str, watchers: int) -> AsyncIterator
     await server.start()
     try:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-            watch = health_pb2_grpc.HealthStub(channel).Watch
-            yield [watch(health_pb2.HealthCheckRequest(service=service)) for _ in range(watchers)]
+            stub: Any = health_pb2_grpc.HealthStub(channel)
+            yield [stub.Watch(health_pb2.HealthCheckRequest(service=service)) for _ in range(watchers)]
     finally:
         await server.stop(None)
 
@@ -55,5 +55,6 @@ async def test_a_service_that_is_not_there_yet_and_the_end() -> None:
         await health.enter_graceful_shutdown()
         assert await read(watcher) == NOT_SERVING
         await health.set("it", SERVING)  # which counts no more
-        check = await health.Check(health_pb2.HealthCheckRequest(service="it"), None)
+        no_context: Any = None
+        check = await health.Check(health_pb2.HealthCheckRequest(service="it"), no_context)
         assert check.status == NOT_SERVING

@@ -2,11 +2,13 @@
 
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from common.security.pem import Own, read
 from common.security.security_config import SecurityConfig, SettingsError, TlsConfig
@@ -43,7 +45,7 @@ def test_what_is_wrong_is_said(signed: Signed, tmp_path: Path, given: dict[str, 
     (tmp_path / "no pem").write_text("[alice]\n")
     (tmp_path / "locked").write_bytes(locked(signed.key.read_bytes()))
     files = {"ca": signed.ca, "cert": signed.cert, "key": signed.key, "other key": other.key}
-    paths = {flag: files.get(name, tmp_path / name) for flag, name in given.items()}
+    paths: dict[str, Any] = {flag: files.get(name, tmp_path / name) for flag, name in given.items()}
     with pytest.raises(SettingsError, match=sentence):
         read(SecurityConfig(**paths))
 
@@ -70,7 +72,7 @@ def test_it_is_known_when_a_certificate_expires(tmp_path: Path, year: int) -> No
 def test_a_certificate_for_callers_only_is_read_all_the_same(tmp_path: Path) -> None:
     """Python does not tell when it expires."""
     key, name = ec.generate_private_key(ec.SECP256R1()), x509.Name([])
-    usage = x509.ExtendedKeyUsage([x509.ExtendedKeyUsageOID.CLIENT_AUTH])
+    usage = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH])
     certificate = (
         x509.CertificateBuilder(name, name, key.public_key(), 1, datetime(2001, 1, 1), THEN)
         .add_extension(usage, critical=True)

@@ -157,9 +157,9 @@ def test_plain_sequences_want_nothing() -> None:
 def test_warming_up_samples_adjusted_logits_of_few_rows_and_of_many() -> None:
     sampled: list[tuple[int, torch.dtype]] = []
 
-    def sample(logits: torch.Tensor, *arguments: torch.Tensor) -> torch.Tensor:
+    def sample(logits: torch.Tensor, *arguments: Any, **named: Any) -> torch.Tensor:
         sampled.append((len(logits), logits.dtype))
-        return sampling.sample(logits, *arguments)
+        return sampling.sample(logits, *arguments, **named)
 
     warm_up(sample, VOCAB, torch.bfloat16, CPU)
     assert sampled == [(1, torch.float32), (64, torch.float32)]

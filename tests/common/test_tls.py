@@ -214,12 +214,17 @@ def test_a_channel_connects_with_the_files_of_its_making(
             pass
         return found
 
+    def credentials(files: TlsConfig) -> grpc.ChannelCredentials:
+        made = channel_credentials(pem.read(files))
+        assert made is not None
+        return made
+
     with ExitStack() as open_until_the_end:
-        right = channel_credentials(pem.read(TlsConfig(signed.ca, signed.cert, signed.key)))
+        right = credentials(TlsConfig(signed.ca, signed.cert, signed.key))
         stays = open_until_the_end.enter_context(grpc.secure_channel(target, right))
         assert state(stays) is READY
         for expected in (FAILED, READY):
-            channel = grpc.secure_channel(target, channel_credentials(pem.read(mine)))
+            channel = grpc.secure_channel(target, credentials(mine))
             assert state(open_until_the_end.enter_context(channel)) is expected
             renewed.become(signed)
         replace(signed.ca, sign(signed.ca.parent / "third").ca.read_bytes())

@@ -16,7 +16,7 @@ LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
 def test_tables_are_those_of_the_code() -> None:
-    command = [sys.executable, ROOT / "docs" / "tables.py", "--check"]
+    command: list[str | Path] = [sys.executable, ROOT / "docs" / "tables.py", "--check"]
     checked = subprocess.run(command, capture_output=True, text=True, check=False)
     assert checked.returncode == 0, checked.stderr
 

@@ -10,6 +10,7 @@ from tests.e2e.prompts import prompts
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
+ALL_LENGTHS: tuple[int, ...]
 ALL_LENGTHS = (1, 2, 3, 5, 8, 15, 16, 17, 31, 32, 33, 47, 48, 63, 64, 65, 80, 100, 127, 128, 129, 150, 200, 255, 256)
 ALL_LENGTHS += (257, 272, 300, 383, 384, 512, 1_500)
 SOME_LENGTHS = (1, 7, 16, 33, 64, 129, 257)

@@ -59,9 +59,9 @@ def test_those_with_a_grammar_follow_it_and_the_others_are_as_ever(
     loaded: LoadedModel, directory: Path, max_batch_tokens: int
 ) -> None:
     one = OnePrefillWorker(worker_parts(loaded, 60, BLOCK), max_batch_tokens)
-    token = Tokenizer.from_file(str(directory / "tokenizer.json")).token_to_id
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
     plain = [asked(place) for place in (20, 40, 60)]
-    a, zero, nine = token("a"), token("0"), token("9")
+    a, zero, nine = (models.token_id(tokenizer, token) for token in "a09")
     expected = {prefilled.attempt_id: prefilled for prefilled in answered(one, *plain).prefilled}
     begun = asked(40, follows=DIGITS)
     resumed = asked(60, output=(a, zero), follows=DIGITS)
@@ -87,7 +87,9 @@ def test_one_whose_grammar_is_not_compiled_yet_holds_up_nobody(
     assert not one.turn().prefilled
     assert one._wire.timeouts[-2:] == [0.0, GRAMMAR_POLL_SECONDS], "it comes as soon as it can, and nothing spins"
     go_on.set()
-    one.parts.grammar_state(specs[0]).matcher()  # waits for it
+    state = one.parts.grammar_state(specs[0])
+    assert state is not None
+    state.matcher()  # waits for it
     assert [prefilled.attempt_id for prefilled in one.turn().prefilled] == [2]
     assert not one.turn().prefilled
     assert not one.turn().prefilled

@@ -4,7 +4,7 @@ import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -429,6 +429,7 @@ def test_a_request_that_no_router_takes(client: Client, router: FakeRouter) -> N
     assert router.requests[0].ByteSize() == MAX_REQUEST_BYTES == MAX_MESSAGE_BYTES
     text = "x" * (MAX_REQUEST_BYTES - overhead + 1)
     refusal = "^request: has 4194305 bytes; at most 4194304 are allowed$"
+    call: Callable[[str], object]
     for call in (client.generate, client.stream):
         with pytest.raises(twostroke.InvalidArgument, match=refusal):
             call(text)

@@ -24,6 +24,7 @@ def test_a_clone_called_twostroke_does_not_hide_the_client(tmp_path: Path) -> No
     (wheel,) = tmp_path.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(site)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    command = [sys.executable, "-S", "-c", FIND, site]  # -S: not what is installed in this environment
+    # -S: not what is installed in this environment
+    command: list[str | Path] = [sys.executable, "-S", "-c", FIND, site]
     found = subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True)
     assert found.stdout.strip() == str(protos / "twostroke" / "__init__.py")

@@ -65,7 +65,7 @@ class Cluster:
 def request(
     prompt: Sequence[int] = PROMPT, max_tokens: int | None = 8, stopping: dict[str, Any] | None = None, **fields: Any
 ) -> pb.GenerateRequest:
-    limits = {} if max_tokens is None else {"max_tokens": max_tokens}
+    limits: dict[str, Any] = {} if max_tokens is None else {"max_tokens": max_tokens}
     if "text" not in fields and "chat" not in fields:
         fields["token_ids"] = pb.TokenIds(ids=prompt)
     return pb.GenerateRequest(stopping=pb.Stopping(**limits, **(stopping or {})), **fields)

@@ -46,5 +46,6 @@ def test_special_tokens_alone_have_signs() -> None:
     [("<think>", True), ("x<think>\n\n", True), ("<think>\n\n</think>\n\n", False), ("<think>x", False), ("", False)],
 )
 def test_a_prompt_that_opens_the_reasoning(prompt: str, opens: bool) -> None:
-    assert answer_format.of(R1, {}.get, frozenset()).opens_reasoning(prompt) == opens
-    assert not answer_format.of(LLAMA, {}.get, frozenset()).opens_reasoning(prompt)
+    ids: dict[str, int] = {}
+    assert answer_format.of(R1, ids.get, frozenset()).opens_reasoning(prompt) == opens
+    assert not answer_format.of(LLAMA, ids.get, frozenset()).opens_reasoning(prompt)

@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -99,7 +100,8 @@ async def test_a_change_is_noticed_and_a_wrong_one_is_not_followed(path: Path, m
             after = keys.caller(key)
             assert after is not None
             assert after.usage.running == 1  # what ran before still counts
-            for change in (lambda: write(path, "[alice"), path.unlink):
+            changes: list[Callable[[], object]] = [lambda: write(path, "[alice"), path.unlink]
+            for change in changes:
                 logs.clear()
                 change()
                 await eventually(lambda: any(entry["log_level"] == "error" for entry in logs))

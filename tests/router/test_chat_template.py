@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from common.model import model_files
 from router.errors import InvalidArgument
@@ -73,13 +73,13 @@ def ours(source: str, messages: list[dict[str, Any]], **options: Any) -> str:
 def theirs(
     source: str | None,
     messages: list[dict[str, Any]],
-    tokenizer: PreTrainedTokenizerFast | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     add_generation_prompt: bool = True,
-    tools: list[dict[str, Any]] | None = None,
+    tools: list[Any] | None = None,
     template_variables: dict[str, Any] | None = None,
 ) -> str:
     tokenizer = tokenizer or PreTrainedTokenizerFast(tokenizer_object=models.byte_level(), **SPECIAL)
-    rendered: str = tokenizer.apply_chat_template(
+    rendered = tokenizer.apply_chat_template(
         messages,
         chat_template=source,
         tokenize=False,
@@ -87,6 +87,7 @@ def theirs(
         tools=tools,
         **(template_variables or {}),
     )
+    assert isinstance(rendered, str)
     return rendered
 
 

@@ -257,7 +257,7 @@ async def test_faults_without_end_are_answered_with_unavailable(model: Path) -> 
     async with cluster(model, decodes=[Script(lose_lease=10**9)], max_resumes=2) as it:
         error = await failing(it)
         assert error.code() == grpc.StatusCode.UNAVAILABLE
-        assert error.details().startswith("gave up after 3 faults; the last: lease_lost")
+        assert (error.details() or "").startswith("gave up after 3 faults; the last: lease_lost")
         assert len(it.decodes[0].starts) == 3
 
 
@@ -265,7 +265,7 @@ async def test_a_worker_that_preempts_what_has_no_token_yet_is_at_fault(model: P
     async with cluster(model, prefills=[Script(preempt=10**9)], max_resumes=2) as it:
         error = await failing(it)
         assert error.code() == grpc.StatusCode.UNAVAILABLE
-        assert error.details().startswith("gave up after 3 faults; the last: preempted")
+        assert (error.details() or "").startswith("gave up after 3 faults; the last: preempted")
         assert len(it.prefills[0].prefills) == 3
 
 
@@ -443,7 +443,7 @@ async def test_without_workers_a_new_request_fails_at_once(model: Path) -> None:
         began = time.monotonic()
         error = await failing(it)
         assert error.code() == grpc.StatusCode.UNAVAILABLE
-        assert "prefill" in error.details()
+        assert "prefill" in (error.details() or "")
         assert time.monotonic() - began < 2
 
 
@@ -466,7 +466,7 @@ async def test_a_full_queue_is_an_answer(model: Path) -> None:
         await eventually(lambda: it.router.dispatcher.queued == 3)
         error = await failing(it)
         assert error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
-        assert "3 of 3" in error.details()
+        assert "3 of 3" in (error.details() or "")
         it.decodes[0].script.refuse = 0
         for answer in await asyncio.gather(*waiting):
             assert list(answer.choices[0].token_ids) == expected(8)
@@ -530,7 +530,7 @@ async def test_a_fault_of_the_router_while_a_worker_is_lost_costs_one_request(
         await eventually(lambda: stuck(it, "decode", requests=3))
         resume, calls = dispatcher.Dispatcher._resume, itertools.count()
 
-        def faulty(*arguments: Any, **detail: str) -> None:
+        def faulty(*arguments: Any, **detail: Any) -> None:
             assert next(calls), "the first is not resumed"
             resume(*arguments, **detail)
 
@@ -551,7 +551,7 @@ async def test_a_fault_of_the_router_over_what_a_worker_says_costs_one_request(
     async with cluster(model, decodes=[Script(end_after={3: [Ended.CAUSE_PREEMPTED] * 2})]) as it:
         resume, calls = dispatcher.Dispatcher._resume, itertools.count()
 
-        def faulty(*arguments: Any, **detail: str) -> None:
+        def faulty(*arguments: Any, **detail: Any) -> None:
             assert next(calls), "the first is not resumed"
             resume(*arguments, **detail)
 
@@ -632,9 +632,9 @@ def _gone(logs: list[Any]) -> dict[str, str]:
 async def test_a_first_token_without_the_logprobs_that_were_asked_for_breaks_the_protocol(
     model: Path, role: inference_pb2.WorkerRole.ValueType
 ) -> None:
-    both = {"prefill_tokens": 1024} if role == DECODE else {}
+    both: dict[str, Any] = {"prefill_tokens": 1024} if role == DECODE else {}
     odd = FakeWorker(role, Script(no_logprobs=1), **both)
-    sides = {"prefills": [odd]} if role == PREFILL else {"decodes": [odd]}
+    sides: dict[str, Any] = {"prefills": [odd]} if role == PREFILL else {"decodes": [odd]}
     with capture_logs() as logs:
         async with cluster(model, worker_grace=10, **sides) as it:
             asked = inference_pb2.ResponseOptions(logprobs=0)

@@ -77,7 +77,7 @@ def call(router: Background, method: str, message: bytes) -> tuple[grpc.StatusCo
             for _ in answer:
                 pass
     except grpc.RpcError as error:
-        return error.code(), error.details()
+        return error.code(), error.details() or ""
     return grpc.StatusCode.OK, ""
 
 

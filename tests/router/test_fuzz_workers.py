@@ -41,7 +41,8 @@ class Saboteur(FakeWorker):
 
     def _received(self, message: worker_pb2.RouterMessage) -> None:
         if message.prefills or message.reserves:
-            self.speak("asked", [asked.attempt_id for asked in [*message.prefills, *message.reserves]])
+            prompts: list[worker_pb2.Prefill | worker_pb2.Reserve] = [*message.prefills, *message.reserves]
+            self.speak("asked", [asked.attempt_id for asked in prompts])
         super()._received(message)
         if message.starts:
             self.speak("started", list(self.held))
@@ -77,7 +78,9 @@ def _about(message: worker_pb2.WorkerMessage, attempts: Sequence[int]) -> worker
     """The message with attempts that there are in the place of small ids."""
     made = worker_pb2.WorkerMessage()
     made.CopyFrom(message)
-    for said in (*made.prefilled, *made.reserved, *made.started, *made.ended):
+    about: list[worker_pb2.Prefilled | worker_pb2.Reserved | worker_pb2.Started | worker_pb2.Ended]
+    about = [*made.prefilled, *made.reserved, *made.started, *made.ended]
+    for said in about:
         said.attempt_id = attempts[0] if said.attempt_id < 4 and attempts else said.attempt_id
     named = [attempts[0] if attempt < 4 and attempts else attempt for attempt in made.tokens.attempt_ids]
     made.tokens.attempt_ids[:] = named

@@ -353,7 +353,7 @@ async def test_an_answer_has_every_byte_that_its_guide_matched(tmp_path: Path) -
     """Also the space with which some tokenizers begin every text."""
     tokenizer = models.byte_fallback()
     models.write(tmp_path, tokenizer)
-    space = tokenizer.token_to_id("\u2581")
+    space = models.token_id(tokenizer, "\u2581")
     async with cluster(tmp_path, prefills=[Script(token=lambda _: space)]) as it:
         chat = pb.Chat(messages=[pb.ChatMessage(role="user", content="hi")])
         plain = await it.generate(chat=chat, max_tokens=1)

@@ -33,7 +33,7 @@ def long_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def workers(**script: Any) -> dict[str, list[FakeWorker]]:
+def workers(**script: Any) -> dict[str, Any]:
     """That hold long sequences, each a step of its own."""
     hello = {"max_length": 2 * LONG, "num_blocks": 1 << 16}
     return {

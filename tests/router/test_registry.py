@@ -29,7 +29,7 @@ from twostroke.v1 import worker_pb2, worker_pb2_grpc
     ],
 )
 async def test_a_worker_that_does_not_fit_is_refused_with_both_values(
-    model: Path, hello: dict[str, object], sentence: str
+    model: Path, hello: dict[str, Any], sentence: str
 ) -> None:
     with capture_logs() as logs:
         async with cluster(model) as it:
@@ -175,7 +175,7 @@ async def test_what_comes_before_the_workers_is_answered_as_what_comes_after(
         it.router.registry._keep_link((await it.decodes[0].start(), DECODE))
         answers = [await early, await ask(it)]
         if isinstance(answer, str):
-            assert all(got.startswith(f"INVALID_ARGUMENT {answer}") for got in answers), answers
+            assert all(str(got).startswith(f"INVALID_ARGUMENT {answer}") for got in answers), answers
         else:
             assert answers == [answer, answer]
 

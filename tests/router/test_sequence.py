@@ -41,7 +41,7 @@ def test_a_resumed_choice_goes_on_by_itself(tokens: int) -> None:
             assert spec.token_ids == whole
             assert list(spec.block_hashes) == prefix_hash.block_hashes(ROOT, whole, BLOCK) == request.block_hashes
             assert (spec.prompt_length, spec.max_length, spec.min_length) == (tokens, 1000, tokens + 3)
-            assert (spec.sampling.seed, spec.stop_token_ids) == (place, {5, 7})
+            assert (spec.sampling.seed, spec.stop_token_ids) == (place, frozenset({5, 7}))
             assert (spec.cache_root, spec.request_id) == (ROOT, "id")
 
 

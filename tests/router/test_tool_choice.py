@@ -204,7 +204,7 @@ def test_the_mark_that_ends_reasoning_is_not_spelled_where_it_is_a_token(tmp_pat
     """The parser would end the reasoning there, and take the token for text."""
     speaker = Speaker(tmp_path, LIKE_QWEN)
     vocabulary = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    letters = [vocabulary.token_to_id(letter) for letter in "Hm</think>"]
+    letters = [models.token_id(vocabulary, letter) for letter in "Hm</think>"]
     matcher = compile_grammar(speaker.grammar_tokenizer, speaker.grammar(REQUIRED, in_reasoning=True))
     assert matcher.try_consume_tokens(letters) == len(letters) - 1
 
@@ -217,7 +217,7 @@ async def test_arguments_follow_the_schema_as_it_came(tmp_path: Path) -> None:
         "properties": {"z": {"type": "integer"}, "a": {"type": "integer"}},
         "x-guidance": {"whitespace_flexible": False},
     }
-    tools = [
+    tools: list[dict[str, Any]] = [
         {"name": "bare"},
         {"function": {"name": "refers", "parameters": {"$ref": "#/$defs/a", "$defs": {"a": {"required": ["x"]}}}}},
         {"function": {"name": "ordered", "parameters": ordered}},

@@ -12,6 +12,7 @@ from tests.collector import QUICKLY, TRACEPARENT, Collector, Span, collector
 from tests.router.cluster import Cluster, cluster, eventually, expected, request
 from tests.router.fake_worker import Ended, Script
 from twostroke.v1 import inference_pb2 as pb
+from twostroke.v1 import worker_pb2
 
 CALL = "twostroke.v1.Inference/Generate"
 METADATA = (("traceparent", TRACEPARENT),)
@@ -36,6 +37,12 @@ async def failing(it: Cluster, **fields: Any) -> grpc.aio.AioRpcError:
     return failed.value
 
 
+def traceparents(it: Cluster) -> list[str]:
+    """Those that the workers were told of."""
+    told: list[worker_pb2.Prefill | worker_pb2.Reserve] = [*it.prefills[0].prefills, *it.decodes[0].reserves]
+    return [message.traceparent for message in told]
+
+
 async def the_call(traces: Collector) -> Span:
     await eventually(lambda: bool(traces.named(CALL)))
     (call,) = traces.named(CALL)
@@ -55,7 +62,7 @@ async def test_a_resumed_request_has_two_attempts(model: Path, traces: Collector
         assert list((await ask(it)).choices[0].token_ids) == expected(8)
         call = await the_call(traces)
         address = it.decodes[0].address
-        sent = [message.traceparent for message in (*it.prefills[0].prefills, *it.decodes[0].reserves)]
+        sent = traceparents(it)
     assert outcomes(traces) == [(1, "failed", f"failed ({address}) scripted"), (2, "finished", None)]
     assert [span.attributes["twostroke.output_tokens"] for span in traces.named("attempt")] == [4, 4]
     assert {span.parent_id for span in traces.named("attempt")} == {call.span_id}
@@ -144,7 +151,7 @@ async def test_choices_share_a_span_and_have_attempts_of_their_own(model: Path, 
 async def test_without_an_endpoint_workers_are_told_of_no_span(model: Path) -> None:
     async with cluster(model) as it:
         await ask(it)
-        assert [message.traceparent for message in (*it.prefills[0].prefills, *it.decodes[0].reserves)] == ["", ""]
+        assert traceparents(it) == ["", ""]
 
 
 async def test_a_collector_that_is_gone_holds_up_nothing(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,7 +41,7 @@ class Callers:
 async def test_callers_take_turns_however_much_one_wants() -> None:
     callers = Callers(Turns(places=1, each=1))
     callers.ask("a1", "a2", "a3", "b1", "b2", "c1")
-    order = []
+    order: list[str] = []
     while holding := list(await callers.done(*order[-1:])):
         order += holding
     assert order == ["a1", "a2", "b1", "c1", "a3", "b2"]  # `a` was the first of those that wait, too

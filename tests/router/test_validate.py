@@ -112,7 +112,7 @@ def test_length_is_bounded_by_request_context_and_pool(
     ],
 )
 def test_what_does_not_fit_is_refused(
-    prompt: int, stopping: dict[str, int], pool: int | None, field: str, limit: str
+    prompt: int, stopping: dict[str, Any], pool: int | None, field: str, limit: str
 ) -> None:
     with pytest.raises(InvalidArgument) as refused:
         validate.check_length(prompt, checked(stopping=pb.Stopping(**stopping)), MODEL, pool)

@@ -12,7 +12,7 @@ from typing import Annotated, TypedDict, TypeVar, cast
 import grpc
 from cyclopts import Parameter
 
-from common.network.addresses import Target
+from common.network.addresses import Targets
 from common.security import pem
 from common.security.security_config import SettingsError, TlsConfig
 from common.security.tls import channel_credentials
@@ -32,8 +32,8 @@ _Client = TypeVar("_Client", Client, AsyncClient)
 @Parameter(name="*")
 @dataclass(frozen=True, slots=True)
 class Connection(TlsConfig):
-    target: Target = "localhost:8600"
-    """The router, host:port."""
+    target: Targets = "localhost:8600"
+    """The router, host:port. Several, as ipv4:10.0.0.1:8600,10.0.0.2:8600: those that can be reached take turns."""
 
     api_key: str | None = None
     """Your API key, where the router asks for one. In the environment, other users of the machine don't see it."""

@@ -28,6 +28,13 @@ def check_target(_type: Any, address: str | None) -> None:
         _check(address, lowest_port=1)
 
 
+def check_targets(type_: Any, address: str) -> None:
+    """As `check_target`; gRPC's lists of IP addresses pass as well, such as ipv4:10.0.0.1:8600,10.0.0.2:8600."""
+    scheme, _, listed = address.partition(":")
+    for one in listed.split(",") if scheme in ("ipv4", "ipv6") else [address]:
+        check_target(type_, one)
+
+
 def _check(address: str, lowest_port: int) -> None:
     if is_unix(address):
         return
@@ -46,3 +53,4 @@ def _check(address: str, lowest_port: int) -> None:
 
 Listen = Annotated[str, Parameter(validator=check_listen)]
 Target = Annotated[str, Parameter(validator=check_target)]
+Targets = Annotated[str, Parameter(validator=check_targets)]

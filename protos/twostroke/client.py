@@ -42,7 +42,8 @@ class Client:
                 print(piece.text, end="", flush=True)
 
     Args:
-        target: the router, host:port, or another name that gRPC knows.
+        target: the router, host:port, or another name that gRPC knows. If that has several addresses, those that can be
+            reached take turns.
         api_key: sent with every call as `authorization: Bearer ...`.
         tls: True for TLS with the system's certificate authorities, or credentials of your own.
         tls_server_name: the name in the router's certificate, where it is not the target's host.

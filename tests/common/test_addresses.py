@@ -1,6 +1,6 @@
 import pytest
 
-from common.network.addresses import check_listen, check_target
+from common.network.addresses import check_listen, check_target, check_targets
 
 
 @pytest.mark.parametrize(
@@ -8,6 +8,7 @@ from common.network.addresses import check_listen, check_target
 )
 def test_addresses(address: str) -> None:
     check_target(str, address)
+    check_targets(str, address)
     check_listen(str, address)
 
 
@@ -38,3 +39,14 @@ def test_addresses_to_listen_on(address: str) -> None:
 def test_what_is_no_address(address: str, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         check_target(str, address)
+
+
+@pytest.mark.parametrize("address", ["ipv4:10.0.0.1:8600,10.0.0.2:8600", "ipv4:10.0.0.1:8600", "ipv6:[::1]:1,[::2]:1"])
+def test_lists_of_addresses_to_call(address: str) -> None:
+    check_targets(str, address)
+
+
+@pytest.mark.parametrize("address", ["ipv4:10.0.0.1:8600,", "ipv4:10.0.0.1", "ipv6:::1:80", "10.0.0.1:80,10.0.0.2:80"])
+def test_what_is_no_such_list(address: str) -> None:
+    with pytest.raises(ValueError, match="Must be host:port"):
+        check_targets(str, address)

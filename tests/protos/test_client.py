@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -579,9 +580,30 @@ def test_wait_until_ready() -> None:
 
 
 def test_waiting_for_a_router_that_is_not_there() -> None:
-    refused = r"^127\.0\.0\.1:1 was not ready within 1 s: failed to connect .* Connection refused$"
+    refused = r"^127\.0\.0\.1:1 was not ready within 1 s: connections to all backends .* Connection refused$"
     with Client("127.0.0.1:1") as client, pytest.raises(twostroke.DeadlineExceeded, match=refused):
         client.wait_until_ready(timeout=1)
+
+
+def test_several_routers_take_turns_and_one_that_is_gone_is_left_out() -> None:
+    with serving(FakeRouter()) as first, ExitStack() as running:
+        second = running.enter_context(serving(FakeRouter()))
+        ports = [router.address.rpartition(":")[2] for router in (first, second)]
+        with Client(f"ipv4:{','.join(f'127.0.0.1:{port}' for port in ports)}") as both:
+            while not (first.requests and second.requests):  # one connection comes a moment after the other
+                both.generate("Hello", max_tokens=1)
+            before = len(first.requests), len(second.requests)
+            for _ in range(10):
+                both.generate("Hello", max_tokens=1)
+            assert (len(first.requests), len(second.requests)) == (before[0] + 5, before[1] + 5)
+            running.close()
+            answered = 0
+            while answered < 10:
+                try:
+                    both.generate("Hello", max_tokens=1)
+                    answered += 1
+                except twostroke.Unavailable:  # it has not heard yet that the second one is gone
+                    answered = 0
 
 
 def test_a_router_that_comes_while_it_is_waited_for() -> None:

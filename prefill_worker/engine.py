@@ -1,6 +1,7 @@
 """The prefill worker's loop: receive messages, compute a batch, announce complete prompts and lease their blocks."""
 
 import time
+from collections.abc import Iterable
 
 from common.kv.cache_report import CacheReport
 from common.lifecycle import Lifecycle
@@ -76,11 +77,15 @@ class Engine:
                 self._scheduler.drop_connection(received.connection)
                 self._leases.end_connection(received.connection)
                 continue
+            self._drop_all(received.message.ended)  # first: the router has given their places to new ones
             for prefill in received.message.prefills:
                 self._accept(received.connection, prefill, draining)
-            for attempt_id in received.message.ended:
-                self._scheduler.drop(attempt_id)
-                self._leases.end(attempt_id)
+            self._drop_all(received.message.ended)  # those that the same message asked for
+
+    def _drop_all(self, attempt_ids: Iterable[int]) -> None:
+        for attempt_id in attempt_ids:
+            self._scheduler.drop(attempt_id)
+            self._leases.end(attempt_id)
 
     def _accept(self, connection: int, prefill: pb.Prefill, draining: bool) -> None:
         refusal = None

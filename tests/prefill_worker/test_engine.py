@@ -21,12 +21,29 @@ def prefill(attempt: int) -> pb.Prefill:
     return pb.Prefill(attempt_id=attempt, sequence=sequence_to_proto(prompt))
 
 
-def test_prompts_beyond_what_may_wait_are_answered_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "MAX_WAITING", 2)
+@pytest.fixture
+def one(tmp_path: Path) -> OnePrefillWorker:
     torch.set_num_threads(1)
     directory = models.write(tmp_path, models.byte_level())
     loaded = load_model(directory, "float32", torch.device("cpu"), dummy=True, max_length=64)
-    one = OnePrefillWorker(worker_parts(loaded, 40, BLOCK), max_batch_tokens=16)
+    return OnePrefillWorker(worker_parts(loaded, 40, BLOCK), max_batch_tokens=16)
+
+
+def test_what_a_message_ends_has_left_its_place_to_what_it_brings(
+    one: OnePrefillWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "MAX_WAITING", 1)
+    both_and_over = pb.RouterMessage(ended=[2, 3], prefills=[prefill(3)])
+    one.send(pb.RouterMessage(prefills=[prefill(1)]), pb.RouterMessage(ended=[1], prefills=[prefill(2)]), both_and_over)
+    one.send(pb.RouterMessage(prefills=[prefill(4)]))
+    said = one.turn()
+    said.MergeFrom(one.turn())
+    assert not said.ended
+    assert [prefilled.attempt_id for prefilled in said.prefilled] == [4]
+
+
+def test_prompts_beyond_what_may_wait_are_answered_so(one: OnePrefillWorker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "MAX_WAITING", 2)
 
     def ask(*attempts: int) -> pb.WorkerMessage:
         """What the worker says in the turns that it takes to compute them."""

@@ -17,13 +17,16 @@ class Health(health.aio.HealthServicer):
     def __init__(self) -> None:
         super().__init__()
         self._changed = asyncio.Condition()
+        self._ends = False
 
     async def set(self, service: str, status: int) -> None:
         await super().set(service, status)
         await self._tell()
 
     async def enter_graceful_shutdown(self) -> None:
+        """Says NOT_SERVING from now on, and ends the watches, for which a server that stops would wait."""
         await super().enter_graceful_shutdown()
+        self._ends = True
         await self._tell()
 
     async def Watch(self, request: health_pb2.HealthCheckRequest, context: Context) -> None:
@@ -33,6 +36,8 @@ class Health(health.aio.HealthServicer):
             if status != told:
                 await context.write(health_pb2.HealthCheckResponse(status=status))
                 told = status
+            if self._ends:
+                return
             async with self._changed:
                 if self._status(request.service) == told:
                     await self._changed.wait()

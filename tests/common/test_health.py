@@ -54,6 +54,7 @@ async def test_a_service_that_is_not_there_yet_and_the_end() -> None:
         assert await read(watcher) == SERVING
         await health.enter_graceful_shutdown()
         assert await read(watcher) == NOT_SERVING
+        assert await asyncio.wait_for(watcher.read(), 10) is grpc.aio.EOF, "a server that stops waits for its calls"
         await health.set("it", SERVING)  # which counts no more
         no_context: Any = None
         check = await health.Check(health_pb2.HealthCheckRequest(service="it"), no_context)

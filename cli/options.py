@@ -33,7 +33,7 @@ _Client = TypeVar("_Client", Client, AsyncClient)
 @dataclass(frozen=True, slots=True)
 class Connection(TlsConfig):
     target: Targets = "localhost:8600"
-    """The router, host:port. Several, as ipv4:10.0.0.1:8600,10.0.0.2:8600: those that can be reached take turns."""
+    """The router, host:port. Or several that take turns: ipv4:10.0.0.1:8600,10.0.0.2:8600, dns:///NAME:8600."""
 
     api_key: str | None = None
     """Your API key, where the router asks for one. In the environment, other users of the machine don't see it."""

@@ -1,10 +1,14 @@
 """Addresses in settings: host:port, checked as they are read."""
 
+from collections.abc import Callable
+from ipaddress import IPv4Address, IPv6Address
 from typing import Annotated, Any
 
 from cyclopts import Parameter
 
 ANY_HOST = ("0.0.0.0", "[::]")
+
+_IP: dict[str, Callable[[str], object]] = {"ipv4": IPv4Address, "ipv6": IPv6Address}
 
 
 def is_unix(address: str) -> bool:
@@ -31,8 +35,18 @@ def check_target(_type: Any, address: str | None) -> None:
 def check_targets(type_: Any, address: str) -> None:
     """As `check_target`; gRPC's lists of IP addresses pass as well, such as ipv4:10.0.0.1:8600,10.0.0.2:8600."""
     scheme, _, listed = address.partition(":")
-    for one in listed.split(",") if scheme in ("ipv4", "ipv6") else [address]:
+    if scheme not in _IP:
+        if "," in address:
+            raise ValueError("Must be host:port; a list is written ipv4:10.0.0.1:8600,10.0.0.2:8600, or ipv6:...")
+        check_target(type_, address)
+        return
+    for one in listed.split(","):
         check_target(type_, one)
+        host = one.rpartition(":")[0].removeprefix("[").removesuffix("]")
+        try:
+            _IP[scheme](host)
+        except ValueError as error:
+            raise ValueError(f"Must be host:port; in a list, each host is an {scheme} address.") from error
 
 
 def _check(address: str, lowest_port: int) -> None:

@@ -59,7 +59,7 @@ class AsyncClient:
         timeout: float | None = None,
     ) -> None:
         self._credentials = credentials_of(tls)
-        self._options = options_of(tls_server_name)
+        self._options = options_of(target, tls_server_name)
         self._metadata = metadata_of(api_key)
         self._timeout = timeout
         self._target = checked(target)

@@ -11,9 +11,8 @@ from twostroke.fields import wrong_type
 DEFAULT_TARGET = "localhost:8600"
 
 # A router that vanished is noticed within half a minute while calls are under way; idle channels send nothing. One that
-# restarts is found again within two seconds. Of several addresses, those that can be reached take turns.
+# restarts is found again within two seconds.
 CHANNEL_OPTIONS: tuple[tuple[str, int | str], ...] = (
-    ("grpc.lb_policy_name", "round_robin"),
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.max_pings_without_data", 0),
@@ -36,6 +35,7 @@ NOBODY = "nothing answers there"
 NO_WORKERS = "it has no workers that can serve yet"
 
 _SCHEMES = ("dns:", "ipv4:", "ipv6:", "unix:", "unix-abstract:", "vsock:", "xds:")
+_OF_SEVERAL = ("dns:", "ipv4:", "ipv6:")
 _HOST_AND_PORT = re.compile(r"(\[[^\[\]]+\]|[^:/\[\]]+):([0-9]{1,5})")
 
 
@@ -61,9 +61,11 @@ def credentials_of(tls: bool | grpc.ChannelCredentials) -> grpc.ChannelCredentia
     return tls
 
 
-def options_of(tls_server_name: str | None) -> list[tuple[str, int | str]]:
+def options_of(target: str, tls_server_name: str | None) -> list[tuple[str, int | str]]:
     own_name = [("grpc.ssl_target_name_override", tls_server_name)] if tls_server_name else []
-    return [*CHANNEL_OPTIONS, *own_name]
+    # The policy keeps a connection to every address, also while nothing is asked. localhost has two, and one router.
+    turns = [("grpc.lb_policy_name", "round_robin")] if target.startswith(_OF_SEVERAL) else []
+    return [*CHANNEL_OPTIONS, *own_name, *turns]
 
 
 def metadata_of(api_key: str | None) -> tuple[tuple[str, str], ...]:

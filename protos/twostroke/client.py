@@ -42,8 +42,8 @@ class Client:
                 print(piece.text, end="", flush=True)
 
     Args:
-        target: the router, host:port, or another name that gRPC knows. If that has several addresses, those that can be
-            reached take turns.
+        target: the router, host:port, or another name that gRPC knows. With dns:///NAME:8600 and
+            ipv4:10.0.0.1:8600,10.0.0.2:8600, the addresses that can be reached take turns.
         api_key: sent with every call as `authorization: Bearer ...`.
         tls: True for TLS with the system's certificate authorities, or credentials of your own.
         tls_server_name: the name in the router's certificate, where it is not the target's host.
@@ -63,7 +63,7 @@ class Client:
         timeout: float | None = None,
     ) -> None:
         self._target = checked(target)
-        credentials, channel_options = credentials_of(tls), options_of(tls_server_name)
+        credentials, channel_options = credentials_of(tls), options_of(target, tls_server_name)
         self._channel = (
             grpc.secure_channel(target, credentials, options=channel_options)
             if credentials

@@ -63,7 +63,7 @@ def error_of(status: Status, timeout: float | None = None) -> TwostrokeError:
     """What to raise for a call that ended with this status, and that had so many seconds."""
     code, details = status.code(), status.details() or ""
     if code is grpc.StatusCode.CANCELLED and CLOSED not in details:
-        # gRPC's own word for calls that reach a server in the moment it shuts down
+        # gRPC's own word for calls of a server that shuts down
         return Unavailable("the router shut down; it is safe to try again", grpc.StatusCode.UNAVAILABLE)
     if code is grpc.StatusCode.DEADLINE_EXCEEDED and PASSED in details and timeout is not None:
         details = f"the call did not end within its timeout of {timeout:g} s"

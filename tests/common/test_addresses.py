@@ -46,7 +46,21 @@ def test_lists_of_addresses_to_call(address: str) -> None:
     check_targets(str, address)
 
 
-@pytest.mark.parametrize("address", ["ipv4:10.0.0.1:8600,", "ipv4:10.0.0.1", "ipv6:::1:80", "10.0.0.1:80,10.0.0.2:80"])
+@pytest.mark.parametrize("address", ["ipv4:10.0.0.1:8600,", "ipv4:10.0.0.1", "ipv6:::1:80"])
 def test_what_is_no_such_list(address: str) -> None:
     with pytest.raises(ValueError, match="Must be host:port"):
+        check_targets(str, address)
+
+
+@pytest.mark.parametrize("address", ["10.0.0.1:80,10.0.0.2:80", "a:80,b:80"])
+def test_how_a_list_is_written(address: str) -> None:
+    with pytest.raises(ValueError, match="a list is written ipv4:"):
+        check_targets(str, address)
+
+
+@pytest.mark.parametrize(
+    "address", ["ipv4:localhost:80,127.0.0.1:81", "ipv6:[::1]:80,127.0.0.1:81", "ipv4:1.2.3.4:1, 1.2.3.5:2"]
+)
+def test_a_list_is_of_addresses_of_one_kind(address: str) -> None:
+    with pytest.raises(ValueError, match="each host is an ipv"):
         check_targets(str, address)

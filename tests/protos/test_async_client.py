@@ -124,7 +124,7 @@ async def test_wait_until_ready() -> None:
 
 async def test_waiting_for_a_router_that_is_not_there() -> None:
     async with AsyncClient("127.0.0.1:1") as client:
-        with pytest.raises(twostroke.DeadlineExceeded, match=r"was not ready within 1 s: connections to .* refused$"):
+        with pytest.raises(twostroke.DeadlineExceeded, match=r"was not ready within 1 s: failed to .* refused$"):
             await client.wait_until_ready(timeout=1)
 
 

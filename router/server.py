@@ -38,15 +38,21 @@ WRONG_SECRET = "the router has a cluster secret, and this call not the same: set
 # Concurrent calls on one connection. More than these wait in the client.
 MAX_STREAMS = 1024
 
-# How long calls may take, at the end of the time that running ones were given, to be told that the router stops. Those
-# whose client doesn't read need longer; they are cancelled.
-UNREAD_SECONDS = 0.5
+# How long it may take, once running calls have had their time, to tell all of them that the router stops: half a
+# millisecond for each. Those whose client doesn't read cannot be told; they are cancelled then.
+LAST_WORDS_SECONDS = 2.0
+
+# Calls that wait for the event loop to come to them. gRPC cancels those beyond its own limit of 1,000, without a word;
+# from here on the queue is what has a limit, and says so.
+MAX_PENDING_CALLS = 1 << 16
 
 OPTIONS = [
     *CALLERS,
     ("grpc.so_reuseport", 0),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_concurrent_streams", MAX_STREAMS),
+    ("grpc.server.max_pending_requests", MAX_PENDING_CALLS),
+    ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING_CALLS),
 ]
 
 
@@ -104,7 +110,7 @@ class Router:
         await self._health.enter_graceful_shutdown()
         end_requests = asyncio.get_running_loop().call_later(grace, self.dispatcher.stop)
         try:
-            await self._server.stop(grace + UNREAD_SECONDS)
+            await self._server.stop(grace + LAST_WORDS_SECONDS)
         finally:
             end_requests.cancel()
         for task in self._tasks:

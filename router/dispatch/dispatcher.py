@@ -131,6 +131,17 @@ class Dispatcher:
             request_trace.queued(request)
             request.end(State.FAILED, _stopped())
         for attempt in list(self._attempts.values()):
+            try:
+                self._end_as_stopped(attempt)
+            except Exception:  # a bug of the router ends this request alone
+                log.exception("cannot be ended", request_id=attempt.request.id, choice=attempt.request.index)
+                self._give_up(attempt.request)
+
+    def _end_as_stopped(self, attempt: Attempt) -> None:
+        if attempt.request.complete:  # the worker has yet to say that it is
+            self._close(attempt, "finished")
+            attempt.request.end(State.FINISHED)
+        else:
             self._close(attempt, "router stopped", STOPPED)
             attempt.request.end(State.FAILED, _stopped())
 

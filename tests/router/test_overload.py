@@ -64,6 +64,25 @@ async def code_of(call: Any) -> grpc.StatusCode:
     return Code.OK
 
 
+async def test_a_burst_of_calls_is_queued_or_told_that_the_queue_is_full(long_model: Path) -> None:
+    """And none is cancelled by gRPC, which would hold a thousand of them and no more."""
+    async with cluster(
+        long_model, decodes=[FakeWorker(DECODE, Script(stop_after=1), max_batch=1)], max_queue=900
+    ) as it:
+        channels = [channel async for channel in new_channels(it, 2)]
+        stubs: list[Any] = [inference_pb2_grpc.InferenceStub(channel) for channel in channels]
+        calls = [stubs[number % 2].Generate(request(max_tokens=100)) for number in range(1_500)]
+        await eventually(lambda: sum(call.done() for call in calls) >= 1_500 - 901, seconds=60)
+        assert it.router.dispatcher.queued == 900
+        refused = [call for call in calls if call.done()]
+        assert {await call.code() for call in refused} == {Code.RESOURCE_EXHAUSTED}
+        for call in calls:
+            call.cancel()
+        await eventually(it.nothing_held)
+        for channel in channels:
+            await channel.close()
+
+
 # ---------------------------------------------------------------- who does not read
 
 

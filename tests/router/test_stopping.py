@@ -1,15 +1,20 @@
 """What callers are told when the router stops before their answers are complete."""
 
 import asyncio
+import itertools
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from router.cluster.worker import Worker
 from router.dispatch.dispatcher import STOPPED
+from router.dispatch.request import Attempt
 from tests.router.cluster import Cluster, cluster, eventually, expected, request
 from tests.router.fake_worker import DECODE, FakeWorker, Script
+from twostroke.v1 import worker_pb2
 
 
 def busy() -> FakeWorker:
@@ -31,12 +36,14 @@ async def test_requests_that_outlast_the_drain_are_unavailable(model: Path) -> N
     async with cluster(model, decodes=[busy()]) as it:
         running = it.stub.GenerateStream(request(max_tokens=100))
         await eventually(lambda: it.router.dispatcher.running == 1)
+        tokens: list[int] = []
+        reading = asyncio.create_task(read_into(tokens, running))
+        await eventually(lambda: len(tokens) == 1 + 3)
         waiting = it.stub.Generate(request(max_tokens=100))
         await eventually(lambda: it.router.dispatcher.queued == 1)
-        tokens: list[int] = []
         stopping = asyncio.create_task(it.router.stop(0.2))
         with pytest.raises(grpc.aio.AioRpcError) as failed:
-            await read_into(tokens, running)
+            await reading
         assert tokens == expected(1 + 3)
         assert (failed.value.code(), failed.value.details()) == (grpc.StatusCode.UNAVAILABLE, STOPPED)
         assert (await waiting.code(), await waiting.details()) == (grpc.StatusCode.UNAVAILABLE, STOPPED)
@@ -73,3 +80,48 @@ async def test_a_request_that_is_still_checked_when_the_router_stops_is_unavaila
         it.router.dispatcher.stop()
         go_on.set()
         assert (await call.code(), await call.details()) == (grpc.StatusCode.UNAVAILABLE, STOPPED)
+
+
+async def test_an_answer_of_which_only_the_end_is_missing_is_whole(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with cluster(model) as it:
+        dispatcher = it.router.dispatcher
+        ended = dispatcher._ended
+
+        def stopped(worker: Worker, attempt: Attempt, message: worker_pb2.Ended) -> None:
+            dispatcher.stop()
+            assert attempt.id not in worker.attempts
+            monkeypatch.setattr(dispatcher, "_ended", ended)
+
+        monkeypatch.setattr(dispatcher, "_ended", stopped)
+        choice = (await it.generate(max_tokens=6)).choices[0]
+        assert list(choice.token_ids) == expected(6)
+
+
+async def test_a_fault_of_the_router_while_it_stops_costs_one_request(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with cluster(model, decodes=[Script(stop_after=3)]) as it:
+        dispatcher = it.router.dispatcher
+        calls = [it.stub.Generate(request(max_tokens=100)) for _ in range(3)]
+        await eventually(lambda: dispatcher.running == 3)
+        end, count = dispatcher._end_as_stopped, itertools.count()
+
+        def faulty(attempt: Attempt) -> None:
+            assert next(count), "the first fails"
+            end(attempt)
+
+        monkeypatch.setattr(dispatcher, "_end_as_stopped", faulty)
+        await it.router.stop(0)
+        codes = sorted([(await call.code()).name for call in calls])
+        assert codes == ["INTERNAL", "UNAVAILABLE", "UNAVAILABLE"]
+
+
+async def test_an_idle_router_stops_at_once_though_its_health_is_watched(model: Path) -> None:
+    async with cluster(model) as it:
+        stub: Any = health_pb2_grpc.HealthStub(it.channel)
+        watch = stub.Watch(health_pb2.HealthCheckRequest())
+        await watch.read()
+        async with asyncio.timeout(20):
+            await it.router.stop(60)

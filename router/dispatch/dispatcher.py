@@ -5,7 +5,8 @@ import asyncio
 import itertools
 import random
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 import grpc
@@ -131,11 +132,8 @@ class Dispatcher:
             request_trace.queued(request)
             request.end(State.FAILED, _stopped())
         for attempt in list(self._attempts.values()):
-            try:
+            with self._at_the_cost_of(attempt.request, "cannot be ended"):
                 self._end_as_stopped(attempt)
-            except Exception:  # a bug of the router ends this request alone
-                log.exception("cannot be ended", request_id=attempt.request.id, choice=attempt.request.index)
-                self._give_up(attempt.request)
 
     def _end_as_stopped(self, attempt: Attempt) -> None:
         if attempt.request.complete:  # the worker has yet to say that it is
@@ -176,13 +174,11 @@ class Dispatcher:
         self._search_not_before = ended + min((ended - began) / SEARCH_SHARE, REFUSAL_PAUSE)
 
     def _try_to_place(self, request: Request) -> Role | None:
-        """As `_place`. A bug of the router ends this request alone, and leaves no block behind."""
-        try:
-            return self._place(request)
-        except Exception:
-            log.exception("cannot be placed", request_id=request.id, choice=request.index)
-            self._give_up(request)
-            return None
+        """As `_place`; None as well if the request was given up."""
+        missing = None
+        with self._at_the_cost_of(request, "cannot be placed"):
+            missing = self._place(request)
+        return missing
 
     def _place(self, request: Request) -> Role | None:
         """Sends one request out, or ends it if it can't be served. Returns the role that it has to wait for, None if it
@@ -210,6 +206,22 @@ class Dispatcher:
             hash_blocks(request, worker.kind)
         if request.recheck_length is not None:
             request.limit(request.recheck_length(self.workers.max_length()))
+
+    @contextmanager
+    def _at_the_cost_of(self, request: Request, event: str) -> Iterator[None]:
+        """A bug of the router in what is done here ends this request alone: it loses no worker, and leaves no block
+        behind. `event` is what the log calls it.
+
+        Raises:
+            WorkerFault: a worker is at fault, not the router.
+        """
+        try:
+            yield
+        except WorkerFault:
+            raise
+        except Exception:
+            log.exception(event, request_id=request.id, choice=request.index)
+            self._give_up(request)
 
     def _give_up(self, request: Request) -> None:
         if request.attempt is not None:
@@ -298,11 +310,8 @@ class Dispatcher:
             blame.attempts_failed(worker, worker.attempts)
         self.workers.retire(worker)
         for attempt in list(worker.attempts.values()):
-            try:
+            with self._at_the_cost_of(attempt.request, "cannot be resumed"):
                 self._lost(worker, attempt)
-            except Exception:  # a bug of the router ends this request alone
-                log.exception("cannot be resumed", request_id=attempt.request.id, choice=attempt.request.index)
-                self._give_up(attempt.request)
         self.dispatch()
 
     def _lost(self, worker: Worker, attempt: Attempt) -> None:
@@ -358,13 +367,8 @@ class Dispatcher:
             attempt = worker.attempts.get(message.attempt_id)
             if attempt is None:
                 continue
-            try:
+            with self._at_the_cost_of(attempt.request, "cannot go on"):
                 handle(worker, attempt, message)
-            except WorkerFault:
-                raise
-            except Exception:  # a bug of the router ends this request alone, and does not lose the worker
-                log.exception("cannot go on", request_id=attempt.request.id, choice=attempt.request.index)
-                self._give_up(attempt.request)
 
     def _prefilled(self, worker: Worker, attempt: Attempt, prefilled: worker_pb2.Prefilled) -> None:
         if attempt.prefilled is not None:

@@ -65,7 +65,7 @@ class PeerPools:
         """Outcomes of `prove` since the last call, with the connection that asked."""
         over = [asked for asked, opening in self._asked.items() if opening.done()]
         return [
-            (connection, pb.PoolOpened(instance=instance, problem=_problem(self._asked.pop((connection, instance)))))
+            (connection, pb.PoolOpened(instance=instance, problem=problem_of(self._asked.pop((connection, instance)))))
             for connection, instance in over
         ]
 
@@ -99,6 +99,7 @@ class PeerPools:
         return peer
 
 
-def _problem(opening: Future[PeerPool]) -> str:
+def problem_of(opening: Future[PeerPool]) -> str:
+    """Why the pool could not be opened; empty if it could."""
     error = opening.exception()
     return "" if error is None else (str(error) or repr(error))[:MAX_PROBLEM]

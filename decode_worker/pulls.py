@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from common.kv.kv_pool import KvPool
 from common.transport import PeerPool, Transfer, TransportError
-from decode_worker.peer_pools import PeerPools
+from decode_worker.peer_pools import PeerPools, problem_of
 from decode_worker.scheduler import Sequence
 from twostroke.v1 import worker_pb2 as pb
 
@@ -85,9 +85,9 @@ class Puller:
         for opening, pull in self._waiting:
             if not opening.done():
                 waiting.append((opening, pull))
-            elif (error := opening.exception()) is not None:
+            elif problem := problem_of(opening):
                 instance = pull.source.pool.instance
-                over.append(_pulled(pull, problem=f"cannot open the pool of prefill worker {instance}: {error}"))
+                over.append(_pulled(pull, problem=f"cannot open the pool of prefill worker {instance}: {problem}"))
             else:
                 ready.setdefault(opening.result(), []).append(pull)
         self._waiting = waiting

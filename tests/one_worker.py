@@ -3,8 +3,12 @@
 from collections import deque
 from collections.abc import Sequence as Items
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
+import torch
+
+from benchmarks.parts import LoadedModel, load_model
 from common.kv.prefix_hash import block_hashes
 from common.telemetry.tracing import Tracing
 from common.worker.sequence import SequenceSpec
@@ -16,10 +20,18 @@ from decode_worker.own_prompts import OwnPrompts
 from decode_worker.runner import Runner
 from decode_worker.scheduler import Scheduler, Sequence
 from prefill_worker.runner import Runner as PromptRunner
+from tests.router import models
 from tests.specs import sequence_to_proto
 from twostroke.v1 import worker_pb2 as pb
 
 ROUTER = 0
+
+
+def load_tiny(directory: Path) -> LoadedModel:
+    """A tiny model with random weights in float32, of sequences of up to 64 tokens, written to the directory."""
+    torch.set_num_threads(1)
+    models.write(directory, models.byte_level())
+    return load_model(directory, "float32", torch.device("cpu"), dummy=True, max_length=64)
 
 
 class Wire:

@@ -5,21 +5,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
-from benchmarks.parts import LoadedModel, load_model, worker_parts
+from benchmarks.parts import LoadedModel, worker_parts
 from tests.one_prefill_worker import OnePrefillWorker
-from tests.one_worker import ROUTER, OneWorker, Wire
-from tests.router import models
+from tests.one_worker import ROUTER, OneWorker, Wire, load_tiny
 
 TURNS = 4
 
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
-    torch.set_num_threads(1)
-    directory = models.write(tmp_path_factory.mktemp("model"), models.byte_level())
-    return load_model(directory, "float32", torch.device("cpu"), dummy=True, max_length=64)
+    return load_tiny(tmp_path_factory.mktemp("model"))
 
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])

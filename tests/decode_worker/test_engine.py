@@ -1,16 +1,12 @@
 """What a decode worker makes of a router's messages."""
 
-from pathlib import Path
-
 import pytest
-import torch
 
 from benchmarks.in_process import spec
-from benchmarks.parts import LoadedModel, load_model, worker_parts
+from benchmarks.parts import LoadedModel, worker_parts
 from common.worker.sequence import SequenceSpec
 from common.worker.worker_service import Received
-from tests.one_worker import ROUTER, OneWorker
-from tests.router import models
+from tests.one_worker import ROUTER, OneWorker, load_tiny
 from tests.specs import sequence_to_proto
 from twostroke.v1 import worker_pb2 as pb
 
@@ -19,9 +15,7 @@ BLOCK = 4
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
-    torch.set_num_threads(1)
-    directory: Path = models.write(tmp_path_factory.mktemp("tiny"), models.byte_level())
-    return load_model(directory, "float32", torch.device("cpu"), dummy=True, max_length=64)
+    return load_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 def sequence(first_token: int) -> SequenceSpec:

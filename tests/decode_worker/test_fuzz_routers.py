@@ -2,23 +2,20 @@
 and the next prompt has the tokens that it would have had."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from google.protobuf.descriptor import FieldDescriptor
 from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.in_process import spec
-from benchmarks.parts import LoadedModel, load_model, worker_parts
+from benchmarks.parts import LoadedModel, worker_parts
 from common.worker.worker_service import Received
 from tests.messages import Path as FieldPath
 from tests.messages import fuzz, messages, paths, values
 from tests.one_prefill_worker import OnePrefillWorker
-from tests.one_worker import ROUTER, OneWorker
-from tests.router import models
+from tests.one_worker import ROUTER, OneWorker, load_tiny
 from tests.specs import sequence_to_proto
 from twostroke.v1 import worker_pb2 as pb
 
@@ -32,9 +29,7 @@ TURNS = 6
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
-    torch.set_num_threads(1)
-    directory: Path = models.write(tmp_path_factory.mktemp("tiny"), models.byte_level())
-    return load_model(directory, "float32", torch.device("cpu"), dummy=True, max_length=64)
+    return load_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")

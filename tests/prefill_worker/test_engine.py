@@ -3,13 +3,12 @@
 from pathlib import Path
 
 import pytest
-import torch
 
 from benchmarks.in_process import spec
-from benchmarks.parts import load_model, worker_parts
+from benchmarks.parts import worker_parts
 from prefill_worker import engine
 from tests.one_prefill_worker import OnePrefillWorker
-from tests.router import models
+from tests.one_worker import load_tiny
 from tests.specs import sequence_to_proto
 from twostroke.v1 import worker_pb2 as pb
 
@@ -23,10 +22,7 @@ def prefill(attempt: int) -> pb.Prefill:
 
 @pytest.fixture
 def one(tmp_path: Path) -> OnePrefillWorker:
-    torch.set_num_threads(1)
-    directory = models.write(tmp_path, models.byte_level())
-    loaded = load_model(directory, "float32", torch.device("cpu"), dummy=True, max_length=64)
-    return OnePrefillWorker(worker_parts(loaded, 40, BLOCK), max_batch_tokens=16)
+    return OnePrefillWorker(worker_parts(load_tiny(tmp_path), 40, BLOCK), max_batch_tokens=16)
 
 
 def test_what_a_message_ends_has_left_its_place_to_what_it_brings(

@@ -12,7 +12,7 @@ DEFAULT_TARGET = "localhost:8600"
 
 # A router that vanished is noticed within half a minute while calls are under way; idle channels send nothing. One that
 # restarts is found again within two seconds.
-CHANNEL_OPTIONS: tuple[tuple[str, int | str], ...] = (
+CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.max_pings_without_data", 0),

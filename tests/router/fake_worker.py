@@ -17,7 +17,7 @@ from twostroke.v1 import inference_pb2, worker_pb2, worker_pb2_grpc
 PREFILL = inference_pb2.WORKER_ROLE_PREFILL
 DECODE = inference_pb2.WORKER_ROLE_DECODE
 HEARTBEAT_SECONDS = 0.1
-MOST_UNSENT = 64  # messages, beyond which it makes no more tokens; a real worker packs them into fewer
+MOST_UNSENT = 64  # messages, beyond which it makes no more tokens; a real worker joins them
 Ended = worker_pb2.Ended
 
 _instances = itertools.count()
@@ -108,6 +108,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         self.others = 0  # sequences of another router
         self.hung = False  # its gRPC side lives on, and nothing behind it
         self._out: asyncio.Queue[worker_pb2.WorkerMessage] = asyncio.Queue()
+        self._something_runs = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
 
     # ------------------------------------------------------------ life
@@ -287,6 +288,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         self.running[attempt_id] = Running(
             len(sequence.token_ids) + 1, sequence.max_length, frozenset(sequence.stop_token_ids)
         )
+        self._something_runs.set()
 
     def _reserve(self, reserve: worker_pb2.Reserve) -> None:
         refused = self.script.refuse > 0
@@ -311,6 +313,9 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
     async def _decode(self) -> None:
         next_step = time.monotonic()
         while True:
+            if not self.running:
+                self._something_runs.clear()
+                await self._something_runs.wait()
             next_step = max(next_step + self.script.step_seconds, time.monotonic())
             await asyncio.sleep(next_step - time.monotonic())
             if self._out.qsize() > MOST_UNSENT:

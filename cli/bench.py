@@ -1,6 +1,5 @@
 """`twostroke bench`: puts a load on a running cluster, and measures."""
 
-import asyncio
 import json as json_format
 import sys
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from benchmarks.load.report import as_json, as_table, plot
 from benchmarks.load.run import DEFAULT_REQUESTS, run
 from benchmarks.load.summary import summarize
 from cli.options import Connection, errors_as_exit
+from twostroke import event_loop
 
 
 def _is_in_a_folder(_type: object, path: Path | None) -> None:
@@ -51,7 +51,7 @@ def bench(
     interrupted = False
     with errors_as_exit():
         try:
-            asyncio.run(_measure(connection, load, measured))
+            event_loop.run(_measure(connection, load, measured))
         except KeyboardInterrupt:
             if not measured.records:
                 raise

@@ -16,6 +16,7 @@ from router.config import RouterConfig
 from router.grammars.guides import Guides
 from router.prompts.tokenizer import Tokenizer
 from router.server import Router
+from twostroke import event_loop
 
 log = structlog.get_logger(__name__)
 
@@ -24,7 +25,7 @@ def main(config: RouterConfig) -> None:
     """Serves until SIGTERM or Ctrl-C; a second one does not wait for running requests."""
     logs.configure(config.log_format)
     open_files.allow_all()
-    asyncio.run(_serve(config))
+    event_loop.run(_serve(config))
 
 
 async def _serve(config: RouterConfig) -> None:

@@ -27,7 +27,7 @@ from benchmarks.gpu import floors, models, nano_vllm
 from benchmarks.gpu.timing import copy_bytes_per_second, gemm_operations_per_second
 from benchmarks.report import Figure, Report
 from common.model.model_config import load_config
-from twostroke import AsyncClient
+from twostroke import AsyncClient, event_loop
 
 TEMPERATURE = 0.6
 MAX_LENGTH = 4096
@@ -239,7 +239,7 @@ def _in_cluster(
 
 def _ask_share(target: str, salt: str, stream: bool, asks: list[Ask]) -> None:
     """A client's process: all its requests at once; raises where an answer is not as long as it should be."""
-    asyncio.run(_ask_all(target, salt, stream, asks))
+    event_loop.run(_ask_all(target, salt, stream, asks))
 
 
 async def _ask_all(target: str, salt: str, stream: bool, asks: list[Ask]) -> None:
@@ -262,7 +262,7 @@ async def _ask(client: AsyncClient, salt: str, stream: bool, ask: Ask) -> int:
 
 def _idle_handover(target: str) -> Iterator[Figure]:
     """From the first token at the client to the second, less the time between later ones: what the hand-over costs."""
-    samples = asyncio.run(_handovers(target, 1024, 20))
+    samples = event_loop.run(_handovers(target, 1024, 20))
     gaps, transfers = zip(*samples, strict=True)
     gap, transfer = statistics.median(gaps), statistics.median(transfers)
     yield Figure(

@@ -1,6 +1,5 @@
 """A load from several client processes, so that no client is the bottleneck."""
 
-import asyncio
 from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import replace
@@ -8,7 +7,7 @@ from dataclasses import replace
 from benchmarks.load.config import LoadConfig
 from benchmarks.load.record import Record
 from benchmarks.load.run import run
-from twostroke import AsyncClient
+from twostroke import AsyncClient, event_loop
 
 
 def split(config: LoadConfig, clients: int) -> list[LoadConfig]:
@@ -33,4 +32,4 @@ def _load(target: str, config: LoadConfig, timeout: float) -> list[Record]:
         async with AsyncClient(target, timeout=timeout) as client:
             return await run(client, config, lambda _: None)
 
-    return asyncio.run(load())
+    return event_loop.run(load())

@@ -24,6 +24,7 @@ from common.security.cluster_secret import SecretInterceptor
 from common.worker.config import WorkerConfig
 from common.worker.registration import Registration
 from common.worker.unsent import Unsent
+from twostroke.event_loop import EventLoop
 from twostroke.v1 import worker_pb2 as pb
 from twostroke.v1 import worker_pb2_grpc
 
@@ -81,7 +82,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         self._serving = self._hangs = self._stopped = False
         self._healthy: bool | None = None  # what health says now
         self._turn_at = time.monotonic()
-        self._loop = asyncio.new_event_loop()
+        self._loop = EventLoop()
         self._changed = asyncio.Event()
         started: Future[int] = Future()
         self._thread = threading.Thread(target=self._run, args=(config.listen, started), name="grpc", daemon=True)

@@ -1,17 +1,19 @@
-"""Lets one of many writers go on in each turn of the event loop."""
+"""Lets a few of many writers go on in each turn of the event loop."""
 
 import asyncio
 from collections import deque
 
+# The more, the less a message costs a router that keeps up. But saturated, 16 and more gave fewer tokens/s and several
+# times the delay (`benchmarks.router`).
+PER_TURN = 4
+
 
 class Turnstile:
-    """Wakes one waiter per turn of the event loop, first come first served.
+    """Wakes the first `PER_TURN` waiters per turn of the event loop, first come first served.
 
     A decode step has news for every stream at once. If all of them were written before the loop polls its sockets
     again, the workers' next messages would pile up unread, and an overloaded router would still send one token per
-    message. This way sockets are read between any two writes, and tokens gather in the mailboxes, where they can be
-    packed. One per turn, not several: saturated, `benchmarks.router` delivered three times as many tokens with one as
-    with sixteen, in a third fewer messages.
+    message. This way sockets are read in between, and tokens gather in the mailboxes, where they can be packed.
     """
 
     def __init__(self) -> None:
@@ -25,9 +27,10 @@ class Turnstile:
             waiter.get_loop().call_soon(self._turn)
 
     def _turn(self) -> None:
-        waiter = self._waiting.popleft()
-        if not waiter.done():  # else its consumer was cancelled
-            waiter.set_result(None)
+        for _ in range(min(PER_TURN, len(self._waiting))):
+            waiter = self._waiting.popleft()
+            if not waiter.done():  # else its consumer was cancelled
+                waiter.set_result(None)
         if self._waiting:
             self._waiting[0].get_loop().call_soon(self._turn)
         else:

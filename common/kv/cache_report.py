@@ -1,5 +1,6 @@
 """Tells routers which blocks a worker's pool can find, so that they can send requests to where their prefix is."""
 
+from common.kv import cache_changes
 from common.kv.block_pool import BlockPool
 from common.worker.worker_service import WorkerService
 from twostroke.v1 import worker_pb2 as pb
@@ -17,7 +18,7 @@ class CacheReport:
         """Puts what changed since the last call into each router's outgoing message."""
         known, self._connections = self._connections, self._service.connections
         changes = self._blocks.take_changes()
-        packed = _packed(changes) if changes else None
+        packed = cache_changes.pack(changes) if changes else None
         for connection in self._connections:
             if changes is None or connection not in known:
                 self._service.outgoing(connection).cache.CopyFrom(
@@ -25,10 +26,3 @@ class CacheReport:
                 )
             elif packed is not None:
                 self._service.outgoing(connection).cache.CopyFrom(packed)
-
-
-def _packed(changes: dict[bytes, bool]) -> pb.CacheChanges:
-    return pb.CacheChanges(
-        published=b"".join(block_hash for block_hash, found in changes.items() if found),
-        dropped=b"".join(block_hash for block_hash, found in changes.items() if not found),
-    )

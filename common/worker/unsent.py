@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import structlog
 
+from common.kv import cache_changes
 from twostroke.v1 import worker_pb2 as pb
 
 log = structlog.get_logger(__name__)
@@ -16,6 +17,7 @@ log = structlog.get_logger(__name__)
 MAX_UNSENT_MESSAGES = 10_000
 MAX_UNSENT_BYTES = 64 << 20
 UNMEASURED_MESSAGES = 100
+MOST_JOINED = 64  # messages
 
 
 class Unsent:
@@ -48,9 +50,48 @@ class Unsent:
         self.ready.set()
 
     def take(self) -> pb.WorkerMessage | None:
-        """The next message to send; None if there is none."""
+        """What to send next; None if there is nothing. Messages that gathered while the one before was sent are joined:
+        a router that is behind gets fewer and larger ones, and can catch up."""
+        message = self._pop()
+        if message is None:
+            return None
+        for _ in range(MOST_JOINED - 1):
+            if not self._messages or not _can_be_joined(message, self._messages[0][0]):
+                break
+            later = self._pop()
+            assert later is not None
+            _join(message, later)
+        return message
+
+    def _pop(self) -> pb.WorkerMessage | None:
         if not self._messages:
             return None
         message, size = self._messages.popleft()
         self._bytes -= size
         return message
+
+
+def _can_be_joined(message: pb.WorkerMessage, later: pb.WorkerMessage) -> bool:
+    """A load counts in everything else in its message, and a snapshot of the cache takes the place of what was known
+    before."""
+    outdated_load = message.HasField("load") and not later.HasField("load")
+    return not (outdated_load or message.cache.snapshot or later.cache.snapshot)
+
+
+def _join(message: pb.WorkerMessage, later: pb.WorkerMessage) -> None:
+    """Adds what came later to a message. The router takes in an attempt's events in the order in which they happen,
+    whatever their order in the message."""
+    if message.HasField("tokens") and later.HasField("tokens"):
+        _fill_logprobs(message.tokens, later.tokens)
+    if message.HasField("cache") and later.HasField("cache"):
+        later.cache.CopyFrom(cache_changes.join(message.cache, later.cache))
+        message.ClearField("cache")
+    message.ClearField("load")
+    message.MergeFrom(later)
+
+
+def _fill_logprobs(*steps: pb.StepTokens) -> None:
+    """Log-probabilities are given for all tokens of a message, or for none."""
+    if any(step.logprobs for step in steps):
+        for step in steps:
+            step.logprobs.extend(pb.Logprobs() for _ in range(len(step.token_ids) - len(step.logprobs)))

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Container, Iterable, Sequence
 from itertools import islice, takewhile
 
-from common.kv.prefix_hash import HASH_BYTES
+from common.kv import cache_changes
 from twostroke.v1 import worker_pb2
 
 
@@ -23,8 +23,8 @@ class PrefixIndex:
     def apply(self, changes: worker_pb2.CacheChanges) -> None:
         if changes.snapshot:
             self.published.clear()
-        self.published.update(_unpacked(changes.published))
-        self.published.difference_update(_unpacked(changes.dropped))
+        self.published.update(cache_changes.unpack(changes.published))
+        self.published.difference_update(cache_changes.unpack(changes.dropped))
 
     def begin(self, hashes: Sequence[bytes], computed_here: bool) -> None:
         """An attempt with these blocks begins.
@@ -79,7 +79,3 @@ def _leading_in_either(one: Container[bytes], other: Container[bytes], hashes: S
     while more := _leading(one, hashes, count) or _leading(other, hashes, count):
         count += more
     return count
-
-
-def _unpacked(hashes: bytes) -> Iterable[bytes]:
-    return (hashes[start : start + HASH_BYTES] for start in range(0, len(hashes), HASH_BYTES))

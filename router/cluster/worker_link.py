@@ -26,6 +26,16 @@ PAUSE_AFTER_REFUSAL = 5.0
 
 MOST_ELSEWHERE = 64
 
+OPTIONS = (
+    *PEERS,
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.use_local_subchannel_pool", 1),
+    # What gRPC reads ahead of a router that is behind. The rest stays with the worker, which joins messages meanwhile.
+    # Not to grow with the bandwidth. A larger message needs no more than a round trip longer.
+    ("grpc.http2.lookahead_bytes", 16 << 10),
+    ("grpc.http2.bdp_probe", 0),
+)
+
 Connect = grpc.aio.StreamStreamCall[worker_pb2.RouterMessage, worker_pb2.WorkerMessage]
 
 
@@ -134,8 +144,7 @@ class WorkerLink:
 
     async def _connect(self) -> str:
         """Opens a stream and follows it to its end. Returns why it ended."""
-        options = [*PEERS, ("grpc.max_receive_message_length", -1), ("grpc.use_local_subchannel_pool", 1)]
-        async with self._peers.channel(self.address, options) as channel:
+        async with self._peers.channel(self.address, OPTIONS) as channel:
             stream: Connect = worker_pb2_grpc.WorkerStub(channel).Connect(metadata=self._peers.metadata)
             self._stream = stream
             try:

@@ -15,7 +15,6 @@ from common.network.peers import Peers
 from common.probe import probe
 from common.worker import unsent, worker_service
 from common.worker.config import WorkerConfig
-from common.worker.unsent import Unsent
 from common.worker.worker_service import MAX_REFUSALS, WorkerService
 from tests.raw_calls import NO_UTF8, call
 from twostroke.v1 import inference_pb2, worker_pb2, worker_pb2_grpc
@@ -218,26 +217,28 @@ def test_a_router_that_was_cut_off_is_told_so_when_it_reads_again(
     assert failed.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
-@pytest.mark.parametrize(("most_messages", "most_bytes", "taken"), [(7, 1 << 30, 7), (1_000, 4_500, 6)])
-def test_a_router_that_reads_nothing_is_cut_off_by_messages_and_by_bytes(
-    monkeypatch: pytest.MonkeyPatch, most_messages: int, most_bytes: int, taken: int
-) -> None:
-    """Of messages of about 1,000 bytes, the first two are not measured."""
-    monkeypatch.setattr(unsent, "MAX_UNSENT_MESSAGES", most_messages)
-    monkeypatch.setattr(unsent, "MAX_UNSENT_BYTES", most_bytes)
-    monkeypatch.setattr(unsent, "UNMEASURED_MESSAGES", 2)
-    message = worker_pb2.WorkerMessage(cache=worker_pb2.CacheChanges(published=b"x" * 1_000))
-    cut_off: list[None] = []
-    queue = Unsent(lambda: cut_off.append(None))
-    for _ in range(3):  # what was read does not count
-        for _ in range(taken):
-            queue.put(message)
-        while queue.take() is not None:
-            pass
-    for _ in range(taken):
-        queue.put(message)
-    assert not cut_off
-    queue.put(message)
-    queue.put(message)
-    assert len(cut_off) == 1
-    assert queue.take() is None, "a router must not miss messages and then get others"
+def test_a_router_that_reads_late_gets_all_tokens_in_their_order_in_fewer_messages(service: WorkerService) -> None:
+    done = threading.Event()
+    steps = 8_000  # more than gRPC itself holds
+
+    def messages() -> Iterator[worker_pb2.RouterMessage]:
+        yield worker_pb2.RouterMessage(hello=worker_pb2.RouterHello(router="r"))
+        done.wait(30)
+
+    with grpc.insecure_channel(service.address) as channel:
+        answers = worker_pb2_grpc.WorkerStub(channel).Connect(messages(), timeout=60)
+        next(answers)
+        (connected,) = service.receive(timeout=5)
+        for step in range(steps):
+            tokens = service.outgoing(connected.connection).tokens
+            tokens.attempt_ids.extend(range(8))
+            tokens.token_ids.extend([step] * 8)
+            service.flush()
+        got: list[int] = []
+        count = 0
+        while len(got) < 8 * steps:
+            got += next(answers).tokens.token_ids
+            count += 1
+        done.set()
+    assert got == [step for step in range(steps) for _ in range(8)]
+    assert count < steps / 2

@@ -38,3 +38,13 @@ def test_logprobs_that_were_taken_are_kept_no_longer() -> None:
     taken = request.take_logprobs(3)
     assert [len(logprobs.top_ids) for logprobs in taken] == [ALTERNATIVES] * 3
     assert len(request.logprobs) == 2
+
+
+def test_steps_that_were_joined_give_a_request_all_their_tokens_up_to_its_last() -> None:
+    prompt = Prompt((1,), 0, frozenset({9}), "")
+    one, other = (
+        Request("", 0, serial, prompt, worker_pb2.SamplingParams(), Mailbox(Turnstile()), 4) for serial in range(2)
+    )
+    fan_out({1: one, 2: other}, worker_pb2.StepTokens(attempt_ids=[1, 2, 1, 2, 1, 1], token_ids=[5, 6, 7, 9, 8, 8]))
+    assert (one.output, one.complete) == ([5, 7, 8], True)
+    assert (other.output, other.complete) == ([6, 9], True)

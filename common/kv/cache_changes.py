@@ -1,0 +1,34 @@
+"""What a worker's pool can newly be asked for by hash, and no longer, as messages to routers."""
+
+from collections.abc import Iterator, Mapping
+
+from common.kv.prefix_hash import HASH_BYTES
+from twostroke.v1 import worker_pb2 as pb
+
+
+def pack(changes: Mapping[bytes, bool]) -> pb.CacheChanges:
+    """
+    Args:
+        changes: hashes that can be found now (True), or not any more (False).
+    """
+    return pb.CacheChanges(
+        published=b"".join(block_hash for block_hash, found in changes.items() if found),
+        dropped=b"".join(block_hash for block_hash, found in changes.items() if not found),
+    )
+
+
+def unpack(hashes: bytes) -> Iterator[bytes]:
+    """
+    Args:
+        hashes: packed, `HASH_BYTES` each.
+    """
+    return (hashes[start : start + HASH_BYTES] for start in range(0, len(hashes), HASH_BYTES))
+
+
+def join(earlier: pb.CacheChanges, later: pb.CacheChanges) -> pb.CacheChanges:
+    """One message that changes what both change, one after the other. Neither may be a snapshot."""
+    changes: dict[bytes, bool] = {}
+    for message in (earlier, later):
+        changes.update(dict.fromkeys(unpack(message.published), True))
+        changes.update(dict.fromkeys(unpack(message.dropped), False))
+    return pack(changes)

@@ -1,0 +1,25 @@
+from hypothesis import given
+from hypothesis import strategies as st
+
+from common.kv import cache_changes
+from common.kv.prefix_hash import HASH_BYTES
+from router.cluster.prefix_index import PrefixIndex
+
+HASHES = st.integers(0, 7).map(lambda number: bytes([number]) * HASH_BYTES)
+CHANGES = st.dictionaries(HASHES, st.booleans()).map(cache_changes.pack)
+
+
+@given(st.lists(HASHES), st.lists(CHANGES, min_size=1))
+def test_joined_changes_do_what_they_do_one_after_the_other(before, changes) -> None:  # type: ignore[no-untyped-def]
+    one_by_one, at_once = PrefixIndex(), PrefixIndex()
+    for index in (one_by_one, at_once):
+        index.published.update(before)
+    joined = changes[0]
+    for change in changes[1:]:
+        joined = cache_changes.join(joined, change)
+    for change in changes:
+        one_by_one.apply(change)
+    at_once.apply(joined)
+    assert at_once.published == one_by_one.published
+    published, dropped = set(cache_changes.unpack(joined.published)), set(cache_changes.unpack(joined.dropped))
+    assert published.isdisjoint(dropped)

@@ -1,0 +1,107 @@
+"""What a worker sends to a router that is slow to read."""
+
+from collections.abc import Sequence
+
+import pytest
+
+from common.worker import unsent
+from common.worker.unsent import MOST_JOINED, Unsent
+from twostroke.v1 import inference_pb2, worker_pb2
+from twostroke.v1.worker_pb2 import CacheChanges, Ended, Logprobs, StepTokens, WorkerMessage
+
+ONE, OTHER = b"1" * 16, b"2" * 16
+
+
+def sent(*messages: WorkerMessage) -> list[WorkerMessage]:
+    """What a router gets that reads nothing before all of these are there."""
+    queue = Unsent(lambda: None)
+    for message in messages:
+        queue.put(message)
+    return list(iter(queue.take, None))
+
+
+def step(attempts: Sequence[int], tokens: Sequence[int], logprobs: Sequence[Logprobs] = ()) -> WorkerMessage:
+    return WorkerMessage(tokens=StepTokens(attempt_ids=attempts, token_ids=tokens, logprobs=logprobs))
+
+
+def large() -> WorkerMessage:
+    return WorkerMessage(cache=CacheChanges(published=b"x" * 1_000))
+
+
+def load(running: int) -> inference_pb2.WorkerLoad:
+    return inference_pb2.WorkerLoad(running=running)
+
+
+def test_steps_are_joined_in_their_order() -> None:
+    (message,) = sent(step([1, 2], [10, 20]), step([2, 1], [21, 11]), step([1], [12]))
+    assert message == step([1, 2, 2, 1, 1], [10, 20, 21, 11, 12])
+
+
+def test_what_was_taken_at_once_is_sent_as_it_is() -> None:
+    queue = Unsent(lambda: None)
+    for token in range(3):
+        queue.put(step([1], [token]))
+        assert queue.take() == step([1], [token])
+        assert queue.take() is None
+
+
+def test_a_joined_message_has_log_probabilities_for_all_tokens_or_for_none() -> None:
+    some = Logprobs(logprob=-0.5, top_ids=[7], top_logprobs=[-0.5])
+    (message,) = sent(step([1], [10]), step([1, 2], [11, 20], [some, some]), step([2], [21]))
+    assert message == step([1, 1, 2, 2], [10, 11, 20, 21], [Logprobs(), some, some, Logprobs()])
+    (message,) = sent(WorkerMessage(ended=[Ended(attempt_id=3)]), step([1], [11], [some]))
+    assert message.tokens.logprobs == [some]
+
+
+def test_the_last_load_counts_whole_and_never_without_what_came_after_it() -> None:
+    """Zeros are not sent: merged field by field, the load before would show through."""
+    first, last = WorkerMessage(load=load(5)), WorkerMessage(load=load(0))
+    assert sent(first, last) == [last]
+    assert sent(step([1], [10]), last) == [WorkerMessage(tokens=step([1], [10]).tokens, load=load(0))]
+    reserved = WorkerMessage(reserved=[worker_pb2.Reserved(attempt_id=2)])
+    assert sent(WorkerMessage(load=load(5)), reserved) == [WorkerMessage(load=load(5)), reserved]
+
+
+def test_of_what_happened_to_a_hash_the_last_counts() -> None:
+    published = WorkerMessage(cache=CacheChanges(published=ONE + OTHER))
+    dropped = WorkerMessage(cache=CacheChanges(dropped=ONE))
+    again = WorkerMessage(cache=CacheChanges(published=ONE))
+    (message,) = sent(published, dropped)
+    assert message.cache == CacheChanges(published=OTHER, dropped=ONE)
+    (message,) = sent(WorkerMessage(cache=CacheChanges(dropped=ONE)), again)
+    assert message.cache == CacheChanges(published=ONE)
+
+
+def test_a_snapshot_of_the_cache_is_sent_alone() -> None:
+    snapshot = WorkerMessage(cache=CacheChanges(snapshot=True, published=ONE))
+    change = WorkerMessage(cache=CacheChanges(published=OTHER))
+    assert sent(change, snapshot, change) == [change, snapshot, change]
+
+
+def test_a_joined_message_does_not_grow_without_end() -> None:
+    messages = sent(*(step([1], [token]) for token in range(2 * MOST_JOINED + 1)))
+    assert [len(message.tokens.token_ids) for message in messages] == [MOST_JOINED, MOST_JOINED, 1]
+
+
+@pytest.mark.parametrize(("most_messages", "most_bytes", "taken"), [(7, 1 << 30, 7), (1_000, 4_500, 6)])
+def test_a_router_that_reads_nothing_is_cut_off_by_messages_and_by_bytes(
+    monkeypatch: pytest.MonkeyPatch, most_messages: int, most_bytes: int, taken: int
+) -> None:
+    """Of messages of about 1,000 bytes, the first two are not measured."""
+    monkeypatch.setattr(unsent, "MAX_UNSENT_MESSAGES", most_messages)
+    monkeypatch.setattr(unsent, "MAX_UNSENT_BYTES", most_bytes)
+    monkeypatch.setattr(unsent, "UNMEASURED_MESSAGES", 2)
+    cut_off: list[None] = []
+    queue = Unsent(lambda: cut_off.append(None))
+    for _ in range(3):  # what was read does not count
+        for _ in range(taken):
+            queue.put(large())
+        while queue.take() is not None:
+            pass
+    for _ in range(taken):
+        queue.put(large())
+    assert not cut_off
+    queue.put(large())
+    queue.put(large())
+    assert len(cut_off) == 1
+    assert queue.take() is None, "a router must not miss messages and then get others"

@@ -9,23 +9,27 @@ that writes ready-made chunks to the same clients at the same pace: that is gRPC
 """
 
 import asyncio
+import gc
 import json
 import multiprocessing
 import statistics
 import time
+from array import array
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import cyclopts
 import grpc
 from rich.console import Console
 from rich.table import Table
 
+from common import garbage
 from common.model.model_config import ModelConfig, load_config
 from common.model.model_files import EMBEDDED, resolve
+from common.worker.unsent import Unsent
 from router.answers.detokenizer import Detokenizer
 from router.cluster.fan_out import fan_out
 from router.config import RouterConfig
@@ -36,10 +40,13 @@ from router.prompts.tokenizer import Tokenizer
 from router.server import Router
 from router.turnstile import Turnstile
 from tests.router.fake_worker import DECODE, PREFILL, FakeWorker, Script
+from twostroke import event_loop
 from twostroke.v1 import inference_pb2, inference_pb2_grpc, worker_pb2
 
 FIRST_TOKEN, TICKS, TICKS_PER_SECOND = 1_000, 40_000, 10_000
 PROMPT = tuple(range(500, 532))
+
+Number = TypeVar("Number", int, float)
 
 app = cyclopts.App(help=__doc__)
 spawn = multiprocessing.get_context("spawn")
@@ -59,6 +66,15 @@ class Figures:
     client_cpu_us: float
 
 
+@dataclass(frozen=True, slots=True)
+class Arrivals:
+    """What the client received."""
+
+    times: "array[float]"  # of each message
+    tokens: "array[int]"  # in each message
+    ages: "array[float]"  # of each token, ms
+
+
 def tick(_length: int = 0) -> int:
     return FIRST_TOKEN + int(time.monotonic() * TICKS_PER_SECOND) % TICKS
 
@@ -70,14 +86,44 @@ def age_ms(token: int) -> float:
 # ---------------------------------------------------------------- the processes
 
 
+class SteadyWorker(FakeWorker):
+    """Makes the message of a step with next to no work, since it shares the cores with the router that is measured, and
+    joins what the router is slow to read, as a worker does."""
+
+    async def _write(self, context: Any, out: asyncio.Queue[worker_pb2.WorkerMessage]) -> None:
+        unsent = Unsent(cut_off=lambda: None)
+        while True:
+            unsent.put(await out.get())
+            while not out.empty():
+                unsent.put(out.get_nowait())
+            while (message := unsent.take()) is not None:
+                await context.write(message)
+
+    def _step(self) -> worker_pb2.WorkerMessage:
+        tokens = worker_pb2.StepTokens(attempt_ids=self.running, token_ids=[tick()] * len(self.running))
+        ended = []
+        for attempt_id, running in self.running.items():
+            running.length += 1
+            if running.length >= running.max_length:
+                ended.append(worker_pb2.Ended(attempt_id=attempt_id, cause=worker_pb2.Ended.CAUSE_FINISHED))
+        for end in ended:
+            del self.held[end.attempt_id], self.running[end.attempt_id]
+        return worker_pb2.WorkerMessage(tokens=tokens, ended=ended)
+
+
 def workers(pipe: Connection, directory: Path, count: int, step_seconds: float) -> None:
-    asyncio.run(_workers(pipe, load_config(directory), count, step_seconds))
+    event_loop.run(_workers(pipe, load_config(directory), count, step_seconds))
 
 
 async def _workers(pipe: Connection, model: ModelConfig, count: int, step_seconds: float) -> None:
-    same = {"vocab_size": model.vocab_size, "eos_token_ids": model.eos_token_ids}
+    same = {
+        "vocab_size": model.vocab_size,
+        "eos_token_ids": model.eos_token_ids,
+        "num_blocks": 1 << 20,  # room for all streams
+        "max_length": model.context_length,
+    }
     prefill = FakeWorker(PREFILL, Script(token=tick), max_batch=1 << 20, **same)
-    decodes = [FakeWorker(DECODE, Script(token=tick, step_seconds=step_seconds), **same) for _ in range(count)]
+    decodes = [SteadyWorker(DECODE, Script(step_seconds=step_seconds), **same) for _ in range(count)]
     addresses = [await prefill.start()]
     for decode in decodes:
         addresses.append(await decode.start())
@@ -89,14 +135,14 @@ async def _workers(pipe: Connection, model: ModelConfig, count: int, step_second
 
 
 def router(pipe: Connection, directory: Path) -> None:
-    asyncio.run(_router(pipe, directory, pipe.recv()))
+    event_loop.run(_router(pipe, directory, pipe.recv()))
 
 
 async def _router(pipe: Connection, directory: Path, addresses: Sequence[str]) -> None:
     model = load_config(directory)
     config = RouterConfig(listen="127.0.0.1:0", prefill=tuple(addresses[:1]), decode=tuple(addresses[1:]))
     service = Router(config, model, Tokenizer(directory, model), Guides(directory, model))
-    ages: list[float] = []
+    ages = array("d")
     answer = service.service.GenerateStream
 
     async def timed(request: inference_pb2.GenerateRequest, context: Any) -> None:
@@ -112,6 +158,7 @@ async def _router(pipe: Connection, directory: Path, addresses: Sequence[str]) -
             if sum(worker.ready for worker in (await stub.GetLoad(request)).workers) == len(addresses):
                 break
             await asyncio.sleep(0.01)
+    garbage.forget_start()
     pipe.send(f"127.0.0.1:{port}")
     began = time.process_time()
     await asyncio.to_thread(pipe.recv)
@@ -122,7 +169,7 @@ async def _router(pipe: Connection, directory: Path, addresses: Sequence[str]) -
 class _Timed:
     """A call's context that notes the age of tokens once gRPC has accepted their message."""
 
-    def __init__(self, context: Any, ages: list[float]) -> None:
+    def __init__(self, context: Any, ages: "array[float]") -> None:
         self.abort = context.abort
         self.invocation_metadata = context.invocation_metadata
         self.time_remaining = context.time_remaining
@@ -135,7 +182,7 @@ class _Timed:
 
 
 def bare(pipe: Connection, groups: int, step_seconds: float) -> None:
-    asyncio.run(_bare(pipe, groups, step_seconds))
+    event_loop.run(_bare(pipe, groups, step_seconds))
 
 
 async def _bare(pipe: Connection, groups: int, step_seconds: float) -> None:
@@ -151,6 +198,7 @@ async def _bare(pipe: Connection, groups: int, step_seconds: float) -> None:
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     steps = [asyncio.create_task(service.step(group, step_seconds)) for group in range(groups)]
+    garbage.forget_start()
     pipe.send(f"127.0.0.1:{port}")
     began = time.process_time()
     await asyncio.to_thread(pipe.recv)
@@ -164,7 +212,7 @@ class _Bare:
     """Streams in groups; those of a group write at the same time, like those of one decode worker."""
 
     def __init__(self, groups: int) -> None:
-        self.ages: list[float] = []
+        self.ages = array("d")
         self._waiting: list[list[asyncio.Future[int]]] = [[] for _ in range(groups)]
         self._calls = 0
 
@@ -192,19 +240,22 @@ class _Bare:
 
 
 def clients(pipe: Connection, streams: int, tokens: int) -> None:
-    asyncio.run(_clients(pipe, pipe.recv(), streams, tokens))
+    event_loop.run(_clients(pipe, pipe.recv(), streams, tokens))
 
 
 async def _clients(pipe: Connection, address: str, streams: int, tokens: int) -> None:
-    arrivals: list[tuple[float, list[float]]] = []
+    arrivals = Arrivals(array("d"), array("I"), array("d"))
+    gc.disable()  # the client's pauses are not the router's
 
     async def one(stub: Any) -> None:
         request = inference_pb2.GenerateRequest(token_ids=inference_pb2.TokenIds(ids=PROMPT))
         request.stopping.max_tokens = tokens
         request.stopping.ignore_eos = True
         async for chunk in stub.GenerateStream(request):
-            if chunk.delta.token_ids:
-                arrivals.append((time.monotonic(), [age_ms(token) for token in chunk.delta.token_ids]))
+            if token_ids := chunk.delta.token_ids:
+                arrivals.times.append(time.monotonic())
+                arrivals.tokens.append(len(token_ids))
+                arrivals.ages.extend(map(age_ms, token_ids))
 
     async with grpc.aio.insecure_channel(address) as channel:
         stub = inference_pb2_grpc.InferenceStub(channel)
@@ -253,21 +304,23 @@ def _measure(
     server_ages, server_cpu = server_pipe.recv()
     server.join()
     client.join()
-    # The first and last tenth, when streams come and go, do not count.
-    steady = arrivals[len(arrivals) // 10 : -len(arrivals) // 10]
-    elapsed = steady[-1][0] - steady[0][0]
-    ages = [age for _, message in steady for age in message]
-    in_server = server_ages[len(server_ages) // 10 : -len(server_ages) // 10]
+    times, in_messages = _steady(arrivals.times), _steady(arrivals.tokens)
+    elapsed = times[-1] - times[0]
     return Figures(
         name,
         tokens_per_second,
-        len(ages) / elapsed,
-        len(steady) / elapsed,
-        *_p50_p99(in_server),
-        *_p50_p99(ages),
-        1e6 * server_cpu / len(arrivals),
-        1e6 * client_cpu / len(arrivals),
+        sum(in_messages) / elapsed,
+        len(in_messages) / elapsed,
+        *_p50_p99(_steady(server_ages)),
+        *_p50_p99(_steady(arrivals.ages)),
+        1e6 * server_cpu / len(arrivals.times),
+        1e6 * client_cpu / len(arrivals.times),
     )
+
+
+def _steady(values: "array[Number]") -> "array[Number]":
+    """Without the first and last tenth, when streams come and go."""
+    return values[len(values) // 10 : -len(values) // 10]
 
 
 def _p50_p99(values: Sequence[float]) -> tuple[float, float]:

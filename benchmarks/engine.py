@@ -30,7 +30,7 @@ from common.model.model_files import EMBEDDED, resolve
 from decode_worker.loop import DecodeLoop
 from decode_worker.runner import Runner
 from decode_worker.scheduler import Sequence
-from twostroke import AsyncClient
+from twostroke import AsyncClient, event_loop
 
 CPU = torch.device("cpu")
 MAX_LENGTH = 2048
@@ -113,7 +113,7 @@ def _cluster(loaded: LoadedModel, prompts: list[list[int]], count: int, rounds: 
     ):
         for _ in range(rounds):
             bare.append(_bare_decode_rate(loaded, prompts, count))
-            delivered.append(asyncio.run(_delivered_rate(cluster.target, prompts, count)))
+            delivered.append(event_loop.run(_delivered_rate(cluster.target, prompts, count)))
     yield Figure(
         f"cluster, {len(prompts)} streams, decoding",
         f"{statistics.median(delivered):.1f} tok/s",

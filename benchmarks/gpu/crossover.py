@@ -8,7 +8,6 @@ Two routers stand in front of the pair. One knows both workers, and hands every 
 decode worker, which then prefills whatever comes.
 """
 
-import asyncio
 import multiprocessing
 import random
 import statistics
@@ -30,7 +29,7 @@ from benchmarks.load.config import LoadConfig
 from benchmarks.load.processes import split, start
 from benchmarks.ports import free_port
 from benchmarks.report import Figure, Report
-from twostroke import AsyncClient
+from twostroke import AsyncClient, event_loop
 
 OUTPUT_TOKENS = 8
 TIMEOUT = 120.0
@@ -135,11 +134,11 @@ def main(
             context = multiprocessing.get_context("spawn")
             with pair, alone, ProcessPoolExecutor(clients, context) as pool:
                 targets = {"in place": alone.target, "handed over": pair.target}
-                asyncio.run(_probe(targets, lengths, 0.0, seed=1))  # warm-up: every length once, each way
-                yield from _figures("idle", asyncio.run(_probe(targets, lengths, idle_seconds, seed=2)))
+                event_loop.run(_probe(targets, lengths, 0.0, seed=1))  # warm-up: every length once, each way
+                yield from _figures("idle", event_loop.run(_probe(targets, lengths, idle_seconds, seed=2)))
                 loads = start(pool, pair.target, split(load, clients), TIMEOUT)
                 time.sleep(LEAD_SECONDS)
-                loaded = asyncio.run(_probe(targets, lengths, loaded_seconds, seed=3))
+                loaded = event_loop.run(_probe(targets, lengths, loaded_seconds, seed=3))
                 failed = [record.error for load in loads for record in load.result() if record.error is not None]
                 if failed:
                     raise RuntimeError(f"requests of the load failed: {failed}")

@@ -6,6 +6,7 @@ import socket
 import struct
 import termios
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar, TypeVarTuple, Unpack
 
@@ -41,7 +42,13 @@ def _is_of_grpc(callback: Callable[..., object]) -> bool:
 
 
 def _leave_one_byte(wakeups: socket.socket, callback: Callable[..., object], *args: Any) -> None:
-    (count,) = struct.unpack("i", fcntl.ioctl(wakeups, termios.FIONREAD, bytes(4)))
-    if count > 1:
-        wakeups.recv(count - 1)
-    callback(*args)
+    with suppress(BlockingIOError):  # another loop of the process was faster
+        (count,) = struct.unpack("i", fcntl.ioctl(wakeups, termios.FIONREAD, bytes(4)))
+        if count > 1:
+            wakeups.recv(count - 1)
+    try:
+        callback(*args)
+    except BaseException:
+        # It stops at an operation of a loop that is closed, say. The bytes of those behind it are gone.
+        asyncio.get_running_loop().call_soon(_leave_one_byte, wakeups, callback, *args)
+        raise

@@ -1,5 +1,9 @@
 import asyncio
+import multiprocessing
 import socket
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
 
@@ -57,6 +61,69 @@ def test_all_wakeups_are_taken_in_one_turn(bytes_written: int | None) -> None:
     event_loop.run(main())
 
 
+async def echo(request: bytes, context: object) -> bytes:
+    return request
+
+
+@asynccontextmanager
+async def echoing() -> AsyncIterator[Any]:
+    """A call to a server of this loop."""
+    server = grpc.aio.server()
+    methods: Any = {"Echo": grpc.unary_unary_rpc_method_handler(echo)}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test.Echo", methods),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    options = [("grpc.use_local_subchannel_pool", 1)]
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=options) as channel:
+        yield channel.unary_unary("/test.Echo/Echo")
+    await server.stop(0)
+
+
+def close_loops_with_calls_under_way() -> None:
+    async def leave_calls() -> None:
+        async with echoing() as call:
+            left.extend(call(b"") for _ in range(60))
+            await asyncio.sleep(0.001)
+            raise LookupError
+
+    async def main() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda *_: None)
+        async with echoing() as call:
+            assert await asyncio.wait_for(call(b"here"), timeout=10) == b"here"
+
+    left: list[Any] = []
+    for _ in range(20):
+        loop = event_loop.EventLoop()
+        with pytest.raises(LookupError):
+            loop.run_until_complete(leave_calls())
+        loop.close()
+        event_loop.run(main())
+
+
+def test_what_a_closed_loop_left_does_not_hold_up_the_next() -> None:
+    """The gRPC of a process is shared by its loops, and stumbles over operations of one that is closed. So in a process
+    of its own."""
+    process = multiprocessing.get_context("spawn").Process(target=close_loops_with_calls_under_way)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+
+
+def test_loops_of_two_threads_work_side_by_side() -> None:
+    problems: list[Any] = []
+
+    async def main() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: problems.append(context))
+        async with echoing() as call:
+            for _ in range(20):
+                await asyncio.wait_for(asyncio.gather(*(call(b"") for _ in range(50))), timeout=20)
+
+    with ThreadPoolExecutor(2) as pool:
+        for running in [pool.submit(event_loop.run, main()) for _ in range(2)]:
+            running.result()
+    assert problems == []
+
+
 def test_the_installed_grpc_is_recognized(monkeypatch: pytest.MonkeyPatch) -> None:
     """With another name for the class in gRPC, streams would stand still again, and nothing else would fail."""
     turns = 0
@@ -67,19 +134,9 @@ def test_the_installed_grpc_is_recognized(monkeypatch: pytest.MonkeyPatch) -> No
         turns += 1
         leave_one_byte(*args)
 
-    async def echo(request: bytes, context: object) -> bytes:
-        return request
-
     async def main() -> None:
-        server = grpc.aio.server()
-        methods: Any = {"Echo": grpc.unary_unary_rpc_method_handler(echo)}
-        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test.Echo", methods),))
-        port = server.add_insecure_port("127.0.0.1:0")
-        await server.start()
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-            call: Any = channel.unary_unary("/test.Echo/Echo")
+        async with echoing() as call:
             answers = await asyncio.gather(*(call(str(number).encode()) for number in range(500)))
-        await server.stop(0)
         assert answers == [str(number).encode() for number in range(500)]
 
     monkeypatch.setattr(event_loop, "_leave_one_byte", counting)

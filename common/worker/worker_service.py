@@ -41,6 +41,9 @@ UNREAD_PAUSE = 0.005  # seconds
 # A router's hello comes right behind its call.
 HELLO_SECONDS = 10.0
 
+# A worker that stops waits so long for routers that are behind to read the rest.
+LAST_WORDS_SECONDS = 4.0
+
 # Most reasons to remember why routers refused this worker.
 MAX_REFUSALS = 256
 
@@ -131,10 +134,10 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         self._loop.call_soon_threadsafe(self._changed.set)
 
     def stop(self) -> None:
-        """Sends what is flushed, closes every stream and ends the thread."""
+        """Sends what is flushed, to routers that read it within seconds, closes every stream and ends the thread."""
         if self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._end)
-            self._thread.join(timeout=5)
+            self._thread.join(timeout=LAST_WORDS_SECONDS + 1)
 
     # ------------------------------------------------------------ on the gRPC thread
 
@@ -165,11 +168,14 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
                     await self._changed.wait()
             self._changed.clear()
             await self._update_health()
-        await server.stop(grace=0.2)
+        await self._health.enter_graceful_shutdown()
+        await server.stop(LAST_WORDS_SECONDS)
 
     def _end(self) -> None:
         self._stopped = True
         self._changed.set()
+        for unsent in self._connections.values():
+            unsent.ready.set()
 
     async def _update_health(self) -> None:
         hangs = time.monotonic() - self._turn_at > SILENT_SECONDS
@@ -216,6 +222,8 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
                 unsent.ready.clear()
                 while (message := unsent.take()) is not None:
                     yield message
+                if self._stopped:
+                    break
         finally:
             reader.cancel()
         if unsent.is_cut_off:

@@ -246,7 +246,7 @@ class Engine:
             rows_of[sequence.connection].append(row)
         for connection, rows in rows_of.items():
             if self._service.outgoing(connection).HasField("tokens"):
-                self._service.flush()  # a message holds one step
+                self._service.flush()  # the other step may have log-probabilities where this has none
             tokens = self._service.outgoing(connection).tokens
             tokens.attempt_ids.extend(step.sequences[row].attempt_id for row in rows)
             tokens.token_ids.extend(step.tokens[row] for row in rows)

@@ -25,10 +25,7 @@ def unpack(hashes: bytes) -> Iterator[bytes]:
     return (hashes[start : start + HASH_BYTES] for start in range(0, len(hashes), HASH_BYTES))
 
 
-def join(earlier: pb.CacheChanges, later: pb.CacheChanges) -> pb.CacheChanges:
-    """One message that changes what both change, one after the other. Neither may be a snapshot."""
-    changes: dict[bytes, bool] = {}
-    for message in (earlier, later):
-        changes.update(dict.fromkeys(unpack(message.published), True))
-        changes.update(dict.fromkeys(unpack(message.dropped), False))
-    return pack(changes)
+def note(changes: dict[bytes, bool], message: pb.CacheChanges) -> None:
+    """Puts what a message says, which is no snapshot, on top of earlier `changes`."""
+    changes.update(dict.fromkeys(unpack(message.published), True))
+    changes.update(dict.fromkeys(unpack(message.dropped), False))

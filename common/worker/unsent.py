@@ -3,10 +3,11 @@
 import asyncio
 from collections import deque
 from collections.abc import Callable
+from itertools import islice
 
 import structlog
 
-from common.kv import cache_changes
+from common.worker import joined
 from twostroke.v1 import worker_pb2 as pb
 
 log = structlog.get_logger(__name__)
@@ -52,46 +53,12 @@ class Unsent:
     def take(self) -> pb.WorkerMessage | None:
         """What to send next; None if there is nothing. Messages that gathered while the one before was sent are joined:
         a router that is behind gets fewer and larger ones, and can catch up."""
-        message = self._pop()
-        if message is None:
-            return None
-        for _ in range(MOST_JOINED - 1):
-            if not self._messages or not _can_be_joined(message, self._messages[0][0]):
-                break
-            later = self._pop()
-            assert later is not None
-            _join(message, later)
-        return message
-
-    def _pop(self) -> pb.WorkerMessage | None:
         if not self._messages:
             return None
+        count = joined.most_that_join([message for message, _ in islice(self._messages, MOST_JOINED)])
+        return joined.join([self._pop() for _ in range(count)])
+
+    def _pop(self) -> pb.WorkerMessage:
         message, size = self._messages.popleft()
         self._bytes -= size
         return message
-
-
-def _can_be_joined(message: pb.WorkerMessage, later: pb.WorkerMessage) -> bool:
-    """A load counts in everything else in its message, and a snapshot of the cache takes the place of what was known
-    before."""
-    outdated_load = message.HasField("load") and not later.HasField("load")
-    return not (outdated_load or message.cache.snapshot or later.cache.snapshot)
-
-
-def _join(message: pb.WorkerMessage, later: pb.WorkerMessage) -> None:
-    """Adds what came later to a message. The router takes in an attempt's events in the order in which they happen,
-    whatever their order in the message."""
-    if message.HasField("tokens") and later.HasField("tokens"):
-        _fill_logprobs(message.tokens, later.tokens)
-    if message.HasField("cache") and later.HasField("cache"):
-        later.cache.CopyFrom(cache_changes.join(message.cache, later.cache))
-        message.ClearField("cache")
-    message.ClearField("load")
-    message.MergeFrom(later)
-
-
-def _fill_logprobs(*steps: pb.StepTokens) -> None:
-    """Log-probabilities are given for all tokens of a message, or for none."""
-    if any(step.logprobs for step in steps):
-        for step in steps:
-            step.logprobs.extend(pb.Logprobs() for _ in range(len(step.token_ids) - len(step.logprobs)))

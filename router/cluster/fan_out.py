@@ -1,4 +1,4 @@
-"""Adds the tokens of a decode step, which come in one message, to their requests. This is the router's hottest loop."""
+"""Adds the tokens of decode steps, which come in one message, to their requests. This is the router's hottest loop."""
 
 from collections.abc import Mapping
 

@@ -22,7 +22,7 @@ def check(message: worker_pb2.WorkerMessage, vocab_size: int) -> None:
     count = len(tokens.attempt_ids)
     if len(tokens.token_ids) != count or len(tokens.logprobs) not in (0, count):
         raise WorkerFault(
-            f"a step of {count} attempts came with {len(tokens.token_ids)} tokens, {len(tokens.logprobs)} logprobs"
+            f"tokens of {count} attempts came as {len(tokens.token_ids)} tokens with {len(tokens.logprobs)} logprobs"
         )
     if count and max(tokens.token_ids) >= vocab_size:
         raise WorkerFault(f"token {max(tokens.token_ids)} is not in the vocabulary of {vocab_size}")

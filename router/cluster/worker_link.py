@@ -31,7 +31,7 @@ OPTIONS = (
     ("grpc.max_receive_message_length", -1),
     ("grpc.use_local_subchannel_pool", 1),
     # What gRPC reads ahead of a router that is behind. The rest stays with the worker, which joins messages meanwhile.
-    # Not to grow with the bandwidth. A larger message needs no more than a round trip longer.
+    # Not to grow with the bandwidth. A larger message takes a round trip longer, and one more for each further MiB.
     ("grpc.http2.lookahead_bytes", 16 << 10),
     ("grpc.http2.bdp_probe", 0),
 )

@@ -14,11 +14,11 @@ def test_joined_changes_do_what_they_do_one_after_the_other(before, changes) -> 
     one_by_one, at_once = PrefixIndex(), PrefixIndex()
     for index in (one_by_one, at_once):
         index.published.update(before)
-    joined = changes[0]
-    for change in changes[1:]:
-        joined = cache_changes.join(joined, change)
+    noted: dict[bytes, bool] = {}
     for change in changes:
         one_by_one.apply(change)
+        cache_changes.note(noted, change)
+    joined = cache_changes.pack(noted)
     at_once.apply(joined)
     assert at_once.published == one_by_one.published
     published, dropped = set(cache_changes.unpack(joined.published)), set(cache_changes.unpack(joined.dropped))

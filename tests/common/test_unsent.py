@@ -6,7 +6,7 @@ import pytest
 
 from common.worker import unsent
 from common.worker.unsent import MOST_JOINED, Unsent
-from twostroke.v1 import inference_pb2, worker_pb2
+from twostroke.v1 import inference_pb2
 from twostroke.v1.worker_pb2 import CacheChanges, Ended, Logprobs, StepTokens, WorkerMessage
 
 ONE, OTHER = b"1" * 16, b"2" * 16
@@ -45,21 +45,24 @@ def test_what_was_taken_at_once_is_sent_as_it_is() -> None:
         assert queue.take() is None
 
 
-def test_a_joined_message_has_log_probabilities_for_all_tokens_or_for_none() -> None:
+def test_a_message_has_log_probabilities_for_all_tokens_or_for_none() -> None:
     some = Logprobs(logprob=-0.5, top_ids=[7], top_logprobs=[-0.5])
-    (message,) = sent(step([1], [10]), step([1, 2], [11, 20], [some, some]), step([2], [21]))
-    assert message == step([1, 1, 2, 2], [10, 11, 20, 21], [Logprobs(), some, some, Logprobs()])
+    messages = sent(step([1], [10]), step([1], [11], [some]), step([1, 2], [12, 20], [some, some]), step([2], [21]))
+    assert messages == [step([1], [10]), step([1, 1, 2], [11, 12, 20], [some] * 3), step([2], [21])]
     (message,) = sent(WorkerMessage(ended=[Ended(attempt_id=3)]), step([1], [11], [some]))
     assert message.tokens.logprobs == [some]
 
 
-def test_the_last_load_counts_whole_and_never_without_what_came_after_it() -> None:
-    """Zeros are not sent: merged field by field, the load before would show through."""
+def test_the_last_load_counts_and_has_everything_before_it_counted_in() -> None:
+    """Zeros are not sent: merged field by field, an earlier load would show through."""
     first, last = WorkerMessage(load=load(5)), WorkerMessage(load=load(0))
     assert sent(first, last) == [last]
     assert sent(step([1], [10]), last) == [WorkerMessage(tokens=step([1], [10]).tokens, load=load(0))]
-    reserved = WorkerMessage(reserved=[worker_pb2.Reserved(attempt_id=2)])
-    assert sent(WorkerMessage(load=load(5)), reserved) == [WorkerMessage(load=load(5)), reserved]
+    first = WorkerMessage(load=load(5))
+    assert sent(first, step([1], [10]), step([1], [11])) == [first, step([1, 1], [10, 11])]
+    first_steps = WorkerMessage(tokens=step([1, 1], [10, 11]).tokens, load=load(0))
+    messages = sent(step([1], [10]), WorkerMessage(load=load(5)), step([1], [11]), last, step([1], [12]))
+    assert messages == [first_steps, step([1], [12])]
 
 
 def test_of_what_happened_to_a_hash_the_last_counts() -> None:

@@ -16,6 +16,7 @@ from common.probe import probe
 from common.worker import unsent, worker_service
 from common.worker.config import WorkerConfig
 from common.worker.worker_service import MAX_REFUSALS, WorkerService
+from router.cluster import worker_link
 from tests.raw_calls import NO_UTF8, call
 from twostroke.v1 import inference_pb2, worker_pb2, worker_pb2_grpc
 
@@ -217,28 +218,49 @@ def test_a_router_that_was_cut_off_is_told_so_when_it_reads_again(
     assert failed.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
-def test_a_router_that_reads_late_gets_all_tokens_in_their_order_in_fewer_messages(service: WorkerService) -> None:
+STEPS, ROWS = 4_000, 8
+
+
+def stream_of_steps(service: WorkerService, channel: grpc.Channel) -> tuple[Iterator[Any], threading.Event]:
+    """Flushes the steps before the router reads the first of them. The event lets the router's side end."""
     done = threading.Event()
-    steps = 8_000  # more than gRPC itself holds
 
     def messages() -> Iterator[worker_pb2.RouterMessage]:
         yield worker_pb2.RouterMessage(hello=worker_pb2.RouterHello(router="r"))
         done.wait(30)
 
-    with grpc.insecure_channel(service.address) as channel:
-        answers = worker_pb2_grpc.WorkerStub(channel).Connect(messages(), timeout=60)
-        next(answers)
-        (connected,) = service.receive(timeout=5)
-        for step in range(steps):
-            tokens = service.outgoing(connected.connection).tokens
-            tokens.attempt_ids.extend(range(8))
-            tokens.token_ids.extend([step] * 8)
-            service.flush()
-        got: list[int] = []
+    answers = worker_pb2_grpc.WorkerStub(channel).Connect(messages(), timeout=60)
+    next(answers)
+    (connected,) = service.receive(timeout=5)
+    for step in range(STEPS):
+        tokens = service.outgoing(connected.connection).tokens
+        tokens.attempt_ids.extend(range(ROWS))
+        tokens.token_ids.extend([step] * ROWS)
+        service.flush()
+    return answers, done
+
+
+def test_a_router_that_reads_late_gets_all_tokens_in_their_order_in_few_messages(service: WorkerService) -> None:
+    """With a router's own channel: as gRPC is by itself, it would read more than half of them ahead, one by one."""
+    with grpc.insecure_channel(service.address, options=worker_link.OPTIONS) as channel:
+        answers, done = stream_of_steps(service, channel)
+        received: list[int] = []
         count = 0
-        while len(got) < 8 * steps:
-            got += next(answers).tokens.token_ids
+        while len(received) < STEPS * ROWS:
+            received += next(answers).tokens.token_ids
             count += 1
         done.set()
-    assert got == [step for step in range(steps) for _ in range(8)]
-    assert count < steps / 2
+    assert received == [step for step in range(STEPS) for _ in range(ROWS)]
+    assert count < STEPS / 4
+
+
+def test_a_worker_that_stops_lets_a_router_that_is_behind_read_the_rest(service: WorkerService) -> None:
+    with grpc.insecure_channel(service.address, options=worker_link.OPTIONS) as channel:
+        answers, done = stream_of_steps(service, channel)
+        stopping = threading.Thread(target=service.stop)
+        stopping.start()
+        time.sleep(1)
+        assert sum(len(message.tokens.token_ids) for message in answers) == STEPS * ROWS
+        stopping.join(timeout=5)
+        assert not stopping.is_alive()
+        done.set()

@@ -319,10 +319,13 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
             next_step = max(next_step + self.script.step_seconds, time.monotonic())
             await asyncio.sleep(next_step - time.monotonic())
             if self._out.qsize() > MOST_UNSENT:
+                await asyncio.sleep(0.001)
                 continue
             message = self._step()
             if message.tokens.token_ids or message.ended:
                 self._out.put_nowait(message)
+            else:
+                await asyncio.sleep(0.001)
 
     def _step(self) -> worker_pb2.WorkerMessage:
         script = self.script

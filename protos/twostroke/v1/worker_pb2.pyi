@@ -752,7 +752,9 @@ Global___Started: _TypeAlias = Started  # noqa: Y015
 
 @_typing.final
 class StepTokens(_message.Message):
-    """One decode step: parallel arrays, one entry for each sequence of this router."""
+    """The tokens of one decode step, or of several if the router is slow to read: parallel arrays, with an attempt's tokens in
+    their order.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -765,7 +767,7 @@ class StepTokens(_message.Message):
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
     def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Logprobs]:
-        """empty, or one entry for each sequence (empty for those that did not ask)"""
+        """empty, or one entry for each token (empty for attempts that did not ask)"""
 
     def __init__(
         self,

@@ -4,13 +4,16 @@ from hypothesis import strategies as st
 from common.kv import cache_changes
 from common.kv.prefix_hash import HASH_BYTES
 from router.cluster.prefix_index import PrefixIndex
+from twostroke.v1 import worker_pb2
 
 HASHES = st.integers(0, 7).map(lambda number: bytes([number]) * HASH_BYTES)
 CHANGES = st.dictionaries(HASHES, st.booleans()).map(cache_changes.pack)
 
 
 @given(st.lists(HASHES), st.lists(CHANGES, min_size=1))
-def test_joined_changes_do_what_they_do_one_after_the_other(before, changes) -> None:  # type: ignore[no-untyped-def]
+def test_joined_changes_do_what_they_do_one_after_the_other(
+    before: list[bytes], changes: list[worker_pb2.CacheChanges]
+) -> None:
     one_by_one, at_once = PrefixIndex(), PrefixIndex()
     for index in (one_by_one, at_once):
         index.published.update(before)

@@ -318,14 +318,12 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
                 await self._something_runs.wait()
             next_step = max(next_step + self.script.step_seconds, time.monotonic())
             await asyncio.sleep(next_step - time.monotonic())
-            if self._out.qsize() > MOST_UNSENT:
-                await asyncio.sleep(0.001)
-                continue
-            message = self._step()
-            if message.tokens.token_ids or message.ended:
-                self._out.put_nowait(message)
-            else:
-                await asyncio.sleep(0.001)
+            if self._out.qsize() <= MOST_UNSENT:
+                message = self._step()
+                if message.tokens.token_ids or message.ended:
+                    self._out.put_nowait(message)
+                    continue
+            await asyncio.sleep(0.001)  # it must not spin while there is nothing to say
 
     def _step(self) -> worker_pb2.WorkerMessage:
         script = self.script

@@ -86,8 +86,8 @@ class ServeConfig(SecurityConfig):
     drain_seconds: NonNegativeFloat | None = None
     """Seconds that running requests get to finish after Ctrl-C."""
 
-    transport: Literal["auto", "shm", "cuda_ipc"] | None = None
-    """How KV goes from prefill to decode workers. auto: cuda_ipc on a GPU, shm on a CPU."""
+    transport: Literal["auto", "shm", "cuda_ipc", "nixl"] | None = None
+    """How KV goes from prefill to decode workers. auto: cuda_ipc on a GPU, shm on a CPU. nixl: between hosts, too."""
 
     threads: PositiveInt | None = None
     """CPU threads of each worker."""

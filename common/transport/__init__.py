@@ -19,13 +19,14 @@ class _Transport(Protocol):
 
 
 def create(transport: str, layout: KvLayout, device: torch.device, instance: str) -> PoolMemory:
-    """Allocates this worker's own pool, once, where peers can read it over `transport` ("shm" or "cuda_ipc").
+    """Allocates this worker's own pool, once, where peers can read it over `transport` ("shm", "cuda_ipc" or
+    "nixl").
 
     Segments that killed workers left behind on this machine are removed first.
 
     Args:
         layout: shape of the pool.
-        device: where the pool lies; a CPU for shm, a CUDA device for cuda_ipc.
+        device: where the pool lies; a CPU for shm, a CUDA device for cuda_ipc, either for nixl.
         instance: name of this process, new with every start: letters, digits, "-" and "_".
 
     Raises:
@@ -56,4 +57,10 @@ def _transport(name: str) -> _Transport:
         except ImportError as error:
             raise TransportError(f"transport cuda_ipc needs cupy ({error}); install twostroke[cuda]") from error
         return cuda_ipc
-    raise TransportError(f'no transport is called "{name}"; there are shm and cuda_ipc')
+    if name == "nixl":
+        try:
+            import common.transport.nixl as nixl  # a package of its own, which only clusters of several hosts need
+        except ImportError as error:
+            raise TransportError(f"transport nixl needs NIXL ({error}); install twostroke[nixl]") from error
+        return nixl
+    raise TransportError(f'no transport is called "{name}"; there are shm, cuda_ipc and nixl')

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from common.kv.kv_pool import KvLayout, KvPool
 from common.transport.block_copy import CTAS, BlockCopier, BlockCopy, prepare
+from common.transport.checks import PROBE_BYTES, check_blocks, digest
 from common.transport.interface import TransferFailed, TransportError
-from common.transport.segment import PROBE_BYTES, OwnSegment, PeerSegment, digest
+from common.transport.segment import OwnSegment, PeerSegment
 
 log = structlog.get_logger(__name__)
 
@@ -145,7 +146,7 @@ class CudaPeer:
     def read(self, src_blocks: Sequence[int], dst: KvPool, dst_blocks: Sequence[int]) -> CudaTransfer:
         if not self._pointer:
             raise TransferFailed("the peer's pool was closed")
-        self._segment.check(src_blocks, dst_blocks, dst.layout.num_blocks)
+        check_blocks(src_blocks, self._segment.header.layout.num_blocks, dst_blocks, dst.layout.num_blocks)
         try:
             copy = self._copier.start(self._pointer, src_blocks, dst.tensor.data_ptr(), dst_blocks, self._block_bytes)
         except (ValueError, *_CUDA_ERRORS) as error:

@@ -15,18 +15,17 @@ import re
 import secrets
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from hashlib import blake2b
 from pathlib import Path
 from typing import Self
 
 from common.kv.kv_pool import KvLayout
-from common.transport.interface import TransferFailed, TransportError
+from common.transport.checks import check_layout
+from common.transport.interface import TransportError
 
 DIRECTORY = Path("/dev/shm")
 PREFIX = "twostroke-"
 MAGIC = b"twostroke kv 1\n"
 HEADER_BYTES = mmap.PAGESIZE
-PROBE_BYTES = 1 << 16  # known bytes behind the pool, for a reader's first copy
 
 _INSTANCE = re.compile(r"[0-9A-Za-z_-]{1,128}")
 
@@ -137,7 +136,7 @@ class PeerSegment:
             ) from error
         try:
             self.header = self._read_header(path, nonce)
-            _check_layout(path, self.header.layout, layout)
+            check_layout(str(path), self.header.layout, layout)
             self._map = mmap.mmap(self._fd, 0, prot=mmap.PROT_READ)
         except BaseException:
             os.close(self._fd)
@@ -165,19 +164,6 @@ class PeerSegment:
             generations[block] == generation for block, generation in zip(blocks, expected, strict=True)
         )
 
-    def check(self, src_blocks: Sequence[int], dst_blocks: Sequence[int], dst_num_blocks: int) -> None:
-        """Raises TransferFailed unless the lists pair up and lie inside the peer's pool and one of `dst_num_blocks`."""
-        if len(src_blocks) != len(dst_blocks):
-            raise TransferFailed(f"{len(src_blocks)} blocks cannot be read into {len(dst_blocks)}")
-        for blocks, num_blocks, pool in (
-            (src_blocks, self.header.layout.num_blocks, "the peer's pool"),
-            (dst_blocks, dst_num_blocks, "this worker's pool"),
-        ):
-            if blocks and not (min(blocks) >= 0 and max(blocks) < num_blocks):
-                raise TransferFailed(
-                    f"blocks {min(blocks)} to {max(blocks)} are not all among the {num_blocks} of {pool}"
-                )
-
     def owner_alive(self) -> bool:
         return not _try_lock(self._fd, fcntl.LOCK_SH)
 
@@ -190,11 +176,6 @@ class PeerSegment:
         self._map.close()
         os.close(self._fd)
         self._fd = -1
-
-
-def digest(probe: bytes) -> str:
-    """BLAKE2b-128 of a probe, as headers carry it."""
-    return blake2b(probe, digest_size=16).hexdigest()
 
 
 def sweep() -> None:
@@ -256,17 +237,3 @@ def _parse(descriptor: bytes) -> tuple[dict[str, str], str, str]:
             f"the peer's pool descriptor is malformed ({error!r}); run one version of all workers"
         ) from error
     return fields, name, nonce
-
-
-def _check_layout(path: Path, theirs: KvLayout, ours: KvLayout) -> None:
-    own = asdict(ours)
-    differing = [
-        f"{field} is {value} there and {own[field]} here"
-        for field, value in asdict(theirs).items()
-        if field != "num_blocks" and value != own[field]
-    ]
-    if differing:
-        raise TransportError(
-            f"blocks of {path} are laid out differently: {', '.join(differing)}; start all workers with the same "
-            "model, --dtype and --block-size"
-        )

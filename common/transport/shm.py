@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from common.kv.kv_pool import KvLayout, KvPool
+from common.transport.checks import PROBE_BYTES, check_blocks, digest
 from common.transport.interface import TransferFailed, TransportError
-from common.transport.segment import PROBE_BYTES, OwnSegment, PeerSegment, digest
+from common.transport.segment import OwnSegment, PeerSegment
 
 log = structlog.get_logger(__name__)
 
@@ -103,7 +104,7 @@ class ShmPeer:
         if self._rows is None:
             raise TransferFailed("the peer's pool was closed")
         target = dst.tensor.view(torch.uint8).view(dst.layout.num_blocks, self._block_bytes).numpy()
-        self._segment.check(src_blocks, dst_blocks, len(target))
+        check_blocks(src_blocks, len(self._rows), dst_blocks, len(target))
         return ShmTransfer(self._copier.submit(_copy, self._rows, tuple(src_blocks), target, tuple(dst_blocks)))
 
     def generations_hold(self, blocks: Sequence[int], expected: Sequence[int]) -> bool:

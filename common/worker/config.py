@@ -57,8 +57,8 @@ class WorkerConfig(SecurityConfig):
     """Tokens of the longest sequence, prompt and output together. Not set: the model's context length, or the whole
     pool if that is less."""
 
-    transport: Literal["auto", "shm", "cuda_ipc"] = "auto"
-    """How KV goes from prefill to decode workers. auto: cuda_ipc on a GPU, shm on a CPU."""
+    transport: Literal["auto", "shm", "cuda_ipc", "nixl"] = "auto"
+    """How KV goes from prefill to decode workers. auto: cuda_ipc on a GPU, shm on a CPU. nixl: between hosts, too."""
 
     threads: PositiveInt | None = None
     """CPU threads of torch. Not set: torch's own choice."""

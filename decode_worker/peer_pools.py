@@ -16,7 +16,8 @@ log = structlog.get_logger(__name__)
 
 # How often to check for pools whose owners are gone.
 CHECK_SECONDS = 1.0
-# Most pools open at once. A router only names the prefill workers of this host, so more would be a fault of its own.
+# Most pools open at once. A router only names the prefill workers of this host or, with a transport that crosses
+# between hosts, of its cluster.
 MAX_POOLS = 64
 # Characters of a sentence about a pool that can't be opened. It quotes the handle, which may be of any length.
 MAX_PROBLEM = 400

@@ -1,4 +1,4 @@
-"""Which host a worker runs on: KV never leaves one."""
+"""Which host a worker runs on: KV does not leave one, but over transports that cross between hosts."""
 
 from pathlib import Path
 

@@ -9,7 +9,7 @@ from common.transport import shm
 from common.transport.interface import PeerPool, PoolMemory, Transfer, TransferFailed, TransportError
 from common.transport.segment import sweep
 
-__all__ = ["PeerPool", "PoolMemory", "Transfer", "TransferFailed", "TransportError", "create", "open_peer", "sweep"]
+__all__ = ["PeerPool", "PoolMemory", "Transfer", "TransferFailed", "TransportError", "create", "crosses_hosts", "open_peer", "sweep"]
 
 
 class _Transport(Protocol):
@@ -46,6 +46,11 @@ def open_peer(descriptor: bytes, transport: str, layout: KvLayout, device: torch
         TransportError: the peer is gone or out of reach, its layout differs, or the probe was not read intact.
     """
     return _transport(transport).open_peer(descriptor, layout, device)
+
+
+def crosses_hosts(transport: str) -> bool:
+    """Whether it reads pools of other hosts, too."""
+    return transport == "nixl"
 
 
 def _transport(name: str) -> _Transport:

@@ -21,7 +21,7 @@ from common.network.own_host import host_id
 from common.sampling import guided_sampling, special_sampling
 from common.sampling.grammar import CompiledGrammars, GrammarError, load_tokenizer
 from common.sampling.guided_sampling import GrammarState, GuidedSampling
-from common.transport import PoolMemory, create
+from common.transport import PoolMemory, create, crosses_hosts
 from common.worker.config import WorkerConfig
 from common.worker.sequence import SequenceSpec
 from kernels.ops import Ops, select
@@ -137,7 +137,7 @@ def load(
         vocab_size=model.vocab_size,
         eos_token_ids=model.eos_token_ids,
         vocabulary=vocabulary.digest(directory),
-        host=host_id(),
+        host="" if crosses_hosts(transport) else host_id(),
         guides=guided is not None,
     )
     return WorkerParts(

@@ -597,7 +597,7 @@ class WorkerHello(_message.Message):
     vocabulary: _builtins.str
     """of which token each id stands for, see common/model/vocabulary.py; empty: the worker has no tokenizer"""
     host: _builtins.str
-    """the same for all workers of one host, where KV can go from one to the other"""
+    """the same for workers that KV can go between: the id of their host, or empty where their transport crosses hosts"""
     guides: _builtins.bool
     """makes output follow a grammar"""
     @_builtins.property

@@ -1,4 +1,4 @@
-"""Whole clusters on GPUs: a process each, KV handed over by CUDA IPC, on one shared GPU and on two."""
+"""Whole clusters on GPUs: a process each, KV handed over by CUDA IPC or NIXL, on one shared GPU and on two."""
 
 import asyncio
 import random
@@ -19,12 +19,22 @@ OUTPUT_TOKENS = 64
 REQUESTS, AT_ONCE = 2_000, 128
 
 
-@pytest.fixture(scope="module", params=["one GPU", "two GPUs"])
+@pytest.fixture(scope="module", params=["one GPU", "two GPUs", "two GPUs, NIXL", "two GPUs, NIXL over TCP"])
 def cluster(request: pytest.FixtureRequest, smollm2: Path) -> Iterator[Cluster]:
-    two = request.param == "two GPUs"
+    two, over_nixl = "two GPUs" in request.param, "NIXL" in request.param
     if two and torch.cuda.device_count() < 2:
         pytest.skip("one GPU only")
-    flags = {"model": smollm2, "dtype": "float32", "max-length": 2048, "num-blocks": 2048, "transport": "cuda_ipc"}
+    if over_nixl:
+        pytest.importorskip("nixl", reason="NIXL is not installed")
+    flags = {"model": smollm2, "dtype": "float32", "max-length": 2048, "num-blocks": 2048}
+    flags["transport"] = "nixl" if over_nixl else "cuda_ipc"
+    with pytest.MonkeyPatch.context() as patch:
+        if "TCP" in request.param:  # as between hosts without RDMA
+            patch.setenv("UCX_TLS", "tcp,cuda_copy")
+        yield from _running(flags, smollm2, two)
+
+
+def _running(flags: dict[str, object], smollm2: Path, two: bool) -> Iterator[Cluster]:
     with Cluster(
         router_flags={"model": smollm2, "worker-grace": 60},
         worker_flags=flags | {"device": "cuda:0"},

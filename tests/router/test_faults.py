@@ -11,6 +11,7 @@ from typing import Any
 
 import grpc
 import pytest
+from google.protobuf.wrappers_pb2 import BytesValue
 from structlog.testing import capture_logs
 
 from common.kv.prefix_hash import cache_root
@@ -608,6 +609,21 @@ async def test_the_first_message_of_a_worker_is_checked_as_all_are(model: Path) 
             assert it.router.dispatcher.workers.count(PREFILL) == 0
     reason = next(entry["reason"] for entry in logs if entry["event"] == "worker lost")
     assert reason == "it broke the protocol: hashes of 16 bytes came as 5 bytes"
+
+
+async def test_what_a_worker_sends_that_cannot_be_parsed_breaks_the_protocol(model: Path) -> None:
+    async with cluster(model, decodes=[Script(stop_after=3), Script()]) as it:
+        broken = it.decodes[0]
+        answers = [asyncio.ensure_future(it.generate()) for _ in range(4)]
+        await eventually(lambda: any(running.steps == 3 for running in broken.running.values()))
+        with capture_logs() as logs:
+            no_message: Any = BytesValue(value=b"\xff")  # on the wire: a hello that is cut short
+            broken._out.put_nowait(no_message)
+            for answer in await asyncio.gather(*answers):
+                assert list(answer.choices[0].token_ids) == expected(8)
+        (reason,) = [entry["reason"] for entry in logs if entry["event"] == "worker lost"]
+    assert reason == "it broke the protocol: what it sent is no message"
+    assert not [entry for entry in logs if entry["event"] == "link failed"], "it is no fault of the router"
 
 
 async def test_a_worker_that_has_drained_is_not_called_lost(model: Path) -> None:

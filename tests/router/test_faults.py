@@ -149,6 +149,41 @@ async def test_a_cancel_lets_those_behind_go_that_need_less(model: Path, monkeyp
 # ---------------------------------------------------------------- a worker says no
 
 
+@pytest.mark.parametrize("ends", [True, False])
+async def test_what_comes_before_a_failure_is_given_and_may_end_the_answer(model: Path, ends: bool) -> None:
+    """The tokens and the failure are in one message, as they may be for a router that is slow to read."""
+    async with cluster(model, decodes=[Script(stop_after=3)]) as it:
+        decode = it.decodes[0]
+        last = inference_pb2.DetokenizeRequest(token_ids=expected(8)[-1:])
+        stop = (await it.stub.Detokenize(last)).text if ends else "never"
+        call = it.stub.GenerateStream(request(max_tokens=100, stopping={"stop": [stop]}))
+        chunks: list[inference_pb2.GenerateChunk] = []
+
+        async def read() -> None:
+            async for chunk in call:
+                chunks.append(chunk)
+
+        reading = asyncio.ensure_future(read())
+        await eventually(lambda: any(running.steps == 3 for running in decode.running.values()))
+        (attempt,) = decode.running
+        more = expected(8)[4:]
+        decode.send(
+            tokens=worker_pb2.StepTokens(attempt_ids=[attempt] * len(more), token_ids=more),
+            ended=[Ended(attempt_id=attempt, cause=Ended.CAUSE_REJECTED, detail="scripted")],
+        )
+        del decode.held[attempt], decode.running[attempt]
+        if ends:
+            await reading
+        else:
+            with pytest.raises(grpc.aio.AioRpcError) as failed:
+                await reading
+            assert failed.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+        given = [token for chunk in chunks for token in chunk.delta.token_ids]
+        assert chunks[-1].HasField("finish") == ends
+        assert given == expected(8)
+        assert it.router.metrics.registry.get_sample_value("twostroke_output_tokens_total") == 8
+
+
 async def test_a_cancel_sends_none_of_the_choices_that_wait(model: Path) -> None:
     """To the room that the others have left."""
     small = FakeWorker(DECODE, Script(stop_after=3), num_blocks=8, max_length=64)

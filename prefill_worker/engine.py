@@ -98,7 +98,10 @@ class Engine:
         if spec is not None:
             trace = self._tracing.below(prefill.traceparent)
             grammar = self._parts.grammar_state(spec)
-            self._scheduler.add(Prompt(prefill.attempt_id, connection, spec, grammar=grammar, trace=trace))
+            uncached = prefill.uncached_tokens
+            self._scheduler.add(
+                Prompt(prefill.attempt_id, connection, spec, grammar=grammar, uncached_tokens=uncached, trace=trace)
+            )
 
     def _expire_leases(self) -> None:
         for lease in self._leases.expire(time.monotonic()):
@@ -140,6 +143,7 @@ class Engine:
             leases=len(self._leases),
             blocks=self._parts.blocks_load(reserved=0),
             totals=self._telemetry.totals,
+            pending_tokens=self._scheduler.pending_tokens,
         )
 
 

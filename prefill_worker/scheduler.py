@@ -24,6 +24,7 @@ class Prompt:
     computed_len: int = 0  # tokens whose KV is there
     dropped: bool = False  # its blocks are released once its last launched chunk is computed
     grammar: GrammarState | None = None  # how far the output is in its grammar, if it follows one
+    uncached_tokens: int = 0  # by the router's estimate when it sent the prompt
     trace: Span = OFF  # of the attempt
     received_at: float = field(default_factory=time.monotonic)
 
@@ -71,6 +72,13 @@ class Scheduler:
     @property
     def running_count(self) -> int:
         return len(self._running)
+
+    @property
+    def pending_tokens(self) -> int:
+        """Tokens to compute for the prompts that are here, by their routers' estimates. Each router takes its own share
+        of them away, so they must be counted as routers do: a prompt whole until it is complete."""
+        prompts = (*self._waiting.values(), *self._running.values())
+        return sum(prompt.uncached_tokens for prompt in prompts if not prompt.dropped)
 
     def has(self, attempt_id: int) -> bool:
         return attempt_id in self._waiting or attempt_id in self._running

@@ -125,18 +125,21 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                 while len(finishes) < job.n:
                     for choice in await mailbox.take():
                         choice.posted = False
-                        if choice.failure is not None:
-                            raise choice.failure
                         answer = answers[choice.index]
                         if answer.over:
                             continue
                         delta, finish = answer.advance()
+                        # What came before a failure is given all the same, and may have ended the answer.
+                        failure = choice.failure if finish is None else None
                         if finish is not None:
                             self._dispatcher.drop([choice])
                             finishes.append(finish)
                             self._answered += 1
                             _log_finish(choice.index, finish)
-                        yield pb.GenerateChunk(index=choice.index, delta=delta, finish=finish)
+                        if failure is None or delta.ByteSize():
+                            yield pb.GenerateChunk(index=choice.index, delta=delta, finish=finish)
+                        if failure is not None:
+                            raise failure
             finally:
                 self._dispatcher.drop(requests)
                 output_tokens = sum(answer.tokens for answer in answers)

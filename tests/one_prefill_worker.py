@@ -32,5 +32,10 @@ class OnePrefillWorker:
         return self._wire.to_router.pop()
 
     @property
+    def pending_tokens(self) -> int:
+        """As routers are told."""
+        return self._engine._load(ready=True).pending_tokens
+
+    @property
     def idle(self) -> bool:
         return not self._wire.to_worker and self._engine._idle

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import grpc
 import structlog
+from google.protobuf.message import DecodeError
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from common.network.grpc_options import PEERS
@@ -37,6 +38,8 @@ WRONG_SECRET = "the worker has a cluster secret, and this call not the same: set
 # Most messages that wait for the engine. No more are read until it takes some, so gRPC holds the routers up.
 MAX_UNREAD_MESSAGES = 1_000
 UNREAD_PAUSE = 0.005  # seconds
+
+NO_MESSAGE = "what the router sent is no message that a worker takes"
 
 # A router's hello comes right behind its call.
 HELLO_SECONDS = 10.0
@@ -207,9 +210,13 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
     ) -> AsyncIterator[pb.WorkerMessage]:
         """One router's stream, from its hello until either side goes."""
         hello = None
-        with suppress(TimeoutError):
+        try:
             async with asyncio.timeout(HELLO_SECONDS):
                 hello = await anext(requests, None)
+        except TimeoutError:
+            pass
+        except DecodeError:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, NO_MESSAGE)
         if hello is None or not hello.HasField("hello"):
             sentence = f"the first message of a stream must be hello, within {HELLO_SECONDS:g} seconds"
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, sentence)
@@ -228,6 +235,8 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             reader.cancel()
         if unsent.is_cut_off:
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "the router left too many messages unread")
+        if reader.done() and not reader.cancelled() and isinstance(reader.exception(), DecodeError):
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, NO_MESSAGE)
 
     async def _read(self, router: str, requests: AsyncIterator[pb.RouterMessage], unsent: Unsent) -> None:
         """Reads a router's messages. The engine sees the connection for as long as this runs."""

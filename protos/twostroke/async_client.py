@@ -163,7 +163,7 @@ class AsyncClient:
         watch = self._channel.unary_stream(HEALTH_WATCH, HEALTH_TO_BYTES, HEALTH_FROM_BYTES)
         deadline = time.monotonic() + timeout
         while (left := deadline - time.monotonic()) > 0:
-            call = watch(HEALTH_OF_INFERENCE, timeout=left, metadata=self._metadata)
+            call = watch(HEALTH_OF_INFERENCE, timeout=seconds_of(left, None), metadata=self._metadata)
             try:
                 async for status in call:
                     if status.value == SERVING:

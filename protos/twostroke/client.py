@@ -159,7 +159,7 @@ class Client:
         reason = NOBODY
         deadline = time.monotonic() + timeout
         while (left := deadline - time.monotonic()) > 0:
-            watch = self._watch(HEALTH_OF_INFERENCE, timeout=left, metadata=self._metadata)
+            watch = self._watch(HEALTH_OF_INFERENCE, timeout=seconds_of(left, None), metadata=self._metadata)
             try:
                 for status in watch:
                     if status.value == SERVING:

@@ -52,6 +52,7 @@ class Worker:
         self._unanswered_blocks = 0  # decode: in reservations that it has not answered yet
         self._room = hello.pool.layout.num_blocks  # decode: blocks that can still be reserved, as far as is known
         self._others = 0  # decode: sequences of other routers
+        self._others_tokens = 0  # prefill: prompt tokens that it has yet to compute for other routers
         self._refused_at = 0.0  # time.monotonic(); 0 if it may be asked again
         self._outgoing = worker_pb2.RouterMessage()
         self._has_outgoing = asyncio.Event()
@@ -137,7 +138,13 @@ class Worker:
         return 0 if self._refuses else self._room
 
     @property
+    def tokens_ahead(self) -> int:
+        """prefill: prompt tokens that it has yet to compute, for this router and others, as far as is known."""
+        return self.pending_tokens + self._others_tokens
+
+    @property
     def accepts_prefill(self) -> bool:
+        # Of this router's tokens alone: else one router that keeps the worker busy would keep all others out.
         return not self._refuses and self.pending_tokens < BATCHES_AHEAD * self._max_batch
 
     @property
@@ -179,6 +186,7 @@ class Worker:
         self._room = load.blocks.free + load.blocks.cached - load.blocks.reserved - self._unanswered_blocks
         held = sum(attempt.reserved for attempt in self.attempts.values())
         self._others = max(load.waiting + load.running - held, 0)
+        self._others_tokens = max(load.pending_tokens - self.pending_tokens, 0)
 
     # ------------------------------------------------------------ sending
 

@@ -151,8 +151,8 @@ class WorkerLink:
                 async with asyncio.timeout(HELLO_SECONDS):
                     hello = worker_pb2.RouterHello(router=self._router)
                     await stream.write(worker_pb2.RouterMessage(hello=hello))
-                    answer = await stream.read()
-                if not isinstance(answer, worker_pb2.WorkerMessage) or not answer.HasField("hello"):
+                    answer = await _read(stream)
+                if answer is None or not answer.HasField("hello"):
                     return "it did not say hello"
                 try:
                     async with asyncio.timeout(self._silence_seconds) as silence:
@@ -166,8 +166,8 @@ class WorkerLink:
     async def _follow(self, stream: Connect, worker: Worker, silence: asyncio.Timeout) -> str:
         """Follows a stream from its second message on. The worker counts as connected only from there: a hello comes
         from another thread, also if the engine hangs."""
-        first = await stream.read()
-        if not isinstance(first, worker_pb2.WorkerMessage):
+        first = await _read(stream)
+        if first is None:
             return "the worker closed the stream"
         known, self.refused = self.refused, self._events.refusal(worker, self.role)
         if (reason := self.refused) is not None:
@@ -187,7 +187,7 @@ class WorkerLink:
         now = asyncio.get_running_loop().time
         try:
             self._events.received(worker, first)
-            while isinstance(message := await stream.read(), worker_pb2.WorkerMessage):
+            while (message := await _read(stream)) is not None:
                 silence.reschedule(now() + self._silence_seconds)
                 self._events.received(worker, message)
         finally:
@@ -220,6 +220,18 @@ class WorkerLink:
             log.exception("cannot write", worker=self.address)
         finally:
             stream.cancel()  # ends the reader, too
+
+
+async def _read(stream: Connect) -> worker_pb2.WorkerMessage | None:
+    """The next message; None at the stream's end.
+
+    Raises:
+        WorkerFault: what came is no message. grpcio makes None of that, which must not pass for an end in order.
+    """
+    message: object = await stream.read()
+    if message is None:
+        raise WorkerFault("what it sent is no message")
+    return message if isinstance(message, worker_pb2.WorkerMessage) else None
 
 
 def _this_task_is_cancelled() -> bool:

@@ -95,7 +95,7 @@ def prefill_worker(request: Request, workers: Iterable[Worker]) -> Worker | None
     able = [worker for worker in trusted if worker.accepts_prefill]
 
     def cost(worker: Worker) -> tuple[bool, int, int]:
-        tokens = worker.pending_tokens + worker.missing_tokens(request)
+        tokens = worker.tokens_ahead + worker.missing_tokens(request)
         return worker.instance in request.avoid, tokens, len(worker.cache)
 
     return min(able, key=cost, default=None)

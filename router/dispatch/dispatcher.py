@@ -256,7 +256,12 @@ class Dispatcher:
         self._attempts[attempt.id] = attempt
         if prefill is not None:
             prefill.begin(attempt)
-            prefill.send_prefill(worker_pb2.Prefill(attempt_id=attempt.id, traceparent=traceparent), sequence)
+            prefill.send_prefill(
+                worker_pb2.Prefill(
+                    attempt_id=attempt.id, traceparent=traceparent, uncached_tokens=attempt.prefill_tokens
+                ),
+                sequence,
+            )
         if decode is not None:
             decode.begin(attempt)
             decode.reserve(attempt.decode_blocks)

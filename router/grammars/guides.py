@@ -1,6 +1,5 @@
 """Structured outputs: turns guides, as callers send them, into grammars, as workers run them."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from common.model.model_config import ModelConfig
 from common.sampling.grammar import GrammarError
 from router.callers.limits import CALLER
 from router.errors import InvalidArgument
-from router.grammars import json_guide, tool_choice
+from router.grammars import json_guide, lark, tool_choice
 from router.grammars.grammar_check import NoGuidesError
 from router.grammars.grammar_checks import GrammarChecks
 from router.grammars.tool_choice import Tool
@@ -114,7 +113,7 @@ def grammar_of(guide: pb.Guide) -> str:
             if not 0 < len(texts) <= MAX_CHOICES:
                 raise InvalidArgument("guide.choices", f"has {len(texts)} texts; 1 to {MAX_CHOICES} are allowed")
             _check_size("guide.choices", *texts)
-            either = " | ".join(json.dumps(text, ensure_ascii=False) for text in texts)
+            either = " | ".join(map(lark.text, texts))
             return LLMatcher.grammar_from_lark(f"start: {either}")
         case "grammar":
             _check_size("guide.grammar", guide.grammar)

@@ -20,7 +20,7 @@ from router.answers.answer_format import (
 )
 from router.answers.answer_parser import MAX_NAME, NAME
 from router.errors import InvalidArgument
-from router.grammars import json_guide
+from router.grammars import json_guide, lark
 from router.prompts import json_object
 from router.prompts.template_input import function_of
 from twostroke.v1 import inference_pb2 as pb
@@ -144,7 +144,7 @@ def _object_with(arguments: str, more: str = "") -> Callable[[Tool, str], str]:
     def write(tool: Tool, rule: str) -> str:
         name = json.dumps(tool.name, ensure_ascii=False)
         opening = f'{{"name": {name}, "{arguments}": '
-        return f'{json.dumps(opening, ensure_ascii=False)} {rule} {more} "}}"'
+        return f'{lark.text(opening)} {rule} {more} "}}"'
 
     return write
 

@@ -22,6 +22,7 @@ from twostroke.v1 import inference_pb2, worker_pb2, worker_pb2_grpc
 
 LIMIT = 10
 SENT = 500
+HELLO = worker_pb2.RouterMessage(hello=worker_pb2.RouterHello(router="r")).SerializeToString()
 PAYLOAD = b"x" * 100_000  # so that they do not fit into what gRPC itself holds
 
 
@@ -62,6 +63,27 @@ def test_a_stream_that_does_not_begin_with_hello_is_ended(
         done.set()
     assert failed.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert "must be hello" in (failed.value.details() or "")
+    assert service.connections == ()
+
+
+@pytest.mark.parametrize("first", [b"", HELLO], ids=["at first", "behind hello"])
+def test_a_message_that_cannot_be_parsed_ends_the_stream_with_a_sentence(service: WorkerService, first: bytes) -> None:
+    """Behind hello, the stream would else end as if the worker left in order."""
+    done = threading.Event()
+
+    def messages() -> Iterator[bytes]:
+        if first:
+            yield first
+        yield b"\xff\xff\xff"
+        done.wait(30)
+
+    with grpc.insecure_channel(service.address) as channel:
+        connect: Any = channel.stream_stream("/twostroke.v1.Worker/Connect")  # of bytes as they are
+        with pytest.raises(grpc.RpcError) as failed:
+            list(connect(messages(), timeout=20))
+        done.set()
+    assert failed.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "is no message" in (failed.value.details() or "")
     assert service.connections == ()
 
 

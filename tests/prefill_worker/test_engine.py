@@ -17,7 +17,7 @@ BLOCK = 4
 
 def prefill(attempt: int) -> pb.Prefill:
     prompt = spec([40 + attempt] * 10, 20, temperature=0, block_size=BLOCK)
-    return pb.Prefill(attempt_id=attempt, sequence=sequence_to_proto(prompt))
+    return pb.Prefill(attempt_id=attempt, sequence=sequence_to_proto(prompt), uncached_tokens=attempt)
 
 
 @pytest.fixture
@@ -58,3 +58,13 @@ def test_prompts_beyond_what_may_wait_are_answered_so(one: OnePrefillWorker, mon
     one.send(None)
     one.turn()
     assert one.parts.blocks.in_use_count == 0
+
+
+def test_what_is_to_be_computed_counts_until_it_is_complete_or_dropped(one: OnePrefillWorker) -> None:
+    one.send(pb.RouterMessage(prefills=[prefill(attempt) for attempt in (1, 2, 4, 8, 16)]))
+    pending = []
+    for ended in ([], [4], []):
+        one.send(pb.RouterMessage(ended=ended))
+        one.turn()
+        pending.append(one.pending_tokens)
+    assert pending == [2 + 4 + 8 + 16, 16, 0], "of ten tokens each, 16 are computed in a turn"

@@ -1,4 +1,5 @@
 import asyncio
+import math
 import threading
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
@@ -120,6 +121,7 @@ async def test_wait_until_ready() -> None:
                 await client.wait_until_ready(timeout=1)
             ready.set()
             await client.wait_until_ready(timeout=10)
+            await client.wait_until_ready(timeout=math.inf)
 
 
 async def test_waiting_for_a_router_that_is_not_there() -> None:

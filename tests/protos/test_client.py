@@ -576,7 +576,7 @@ def test_wait_until_ready() -> None:
             client.wait_until_ready(timeout=1)
         ready.set()
         client.wait_until_ready(timeout=10)
-        client.wait_until_ready(timeout=10)
+        client.wait_until_ready(timeout=math.inf)
 
 
 def test_waiting_for_a_router_that_is_not_there() -> None:

@@ -44,6 +44,19 @@ def test_prefill_goes_elsewhere_where_waiting_costs_more_than_computing() -> Non
     assert choose.prefill_worker(request(), [holder, idle]) is idle
 
 
+def test_prefill_goes_where_other_routers_have_less_waiting() -> None:
+    shared, quiet = worker(PREFILL, pending=100), worker(PREFILL, pending=150)
+    assert choose.prefill_worker(request(), [quiet, shared]) is shared
+    shared.take_load(inference_pb2.WorkerLoad(ready=True, pending_tokens=151))  # 51 of them are of others
+    assert choose.prefill_worker(request(), [shared, quiet]) is quiet
+    shared.pending_tokens -= 2
+    assert choose.prefill_worker(request(), [quiet, shared]) is shared, "of its own there are fewer now"
+    shared.take_load(inference_pb2.WorkerLoad(ready=True, pending_tokens=50))  # what was sent is still on its way
+    assert choose.prefill_worker(request(), [quiet, shared]) is shared
+    shared.take_load(inference_pb2.WorkerLoad(ready=True, pending_tokens=10**9))
+    assert choose.prefill_worker(request(), [shared]) is shared, "others may not keep this router out"
+
+
 def test_a_hole_in_the_cache_ends_what_is_found() -> None:
     holey, whole = worker(PREFILL, cached=8), worker(PREFILL, cached=2)
     holey.cache.apply(worker_pb2.CacheChanges(dropped=HASHES[1]))

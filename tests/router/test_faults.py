@@ -11,6 +11,7 @@ from typing import Any
 
 import grpc
 import pytest
+from google.protobuf.wrappers_pb2 import BytesValue
 from structlog.testing import capture_logs
 
 from common.kv.prefix_hash import cache_root
@@ -146,6 +147,41 @@ async def test_a_cancel_lets_those_behind_go_that_need_less(model: Path, monkeyp
 
 
 # ---------------------------------------------------------------- a worker says no
+
+
+@pytest.mark.parametrize("ends", [True, False])
+async def test_what_comes_before_a_failure_is_given_and_may_end_the_answer(model: Path, ends: bool) -> None:
+    """The tokens and the failure are in one message, as they may be for a router that is slow to read."""
+    async with cluster(model, decodes=[Script(stop_after=3)]) as it:
+        decode = it.decodes[0]
+        last = inference_pb2.DetokenizeRequest(token_ids=expected(8)[-1:])
+        stop = (await it.stub.Detokenize(last)).text if ends else "never"
+        call = it.stub.GenerateStream(request(max_tokens=100, stopping={"stop": [stop]}))
+        chunks: list[inference_pb2.GenerateChunk] = []
+
+        async def read() -> None:
+            async for chunk in call:
+                chunks.append(chunk)
+
+        reading = asyncio.ensure_future(read())
+        await eventually(lambda: any(running.steps == 3 for running in decode.running.values()))
+        (attempt,) = decode.running
+        more = expected(8)[4:]
+        decode.send(
+            tokens=worker_pb2.StepTokens(attempt_ids=[attempt] * len(more), token_ids=more),
+            ended=[Ended(attempt_id=attempt, cause=Ended.CAUSE_REJECTED, detail="scripted")],
+        )
+        del decode.held[attempt], decode.running[attempt]
+        if ends:
+            await reading
+        else:
+            with pytest.raises(grpc.aio.AioRpcError) as failed:
+                await reading
+            assert failed.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+        given = [token for chunk in chunks for token in chunk.delta.token_ids]
+        assert chunks[-1].HasField("finish") == ends
+        assert given == expected(8)
+        assert it.router.metrics.registry.get_sample_value("twostroke_output_tokens_total") == 8
 
 
 async def test_a_cancel_sends_none_of_the_choices_that_wait(model: Path) -> None:
@@ -608,6 +644,21 @@ async def test_the_first_message_of_a_worker_is_checked_as_all_are(model: Path) 
             assert it.router.dispatcher.workers.count(PREFILL) == 0
     reason = next(entry["reason"] for entry in logs if entry["event"] == "worker lost")
     assert reason == "it broke the protocol: hashes of 16 bytes came as 5 bytes"
+
+
+async def test_what_a_worker_sends_that_cannot_be_parsed_breaks_the_protocol(model: Path) -> None:
+    async with cluster(model, decodes=[Script(stop_after=3), Script()]) as it:
+        broken = it.decodes[0]
+        answers = [asyncio.ensure_future(it.generate()) for _ in range(4)]
+        await eventually(lambda: any(running.steps == 3 for running in broken.running.values()))
+        with capture_logs() as logs:
+            no_message: Any = BytesValue(value=b"\xff")  # on the wire: a hello that is cut short
+            broken._out.put_nowait(no_message)
+            for answer in await asyncio.gather(*answers):
+                assert list(answer.choices[0].token_ids) == expected(8)
+        (reason,) = [entry["reason"] for entry in logs if entry["event"] == "worker lost"]
+    assert reason == "it broke the protocol: what it sent is no message"
+    assert not [entry for entry in logs if entry["event"] == "link failed"], "it is no fault of the router"
 
 
 async def test_a_worker_that_has_drained_is_not_called_lost(model: Path) -> None:

@@ -68,6 +68,7 @@ def matches(tokenizer: GrammarTokenizer, guide: pb.Guide, text: str) -> bool:
         (pb.Guide(regex="[0-9]+"), ["12"], ["१२", "a"]),
         (pb.Guide(choices=Choices(texts=["yes", 'no "way"\\\n', "🙂"])), ["yes", 'no "way"\\\n', "🙂"], ["no", "yes."]),
         (pb.Guide(choices=Choices(texts=["", "a|b"])), ["", "a|b"], ["a", "b"]),
+        (pb.Guide(choices=Choices(texts=["\0\x7f\x80", "\\u007f"])), ["\0\x7f\x80", "\\u007f"], ["\x7f"]),
         (pb.Guide(grammar='start: "a" start "b" | "c"'), ["c", "aacbb"], ["acbb", ""]),
     ],
 )

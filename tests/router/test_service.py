@@ -89,6 +89,7 @@ async def test_what_the_workers_are_told(model: Path) -> None:
         assert dict(sequence.sampling.logit_bias) == {3: 1.5}
         seeds = [prefill.sequence.sampling.seed for prefill in it.prefills[0].prefills]
         assert seeds == [2**64 - 1, 0]
+        assert [prefill.uncached_tokens for prefill in it.prefills[0].prefills] == [20, 4]
 
 
 async def test_one_token_needs_no_decode_worker(model: Path) -> None:

@@ -1225,6 +1225,7 @@ class WorkerLoad(_message.Message):
     LEASES_FIELD_NUMBER: _builtins.int
     BLOCKS_FIELD_NUMBER: _builtins.int
     TOTALS_FIELD_NUMBER: _builtins.int
+    PENDING_TOKENS_FIELD_NUMBER: _builtins.int
     address: _builtins.str
     instance: _builtins.str
     """new for every start of the worker"""
@@ -1237,6 +1238,8 @@ class WorkerLoad(_message.Message):
     """attempts in its batch"""
     leases: _builtins.int
     """prefill: finished prompts whose blocks are held for a decode worker"""
+    pending_tokens: _builtins.int
+    """prefill: prompt tokens that it has yet to compute for all routers, by their estimates"""
     @_builtins.property
     def blocks(self) -> Global___Blocks: ...
     @_builtins.property
@@ -1253,10 +1256,11 @@ class WorkerLoad(_message.Message):
         leases: _builtins.int = ...,
         blocks: Global___Blocks | None = ...,
         totals: Global___Totals | None = ...,
+        pending_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "totals", b"totals"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "blocks", b"blocks", "instance", b"instance", "leases", b"leases", "ready", b"ready", "role", b"role", "running", b"running", "totals", b"totals", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "blocks", b"blocks", "instance", b"instance", "leases", b"leases", "pending_tokens", b"pending_tokens", "ready", b"ready", "role", b"role", "running", b"running", "totals", b"totals", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -156,9 +156,12 @@ class Prefill(_message.Message):
     ATTEMPT_ID_FIELD_NUMBER: _builtins.int
     SEQUENCE_FIELD_NUMBER: _builtins.int
     TRACEPARENT_FIELD_NUMBER: _builtins.int
+    UNCACHED_TOKENS_FIELD_NUMBER: _builtins.int
     attempt_id: _builtins.int
     traceparent: _builtins.str
     """W3C's, of the router's span of this attempt; empty where it makes none"""
+    uncached_tokens: _builtins.int
+    """of the sequence, as far as the router knows the worker's cache; for WorkerLoad alone"""
     @_builtins.property
     def sequence(self) -> Global___Sequence: ...
     def __init__(
@@ -167,10 +170,11 @@ class Prefill(_message.Message):
         attempt_id: _builtins.int = ...,
         sequence: Global___Sequence | None = ...,
         traceparent: _builtins.str = ...,
+        uncached_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sequence", b"sequence"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt_id", b"attempt_id", "sequence", b"sequence", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt_id", b"attempt_id", "sequence", b"sequence", "traceparent", b"traceparent", "uncached_tokens", b"uncached_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -9,7 +9,17 @@ from common.transport import shm
 from common.transport.interface import PeerPool, PoolMemory, Transfer, TransferFailed, TransportError
 from common.transport.segment import sweep
 
-__all__ = ["PeerPool", "PoolMemory", "Transfer", "TransferFailed", "TransportError", "create", "crosses_hosts", "open_peer", "sweep"]
+__all__ = [
+    "PeerPool",
+    "PoolMemory",
+    "Transfer",
+    "TransferFailed",
+    "TransportError",
+    "create",
+    "crosses_hosts",
+    "open_peer",
+    "sweep",
+]
 
 
 class _Transport(Protocol):

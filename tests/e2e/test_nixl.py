@@ -81,7 +81,7 @@ def test_a_pair_of_two_hosts(tmp_path_factory: pytest.TempPathFactory, through_s
         # back, or TCP gives it up.
         host.outward.delay_seconds = 0.5
         asking = Asking(cluster.client, second, max_tokens=16)
-        cluster.wait_for(lambda: bool(asking.tokens))  # the first comes from the prefill worker, and the KV is behind it
+        cluster.wait_for(lambda: bool(asking.tokens))  # the first one, which comes before the KV
         host.cut()
         asking.join(timeout=30)
         assert isinstance(asking.error, Unavailable)

@@ -41,6 +41,7 @@ class DecodeGroup:
     rows: Tensor | None  # [R] int64; None: all rows of the batch
     blocks: Tensor  # [R * M] int32: M blocks of each row, those after its end included
     mask: Tensor  # [R, 1, 1, M * block_size], in the cache's dtype: 0 for a row's own tokens, -inf after its end
+    after_end: Tensor  # [P] int64: which of the R * M * block_size gathered places are after their row's end
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +106,8 @@ def plan_decode(block_tables: Tensor, seq_lens: Tensor, key_cache: Tensor) -> De
         after_end = torch.arange(blocks * block_size, device=seq_lens.device) >= ends.unsqueeze(1)
         mask = torch.zeros(after_end.shape, dtype=key_cache.dtype, device=seq_lens.device)
         mask.masked_fill_(after_end, -torch.inf)
-        made.append(DecodeGroup(index, tables[:, :blocks].flatten(), mask[:, None, None, :]))
+        places = after_end.flatten().nonzero().squeeze(1)
+        made.append(DecodeGroup(index, tables[:, :blocks].flatten(), mask[:, None, None, :], places))
     return DecodeAttention(block_tables, seq_lens, seq_lens.new_empty(0), tuple(made))
 
 
@@ -149,12 +151,16 @@ def _groups(blocks: list[int], block_size: int) -> Iterator[tuple[list[int], int
 def _decode_group(q: Tensor, key_cache: Tensor, value_cache: Tensor, group: DecodeGroup, scale: float) -> Tensor:
     batch, num_heads, head_dim = q.shape
     num_kv_heads, tokens = key_cache.shape[2], group.mask.shape[-1]
-    keys = key_cache.index_select(0, group.blocks).view(batch, tokens, num_kv_heads, head_dim)
-    values = value_cache.index_select(0, group.blocks).view(batch, tokens, num_kv_heads, head_dim)
+    # What lies after a row's end is another sequence's. If that has overflowed, it is infinite or NaN, and stays NaN
+    # with the mask's -inf added, or times a weight of 0.
+    keys, values = (
+        cache.index_select(0, group.blocks).flatten(0, 1).index_fill_(0, group.after_end, 0.0)
+        for cache in (key_cache, value_cache)
+    )
     attended = F.scaled_dot_product_attention(
         q.view(batch, num_kv_heads, num_heads // num_kv_heads, head_dim),
-        keys.transpose(1, 2),
-        values.transpose(1, 2),
+        keys.view(batch, tokens, num_kv_heads, head_dim).transpose(1, 2),
+        values.view(batch, tokens, num_kv_heads, head_dim).transpose(1, 2),
         attn_mask=group.mask,
         scale=scale,
     )

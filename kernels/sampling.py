@@ -56,6 +56,9 @@ def sample(
     - min-p keeps tokens with p of at least min_p times the largest p (0: all).
     Tokens of equal probability are kept or dropped together. The token drawn is the first, in token order, at which
     the running sum of the kept p exceeds u times their whole sum, with u = philox_uniform(seed, position).
+
+    Of logits that are NaN or +inf, or all -inf, as a model that overflows makes them, any token of the vocabulary is
+    drawn.
     """
     tokens = logits.argmax(dim=-1)
     drawn = (temperature > 0).nonzero().squeeze(1)
@@ -68,7 +71,8 @@ def sample(
     p = p.masked_fill(p < min_p[drawn, None] * p.amax(dim=-1, keepdim=True), 0.0)
     running = p.cumsum(dim=-1, dtype=torch.float64)
     u = philox_uniform(seeds[drawn], positions[drawn])
-    tokens[drawn] = torch.searchsorted(running, u[:, None] * running[:, -1:], right=True).squeeze(1)
+    picked = torch.searchsorted(running, u[:, None] * running[:, -1:], right=True).squeeze(1)
+    tokens[drawn] = picked.clamp(max=logits.shape[1] - 1)  # nothing exceeds NaN
     return tokens.int()
 
 

@@ -334,7 +334,8 @@ def _draw_kernel(
                 weight = tl.where(key >= low, weight, 0.0)
             weight = tl.where(weight >= least, weight, 0.0)
             picked, _before = _pick(weight, slot, CANDIDATES, u * tl.sum(weight))
-            tl.store(out + row, tl.load(row_tokens + picked))
+            # no candidate: logits are NaN
+            tl.store(out + row, tl.load(row_tokens + picked, mask=picked < count, other=0))
             decided = True
         else:
             if limits_k:

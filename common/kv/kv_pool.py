@@ -49,8 +49,7 @@ class KvPool:
 
     Args:
         layout: the pool's shape.
-        tensor: memory of that shape and dtype. All its values must be finite, because attention on a CPU multiplies
-            those past a sequence's end by 0.
+        tensor: memory of that shape and dtype.
     """
 
     def __init__(self, layout: KvLayout, tensor: Tensor) -> None:

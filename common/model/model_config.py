@@ -20,6 +20,9 @@ _ARCHITECTURES = {
 _MOST = 1 << 26
 _LARGEST = 1e30
 
+# What transformers takes for a sliding window that config.json does not mention; null is none.
+_USUAL_WINDOW = 4096
+
 
 class ModelError(StartError, ValueError):
     """A model that cannot be served; the message says why in a sentence."""
@@ -198,7 +201,9 @@ def _rope(raw: dict[str, Any]) -> tuple[float, Llama3Scaling | None]:
 
 def _refuse_sliding_window(raw: dict[str, Any], family: str, context_length: int) -> None:
     """Refuses windows that are shorter than the context; longer ones change nothing."""
-    window = None if raw.get("sliding_window") is None else _positive(raw, "sliding_window")
+    window = (
+        None if raw.get("sliding_window", _USUAL_WINDOW) is None else _positive(raw, "sliding_window", _USUAL_WINDOW)
+    )
     in_use = family == "mistral" or bool(raw.get("use_sliding_window", False))
     if family != "llama" and in_use and window is not None and window < context_length:
         raise ModelError(

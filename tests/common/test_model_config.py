@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import MistralConfig
 
 from common.model.model_config import Llama3Scaling, ModelError, load_config, parse_config
 
@@ -77,6 +78,17 @@ def test_a_sliding_window_is_refused_where_the_context_exceeds_it() -> None:
     qwen2 = LLAMA | {"architectures": ["Qwen2ForCausalLM"], "sliding_window": 1024}
     assert parse_config(qwen2 | {"use_sliding_window": False}).context_length == 4096
     with pytest.raises(ModelError, match="sliding-window"):
+        parse_config(qwen2 | {"use_sliding_window": True})
+
+
+def test_a_window_that_config_json_does_not_mention_is_the_one_that_transformers_takes() -> None:
+    mistral = LLAMA | {"architectures": ["MistralForCausalLM"], "max_position_embeddings": 8192}
+    with pytest.raises(ModelError, match=rf"sliding-window attention \({MistralConfig().sliding_window} tokens\)"):
+        parse_config(mistral)
+    assert parse_config(mistral | {"sliding_window": None}).context_length == 8192
+    qwen2 = LLAMA | {"architectures": ["Qwen2ForCausalLM"], "max_position_embeddings": 8192}
+    assert parse_config(qwen2).context_length == 8192
+    with pytest.raises(ModelError, match=r"sliding-window attention \(4096 tokens\)"):
         parse_config(qwen2 | {"use_sliding_window": True})
 
 

@@ -172,3 +172,13 @@ def test_other_dtypes_are_sampled_as_their_float32_values(dtype: torch.dtype) ->
     logits = torch.randn(VOCAB, generator=torch.Generator().manual_seed(6)).to(dtype)
     positions = torch.arange(200)
     assert torch.equal(_sample(logits, positions, top_p=0.9), _sample(logits.float(), positions, top_p=0.9))
+
+
+@pytest.mark.parametrize("logit", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(("top_k", "top_p", "min_p"), [(0, 1.0, 0.0), (5, 1.0, 0.0), (0, 0.9, 0.0), (0, 1.0, 0.1)])
+def test_a_row_that_overflowed_gets_a_token_of_the_vocabulary(
+    logit: float, temperature: float, top_k: int, top_p: float, min_p: float
+) -> None:
+    token = _sample(torch.full((VOCAB,), logit), torch.arange(3), temperature, top_k, top_p, min_p)
+    assert bool(((token >= 0) & (token < VOCAB)).all())

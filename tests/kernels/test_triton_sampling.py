@@ -102,3 +102,16 @@ def test_of_the_few_that_a_grammar_leaves_one_is_drawn(
     logits[:, left] = randn(3, len(left), seed=4)
     taken = checks.check_sample(logits, *settings(3, temperature, top_k, top_p, min_p))
     assert set(taken.tolist()) <= set(left)
+
+
+@pytest.mark.parametrize(("top_k", "top_p", "min_p"), FILTERS)
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("logit", [torch.nan, torch.inf, -torch.inf])
+def test_a_row_that_overflowed_gets_a_token_of_the_vocabulary(
+    logit: float, temperature: float, top_k: int, top_p: float, min_p: float
+) -> None:
+    logits = torch.full((2, 700), logit, device=DEVICE)
+    scratch = [torch.full((2 * 4096,), 10**9, dtype=torch.int32, device=DEVICE) for _ in range(2)]
+    del scratch  # the next allocations of this size get that memory
+    tokens = checks.triton_sampling.sample(logits, *settings(2, temperature, top_k, top_p, min_p))
+    assert bool(((tokens >= 0) & (tokens < 700)).all())

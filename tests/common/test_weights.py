@@ -41,6 +41,20 @@ def test_shards_hold_the_same_as_one_file(tmp_path: Path) -> None:
     assert all(torch.equal(expected[name], loaded[name]) for name in expected)
 
 
+def test_a_model_saved_over_a_sharded_one_is_the_one_that_is_read(tmp_path: Path) -> None:
+    over, alone = tmp_path / "over", tmp_path / "alone"
+    hf_models.save("qwen2", over, max_shard_size="1MB")
+    shards = {shard: shard.read_bytes() for shard in over.glob("*.safetensors")}
+    for directory in (over, alone):
+        hf_models.save("qwen3", directory)
+    assert (over / "model.safetensors.index.json").exists()  # as transformers leaves it
+    for shard, content in shards.items():
+        shard.write_bytes(content)
+    expected, loaded = _flat(_load(alone)), _flat(_load(over))
+    assert expected.keys() == loaded.keys()
+    assert all(torch.equal(expected[name], loaded[name]) for name in expected)
+
+
 def test_another_dtype_is_converted(tmp_path: Path) -> None:
     hf_models.save("llama", tmp_path)
     exact, rounded = _flat(_load(tmp_path)), _flat(_load(tmp_path, "bfloat16"))

@@ -60,12 +60,14 @@ class Engine:
     def run(self, lifecycle: Lifecycle) -> None:
         cache = CacheReport(self._service, self._parts.blocks)
         load = LoadReport(self._service, self._metrics, lambda: self._load(ready=not lifecycle.draining))
-        while not lifecycle.over(idle=self._idle):
-            self.turn(lifecycle.draining)
-            load.send_if_due()
-            cache.send()  # last: a router that connects in between hears of the cache before it can send requests
-            self._service.flush()
-        self._peers.close()
+        try:
+            while not lifecycle.over(idle=self._idle):
+                self.turn(lifecycle.draining)
+                load.send_if_due()
+                cache.send()  # last: a router that connects in between hears of the cache before it can send requests
+                self._service.flush()
+        finally:
+            self._peers.close()
 
     def turn(self, draining: bool) -> None:
         """Takes in what has arrived; if a step is due, makes one. `draining`: accepts no new attempts."""

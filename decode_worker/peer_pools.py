@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Container
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 
 import structlog
 import torch
@@ -89,10 +90,12 @@ class PeerPools:
                 log.info("closed the pool of a worker that is gone", instance=instance)
 
     def close(self) -> None:
+        """Also of an engine that has failed: the process could not end while a thread still waits for a peer."""
         self._opener.shutdown(cancel_futures=True)
         for opening in self._pools.values():
             if opening.done() and not opening.cancelled() and opening.exception() is None:
-                opening.result().close()
+                with suppress(Exception):  # of a GPU that has failed; the process's end unmaps it
+                    opening.result().close()
 
     def _open(self, handle: pb.PoolHandle) -> PeerPool:
         peer = open_peer(handle.descriptor, handle.transport, self._layout, self._device)

@@ -193,7 +193,7 @@ class NixlPeer:
     def close(self) -> None:
         """Waits for no read: one that is under way may still write to its target."""
         self._closed.set()
-        self._reader.shutdown()
+        self._reader.shutdown(cancel_futures=True)
         self._agent.disconnect(self._name)
         self._agent.deregister(self._control.ctypes.data, self._control.nbytes)
 

@@ -1,9 +1,12 @@
 """What a decode worker makes of a router's messages."""
 
+from typing import cast
+
 import pytest
 
 from benchmarks.in_process import spec
 from benchmarks.parts import LoadedModel, worker_parts
+from common.lifecycle import Lifecycle
 from common.worker.sequence import SequenceSpec
 from common.worker.worker_service import Received
 from tests.one_worker import ROUTER, OneWorker, load_tiny
@@ -46,3 +49,22 @@ def test_an_attempt_that_its_own_message_ends_leaves_nothing(loaded: LoadedModel
     one.turn()
     assert one.scheduler.get(1) is None
     assert one.parts.blocks.in_use_count == 0
+
+
+class Failing:
+    """What tells an engine whether to go on, and fails instead."""
+
+    draining = False
+
+    def over(self, idle: bool) -> bool:
+        raise RuntimeError("an error of the engine's loop")
+
+
+def test_an_engine_that_fails_closes_its_peers_pools(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that waits for one of them would keep the process from ending."""
+    one = OneWorker(worker_parts(loaded, 40, BLOCK))
+    closed: list[bool] = []
+    monkeypatch.setattr(one._engine._peers, "close", lambda: closed.append(True))
+    with pytest.raises(RuntimeError, match="of the engine's loop"):
+        one._engine.run(cast(Lifecycle, Failing()))
+    assert closed == [True]

@@ -10,8 +10,8 @@ import torch
 from prometheus_client import CollectorRegistry, Gauge
 
 from common import transport
-from common.kv.kv_pool import KvLayout, layout_to_proto
-from common.transport import PoolMemory
+from common.kv.kv_pool import KvLayout, allocate, layout_to_proto
+from common.transport import PoolMemory, TransportError
 from decode_worker import peer_pools
 from decode_worker.peer_pools import PeerPools
 from twostroke.v1 import worker_pb2 as pb
@@ -144,3 +144,18 @@ def test_no_more_pools_are_opened_than_a_host_has_workers(
     peers.pools.close_gone(in_use=tuple)
     peers.pools.prove(CONNECTION, handles[2])
     assert peers.answer()[1].problem == ""
+
+
+def test_a_pool_that_cannot_be_closed_keeps_no_other_open(owners: Owners, monkeypatch: pytest.MonkeyPatch) -> None:
+    peers = Peers()
+    first, second = (peers.pools.open(owners.start(name)).result(10) for name in ("first", "second"))
+    close = first.close
+
+    def fail() -> None:
+        close()
+        raise RuntimeError("the GPU has failed")
+
+    monkeypatch.setattr(first, "close", fail)
+    peers.pools.close()
+    with pytest.raises(TransportError, match="was closed"):
+        second.read([0], allocate(LAYOUT, CPU), [0])

@@ -5,13 +5,17 @@ import signal
 import subprocess
 import sys
 
+from tests.e2e.hosts import Host
+
 
 class PoolOwner:
-    """Runs `program` with `arguments`. Its first line is its pool's descriptor; it answers each command with a line."""
+    """Runs `program` with `arguments`. Its first line is its pool's descriptor; it answers each command with a
+    line. On `host`, if one is given."""
 
-    def __init__(self, program: str, *arguments: str) -> None:
+    def __init__(self, program: str, *arguments: str, host: Host | None = None) -> None:
+        command = [sys.executable, "-c", program, *arguments]
         self.process = subprocess.Popen(
-            [sys.executable, "-c", program, *arguments],
+            host.command(command) if host else command,
             env=os.environ | {"PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -23,6 +23,9 @@ from common.transport.interface import TransportError
 # TCP. NIXL's own Python class sets 0, and then the thread keeps a core busy for as long as the process lives.
 _SLEEP_US = 1000
 _POLL_SECONDS = 0.0002
+# How long TCP sends again what a peer does not confirm. Without it, a read from a host that is cut off would end, and
+# give its blocks back, after a quarter of an hour.
+_TCP_TIMEOUT = ("UCX_TCP_USER_TIMEOUT", "10s")
 
 
 class ReadFailed(Exception):
@@ -59,6 +62,7 @@ class Agent:
     """
 
     def __init__(self) -> None:
+        os.environ.setdefault(*_TCP_TIMEOUT)
         config = nixl.nixlAgentConfig()
         config.useProgThread = True
         config.pthrDelay = _SLEEP_US

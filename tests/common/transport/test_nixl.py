@@ -13,11 +13,13 @@ import torch
 from common import transport
 from common.kv.kv_pool import KvLayout, allocate
 from common.transport import TransferFailed, TransportError
+from tests.e2e.hosts import Host, why_not
 from tests.pool_owner import PoolOwner
 
 nixl = pytest.importorskip("common.transport.nixl", reason="NIXL is not installed", exc_type=ImportError)
 
 CPU = torch.device("cpu")
+REASON = why_not()
 LAYOUT = KvLayout(num_blocks=24, num_layers=3, block_size=4, num_kv_heads=2, head_dim=8, dtype="bfloat16")
 
 OWNER = """
@@ -57,8 +59,8 @@ def over_tcp() -> Iterator[None]:
         yield
 
 
-def start_owner(layout: KvLayout = LAYOUT) -> PoolOwner:
-    return PoolOwner(OWNER, f"test-{os.getpid()}", str(layout.num_blocks), str(layout.head_dim))
+def start_owner(layout: KvLayout = LAYOUT, host: Host | None = None) -> PoolOwner:
+    return PoolOwner(OWNER, f"test-{os.getpid()}", str(layout.num_blocks), str(layout.head_dim), host=host)
 
 
 @pytest.fixture
@@ -77,6 +79,18 @@ def lasting_owner() -> Iterator[PoolOwner]:
 
 def filled() -> torch.Tensor:
     return torch.randn(LAYOUT.shape, generator=torch.Generator().manual_seed(7)).to(torch.bfloat16)
+
+
+def open_at_last(owner: PoolOwner, layout: KvLayout) -> transport.PeerPool:
+    """As a router has it tried again and again."""
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            return transport.open_peer(owner.descriptor, "nixl", layout, CPU)
+        except TransportError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(1)
 
 
 def until_gone(peer: transport.PeerPool) -> None:
@@ -212,6 +226,36 @@ def test_a_read_ends_when_an_owner_that_stands_still_is_killed(large_owner: Pool
     assert (pool.tensor == 3).all()
     until_gone(peer)
     peer.close()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(REASON), reason=REASON)
+def test_a_read_from_a_host_that_is_cut_off_ends_and_nothing_arrives_later() -> None:
+    with Host() as host:
+        owner = start_owner(LARGE, host)
+        try:
+            pool = allocate(LARGE, CPU)
+            peer = transport.open_peer(owner.descriptor, "nixl", LARGE, CPU)
+            host.outward.delay_seconds = 0.3
+            transfer = peer.read(range(256), pool, range(256))
+            time.sleep(0.5)
+            host.cut()
+            began = time.monotonic()
+            with pytest.raises(TransferFailed, match="through NIXL failed"):
+                transfer.wait()
+            assert time.monotonic() - began < 30
+            pool.tensor.fill_(3)  # another sequence's
+            host.heal()
+            time.sleep(3)
+            assert (pool.tensor == 3).all()
+            assert not peer.owner_alive()
+            peer.close()
+            again = open_at_last(owner, LARGE)
+            again.read(range(256), pool, range(256)).wait()
+            assert not (pool.tensor == 3).flatten(1).all(dim=1).any()
+            again.close()
+        finally:
+            owner.kill()
 
 
 def test_a_read_under_way_does_not_hold_up_closing(large_owner: PoolOwner) -> None:

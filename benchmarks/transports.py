@@ -5,13 +5,9 @@ python -m benchmarks.transports cuda_ipc nixl --owner cuda:0 --reader cuda:1
 UCX_TLS=tcp,cuda_copy python -m benchmarks.transports nixl --owner cuda:0 --reader cuda:1
 """
 
-import multiprocessing
 import os
 import random
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from multiprocessing.connection import Connection
 from typing import Annotated
 
 import cyclopts
@@ -19,6 +15,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.pool_owner import pool_owner
 from common import transport
 from common.kv.kv_pool import KvLayout, KvPool, view
 
@@ -28,34 +25,6 @@ COUNTS = (1, 64, 512)
 REPEATS = 7
 
 app = cyclopts.App(help=__doc__)
-
-
-def _own(name: str, device: str, pipe: Connection) -> None:
-    """The owner's process: a filled pool, until the reader hangs up."""
-    memory = transport.create(name, LAYOUT, torch.device(device), f"benchmark-{os.getpid()}")
-    view(memory.tensor, LAYOUT).fill_(1)
-    if device != "cpu":
-        torch.cuda.synchronize(device)
-    pipe.send(memory.descriptor)
-    try:
-        pipe.recv()
-    except EOFError:
-        memory.close()
-
-
-@contextmanager
-def _owner(name: str, device: str) -> Iterator[bytes]:
-    """A descriptor of another process's pool."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_own, args=(name, device, theirs), daemon=True)
-    process.start()
-    theirs.close()
-    try:
-        yield ours.recv()
-    finally:
-        ours.close()
-        process.join(30)
 
 
 def _milliseconds(peer: transport.PeerPool, pool: KvPool, count: int) -> float:
@@ -83,7 +52,7 @@ def main(
     for column in ("transport", "UCX_TLS", "blocks", "ms", "GB/s"):
         table.add_column(column, justify="right")
     for name in transports:
-        with _owner(name, owner) as descriptor:
+        with pool_owner(name, LAYOUT, torch.device(owner)) as descriptor:
             memory = transport.create(name, LAYOUT, device, f"reader-{os.getpid()}")
             pool = KvPool(LAYOUT, view(memory.tensor, LAYOUT))
             peer = transport.open_peer(descriptor, name, LAYOUT, device)

@@ -5,23 +5,19 @@ blocks in random order, and is held against one copy of 1 GiB by CUDA itself bet
 """
 
 import json
-import multiprocessing
-import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import cupy
 import torch
 
+from benchmarks.pool_owner import pool_owner
 from benchmarks.report import Figure, Report
-from common import transport
-from common.kv.kv_pool import KvLayout, allocate, view
+from common.kv.kv_pool import KvLayout, allocate
 from common.transport import cuda_ipc
 from common.transport.block_copy import CTAS
 
@@ -32,33 +28,6 @@ READER = torch.device("cuda", 0)
 # Qwen3-0.6B's in bfloat16: 16 tokens of one of its layers, and of all 28
 SMALL = KvLayout(MOVED_BYTES >> 16, 1, 16, 8, 128, "bfloat16")
 WHOLE = KvLayout(MOVED_BYTES // (28 << 16), 28, 16, 8, 128, "bfloat16")
-
-
-def own(layout: KvLayout, device: int, instance: str, pipe: Connection) -> None:
-    """The owner's process: a filled pool, until the reader hangs up."""
-    memory = transport.create("cuda_ipc", layout, torch.device("cuda", device), instance)
-    view(memory.tensor, layout).normal_()
-    torch.cuda.synchronize(device)
-    pipe.send(memory.descriptor)
-    try:
-        pipe.recv()
-    except EOFError:
-        memory.close()
-
-
-@contextmanager
-def owner(layout: KvLayout, device: int) -> Iterator[bytes]:
-    """A descriptor of another process's pool."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=own, args=(layout, device, f"handover-{os.getpid()}", theirs), daemon=True)
-    process.start()
-    theirs.close()
-    try:
-        yield ours.recv()
-    finally:
-        ours.close()
-        process.join(30)
 
 
 def size(layout: KvLayout) -> str:
@@ -91,7 +60,7 @@ def timed(start: Callable[[cupy.cuda.Stream], None]) -> tuple[float, float]:
 
 
 def measure(layout: KvLayout, device: int, across: bool) -> Iterator[Figure]:
-    with owner(layout, device) as descriptor, cupy.cuda.Device(0):
+    with pool_owner("cuda_ipc", layout, torch.device("cuda", device)) as descriptor, cupy.cuda.Device(0):
         pool = allocate(layout, READER)
         torch.cuda.synchronize()
         source, target = pairs(layout)

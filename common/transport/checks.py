@@ -1,9 +1,11 @@
-"""What every transport checks: that a peer's blocks fit, that those asked for are there, that a probe came intact."""
+"""What every transport checks: that a peer's blocks fit, that those asked for are there and unchanged, that a
+probe came intact."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
 from hashlib import blake2b
 
+from common.kv.block_pool import Generations
 from common.kv.kv_pool import KvLayout
 from common.transport.interface import TransferFailed, TransportError
 
@@ -42,3 +44,10 @@ def check_blocks(
     ):
         if blocks and not (min(blocks) >= 0 and max(blocks) < num_blocks):
             raise TransferFailed(f"blocks {min(blocks)} to {max(blocks)} are not all among the {num_blocks} of {pool}")
+
+
+def generations_hold(generations: Generations, blocks: Sequence[int], expected: Sequence[int]) -> bool:
+    """Whether each of the `blocks` has the `expected` generation; not if the two differ in length."""
+    return len(blocks) == len(expected) and all(
+        generations[block] == generation for block, generation in zip(blocks, expected, strict=True)
+    )

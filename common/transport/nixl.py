@@ -24,9 +24,10 @@ import torch
 from torch import Tensor
 
 from common.kv.kv_pool import KvLayout, KvPool
-from common.transport.checks import PROBE_BYTES, check_blocks, check_layout, digest
+from common.transport.checks import PROBE_BYTES, check_blocks, check_layout, digest, generations_hold
 from common.transport.interface import TransferFailed, TransportError
 from common.transport.nixl_agent import NotYet, ReadFailed, Spans, own_agent, spans
+from common.transport.thread_transfer import ThreadTransfer
 
 log = structlog.get_logger(__name__)
 
@@ -108,29 +109,6 @@ class NixlMemory:
         self._control[0] = 0
 
 
-class NixlTransfer:
-    """A read on the reader's thread. See interface.Transfer."""
-
-    def __init__(self, reading: Future[float]) -> None:
-        self._reading = reading
-
-    @property
-    def milliseconds(self) -> float:
-        return self._reading.result()
-
-    def done(self) -> bool:
-        if not self._reading.done():
-            return False
-        self.wait()
-        return True
-
-    def wait(self) -> None:
-        try:
-            self._reading.result()
-        except Exception as error:
-            raise TransferFailed(f"reading the peer's blocks through NIXL failed: {error!r}") from error
-
-
 class NixlPeer:
     """A peer's pool, read through this process's agent. See interface.PeerPool."""
 
@@ -170,19 +148,17 @@ class NixlPeer:
             gigabytes_per_second=round(self.bytes_per_second / 1e9, 2),
         )
 
-    def read(self, src_blocks: Sequence[int], dst: KvPool, dst_blocks: Sequence[int]) -> NixlTransfer:
+    def read(self, src_blocks: Sequence[int], dst: KvPool, dst_blocks: Sequence[int]) -> ThreadTransfer:
         if self._closed.is_set():
             raise TransferFailed("the peer's pool was closed")
         check_blocks(src_blocks, self._theirs.layout.num_blocks, dst_blocks, dst.layout.num_blocks)
         self._agent.register(dst.tensor.data_ptr(), dst.layout.pool_bytes, dst.tensor.device)
-        return NixlTransfer(self._reader.submit(self._read_checked, tuple(src_blocks), dst, tuple(dst_blocks)))
+        reading = self._reader.submit(self._read_checked, tuple(src_blocks), dst, tuple(dst_blocks))
+        return ThreadTransfer(reading, "reading the peer's blocks through NIXL")
 
     def generations_hold(self, blocks: Sequence[int], expected: Sequence[int]) -> bool:
         """As of the last transfer of these blocks that ended."""
-        numbers = self._control[1:]
-        return len(blocks) == len(expected) and all(
-            numbers[block] == generation for block, generation in zip(blocks, expected, strict=True)
-        )
+        return generations_hold(self._control[1:].data, blocks, expected)
 
     def owner_alive(self) -> bool:
         """Asks the owner, too, for the next call to know."""
@@ -248,12 +224,15 @@ class NixlPeer:
         return count * block_bytes / seconds
 
     def _blocks(self, blocks: Sequence[int]) -> Spans:
-        block_bytes = self._theirs.layout.block_bytes
-        return spans(_addresses(self._theirs.pool, blocks, block_bytes), block_bytes, self._theirs.device)
+        return self._blocks_at(self._theirs.pool, self._theirs.device, blocks)
 
     def _targets(self, memory: Tensor, blocks: Sequence[int]) -> Spans:
+        return self._blocks_at(memory.data_ptr(), memory.device, blocks)
+
+    def _blocks_at(self, address: int, device: torch.device, blocks: Sequence[int]) -> Spans:
         block_bytes = self._theirs.layout.block_bytes
-        return spans(_addresses(memory.data_ptr(), blocks, block_bytes), block_bytes, memory.device)
+        addresses = np.uint64(address) + np.asarray(blocks, np.uint64) * np.uint64(block_bytes)
+        return spans(addresses, block_bytes, device)
 
     def _read_control(self, start: int, end: int) -> None:
         """Reads numbers `start` to `end` of the owner's control array."""
@@ -281,10 +260,6 @@ def create(layout: KvLayout, device: torch.device, instance: str) -> NixlMemory:
 
 def open_peer(descriptor: bytes, layout: KvLayout, device: torch.device) -> NixlPeer:
     return NixlPeer(descriptor, layout, device)
-
-
-def _addresses(base: int, blocks: Sequence[int], block_bytes: int) -> Numbers:
-    return np.uint64(base) + np.asarray(blocks, np.uint64) * np.uint64(block_bytes)
 
 
 def _span(address: int, num_bytes: int, device: torch.device) -> Spans:

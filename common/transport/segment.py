@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Self
 
 from common.kv.kv_pool import KvLayout
-from common.transport.checks import check_layout
+from common.transport.checks import check_layout, generations_hold
 from common.transport.interface import TransportError
 
 DIRECTORY = Path("/dev/shm")
@@ -159,10 +159,7 @@ class PeerSegment:
         return header
 
     def generations_hold(self, blocks: Sequence[int], expected: Sequence[int]) -> bool:
-        generations = self._generations
-        return len(blocks) == len(expected) and all(
-            generations[block] == generation for block, generation in zip(blocks, expected, strict=True)
-        )
+        return generations_hold(self._generations, blocks, expected)
 
     def owner_alive(self) -> bool:
         return not _try_lock(self._fd, fcntl.LOCK_SH)

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,7 @@ from common.kv.kv_pool import KvLayout, KvPool
 from common.transport.checks import PROBE_BYTES, check_blocks, digest
 from common.transport.interface import TransferFailed, TransportError
 from common.transport.segment import OwnSegment, PeerSegment
+from common.transport.thread_transfer import ThreadTransfer
 
 log = structlog.get_logger(__name__)
 
@@ -37,29 +38,6 @@ class ShmMemory:
 
     def close(self) -> None:
         self._segment.close()
-
-
-class ShmTransfer:
-    """A copy on the reader's thread. See interface.Transfer."""
-
-    def __init__(self, copy: Future[float]) -> None:
-        self._copy = copy
-
-    @property
-    def milliseconds(self) -> float:
-        return self._copy.result()
-
-    def done(self) -> bool:
-        if not self._copy.done():
-            return False
-        self.wait()
-        return True
-
-    def wait(self) -> None:
-        try:
-            self._copy.result()
-        except Exception as error:
-            raise TransferFailed(f"copying from the peer's shared memory failed: {error!r}") from error
 
 
 class ShmPeer:
@@ -100,12 +78,13 @@ class ShmPeer:
             milliseconds = self._copier.submit(_copy, self._rows, range(count), scratch, range(count)).result()
         return scratch.nbytes / milliseconds * 1e3
 
-    def read(self, src_blocks: Sequence[int], dst: KvPool, dst_blocks: Sequence[int]) -> ShmTransfer:
+    def read(self, src_blocks: Sequence[int], dst: KvPool, dst_blocks: Sequence[int]) -> ThreadTransfer:
         if self._rows is None:
             raise TransferFailed("the peer's pool was closed")
         target = dst.tensor.view(torch.uint8).view(dst.layout.num_blocks, self._block_bytes).numpy()
         check_blocks(src_blocks, len(self._rows), dst_blocks, len(target))
-        return ShmTransfer(self._copier.submit(_copy, self._rows, tuple(src_blocks), target, tuple(dst_blocks)))
+        copy = self._copier.submit(_copy, self._rows, tuple(src_blocks), target, tuple(dst_blocks))
+        return ThreadTransfer(copy, "copying from the peer's shared memory")
 
     def generations_hold(self, blocks: Sequence[int], expected: Sequence[int]) -> bool:
         return self._segment.generations_hold(blocks, expected)

@@ -11,44 +11,15 @@ import pytest
 import torch
 
 from common import transport
-from common.kv.kv_pool import KvLayout, allocate
+from common.kv.kv_pool import KvLayout, KvPool, allocate
 from common.transport import TransferFailed, TransportError
+from tests.common.transport.cpu_owner import CPU, LAYOUT, CpuOwner, assert_blocks_arrive_and_nothing_else, filled
 from tests.e2e.hosts import Host, why_not
 from tests.pool_owner import PoolOwner
 
 nixl = pytest.importorskip("common.transport.nixl", reason="NIXL is not installed", exc_type=ImportError)
 
-CPU = torch.device("cpu")
 REASON = why_not()
-LAYOUT = KvLayout(num_blocks=24, num_layers=3, block_size=4, num_kv_heads=2, head_dim=8, dtype="bfloat16")
-
-OWNER = """
-import os, sys, torch
-from common import transport
-from common.kv.block_pool import BlockPool
-from common.kv.kv_pool import KvLayout, view
-
-layout = KvLayout(int(sys.argv[2]), 3, 4, 2, int(sys.argv[3]), "bfloat16")
-memory = transport.create("nixl", layout, torch.device("cpu"), sys.argv[1])
-pool, blocks = view(memory.tensor, layout), BlockPool(layout.num_blocks, memory.generations)
-held = blocks.allocate(layout.num_blocks)
-generator = torch.Generator().manual_seed(7)
-pool.copy_(torch.randn(layout.shape, generator=generator))
-print(memory.descriptor.decode(), flush=True)
-for command in sys.stdin:
-    if command == "reuse\\n":
-        blocks.release(held[5:6])
-        (block,) = blocks.allocate(1)
-        pool[block] = 0
-        print(block, flush=True)
-    elif command == "spoil\\n":  # the probe lies behind the pool, in the same memory
-        storage = memory.tensor.untyped_storage()
-        storage[len(storage) - 1] ^= 1
-        print("spoilt", flush=True)
-    elif command == "close\\n":
-        memory.close()
-        print("closed", flush=True)
-"""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -60,7 +31,7 @@ def over_tcp() -> Iterator[None]:
 
 
 def start_owner(layout: KvLayout = LAYOUT, host: Host | None = None) -> PoolOwner:
-    return PoolOwner(OWNER, f"test-{os.getpid()}", str(layout.num_blocks), str(layout.head_dim), host=host)
+    return CpuOwner("nixl", f"test-{os.getpid()}", layout, host)
 
 
 @pytest.fixture
@@ -75,10 +46,6 @@ def lasting_owner() -> Iterator[PoolOwner]:
     owner = start_owner()
     yield owner
     owner.kill()
-
-
-def filled() -> torch.Tensor:
-    return torch.randn(LAYOUT.shape, generator=torch.Generator().manual_seed(7)).to(torch.bfloat16)
 
 
 def open_at_last(owner: PoolOwner, layout: KvLayout) -> transport.PeerPool:
@@ -102,18 +69,9 @@ def until_gone(peer: transport.PeerPool) -> None:
 
 def test_blocks_arrive_from_another_process_and_nowhere_else(lasting_owner: PoolOwner) -> None:
     ours = replace(LAYOUT, num_blocks=40)
-    pool = allocate(ours, CPU)
     peer = transport.open_peer(lasting_owner.descriptor, "nixl", ours, CPU)
-    source = [3, 4, 5, 11, 0, 23, 22, 21]
-    target = [7, 8, 9, 0, 39, 20, 21, 22]
-    transfer = peer.read(source, pool, target)
-    transfer.wait()
-    assert transfer.done()
-    assert transfer.milliseconds > 0
+    assert_blocks_arrive_and_nothing_else(peer, ours)
     assert peer.bytes_per_second > 0
-    expected = torch.zeros(ours.shape, dtype=torch.bfloat16)
-    expected[target] = filled()[source]
-    assert torch.equal(pool.tensor, expected)
     assert peer.owner_alive()
     peer.close()
 
@@ -197,12 +155,17 @@ def large_owner() -> Iterator[PoolOwner]:
     owner.kill()
 
 
+def read_while_it_stands_still(owner: PoolOwner) -> tuple[transport.PeerPool, KvPool, transport.Transfer]:
+    """A read of all its blocks, which it is stopped before."""
+    pool = allocate(LARGE, CPU)
+    peer = transport.open_peer(owner.descriptor, "nixl", LARGE, CPU)
+    owner.process.send_signal(signal.SIGSTOP)
+    return peer, pool, peer.read(range(256), pool, range(256))
+
+
 def test_a_read_from_an_owner_that_stands_still_goes_on_with_it(large_owner: PoolOwner) -> None:
     """And is not done before: what comes late would be written over another sequence's blocks."""
-    pool = allocate(LARGE, CPU)
-    peer = transport.open_peer(large_owner.descriptor, "nixl", LARGE, CPU)
-    large_owner.process.send_signal(signal.SIGSTOP)
-    transfer = peer.read(range(256), pool, range(256))
+    peer, pool, transfer = read_while_it_stands_still(large_owner)
     time.sleep(0.5)
     assert not transfer.done()
     large_owner.process.send_signal(signal.SIGCONT)
@@ -213,10 +176,7 @@ def test_a_read_from_an_owner_that_stands_still_goes_on_with_it(large_owner: Poo
 
 
 def test_a_read_ends_when_an_owner_that_stands_still_is_killed(large_owner: PoolOwner) -> None:
-    pool = allocate(LARGE, CPU)
-    peer = transport.open_peer(large_owner.descriptor, "nixl", LARGE, CPU)
-    large_owner.process.send_signal(signal.SIGSTOP)
-    transfer = peer.read(range(256), pool, range(256))
+    peer, pool, transfer = read_while_it_stands_still(large_owner)
     time.sleep(0.2)
     large_owner.kill()
     with pytest.raises(TransferFailed, match="through NIXL failed"):
@@ -259,9 +219,7 @@ def test_a_read_from_a_host_that_is_cut_off_ends_and_nothing_arrives_later() -> 
 
 
 def test_a_read_under_way_does_not_hold_up_closing(large_owner: PoolOwner) -> None:
-    peer = transport.open_peer(large_owner.descriptor, "nixl", LARGE, CPU)
-    large_owner.process.send_signal(signal.SIGSTOP)
-    transfer = peer.read(range(256), allocate(LARGE, CPU), range(256))
+    peer, _, transfer = read_while_it_stands_still(large_owner)
     began = time.monotonic()
     peer.close()
     assert time.monotonic() - began < 5

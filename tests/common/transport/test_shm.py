@@ -12,41 +12,14 @@ import torch
 from common import transport
 from common.kv.kv_pool import KvLayout, KvPool, allocate, view
 from common.transport import TransferFailed, TransportError, segment, shm
-from tests.pool_owner import PoolOwner
-
-CPU = torch.device("cpu")
-LAYOUT = KvLayout(num_blocks=24, num_layers=3, block_size=4, num_kv_heads=2, head_dim=8, dtype="bfloat16")
-
-# A prefill worker, as far as its pool goes: fills it, tells its descriptor, and obeys one-word commands.
-OWNER = """
-import sys, torch
-from common import transport
-from common.kv.block_pool import BlockPool
-from common.kv.kv_pool import KvLayout, view
-
-layout = KvLayout(24, 3, 4, 2, 8, "bfloat16")
-memory = transport.create("shm", layout, torch.device("cpu"), sys.argv[1])
-pool, blocks = view(memory.tensor, layout), BlockPool(24, memory.generations)
-held = blocks.allocate(24)
-generator = torch.Generator().manual_seed(7)
-pool.copy_(torch.randn(layout.shape, generator=generator))
-print(memory.descriptor.decode(), flush=True)
-for command in sys.stdin:
-    if command == "reuse\\n":
-        blocks.release(held[5:6])
-        (block,) = blocks.allocate(1)
-        pool[block] = 0
-        print(block, flush=True)
-    elif command == "close\\n":
-        memory.close()
-        print("closed", flush=True)
-"""
+from common.transport.thread_transfer import ThreadTransfer
+from tests.common.transport.cpu_owner import CPU, LAYOUT, CpuOwner, assert_blocks_arrive_and_nothing_else, filled
 
 
-class Owner(PoolOwner):
+class Owner(CpuOwner):
     def __init__(self, instance: str) -> None:
         self.path = segment.DIRECTORY / (segment.PREFIX + instance)
-        super().__init__(OWNER, instance)
+        super().__init__("shm", instance)
 
 
 @pytest.fixture
@@ -66,27 +39,14 @@ def lasting_owner() -> Iterator[Owner]:
     transport.sweep()
 
 
-def filled() -> torch.Tensor:
-    return torch.randn(LAYOUT.shape, generator=torch.Generator().manual_seed(7)).to(torch.bfloat16)
-
-
 def mapped(path: Path) -> int:
     return Path("/proc/self/maps").read_text().count(str(path))
 
 
 def test_blocks_arrive_in_another_process_and_nowhere_else(lasting_owner: Owner) -> None:
     ours = replace(LAYOUT, num_blocks=40)
-    pool = allocate(ours, CPU)
     peer = transport.open_peer(lasting_owner.descriptor, "shm", ours, CPU)
-    source = [3, 4, 5, 11, 0, 23, 22, 21]
-    target = [7, 8, 9, 0, 39, 20, 21, 22]
-    transfer = peer.read(source, pool, target)
-    transfer.wait()
-    assert transfer.done()
-    assert transfer.milliseconds > 0
-    expected = torch.zeros(ours.shape, dtype=torch.bfloat16)
-    expected[target] = filled()[source]
-    assert torch.equal(pool.tensor, expected)
+    assert_blocks_arrive_and_nothing_else(peer, ours)
     peer.close()
 
 
@@ -224,7 +184,7 @@ def test_blocks_outside_a_pool_are_refused(memory: shm.ShmMemory) -> None:
 
 def test_a_copy_that_fails_says_so_whenever_it_is_asked() -> None:
     copy: Future[float] = Future()
-    transfer = shm.ShmTransfer(copy)
+    transfer = ThreadTransfer(copy, "copying from the peer's shared memory")
     assert not transfer.done()
     copy.set_exception(MemoryError("none left"))
     for ask in (transfer.done, transfer.wait, transfer.done):

@@ -23,6 +23,7 @@ class Prompt:
     launched_len: int = 0  # tokens whose KV is there or being computed
     computed_len: int = 0  # tokens whose KV is there
     dropped: bool = False  # its blocks are released once its last launched chunk is computed
+    awaited: int = 0  # index of the first block that it lacked when it was last looked up
     grammar: GrammarState | None = None  # how far the output is in its grammar, if it follows one
     uncached_tokens: int = 0  # by the router's estimate when it sent the prompt
     trace: Span = OFF  # of the attempt
@@ -62,7 +63,7 @@ class Scheduler:
         self._max_batch_chunks = max_chunks(max_batch_tokens)
         self._waiting: dict[int, Prompt] = {}  # in order of arrival
         self._running: dict[int, Prompt] = {}  # have blocks, and chunks left to launch or to finish
-        self._computing: set[bytes] = set()  # hashes of blocks that a running prompt will publish
+        self._computing: set[bytes] = set()  # hashes of blocks that a running prompt has yet to publish
         self.waits_for_grammar = False  # a prompt was left out of the last batch for that
 
     @property
@@ -122,6 +123,7 @@ class Scheduler:
         prompt = chunk.prompt
         for index in range(prompt.computed_len // self._block_size, chunk.end // self._block_size):
             self._blocks.publish(prompt.blocks[index], prompt.spec.block_hashes[index])
+            self._computing.discard(prompt.spec.block_hashes[index])
         prompt.computed_len = chunk.end
         if prompt.dropped:
             self._release_if_idle(prompt)
@@ -146,12 +148,18 @@ class Scheduler:
 
     def _is_being_computed(self, prompt: Prompt) -> bool:
         """Whether a running prompt is about to publish the first block that this one lacks. Waiting for it costs less
-        than computing it twice."""
+        than computing it twice.
+
+        Blocks that were there at an earlier look are not looked up again: all prompts that wait are asked before every
+        batch, and thousands of blocks may precede the one that they wait for. If one of those was evicted since, the
+        worst is that the prompt waits for nothing until the running one is done.
+        """
         if not self._computing:
             return False
-        hashes = prompt.spec.hashes_before_last_token(self._block_size)
-        hits = self._blocks.peek(hashes)
-        return hits < len(hashes) and hashes[hits] in self._computing
+        hashes, last = prompt.spec.block_hashes, (prompt.length - 1) // self._block_size
+        while prompt.awaited < last and self._blocks.finds(hashes[prompt.awaited]):
+            prompt.awaited += 1
+        return prompt.awaited < last and hashes[prompt.awaited] in self._computing
 
     def _admit(self, prompt: Prompt) -> bool:
         """Gives a waiting prompt its blocks: the cached ones, and fresh ones for the rest. False if there are too few.

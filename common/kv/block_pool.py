@@ -77,13 +77,9 @@ class BlockPool:
     def generation(self, block: int) -> int:
         return self._generations[block]
 
-    def peek(self, hashes: Sequence[bytes]) -> int:
-        """How many of the leading `hashes` are found. Takes no reference and leaves the eviction order alone."""
-        by_hash = self._by_hash
-        for hits, block_hash in enumerate(hashes):
-            if block_hash not in by_hash:
-                return hits
-        return len(hashes)
+    def finds(self, block_hash: bytes) -> bool:
+        """Whether `match` would find it now. Takes no reference and leaves the eviction order alone."""
+        return block_hash in self._by_hash
 
     def take_changes(self) -> dict[bytes, bool] | None:
         """Hashes that became findable (True) or were forgotten (False) since the last call, each with its latest state.

@@ -66,6 +66,53 @@ def test_a_prompt_waits_for_a_prefix_that_is_being_computed() -> None:
     assert spans(scheduler.schedule()) == [(1, 12, 13), (2, 12, 13)]
 
 
+def test_a_prompt_goes_on_by_itself_where_its_prefix_ends() -> None:
+    scheduler = Scheduler(BlockPool(100), BLOCK, max_batch_tokens=8)
+    scheduler.add(prompt(1, numbers(40)))
+    scheduler.add(prompt(2, [*numbers(8), *numbers(4, 500)]))
+    scheduler.add(prompt(3, [*numbers(24), *numbers(4, 600)]))
+    batches = []
+    for _ in range(6):
+        chunks = scheduler.schedule()
+        for chunk in chunks:
+            scheduler.finish(chunk)
+        batches.append(spans(chunks))
+    assert batches == [
+        [(1, 0, 8)],
+        [(1, 8, 16)],
+        [(1, 16, 24)],
+        [(1, 24, 32)],
+        [(1, 32, 40)],
+        [(2, 8, 12), (3, 24, 28)],
+    ]
+
+
+class CountingPool(BlockPool):
+    looked_up = 0
+
+    def finds(self, block_hash: bytes) -> bool:
+        self.looked_up += 1
+        return super().finds(block_hash)
+
+
+def test_prompts_that_wait_for_a_prefix_do_not_look_up_what_is_before_it_again_and_again() -> None:
+    pool = CountingPool(2_000)
+    scheduler = Scheduler(pool, BLOCK, max_batch_tokens=8)
+    context = numbers(4_000)
+    scheduler.add(prompt(0, context))
+    while chunks := scheduler.schedule():
+        scheduler.finish(chunks[0])
+    for attempt_id in range(1, 21):
+        scheduler.add(prompt(attempt_id, [*context, *numbers(80, 5_000), attempt_id]))
+    batches = 0
+    while scheduler.waiting_count:
+        for chunk in scheduler.schedule():
+            scheduler.finish(chunk)
+        batches += 1
+    assert batches > 10
+    assert pool.looked_up <= 20 * (1_000 + 20 + batches)
+
+
 def test_a_prefix_is_computed_by_the_next_when_its_prompt_is_dropped() -> None:
     pool = BlockPool(100)
     scheduler = Scheduler(pool, BLOCK, max_batch_tokens=8)

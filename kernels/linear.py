@@ -15,11 +15,7 @@ def norm_linear(hidden: Hidden, norm: Tensor, eps: float, weight: Tensor, bias: 
 
     hidden [T, H]; norm [H]; weight [N, H]; bias [N] or None; one dtype. Returns [T, N].
     """
-    normed = rms_norm(hidden.states, norm, eps)
-    if _is_quicker_transposed(normed, weight):
-        product = (weight @ normed.t()).t().contiguous()
-        return product if bias is None else product.add_(bias)
-    return F.linear(normed, weight, bias)
+    return _linear(rms_norm(hidden.states, norm, eps), weight, bias)
 
 
 def norm_gated_linear(hidden: Hidden, norm: Tensor, eps: float, gate_up: Tensor) -> Tensor:
@@ -28,13 +24,11 @@ def norm_gated_linear(hidden: Hidden, norm: Tensor, eps: float, gate_up: Tensor)
     hidden [T, H]; norm [H]; gate_up [2 I, H]: gate in the first half, up in the second; one dtype. Returns [T, I].
     """
     normed = rms_norm(hidden.states, norm, eps)
-    if _is_quicker_transposed(normed, gate_up):
-        return silu_mul((gate_up @ normed.t()).t().contiguous())
-    if normed.device.type == "cpu":
+    if normed.device.type == "cpu" and not _is_quicker_transposed(normed, gate_up):
         # two products of half the width are a little faster than one
-        gate, up = (F.linear(normed, half) for half in gate_up.chunk(2))
+        gate, up = (_linear(normed, half, None) for half in gate_up.chunk(2))
         return F.silu(gate, inplace=True).mul_(up)
-    return silu_mul(F.linear(normed, gate_up))
+    return silu_mul(_linear(normed, gate_up, None))
 
 
 def add_linear(hidden: Hidden, x: Tensor, weight: Tensor, bias: Tensor | None, next_norm: Tensor | None) -> Hidden:
@@ -43,11 +37,27 @@ def add_linear(hidden: Hidden, x: Tensor, weight: Tensor, bias: Tensor | None, n
     hidden [T, H]; x [T, K]; weight [H, K]; bias and next_norm [H] or None; one dtype. next_norm: weight of the norm
     that comes next, which an implementation may begin (`kernels.hidden.BegunNorm`). None: no norm follows.
     """
-    return Hidden(hidden.states.add_(F.linear(x, weight, bias)))
+    return Hidden(hidden.states.add_(_linear(x, weight, bias)))
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.linear(x, weight, bias), by the function of MKL that is fastest for this shape."""
+    if x.shape[0] == 1 and _is_float32_on_cpu(x):
+        # F.linear would take the matrix product, which for one row takes up to twice as long.
+        row = weight.mv(x[0]) if bias is None else torch.addmv(bias, weight, x[0])
+        return row.unsqueeze(0)
+    if _is_quicker_transposed(x, weight):
+        product = (weight @ x.t()).t().contiguous()
+        return product if bias is None else product.add_(bias)
+    return F.linear(x, weight, bias)
 
 
 def _is_quicker_transposed(x: Tensor, weight: Tensor) -> bool:
-    """Whether a CPU computes weight @ x.T faster than x @ weight.T. MKL's sgemm (float32) does, by up to a factor of
-    two, for few rows and a matrix with many more outputs than inputs, such as the vocabulary's."""
+    """Whether a CPU computes weight @ x.T faster than x @ weight.T. MKL's sgemm does, by up to a factor of two, for few
+    rows and a matrix with many more outputs than inputs, such as the vocabulary's."""
     outputs, inputs = weight.shape
-    return x.device.type == "cpu" and x.dtype == torch.float32 and 1 < x.shape[0] <= 8 and outputs >= 4 * inputs
+    return 1 < x.shape[0] <= 8 and outputs >= 4 * inputs and _is_float32_on_cpu(x)
+
+
+def _is_float32_on_cpu(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype == torch.float32

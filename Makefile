@@ -38,8 +38,9 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 demo: $(VENV)/.installed  ## set up, start a cluster, ask the model two things, stop
 	$(BIN)/twostroke serve -- $(BIN)/python deploy/demo.py
 
+# Two processes: much of the suite waits, or keeps one core busy. A file's tests stay together, with their clusters.
 test: $(VENV)/.installed-dev  ## the test suite without what is marked slow
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
 
 test-slow: $(VENV)/.installed-dev  ## long fault tests, and a soak of minutes
 	$(BIN)/python -m pytest -m slow --timeout 3600 $(ARGS)

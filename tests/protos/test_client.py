@@ -66,6 +66,18 @@ def test_targets_that_grpc_knows(target: str) -> None:
     Client(target).close()
 
 
+def test_a_router_on_this_machine_is_not_called_through_a_proxy(
+    router: FakeRouter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    port = router.address.rpartition(":")[2]
+    for host in ("127.0.0.1", "localhost"):
+        with Client(f"{host}:{port}") as client:
+            assert client.generate("Hello", max_tokens=1).text
+    with Client(f"dns:///127.0.0.1:{port}") as client, pytest.raises(twostroke.Unavailable):
+        client.generate("Hello")
+
+
 def test_a_newer_router_may_have_other_reasons_to_finish(client: Client, router: FakeRouter) -> None:
     router.finish_reason = 99
     assert client.generate("Hello", max_tokens=1).finish.reason == "unknown"

@@ -499,7 +499,7 @@ def test_a_client_that_is_closed_during_a_call_does_not_blame_the_router(router:
     router.step_seconds = 10
     client = Client(router.address)
     threading.Timer(0.3, client.close).start()
-    with pytest.raises(twostroke.TwostrokeError) as caught:
+    with pytest.raises(twostroke.TwostrokeError, match=r"^the client was closed before the call ended$") as caught:
         list(client.stream("Hello"))
     assert caught.value.code is grpc.StatusCode.CANCELLED
     assert not isinstance(caught.value, twostroke.Unavailable)

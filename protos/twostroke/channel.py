@@ -18,7 +18,8 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 2_000),
-    ("grpc.max_receive_message_length", 64 << 20),
+    # An answer is as large as its request allows: with log-probabilities, some 400 bytes for each of its tokens.
+    ("grpc.max_receive_message_length", -1),
 )
 
 # The messages of grpc.health.v1 have one field each, numbered 1: on the wire they are what protobuf's own wrappers are.

@@ -463,6 +463,13 @@ def test_tokens(client: Client, router: FakeRouter) -> None:
     assert client.detokenize([72, 105]) == "Hi"
 
 
+def test_no_answer_is_too_large(client: Client, router: FakeRouter) -> None:
+    """The work has been done, and the same request would be answered no otherwise."""
+    reason = "x" * ((64 << 20) + 1)
+    router.load = pb.GetLoadResponse(problems=[pb.WorkerProblem(reason=reason)])
+    assert client.load().problems[0].reason == reason
+
+
 def test_model_and_load(client: Client) -> None:
     assert client.model().name == "fake"
     assert client.load().running == 0

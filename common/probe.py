@@ -12,6 +12,7 @@ from pathlib import Path
 import grpc
 from grpc_health.v1 import health_pb2
 
+from common.network.grpc_options import DIRECT
 from common.security import pem, tls
 from common.security.security_config import SettingsError, TlsConfig
 
@@ -28,9 +29,9 @@ def service_of_process(pid: int) -> str:
 def probe(address: str, service: str, config: TlsConfig = PLAIN_TEXT) -> str | None:
     """None if the service at `address` ("host:port") is SERVING, else a sentence that says why not."""
     asked = f"{address} {service}".rstrip()
-    credentials, options = tls.channel_credentials(pem.read(config)), tls.channel_options(config)
+    credentials, options = tls.channel_credentials(pem.read(config)), [*tls.channel_options(config), *DIRECT]
     with (
-        grpc.secure_channel(address, credentials, options) if credentials else grpc.insecure_channel(address)
+        grpc.secure_channel(address, credentials, options) if credentials else grpc.insecure_channel(address, options)
     ) as channel:
         check = channel.unary_unary(
             "/grpc.health.v1.Health/Check",

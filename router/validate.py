@@ -4,6 +4,7 @@ import math
 import random
 import uuid
 from collections.abc import Sequence
+from ctypes import c_float
 from dataclasses import dataclass
 
 from common.model.model_config import ModelConfig
@@ -181,7 +182,7 @@ def _sampling(sampling: pb.Sampling, logprobs: int | None, model: ModelConfig) -
         _within("sampling.temperature", temperature, MIN_TEMPERATURE, 100, or_else="0 (greedy) or ")
     top_p = sampling.top_p if sampling.HasField("top_p") else 1.0
     if not 0 < top_p <= 1:
-        raise InvalidArgument("sampling.top_p", f"{_plain(top_p)} is not within (0, 1]")
+        raise InvalidArgument("sampling.top_p", f"{_sent(top_p)} is not within (0, 1]")
     _within("sampling.min_p", sampling.min_p, 0, 1)
     repetition_penalty = sampling.repetition_penalty if sampling.HasField("repetition_penalty") else 1.0
     _within("sampling.repetition_penalty", repetition_penalty, 1e-3, 1e3)
@@ -256,7 +257,13 @@ def _fits_a_guide(stopping: pb.Stopping, guide: str) -> None:
 
 def _within(field: str, value: float, least: float, most: float, or_else: str = "") -> None:
     if not math.isfinite(value) or not least <= value <= most:
-        raise InvalidArgument(field, f"{_plain(value)} is not {or_else}within [{_plain(least)}, {_plain(most)}]")
+        raise InvalidArgument(field, f"{_sent(value)} is not {or_else}within [{_plain(least)}, {_plain(most)}]")
+
+
+def _sent(value: float) -> str:
+    """A field's value, with as many digits as tell a float of 32 bits from its neighbours: 1.0000001 is not 1."""
+    texts = [_plain(value), *(f"{value:.{digits}g}" for digits in (7, 8, 9))]
+    return next((text for text in texts if c_float(float(text)).value == value), texts[0])
 
 
 def _plain(value: float) -> str:

@@ -16,7 +16,10 @@ def keepalive(seconds: int) -> tuple[tuple[str, int], ...]:
     )
 
 
+# Not through the proxy that http_proxy names: it is for what is outside.
+DIRECT = (("grpc.enable_http_proxy", 0),)
+
 # Between the parts. A lost worker's requests are resumed elsewhere: the sooner the better.
-PEERS = keepalive(2)
+PEERS = (*keepalive(2), *DIRECT)
 # From the router to its callers. A lost call is not resumed, and a caller's machine may be busy for a moment.
 CALLERS = keepalive(5)

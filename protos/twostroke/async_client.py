@@ -2,7 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Self, TypeVar, Unpack
 
@@ -26,7 +27,7 @@ from twostroke.channel import (
     seconds_of,
 )
 from twostroke.chat import ChatOptions, Messages
-from twostroke.errors import error_of
+from twostroke.errors import closed, error_of
 from twostroke.request import Options, Prompt, chat_request, detokenize_request, generate_request, tokenize_request
 from twostroke.results import Generation, Piece, generation_of, piece_of
 from twostroke.v1 import inference_pb2 as pb
@@ -165,10 +166,11 @@ class AsyncClient:
         while (left := deadline - time.monotonic()) > 0:
             call = watch(HEALTH_OF_INFERENCE, timeout=seconds_of(left, None), metadata=self._metadata)
             try:
-                async for status in call:
-                    if status.value == SERVING:
-                        return
-                    reason = NO_WORKERS
+                with _closing_as_error():
+                    async for status in call:
+                        if status.value == SERVING:
+                            return
+                        reason = NO_WORKERS
             except grpc.aio.AioRpcError as error:
                 if error.code() is grpc.StatusCode.UNAVAILABLE:
                     reason = error.details() or NOBODY
@@ -184,7 +186,8 @@ class AsyncClient:
     ) -> _Response:
         timeout = seconds_of(timeout, self._timeout)
         try:
-            return await method(request, timeout=timeout, metadata=self._metadata)
+            with _closing_as_error():
+                return await method(request, timeout=timeout, metadata=self._metadata)
         except grpc.aio.AioRpcError as error:
             raise error_of(error, timeout) from error
 
@@ -192,9 +195,23 @@ class AsyncClient:
         timeout = seconds_of(timeout, self._timeout)
         call = self._stub.GenerateStream(request, timeout=timeout, metadata=self._metadata)
         try:
-            async for chunk in call:
-                yield piece_of(chunk)
+            with _closing_as_error():
+                async for chunk in call:
+                    yield piece_of(chunk)
         except grpc.aio.AioRpcError as error:
             raise error_of(error, timeout) from error
         finally:
             call.cancel()
+
+
+@contextmanager
+def _closing_as_error() -> Iterator[None]:
+    """A call whose client is closed ends with an error, as the sync client's. gRPC raises what a task raises that is
+    cancelled itself: its caller would take that for its own doing, and a task group would pass over it."""
+    try:
+        yield
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise closed() from error

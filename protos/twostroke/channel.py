@@ -18,7 +18,8 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 2_000),
-    ("grpc.max_receive_message_length", 64 << 20),
+    # An answer is as large as its request allows: with log-probabilities, some 400 bytes for each of its tokens.
+    ("grpc.max_receive_message_length", -1),
 )
 
 # The messages of grpc.health.v1 have one field each, numbered 1: on the wire they are what protobuf's own wrappers are.
@@ -36,6 +37,7 @@ NO_WORKERS = "it has no workers that can serve yet"
 
 _SCHEMES = ("dns:", "ipv4:", "ipv6:", "unix:", "unix-abstract:", "vsock:", "xds:")
 _OF_SEVERAL = ("dns:", "ipv4:", "ipv6:")
+_OF_THIS_MACHINE = ("localhost:", "127.", "[::1]:")
 _HOST_AND_PORT = re.compile(r"(\[[^\[\]]+\]|[^:/\[\]]+):([0-9]{1,5})")
 
 
@@ -65,7 +67,9 @@ def options_of(target: str, tls_server_name: str | None) -> list[tuple[str, int 
     own_name = [("grpc.ssl_target_name_override", tls_server_name)] if tls_server_name else []
     # The policy keeps a connection to every address, also while nothing is asked. localhost has two, and one router.
     turns = [("grpc.lb_policy_name", "round_robin")] if target.startswith(_OF_SEVERAL) else []
-    return [*CHANNEL_OPTIONS, *own_name, *turns]
+    # The proxy that http_proxy names would look for it on its own machine.
+    direct = [("grpc.enable_http_proxy", 0)] if target.startswith(_OF_THIS_MACHINE) else []
+    return [*CHANNEL_OPTIONS, *own_name, *turns, *direct]
 
 
 def metadata_of(api_key: str | None) -> tuple[tuple[str, str], ...]:

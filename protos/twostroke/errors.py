@@ -52,6 +52,10 @@ def refused(field: str, problem: str) -> InvalidArgument:
     return InvalidArgument(f"{field}: {problem}", grpc.StatusCode.INVALID_ARGUMENT)
 
 
+def closed() -> TwostrokeError:
+    return TwostrokeError("the client was closed before the call ended", grpc.StatusCode.CANCELLED)
+
+
 class Status(Protocol):
     """What gRPC's sync and async errors have in common, beyond what `grpc.RpcError` declares."""
 
@@ -62,7 +66,9 @@ class Status(Protocol):
 def error_of(status: Status, timeout: float | None = None) -> TwostrokeError:
     """What to raise for a call that ended with this status, and that had so many seconds."""
     code, details = status.code(), status.details() or ""
-    if code is grpc.StatusCode.CANCELLED and CLOSED not in details:
+    if code is grpc.StatusCode.CANCELLED:
+        if CLOSED in details:
+            return closed()
         # gRPC's own word for calls of a server that shuts down
         return Unavailable("the router shut down; it is safe to try again", grpc.StatusCode.UNAVAILABLE)
     if code is grpc.StatusCode.DEADLINE_EXCEEDED and PASSED in details and timeout is not None:

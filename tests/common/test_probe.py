@@ -27,6 +27,11 @@ def test_serving_is_no_complaint(served: tuple[health.HealthServicer, str]) -> N
     assert probe(address, "") is None
 
 
+def test_no_proxy_is_asked(served: tuple[health.HealthServicer, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    test_serving_is_no_complaint(served)
+
+
 def test_not_serving_is_named(served: tuple[health.HealthServicer, str]) -> None:
     servicer, address = served
     servicer.set("part", health_pb2.HealthCheckResponse.NOT_SERVING)

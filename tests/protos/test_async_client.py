@@ -113,6 +113,23 @@ async def test_cancelling_the_task_cancels(client: AsyncClient, router: FakeRout
     assert await asyncio.to_thread(router.cancelled.wait, 20)
 
 
+async def test_a_client_that_is_closed_during_a_call_cancels_no_task(router: FakeRouter) -> None:
+    """gRPC's calls raise CancelledError then, of which a task group says nothing."""
+    router.step_seconds = 10
+    client = AsyncClient(router.address)
+    stream, idle = client.stream("Hello"), client.stream("Hello")
+    await anext(stream)
+    await anext(idle)
+    router.begun.clear()
+    calls = [asyncio.ensure_future(call) for call in (client.generate("Hello"), anext(stream))]
+    assert await asyncio.to_thread(router.begun.wait, 20)
+    await client.close()
+    for call in (*calls, anext(idle)):
+        with pytest.raises(twostroke.TwostrokeError, match=r"^the client was closed before the call ended$") as caught:
+            await call
+        assert caught.value.code is grpc.StatusCode.CANCELLED
+
+
 async def test_wait_until_ready() -> None:
     ready = threading.Event()
     with serving(FakeRouter(), ready=ready) as router:

@@ -66,6 +66,18 @@ def test_targets_that_grpc_knows(target: str) -> None:
     Client(target).close()
 
 
+def test_a_router_on_this_machine_is_not_called_through_a_proxy(
+    router: FakeRouter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    port = router.address.rpartition(":")[2]
+    for host in ("127.0.0.1", "localhost"):
+        with Client(f"{host}:{port}") as client:
+            assert client.generate("Hello", max_tokens=1).text
+    with Client(f"dns:///127.0.0.1:{port}") as client, pytest.raises(twostroke.Unavailable):
+        client.generate("Hello")
+
+
 def test_a_newer_router_may_have_other_reasons_to_finish(client: Client, router: FakeRouter) -> None:
     router.finish_reason = 99
     assert client.generate("Hello", max_tokens=1).finish.reason == "unknown"
@@ -451,6 +463,13 @@ def test_tokens(client: Client, router: FakeRouter) -> None:
     assert client.detokenize([72, 105]) == "Hi"
 
 
+def test_no_answer_is_too_large(client: Client, router: FakeRouter) -> None:
+    """The work has been done, and the same request would be answered no otherwise."""
+    reason = "x" * ((64 << 20) + 1)
+    router.load = pb.GetLoadResponse(problems=[pb.WorkerProblem(reason=reason)])
+    assert client.load().problems[0].reason == reason
+
+
 def test_model_and_load(client: Client) -> None:
     assert client.model().name == "fake"
     assert client.load().running == 0
@@ -487,7 +506,7 @@ def test_a_client_that_is_closed_during_a_call_does_not_blame_the_router(router:
     router.step_seconds = 10
     client = Client(router.address)
     threading.Timer(0.3, client.close).start()
-    with pytest.raises(twostroke.TwostrokeError) as caught:
+    with pytest.raises(twostroke.TwostrokeError, match=r"^the client was closed before the call ended$") as caught:
         list(client.stream("Hello"))
     assert caught.value.code is grpc.StatusCode.CANCELLED
     assert not isinstance(caught.value, twostroke.Unavailable)

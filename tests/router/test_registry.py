@@ -16,6 +16,12 @@ from twostroke.v1 import inference_pb2 as pb
 from twostroke.v1 import worker_pb2, worker_pb2_grpc
 
 
+async def test_workers_are_not_called_through_a_proxy(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    async with cluster(model) as it:
+        assert it.introduced()
+
+
 @pytest.mark.parametrize(
     ("hello", "sentence"),
     [

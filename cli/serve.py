@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -221,4 +221,5 @@ def _reachable(address: str) -> str:
 
 
 def _say(text: str) -> None:
-    print(f"twostroke serve: {text}", file=sys.stderr, flush=True)
+    with suppress(OSError):  # of a full disk, or a reader that is gone
+        print(f"twostroke serve: {text}", file=sys.stderr, flush=True)

@@ -263,6 +263,14 @@ def test_log_lines_do_not_break_into_the_command(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
+def test_it_goes_on_when_nobody_reads_what_it_says(tmp_path: Path) -> None:
+    with serve(tmp_path, sys.executable, "-c", "print('done')") as process:
+        assert process.stderr is not None
+        assert process.stdout is not None
+        process.stderr.close()
+        assert process.stdout.read() == "done\n"
+
+
 def test_no_part_outlives_it(tmp_path: Path) -> None:
     with serve(tmp_path) as process:
         line_with(process, "ready at")

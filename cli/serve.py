@@ -100,7 +100,7 @@ def _supervise(
     model: str | None = None
     running: subprocess.Popen[bytes] | None = None
     try:
-        while signal.SIGTERM not in signals and (running or not signals):
+        while set(signals) <= {signal.SIGINT} and (running or not signals):
             _restart_the_dead(cluster, ready=model is not None)
             if model is None and (model := _model_if_ready(readiness)) is not None:
                 _say(f"ready at {environment['TWOSTROKE_TARGET']} after {time.monotonic() - began:.1f} s: {model}")

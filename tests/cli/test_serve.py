@@ -136,12 +136,13 @@ def test_a_router_whose_port_was_taken_is_not_started_again(tmp_path: Path) -> N
             assert process.wait(timeout=30) == 1
 
 
-def test_ready_when_it_says_so_and_one_ctrl_c_stops_all(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_ready_when_it_says_so_and_one_signal_stops_all(tmp_path: Path, number: signal.Signals) -> None:
     with serve(tmp_path) as process:
         address = line_with(process, "ready at").partition("ready at ")[2].split()[0]
         with Client(address) as client:
             assert client.generate("Hello").text
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         assert process.wait(timeout=30) == 0
     assert all((tmp_path / f"{name}-stopped").exists() for name in PARTS)
     assert not any(alive(pid_of(tmp_path, name)) for name in PARTS)
@@ -163,11 +164,12 @@ def test_the_exit_code_is_that_of_the_command(tmp_path: Path, program: str, code
         assert process.wait(timeout=30) == code
 
 
-def test_a_signal_stops_the_command_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_stops_the_command_too(tmp_path: Path, number: signal.Signals) -> None:
     with serve(tmp_path, "sh", "-c", f"echo $$ > {tmp_path}/command; exec sleep 60") as process:
         assert eventually(lambda: (tmp_path / "command").exists() and (tmp_path / "command").read_text() != "")
-        process.terminate()
-        assert process.wait(timeout=30) == 128 + signal.SIGTERM
+        process.send_signal(number)
+        assert process.wait(timeout=30) == 128 + signal.SIGTERM  # which the command got
     assert not alive(pid_of(tmp_path, "command"))
 
 

@@ -194,6 +194,17 @@ def test_ctrl_c_is_for_the_command(tmp_path: Path) -> None:
     assert process.returncode == 5
 
 
+def test_a_command_that_cannot_be_run_is_named(tmp_path: Path) -> None:
+    script = tmp_path / "script"
+    script.write_text("echo no first line says what runs this")
+    script.chmod(0o700)
+    with serve(tmp_path, str(script)) as process:
+        errors = process.communicate(timeout=30)[1]
+    assert errors.splitlines()[1:] == [f"twostroke serve: cannot run '{script}': Exec format error"]
+    assert process.returncode == 1
+    assert all((tmp_path / f"{name}-stopped").exists() for name in PARTS)
+
+
 def test_somebody_must_prefill(tmp_path: Path) -> None:
     with serve(tmp_path, TWOSTROKE_PREFILL_WORKERS="0") as process:
         assert process.communicate(timeout=30)[1] == (

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -100,12 +100,12 @@ def _supervise(
     model: str | None = None
     running: subprocess.Popen[bytes] | None = None
     try:
-        while signal.SIGTERM not in signals and (running or not signals):
+        while set(signals) <= {signal.SIGINT} and (running or not signals):
             _restart_the_dead(cluster, ready=model is not None)
             if model is None and (model := _model_if_ready(readiness)) is not None:
                 _say(f"ready at {environment['TWOSTROKE_TARGET']} after {time.monotonic() - began:.1f} s: {model}")
                 if command:
-                    running = subprocess.Popen(command, env=environment)
+                    running = _run(command, environment)
             if running and (code := running.poll()) is not None:
                 return code if code >= 0 else 128 - code
             time.sleep(POLL_SECONDS)
@@ -116,6 +116,13 @@ def _supervise(
         if running:
             end_command(running)
         raise
+
+
+def _run(command: tuple[str, ...], environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    try:
+        return subprocess.Popen(command, env=environment)
+    except OSError as error:  # such as a script that does not say what runs it
+        raise SystemExit(f"twostroke serve: cannot run {command[0]!r}: {error.strerror}") from error
 
 
 def _restart_the_dead(cluster: list[Child], ready: bool) -> None:
@@ -221,4 +228,5 @@ def _reachable(address: str) -> str:
 
 
 def _say(text: str) -> None:
-    print(f"twostroke serve: {text}", file=sys.stderr, flush=True)
+    with suppress(OSError):  # of a full disk, or a reader that is gone
+        print(f"twostroke serve: {text}", file=sys.stderr, flush=True)

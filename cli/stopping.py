@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from cli.children import Child
+from common.lifecycle import stopping
 
 STOP_SECONDS = 5.0
 HURRY_SECONDS = 3.0
@@ -15,13 +16,13 @@ HURRY_SECONDS = 3.0
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM in a list instead of being ended by them."""
+    """Collects SIGINT, SIGTERM and SIGHUP (where it is not ignored) in a list instead of being ended by them."""
     signals: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
         signals.append(number)
 
-    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, *stopping())}
     try:
         yield signals
     finally:

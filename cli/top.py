@@ -1,8 +1,11 @@
 """`twostroke top`: a live view of a running cluster."""
 
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Annotated
+from functools import partial
+from typing import Annotated, Never
 
 from cyclopts import Parameter
 from cyclopts.validators import Number
@@ -40,33 +43,32 @@ def top(
     once
         Print one frame after one interval, and end.
     """
-    with connection.client() as client:
+    console = Console()
+    with errors_as_exit(), connection.client() as client:
         if once:
-            with errors_as_exit():
-                before = _sample(client)
-                time.sleep(interval)
-                console = Console()
-                console.print(frame(before, _sample(client), console))
+            before = _sample(client)
+            time.sleep(interval)
+            console.print(frame(before, _sample(client), console))
             return
-        try:
-            _watch(client, interval)
-        except KeyboardInterrupt:
-            return
+        with suppress(KeyboardInterrupt):
+            if not console.is_terminal or console.is_dumb_terminal:  # on which nothing can be replaced
+                _watch(client, interval, console, console.print)
+            with Live(Text("no word from the router yet"), console=console, screen=True, auto_refresh=False) as live:
+                _watch(client, interval, console, partial(live.update, refresh=True))
 
 
-def _watch(client: Client, interval: float) -> None:
+def _watch(client: Client, interval: float, console: Console, show: Callable[[RenderableType], None]) -> Never:
     """Goes on while the router is away, so that one can see it come back."""
     before: Sample | None = None
-    with Live(Text("no word from the router yet"), screen=True, auto_refresh=False) as live:
-        while True:
-            try:
-                now = _sample(client)
-                live.update(frame(before or now, now, live.console), refresh=True)
-                before = now
-            except TwostrokeError as error:
-                live.update(Text(f"{error.code.name}: {error.message}", style="red"), refresh=True)
-                before = None
-            time.sleep(interval)
+    while True:
+        try:
+            now = _sample(client)
+            show(frame(before or now, now, console))
+            before = now
+        except TwostrokeError as error:
+            show(Text(f"{error.code.name}: {error.message}", style="red"))
+            before = None
+        time.sleep(interval)
 
 
 def _sample(client: Client) -> Sample:

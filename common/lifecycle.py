@@ -1,4 +1,5 @@
-"""How a worker ends: SIGTERM lets running work finish, within a limit; Ctrl-C (SIGINT) and a second SIGTERM do not."""
+"""How a worker ends: after SIGTERM, or SIGHUP as its terminal is closed, running work may finish, within a limit; after
+Ctrl-C (SIGINT), or a second signal, it may not."""
 
 import signal
 import sys
@@ -11,10 +12,17 @@ import structlog
 log = structlog.get_logger(__name__)
 
 
+def stopping() -> tuple[signal.Signals, ...]:
+    """The signals that stop a part when running work is done: not SIGHUP where it is ignored, as under nohup."""
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return (signal.SIGTERM,) if ignored else (signal.SIGTERM, signal.SIGHUP)
+
+
 def end_in_order() -> None:
-    """Makes SIGTERM end the process by an exception, as Ctrl-C does, until there is a `Lifecycle`. So exit handlers run
-    and leave no pool in /dev/shm."""
-    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
+    """Makes these signals end the process by an exception, as Ctrl-C does, until there is a `Lifecycle`. So exit
+    handlers run and leave no pool in /dev/shm."""
+    for number in stopping():
+        signal.signal(number, lambda number, _frame: sys.exit(128 + number))
 
 
 class Lifecycle:
@@ -25,7 +33,7 @@ class Lifecycle:
     Args:
         refuse: makes health say that no new work is taken; called first, from the signal handler.
         wake: ends the loop's wait for messages; called from the signal handler.
-        drain_seconds: how long running work may take after SIGTERM.
+        drain_seconds: how long running work may take after the first signal.
     """
 
     def __init__(self, refuse: Callable[[], None], wake: Callable[[], None], drain_seconds: float) -> None:
@@ -34,7 +42,8 @@ class Lifecycle:
         self._drain_seconds = drain_seconds
         self._deadline: float | None = None
         self._log_draining = False
-        signal.signal(signal.SIGTERM, self._drain)
+        for number in stopping():
+            signal.signal(number, self._drain)
         signal.signal(signal.SIGINT, self._stop)
 
     @property

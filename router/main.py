@@ -6,6 +6,7 @@ import signal
 import structlog
 
 from common import garbage
+from common.lifecycle import stopping
 from common.model.model_config import load_config
 from common.model.model_files import resolve
 from common.network import open_files
@@ -22,7 +23,7 @@ log = structlog.get_logger(__name__)
 
 
 def main(config: RouterConfig) -> None:
-    """Serves until SIGTERM or Ctrl-C; a second one does not wait for running requests."""
+    """Serves until SIGTERM, SIGHUP or Ctrl-C; a second one does not wait for running requests."""
     logs.configure(config.log_format)
     open_files.allow_all()
     event_loop.run(_serve(config))
@@ -34,7 +35,7 @@ async def _serve(config: RouterConfig) -> None:
     router = Router(config, model, Tokenizer(directory, model), Guides(directory, model))
     port = await router.start()
     signals: asyncio.Queue[int] = asyncio.Queue()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGINT, *stopping()):
         asyncio.get_running_loop().add_signal_handler(number, signals.put_nowait, number)
     garbage.forget_start()
     log.info("router listening", address=with_port(config.listen, port), model=config.model)

@@ -128,7 +128,13 @@ def _write_safetensors(path: Path, tensors: dict[str, ReaderTensor], config: dic
     text += b" " * (-(8 + len(text)) % _CACHE_LINE)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
-        for tensor in tqdm(tensors.values(), desc="unpacking the embedded model", unit="tensor", leave=False):
+        for tensor in tqdm(
+            tensors.values(),
+            desc="unpacking the embedded model",
+            unit="tensor",
+            leave=False,
+            disable=None,  # but on a terminal: elsewhere a bar becomes the beginning of the next line of the log
+        ):
             file.write(_dequantized(tensor, config).data)  # not by tofile(), whose OSError has no reason in it
 
 

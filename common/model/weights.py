@@ -68,6 +68,7 @@ def load(directory: Path, config: ModelConfig, dtype: str, device: torch.device)
         unit_scale=True,
         delay=_PROGRESS_AFTER_SECONDS,
         leave=False,
+        disable=None,  # but on a terminal, as in gguf_import.py
     ) as progress:
 
         def take(name: str, shape: tuple[int, ...]) -> Tensor:

@@ -2,16 +2,33 @@
 
 import logging
 import sys
-from typing import Literal
+from contextlib import suppress
+from typing import Literal, TextIO, cast
 
 import structlog
+
+
+class _Lossy:
+    """Loses what cannot be written, on a full disk or to a reader that is gone: whatever logs a line must go on."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        with suppress(OSError):
+            self._stream.write(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
 
 
 def configure(log_format: Literal["people", "json"]) -> None:
     """Sets up this process's log: one line an event on stderr, with time and level.
 
     Fields bound with `structlog.contextvars`, such as a request's id, are in every line of their task. Prompts and
-    tokens are never logged. Warnings and errors of the standard library's loggers go to stderr as they are.
+    tokens are never logged. Lines that cannot be written are lost. Warnings and errors of the standard library's
+    loggers go to stderr as they are.
     """
     renderer: structlog.typing.Processor
     if log_format == "json":
@@ -33,7 +50,7 @@ def configure(log_format: Literal["people", "json"]) -> None:
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
         # One write for each line: PrintLogger makes two, and another process may write to the same stderr in between.
-        logger_factory=structlog.WriteLoggerFactory(sys.stderr),
+        logger_factory=structlog.WriteLoggerFactory(cast(TextIO, _Lossy(sys.stderr))),
         cache_logger_on_first_use=True,
     )
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)

@@ -24,7 +24,8 @@ from common.transport.interface import TransportError
 
 DIRECTORY = Path("/dev/shm")
 PREFIX = "twostroke-"
-MAGIC = b"twostroke kv 1\n"
+KIND = b"twostroke kv "  # what the file begins with, in any version
+MAGIC = KIND + b"1\n"
 HEADER_BYTES = mmap.PAGESIZE
 
 _INSTANCE = re.compile(r"[0-9A-Za-z_-]{1,128}")
@@ -179,11 +180,12 @@ def sweep() -> None:
     """Unlinks the segments of this user whose owners are gone."""
     for path in DIRECTORY.glob(PREFIX + "*"):
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         except OSError:
-            continue  # another user's, or gone meanwhile
+            continue  # another user's, a folder, or gone meanwhile
         try:
-            if _try_lock(fd, fcntl.LOCK_EX):
+            head = os.pread(fd, len(KIND), 0)
+            if head in (KIND, bytes(len(head))) and _try_lock(fd, fcntl.LOCK_EX):  # zeros: it was not published yet
                 path.unlink(missing_ok=True)
         finally:
             os.close(fd)

@@ -136,12 +136,13 @@ def test_a_router_whose_port_was_taken_is_not_started_again(tmp_path: Path) -> N
             assert process.wait(timeout=30) == 1
 
 
-def test_ready_when_it_says_so_and_one_ctrl_c_stops_all(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_ready_when_it_says_so_and_one_signal_stops_all(tmp_path: Path, number: signal.Signals) -> None:
     with serve(tmp_path) as process:
         address = line_with(process, "ready at").partition("ready at ")[2].split()[0]
         with Client(address) as client:
             assert client.generate("Hello").text
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         assert process.wait(timeout=30) == 0
     assert all((tmp_path / f"{name}-stopped").exists() for name in PARTS)
     assert not any(alive(pid_of(tmp_path, name)) for name in PARTS)
@@ -163,11 +164,12 @@ def test_the_exit_code_is_that_of_the_command(tmp_path: Path, program: str, code
         assert process.wait(timeout=30) == code
 
 
-def test_a_signal_stops_the_command_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_stops_the_command_too(tmp_path: Path, number: signal.Signals) -> None:
     with serve(tmp_path, "sh", "-c", f"echo $$ > {tmp_path}/command; exec sleep 60") as process:
         assert eventually(lambda: (tmp_path / "command").exists() and (tmp_path / "command").read_text() != "")
-        process.terminate()
-        assert process.wait(timeout=30) == 128 + signal.SIGTERM
+        process.send_signal(number)
+        assert process.wait(timeout=30) == 128 + signal.SIGTERM  # which the command got
     assert not alive(pid_of(tmp_path, "command"))
 
 
@@ -190,6 +192,17 @@ def test_ctrl_c_is_for_the_command(tmp_path: Path) -> None:
         os.kill(pid_of(tmp_path, "command"), signal.SIGINT)
         assert process.communicate(timeout=30)[0] == "cut short\n"
     assert process.returncode == 5
+
+
+def test_a_command_that_cannot_be_run_is_named(tmp_path: Path) -> None:
+    script = tmp_path / "script"
+    script.write_text("echo no first line says what runs this")
+    script.chmod(0o700)
+    with serve(tmp_path, str(script)) as process:
+        errors = process.communicate(timeout=30)[1]
+    assert errors.splitlines()[1:] == [f"twostroke serve: cannot run '{script}': Exec format error"]
+    assert process.returncode == 1
+    assert all((tmp_path / f"{name}-stopped").exists() for name in PARTS)
 
 
 def test_somebody_must_prefill(tmp_path: Path) -> None:
@@ -263,6 +276,14 @@ def test_log_lines_do_not_break_into_the_command(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
+def test_it_goes_on_when_nobody_reads_what_it_says(tmp_path: Path) -> None:
+    with serve(tmp_path, sys.executable, "-c", "print('done')") as process:
+        assert process.stderr is not None
+        assert process.stdout is not None
+        process.stderr.close()
+        assert process.stdout.read() == "done\n"
+
+
 def test_no_part_outlives_it(tmp_path: Path) -> None:
     with serve(tmp_path) as process:
         line_with(process, "ready at")

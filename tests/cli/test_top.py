@@ -119,10 +119,11 @@ def test_once_without_a_router_says_so() -> None:
     assert run.stderr.startswith("twostroke: UNAVAILABLE: ")
 
 
-def test_it_watches_until_ctrl_c(router: FakeRouter) -> None:
+@pytest.mark.parametrize("term", ["xterm", "dumb"])
+def test_it_watches_until_ctrl_c(router: FakeRouter, term: str) -> None:
     terminal, its_end = pty.openpty()
     command = [sys.executable, "-m", "cli.main", "top", "--interval", "0.1", "--target", router.address]
-    environment = ENVIRONMENT | {"TERM": "xterm"}
+    environment = ENVIRONMENT | {"TERM": term}
     watching = subprocess.Popen(command, stdin=its_end, stdout=its_end, stderr=its_end, env=environment, cwd=ROOT)
     os.close(its_end)
     try:
@@ -136,6 +137,18 @@ def test_it_watches_until_ctrl_c(router: FakeRouter) -> None:
         watching.kill()
         watching.wait()
         os.close(terminal)
+
+
+def test_it_writes_to_who_reads_it(router: FakeRouter) -> None:
+    command = [sys.executable, "-m", "cli.main", "top", "--interval", "0.1", "--target", router.address]
+    with subprocess.Popen(command, env=ENVIRONMENT, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as top:
+        assert top.stdout is not None
+        assert top.stderr is not None
+        seen = 0
+        while seen < 2:
+            seen += b"3 queued" in top.stdout.readline()
+        top.stdout.close()
+        assert top.stderr.read() == b""
 
 
 def _read_until(terminal: int, wanted: bytes) -> None:

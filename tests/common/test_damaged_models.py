@@ -252,6 +252,17 @@ def test_any_bytes_of_a_gguf(tmp_path: Path, examples: int) -> None:
     any_bytes()
 
 
+def test_progress_is_shown_to_terminals_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(weights, "_PROGRESS_AFTER_SECONDS", 0)
+    source = tmp_path / "model.gguf"
+    write_gguf(source)
+    gguf_import.convert(source, tmp_path)
+    load(tmp_path)
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"])
 def test_a_full_disk_is_no_damage(tmp_path: Path, file: str) -> None:
     source, target = tmp_path / "model.gguf", tmp_path / "target"

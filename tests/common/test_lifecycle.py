@@ -52,13 +52,14 @@ def started(program: str, *arguments: str, stderr: int) -> subprocess.Popen[str]
     )
 
 
-def test_a_signal_ends_a_worker_that_is_logging() -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_a_worker_that_is_logging(number: signal.Signals) -> None:
     worker = started(LOGS_WITHOUT_END, stderr=subprocess.PIPE)
     try:
         assert worker.stdout is not None
         assert worker.stdout.readline() == "ready\n"
         time.sleep(0.3)  # nobody reads the log: by now it waits inside of a line for the full pipe
-        worker.send_signal(signal.SIGTERM)
+        worker.send_signal(number)
         time.sleep(0.1)
         log = worker.communicate(timeout=30)[1]
         assert '"event": "draining"' in log.splitlines()[-1]
@@ -70,7 +71,12 @@ def test_a_signal_ends_a_worker_that_is_logging() -> None:
 
 @pytest.mark.parametrize(
     ("role", "number"),
-    [("prefill-worker", signal.SIGTERM), ("decode-worker", signal.SIGTERM), ("decode-worker", signal.SIGINT)],
+    [
+        ("prefill-worker", signal.SIGTERM),
+        ("decode-worker", signal.SIGTERM),
+        ("decode-worker", signal.SIGINT),
+        ("decode-worker", signal.SIGHUP),
+    ],
 )
 def test_a_worker_that_is_stopped_while_it_starts_leaves_no_pool(
     tmp_path: Path, role: str, number: signal.Signals

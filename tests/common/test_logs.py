@@ -1,4 +1,5 @@
 import io
+import os
 import sys
 from collections.abc import Iterator
 from typing import Literal
@@ -43,3 +44,11 @@ def test_a_line_is_one_write(log_format: Literal["people", "json"], monkeypatch:
     assert len(stderr.writes) == 2
     assert all(text.endswith("\n") for text in stderr.writes)
     assert stderr.writes[0].count("\n") == 1
+
+
+def test_what_cannot_be_written_is_lost_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    with open("/dev/full", "w", buffering=1) as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        logs.configure("people")
+        structlog.get_logger().info("worker connected")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())  # or closing it would fail

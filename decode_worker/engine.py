@@ -78,6 +78,8 @@ class Engine:
         if self._pause() > 0:
             return  # until a step is due, sequences that arrive can still join it
         self._prefill()
+        if self._loop.busy:
+            self._service.flush()  # what came of messages, KV and prompts need not wait for the step
         self._tell(self._loop.turn())
 
     def _pause(self) -> float:
@@ -193,7 +195,7 @@ class Engine:
     def _prefill(self) -> None:
         if not self._own_prompts.busy:
             return
-        self._service.flush()  # messages need not wait for the chunk, nor its first tokens for the step
+        self._service.flush()  # messages need not wait for the chunk
         for sequence, first in self._own_prompts.turn():
             if first.problem is None:
                 self._announce(sequence, first)
@@ -201,7 +203,6 @@ class Engine:
             else:
                 self._drop(sequence)
                 self._end(sequence, pb.Ended.CAUSE_REJECTED, first.problem)
-        self._service.flush()
 
     def _announce(self, sequence: Sequence, first: FirstToken) -> None:
         cached = self._cached_tokens(sequence)

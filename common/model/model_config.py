@@ -175,7 +175,8 @@ def _dtype(raw: dict[str, Any]) -> str:
 
 
 def _rope(raw: dict[str, Any]) -> tuple[float, Llama3Scaling | None]:
-    parameters = _object(raw, "rope_parameters") or _object(raw, "rope_scaling")
+    # Where there are both, transformers takes rope_scaling: the one that people add to what it has written.
+    parameters = _object(raw, "rope_scaling") or _object(raw, "rope_parameters")
     theta = _number(raw if parameters.get("rope_theta") is None else parameters, "rope_theta", 10000.0)
     partial = parameters.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
     if partial not in (None, 1):

@@ -1,7 +1,7 @@
 """A model's weights, laid out as the model takes them: read from safetensors files, or random."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -61,6 +61,7 @@ def load(directory: Path, config: ModelConfig, dtype: str, device: torch.device)
     stored: dict[str, Tensor] = {}
     for file in checkpoint_files(directory):
         stored |= map_tensors(file)
+    tied = config.tie_word_embeddings and not _has_own_head(stored)
     with tqdm(
         total=sum(tensor.nbytes for tensor in stored.values()),
         desc="loading weights",
@@ -82,7 +83,7 @@ def load(directory: Path, config: ModelConfig, dtype: str, device: torch.device)
             progress.update(tensor.nbytes)
             return tensor.to(device, torch_dtype(dtype))
 
-        weights = _assemble(config, take)
+        weights = _assemble(replace(config, tie_word_embeddings=tied), take)
     _refuse_leftovers(stored, directory, config)
     return weights
 
@@ -139,6 +140,13 @@ def _assemble(config: ModelConfig, take: _Source) -> Weights:
         norm=take("model.norm.weight", (hidden,)),
         lm_head=embedding if config.tie_word_embeddings else take("lm_head.weight", (config.vocab_size, hidden)),
     )
+
+
+def _has_own_head(stored: Mapping[str, Tensor]) -> bool:
+    """Whether there is an output head other than the embedding. transformers does not tie the two then, whatever
+    config.json says."""
+    head, embedding = stored.get("lm_head.weight"), stored.get("model.embed_tokens.weight")
+    return head is not None and embedding is not None and not torch.equal(head.to(embedding.dtype), embedding)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

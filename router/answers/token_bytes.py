@@ -50,10 +50,8 @@ def read(tokenizer: Tokenizer, vocab_size: int) -> TokenBytes:
             f"the tokenizer's decoder {kinds} is not supported; ByteLevel and SentencePiece-like are"
         )
     size = max(vocab_size, tokenizer.get_vocab_size(with_added_tokens=True))
-    table = [b""] * size
-    for token, index in tokenizer.get_vocab(with_added_tokens=True).items():
-        if index < size:
-            table[index] = to_bytes(token)
+    # By id: the vocabulary has added tokens as they were given, and `decode` what the normalizer makes of them.
+    table = [to_bytes(tokenizer.id_to_token(index) or "") for index in range(size)]
     special = frozenset(index for index, added in tokenizer.get_added_tokens_decoder().items() if added.special)
     return TokenBytes(tuple(table), special, strip)
 

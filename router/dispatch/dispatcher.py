@@ -580,6 +580,8 @@ def _stopped() -> CallError:
 
 def _decoding(attempt: Attempt) -> None:
     """The KV is in place, and decoding has begun."""
+    request = attempt.request
     attempt.decoding_since = time.monotonic()
-    if attempt.request.decode_cached_tokens is None:
-        attempt.request.decode_cached_tokens = attempt.decode_cached_tokens
+    if request.decode_cached_tokens is None:
+        # An attempt that goes on behind output counts cached blocks with output in them, too.
+        request.decode_cached_tokens = min(attempt.decode_cached_tokens, len(request.prompt.token_ids))

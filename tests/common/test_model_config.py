@@ -1,11 +1,12 @@
 """Which configurations are taken, and in what words the others are refused."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import MistralConfig
+from transformers import LlamaConfig, MistralConfig
 
 from common.model.model_config import Llama3Scaling, ModelError, load_config, parse_config
 
@@ -22,21 +23,33 @@ LLAMA: dict[str, Any] = {
     "hidden_act": "silu",
     "eos_token_id": 2,
 }
+SCALING = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 1024,
+}
 
 
 def test_older_and_newer_spellings_are_read_alike() -> None:
-    scaling = {
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 1024,
-    }
-    older = {"torch_dtype": "bfloat16", "rope_theta": 5e5, "rope_scaling": {"type": "llama3"} | scaling}
-    newer = {"dtype": "bfloat16", "rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5} | scaling}
+    older = {"torch_dtype": "bfloat16", "rope_theta": 5e5, "rope_scaling": {"type": "llama3"} | SCALING}
+    newer = {"dtype": "bfloat16", "rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5} | SCALING}
     config = parse_config(LLAMA | older)
     assert config == parse_config(LLAMA | newer)
     assert (config.dtype, config.rope_theta) == ("bfloat16", 5e5)
     assert config.rope_scaling == Llama3Scaling(8.0, 1.0, 4.0, 1024)
+
+
+@pytest.mark.parametrize("theta", [{}, {"rope_theta": 3e5}])
+@pytest.mark.parametrize("added", [{"rope_type": "default"}, {"rope_type": "llama3", "rope_theta": 2e5, **SCALING}])
+def test_rope_scaling_beside_rope_parameters_takes_their_place(added: dict[str, Any], theta: dict[str, Any]) -> None:
+    written = {"rope_type": "llama3", "rope_theta": 1e5, **SCALING, "factor": 2.0}
+    both = theta | {"rope_parameters": written, "rope_scaling": added}
+    config = parse_config(LLAMA | both)
+    theirs = LlamaConfig(**copy.deepcopy(both)).rope_parameters
+    assert isinstance(theirs, dict)
+    assert config.rope_theta == theirs["rope_theta"]
+    assert (config.rope_scaling and config.rope_scaling.factor) == theirs.get("factor")
 
 
 def test_what_is_not_said_has_its_architectures_default() -> None:
@@ -99,6 +112,7 @@ def test_a_window_that_config_json_does_not_mention_is_the_one_that_transformers
         ({"architectures": None}, "names no architecture"),
         ({"dtype": "float64"}, "dtype float64 are not supported"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope type 'yarn' is not supported"),
+        ({"rope_parameters": {"rope_theta": 5e5}, "rope_scaling": {"rope_type": "yarn"}}, "rope type 'yarn' is not"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "'llama3' needs low_freq_factor"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from common.kv.kv_pool import KvLayout
 from common.model import fingerprint, weights
@@ -112,12 +113,24 @@ def test_tensors_that_checkpoints_carry_for_nothing_are_passed_over(tmp_path: Pa
     hf_models.save("llama", tmp_path)
     file = tmp_path / "model.safetensors"
     tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
-    tensors["lm_head.weight"] = torch.zeros(500, 72)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(32)
     save_file(tensors, file)
     loaded = _load(tmp_path)
     assert loaded.lm_head is loaded.embedding
-    assert loaded.lm_head.any()
+
+
+def test_an_output_head_of_its_own_is_not_tied_whatever_config_json_says(tmp_path: Path) -> None:
+    """As a model that was trained on with the two apart is often saved."""
+    hf_models.save("llama", tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].flip(0)
+    save_file(tensors, file, {"format": "pt"})
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
+    loaded = _load(tmp_path)
+    assert torch.equal(loaded.lm_head, theirs.lm_head.weight)
+    assert torch.equal(loaded.embedding, theirs.model.embed_tokens.weight)
 
 
 @pytest.mark.parametrize(

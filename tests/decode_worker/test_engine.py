@@ -9,6 +9,7 @@ from benchmarks.parts import LoadedModel, worker_parts
 from common.lifecycle import Lifecycle
 from common.worker.sequence import SequenceSpec
 from common.worker.worker_service import Received
+from decode_worker.pulls import Pulled
 from tests.one_worker import ROUTER, OneWorker, load_tiny
 from tests.specs import sequence_to_proto
 from twostroke.v1 import worker_pb2 as pb
@@ -49,6 +50,32 @@ def test_an_attempt_that_its_own_message_ends_leaves_nothing(loaded: LoadedModel
     one.turn()
     assert one.scheduler.get(1) is None
     assert one.parts.blocks.in_use_count == 0
+
+
+def test_a_router_hears_what_begins_before_the_step_that_it_begins_with(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU a step takes long: a hand-over would wait for it, and its time would be missing from the decode's."""
+    one = OneWorker(worker_parts(loaded, 40, BLOCK))
+    one.ask(sequence(40))
+    one.turn()
+
+    def messages_of_turn() -> list[pb.WorkerMessage]:
+        one._engine.turn(draining=False)
+        one._wire.flush()
+        messages, one._wire.to_router = one._wire.to_router, []
+        return [message for message in messages if message.ByteSize()]
+
+    attempt = one.ask(sequence(80), prefills=False)
+    before, after = messages_of_turn()
+    assert [reserved.attempt_id for reserved in before.reserved] == [attempt]
+    assert after.HasField("tokens")
+    one.sequence(attempt).tokens.append(7)
+    pulled = [Pulled(one.sequence(attempt), milliseconds=1.5)]
+    monkeypatch.setattr(one._engine._puller, "poll", lambda: [pulled.pop()] if pulled else [])
+    before, after = messages_of_turn()
+    assert [started.attempt_id for started in before.started] == [attempt]
+    assert attempt in after.tokens.attempt_ids
 
 
 class Failing:

@@ -73,6 +73,14 @@ def test_a_sign_stands_for_a_token_and_between_others(tokenizer: Tokenizer, ids:
     assert "".join(pieces) == sign.join(plain.feed(tokens) + plain.finish() for tokens in between)
 
 
+def test_an_added_token_keeps_the_space_that_the_normalizer_makes_a_part_of_it() -> None:
+    tokenizer = models.byte_fallback()
+    tokenizer.add_tokens(["<tool>"])  # as transformers adds tokens that are not special: they are normalized
+    ids = tokenizer.encode("the <tool> fox").ids
+    pieces = in_pieces(tokenizer, ids, random.Random(1), special_tokens=True)
+    assert "".join(pieces) == tokenizer.decode(ids) == "the <tool> fox"
+
+
 def test_an_unknown_decoder_is_refused_by_name() -> None:
     tokenizer = models.byte_level()
     tokenizer.decoder = decoders.WordPiece()

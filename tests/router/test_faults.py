@@ -289,6 +289,15 @@ async def test_a_resume_does_not_go_to_the_worker_that_failed(model: Path) -> No
             assert choice.finish.usage.resumes <= 1
 
 
+async def test_cached_tokens_of_a_request_that_was_resumed_before_it_decoded_are_those_of_its_prompt(
+    model: Path,
+) -> None:
+    """The first token was there already, and the last cached block has it in it."""
+    async with cluster(model, decodes=[Script(lose_lease=1)]) as it:
+        usage = (await it.generate(prompt=PROMPT[:4])).choices[0].finish.usage
+        assert (usage.prompt_tokens, usage.decode_cached_tokens, usage.resumes) == (4, 4, 1)
+
+
 async def test_faults_without_end_are_answered_with_unavailable(model: Path) -> None:
     async with cluster(model, decodes=[Script(lose_lease=10**9)], max_resumes=2) as it:
         error = await failing(it)

@@ -74,11 +74,18 @@ def as_json(value: Any, place: str) -> str:
     if not isinstance(value, Mapping):
         raise wrong_type(place, "a dictionary", value)
     try:
-        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+        return json.dumps(value, ensure_ascii=False, allow_nan=False, default=_as_dict)
     except TypeError as error:
         raise TypeError(f"{place}: {error}") from error
     except (ValueError, RecursionError) as error:
         raise refused(place, str(error)) from error
+
+
+def _as_dict(value: object) -> dict[Any, Any]:
+    """A dictionary of a kind that Python's JSON does not know, such as a read-only one."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
 
 
 def wrong_type(place: str, wanted: str, value: object) -> TypeError:

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import grpc
@@ -425,6 +426,16 @@ def test_text_that_has_no_utf_8(client: Client, router: FakeRouter) -> None:
         client.tokenize(messages)
     assert router.requests == []
     assert router.tokenize_requests == []
+
+
+def test_dictionaries_of_other_kinds() -> None:
+    """The types of the options say Mapping, and a type checker lets them through."""
+    inner = MappingProxyType({"type": "string"})
+    schema = MappingProxyType({"type": "object", "properties": {"place": inner}})
+    wanted = '{"type": "object", "properties": {"place": {"type": "string"}}}'
+    assert generate_request("Hello", {"json_schema": schema}).guide.json_schema == wanted
+    asked = chat_request("Hello", {"tools": [schema], "template_variables": MappingProxyType({"x": inner})}).chat
+    assert (list(asked.tools), asked.template_variables) == ([wanted], '{"x": {"type": "string"}}')
 
 
 def test_json_without_an_end(client: Client) -> None:

@@ -51,7 +51,7 @@ class ServeConfig(SecurityConfig):
     """Tokens of the longest sequence, prompt and output together. Not set: the model's context length."""
 
     max_batch_tokens: PositiveInt | None = None
-    """Most tokens in one forward pass of a prefill worker."""
+    """Most tokens in one forward pass of a prefill worker. Not set: 2,048 on a GPU, 512 on a CPU."""
 
     lease_seconds: PositiveFloat | None = None
     """Seconds that a prefill worker holds a finished prompt's blocks for a decode worker."""

@@ -78,8 +78,10 @@ class Engine:
         if self._pause() > 0:
             return  # until a step is due, sequences that arrive can still join it
         self._prefill()
-        if self._loop.busy:
-            self._service.flush()  # what came of messages, KV and prompts need not wait for the step
+        if self._parts.device.type == "cpu":
+            # There a step is computed while it is launched: what came of messages and KV need not wait for that. On a
+            # GPU the step comes first, since the thread that sends would contend with it for the interpreter.
+            self._service.flush()
         self._tell(self._loop.turn())
 
     def _pause(self) -> float:
@@ -195,7 +197,7 @@ class Engine:
     def _prefill(self) -> None:
         if not self._own_prompts.busy:
             return
-        self._service.flush()  # messages need not wait for the chunk
+        self._service.flush()  # messages need not wait for the chunk, nor its first tokens for the step
         for sequence, first in self._own_prompts.turn():
             if first.problem is None:
                 self._announce(sequence, first)
@@ -203,6 +205,7 @@ class Engine:
             else:
                 self._drop(sequence)
                 self._end(sequence, pb.Ended.CAUSE_REJECTED, first.problem)
+        self._service.flush()
 
     def _announce(self, sequence: Sequence, first: FirstToken) -> None:
         cached = self._cached_tokens(sequence)

@@ -238,11 +238,14 @@ def test_output_that_nobody_reads_ends_the_request(router: FakeRouter) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
-@pytest.mark.parametrize("json", [(), ("--json",)])
-def test_output_that_cannot_be_written_is_a_sentence(router: FakeRouter, json: tuple[str, ...]) -> None:
-    command = [sys.executable, "-m", "cli.main", "generate", "Hello", *json, "--target", router.address]
+@pytest.mark.parametrize(
+    "command", [("generate", "Hello"), ("generate", "Hello", "--json"), ("chat",), ("key", "alice")]
+)
+def test_output_that_cannot_be_written_is_a_sentence(router: FakeRouter, command: tuple[str, ...]) -> None:
+    arguments = [sys.executable, "-m", "cli.main", *command]
+    environment = ENVIRONMENT | {"TWOSTROKE_TARGET": router.address}
     with open("/dev/full", "w") as full:
-        run = subprocess.run(command, env=ENVIRONMENT, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
+        run = subprocess.run(arguments, env=environment, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
     assert run.stderr == "twostroke: No space left on device\n"
     assert run.returncode == 1
 

@@ -250,6 +250,18 @@ def test_output_that_cannot_be_written_is_a_sentence(router: FakeRouter, command
     assert run.returncode == 1
 
 
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [("generate Hello >&-", 0), ("generate - <&-", 2), ("chat <&-", 0), ("bench --requests=1 2>&-", 0)],
+)
+def test_standard_streams_that_are_closed_are_empty(router: FakeRouter, command: str, code: int) -> None:
+    shell = ["sh", "-c", f"exec {sys.executable} -m cli.main {command}"]
+    environment = ENVIRONMENT | {"TWOSTROKE_TARGET": router.address}
+    run = subprocess.run(shell, env=environment, cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert run.returncode == code, run.stderr
+    assert "Traceback" not in run.stderr
+
+
 def test_an_answer_that_does_not_end_in_time_ends_its_line(router: FakeRouter) -> None:
     router.stalls_after = 2
     run = twostroke("generate", "Hello", "--timeout=3", TWOSTROKE_TARGET=router.address)

@@ -7,7 +7,7 @@ from importlib import import_module
 
 from rich.console import Console
 
-from cli.options import Connection, Sampling, sentence_of
+from cli.options import Connection, Sampling, errors_as_exit, sentence_of
 from cli.room import fit
 from twostroke import Client, InvalidArgument, Message, Piece, TwostrokeError
 
@@ -23,11 +23,8 @@ def chat(*, system: str | None = None, connection: Connection = Connection(), sa
         import_module("readline")  # gives input() line editing and history
     console = Console(highlight=False)
     messages: list[Message] = [{"role": "system", "content": system}] if system else []
-    with connection.client() as client:
-        try:
-            console.print(f"[dim]{client.model().name}; Ctrl-C cuts an answer short, Ctrl-D ends[/]")
-        except TwostrokeError as error:
-            raise SystemExit(f"twostroke: {error.code.name}: {sentence_of(error)}") from error
+    with errors_as_exit(), connection.client() as client:
+        console.print(f"[dim]{client.model().name}; Ctrl-C cuts an answer short, Ctrl-D ends[/]")
         while (question := _read_question()) is not None:
             if not question.strip():
                 continue

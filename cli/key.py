@@ -5,6 +5,8 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from cli.options import errors_as_exit
+
 
 def key(name: Annotated[str, Parameter(show_env_var=False)], /) -> None:
     """
@@ -16,5 +18,6 @@ def key(name: Annotated[str, Parameter(show_env_var=False)], /) -> None:
     from router.callers.api_keys import make
 
     made, lines = make(name)
-    print(lines)
+    with errors_as_exit():
+        print(lines)
     print(f"The key, which is shown only now: {made}", file=sys.stderr)

@@ -7,11 +7,20 @@ import sys
 def main(command: str | None = None) -> None:
     """Runs the command line. `python -m router` and its like pass their `command`, which their error messages then
     name, because several parts of `serve` may write to one terminal."""
+    _open_what_is_closed()
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # or gRPC logs every connection that ends
     try:
         _run(command)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+
+
+def _open_what_is_closed() -> None:
+    """Of the standard streams, which whoever started this process may have closed: the next files would get their
+    numbers, and what is written to them."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - for as long as the process lives
 
 
 def _run(command: str | None) -> None:

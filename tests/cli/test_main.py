@@ -238,13 +238,28 @@ def test_output_that_nobody_reads_ends_the_request(router: FakeRouter) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
-@pytest.mark.parametrize("json", [(), ("--json",)])
-def test_output_that_cannot_be_written_is_a_sentence(router: FakeRouter, json: tuple[str, ...]) -> None:
-    command = [sys.executable, "-m", "cli.main", "generate", "Hello", *json, "--target", router.address]
+@pytest.mark.parametrize(
+    "command", [("generate", "Hello"), ("generate", "Hello", "--json"), ("chat",), ("key", "alice")]
+)
+def test_output_that_cannot_be_written_is_a_sentence(router: FakeRouter, command: tuple[str, ...]) -> None:
+    arguments = [sys.executable, "-m", "cli.main", *command]
+    environment = ENVIRONMENT | {"TWOSTROKE_TARGET": router.address}
     with open("/dev/full", "w") as full:
-        run = subprocess.run(command, env=ENVIRONMENT, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
+        run = subprocess.run(arguments, env=environment, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
     assert run.stderr == "twostroke: No space left on device\n"
     assert run.returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [("generate Hello >&-", 0), ("generate - <&-", 2), ("chat <&-", 0), ("bench --requests=1 2>&-", 0)],
+)
+def test_standard_streams_that_are_closed_are_empty(router: FakeRouter, command: str, code: int) -> None:
+    shell = ["sh", "-c", f"exec {sys.executable} -m cli.main {command}"]
+    environment = ENVIRONMENT | {"TWOSTROKE_TARGET": router.address}
+    run = subprocess.run(shell, env=environment, cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert run.returncode == code, run.stderr
+    assert "Traceback" not in run.stderr
 
 
 def test_an_answer_that_does_not_end_in_time_ends_its_line(router: FakeRouter) -> None:

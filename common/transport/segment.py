@@ -185,7 +185,9 @@ def sweep() -> None:
             continue  # another user's, a folder, or gone meanwhile
         try:
             head = os.pread(fd, len(KIND), 0)
-            if head in (KIND, bytes(len(head))) and _try_lock(fd, fcntl.LOCK_EX):  # zeros: it was not published yet
+            ours = head in (KIND, bytes(len(head)))  # zeros: it was not published yet
+            # Without links, another sweep was faster, and a new file may have the name already.
+            if ours and _try_lock(fd, fcntl.LOCK_EX) and os.fstat(fd).st_nlink:
                 path.unlink(missing_ok=True)
         finally:
             os.close(fd)

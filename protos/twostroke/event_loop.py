@@ -5,6 +5,7 @@ import fcntl
 import socket
 import struct
 import termios
+import threading
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from functools import partial
@@ -41,13 +42,19 @@ def _is_of_grpc(callback: Callable[..., object]) -> bool:
     return type(getattr(function, "__self__", None)).__name__ == "PollerCompletionQueue"
 
 
+# The loops of a process share the socket. Two that both took out "all but one" could leave none.
+_taking = threading.Lock()
+
+
 def _leave_one_byte(wakeups: socket.socket, callback: Callable[..., object], *args: Any) -> None:
-    with suppress(BlockingIOError):  # another loop of the process was faster
+    with _taking, suppress(BlockingIOError):  # the last byte may be read at any moment
         (count,) = struct.unpack("i", fcntl.ioctl(wakeups, termios.FIONREAD, bytes(4)))
         if count > 1:
             wakeups.recv(count - 1)
     try:
         callback(*args)
+    except BlockingIOError:
+        return  # another loop was faster: it read the last byte, and takes in what is complete for all loops
     except BaseException:
         # It stops at an operation of a loop that is closed, say. The bytes of those behind it are gone.
         asyncio.get_running_loop().call_soon(_leave_one_byte, wakeups, callback, *args)

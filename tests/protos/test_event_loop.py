@@ -16,7 +16,8 @@ from twostroke import event_loop
 class PollerCompletionQueue:
     """In gRPC's place: bytes come from elsewhere, and a reader takes one at a time."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, others: int = 0) -> None:
+        self.others = others  # loops of the process that are faster than this one
         self.read_end, self.write_end = socket.socketpair()
         self.read_end.setblocking(False)
         self.write_end.setblocking(False)
@@ -25,6 +26,8 @@ class PollerCompletionQueue:
 
     def _handle_events(self, loop: asyncio.AbstractEventLoop) -> None:
         self.calls += 1
+        for _ in range(self.others):
+            self.read_end.recv(1)
         assert len(self.read_end.recv(1)) == 1
 
     async def until(self, calls: int) -> None:
@@ -59,6 +62,26 @@ def test_all_wakeups_are_taken_in_one_turn(bytes_written: int | None) -> None:
         queue.write_end.close()
 
     event_loop.run(main())
+
+
+def test_a_loop_that_finds_its_wakeup_taken_by_another_leaves_it_at_that() -> None:
+    problems: list[Any] = []
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _, context: problems.append(context))
+        queue = PollerCompletionQueue(loop, others=1)
+        queue.write_end.send(b"1")
+        await queue.until(1)
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert queue.calls == 1
+        loop.remove_reader(queue.read_end)
+        queue.read_end.close()
+        queue.write_end.close()
+
+    event_loop.run(main())
+    assert problems == []
 
 
 async def echo(request: bytes, context: object) -> bytes:

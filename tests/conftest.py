@@ -13,9 +13,11 @@ with suppress(ImportError):  # tests of kernels run without it, too
 
 
 def pytest_configure() -> None:
-    """A shell's background job starts with Ctrl-C ignored, and would hand that down to every program under test."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    """A shell's background job starts with Ctrl-C ignored, one under nohup with SIGHUP ignored, and each would hand
+    that down to every program under test."""
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 def pytest_collection_finish() -> None:

@@ -59,7 +59,8 @@ class Connection(TlsConfig):
         try:
             return kind(self.target, **self._how())
         except InvalidArgument as error:
-            raise SettingsError(error.message.replace("api_key", "--api-key", 1)) from error
+            field, _, problem = error.message.partition(": ")
+            raise SettingsError(f"--{field.replace('_', '-')}: {problem}") from error
 
     def _how(self) -> "_How":
         return {

@@ -59,7 +59,7 @@ class AsyncClient:
         tls_server_name: str | None = None,
         timeout: float | None = None,
     ) -> None:
-        self._credentials = credentials_of(tls)
+        self._credentials = credentials_of(tls, tls_server_name)
         self._options = options_of(target, tls_server_name)
         self._metadata = metadata_of(api_key)
         self._timeout = timeout

@@ -56,8 +56,14 @@ def checked(target: str) -> str:
     return target
 
 
-def credentials_of(tls: bool | grpc.ChannelCredentials) -> grpc.ChannelCredentials | None:
-    """None for plain text; True for TLS against the system's certificate authorities."""
+def credentials_of(tls: bool | grpc.ChannelCredentials, tls_server_name: str | None) -> grpc.ChannelCredentials | None:
+    """None for plain text. `tls` is True for TLS against the system's certificate authorities.
+
+    Raises:
+        InvalidArgument: there is a name for a certificate that nobody would ask for.
+    """
+    if tls_server_name and not tls:
+        raise refused("tls_server_name", "goes with tls only; without it, calls are sent in plain text")
     if isinstance(tls, bool):
         return grpc.ssl_channel_credentials() if tls else None
     return tls

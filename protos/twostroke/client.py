@@ -50,7 +50,8 @@ class Client:
         timeout: seconds that a call may take where it names none; None is for ever, as is infinity in a call.
 
     Raises:
-        InvalidArgument: the target is no such thing, or the key has a character that cannot be sent.
+        InvalidArgument: the target is no such thing, the key has a character that cannot be sent, or there is a
+            tls_server_name without tls.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class Client:
         timeout: float | None = None,
     ) -> None:
         self._target = checked(target)
-        credentials, channel_options = credentials_of(tls), options_of(target, tls_server_name)
+        credentials, channel_options = credentials_of(tls, tls_server_name), options_of(target, tls_server_name)
         self._channel = (
             grpc.secure_channel(target, credentials, options=channel_options)
             if credentials

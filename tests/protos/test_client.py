@@ -563,11 +563,13 @@ def test_api_key(router: FakeRouter) -> None:
 
 
 @pytest.mark.parametrize("make", [Client, AsyncClient])
-def test_an_api_key_that_cannot_be_sent(make: type[Client | AsyncClient]) -> None:
+def test_what_a_client_cannot_be_made_with(make: type[Client | AsyncClient]) -> None:
     """gRPC would call it an internal error, as if the router were at fault."""
     for key, character in (("alice.k\n", r"7 is '\\n'"), ("alicé.k", "4 is 'é'")):
         with pytest.raises(twostroke.InvalidArgument, match=rf"^api_key: character {character}; only printable ASCII"):
             make(api_key=key)
+    with pytest.raises(twostroke.InvalidArgument, match=r"^tls_server_name: goes with tls only"):
+        make(tls_server_name="router.example")
     with pytest.raises(TypeError, match=r"^api_key: must be text, not bytes$"):
         make(api_key=cast(Any, b"alice.k"))
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
-from benchmarks.ports import free_port
+from common.network.free_port import free_port
 from twostroke import Client, TwostrokeError
 
 Flags = Mapping[str, object]

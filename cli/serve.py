@@ -4,7 +4,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -24,6 +23,7 @@ from cli.serve_config import ServeConfig
 from cli.stopping import STOP_SECONDS, end_command, stop, stop_signals
 from common.network import listening
 from common.network.addresses import ANY_HOST
+from common.network.free_port import free_port
 from common.probe import probe, service_of_process
 from common.security import cluster_secret, pem
 from common.security.security_config import SettingsError, TlsConfig
@@ -216,9 +216,7 @@ def _with_port(listen: str) -> str:
     if port != "0":
         return listen
     listening.check(listen)
-    family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
-    with socket.create_server((host.strip("[]"), 0), family=family) as server:
-        return f"{host}:{server.getsockname()[1]}"
+    return f"{host}:{free_port(host.strip('[]'))}"
 
 
 def _reachable(address: str) -> str:

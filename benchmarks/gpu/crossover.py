@@ -27,8 +27,8 @@ from benchmarks.cluster import Cluster, Flags
 from benchmarks.gpu import models
 from benchmarks.load.config import LoadConfig
 from benchmarks.load.processes import split, start
-from benchmarks.ports import free_port
 from benchmarks.report import Figure, Report
+from common.network.free_port import free_port
 from twostroke import AsyncClient, event_loop
 
 OUTPUT_TOKENS = 8

@@ -4,7 +4,7 @@ import socket
 
 import pytest
 
-from benchmarks.ports import free_port
+from common.network.free_port import free_port
 from common.network.listening import check
 from common.start_error import AddressError
 

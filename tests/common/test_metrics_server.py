@@ -15,7 +15,7 @@ from urllib.request import urlopen
 import pytest
 from prometheus_client import CollectorRegistry, Counter
 
-from benchmarks.ports import free_port
+from common.network.free_port import free_port
 from common.security import certificates
 from common.security.certificates import Certificates
 from common.security.security_config import SecurityConfig

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
-from benchmarks.ports import free_port
+from common.network.free_port import free_port
 from common.transport import sweep
 from tests.e2e.hosts import Host
 from twostroke import Client, Generation

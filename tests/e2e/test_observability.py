@@ -11,7 +11,7 @@ import pytest
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from benchmarks.ports import free_port
+from common.network.free_port import free_port
 from tests.e2e.cluster import Cluster
 from tests.e2e.tiny import prompt, tiny_cluster
 from twostroke import Generation, InvalidArgument

@@ -9,7 +9,7 @@ from threading import Timer
 
 import pytest
 
-from benchmarks.ports import free_port
+from common.network.free_port import free_port
 from tests.cli.test_serve import ROOT, eventually
 from tests.e2e.tiny import prompt
 from tests.router import models

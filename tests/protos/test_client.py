@@ -16,7 +16,7 @@ import grpc
 import pytest
 
 import twostroke
-from benchmarks.ports import free_port
+from common.network.free_port import free_port
 from router.validate import MAX_MESSAGE_BYTES
 from tests.protos.fake_router import FakeRouter, serving
 from twostroke import AsyncClient, Client, Message, Options, ToolCall

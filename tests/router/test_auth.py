@@ -13,9 +13,9 @@ from grpc_health.v1 import health_pb2
 from prometheus_client import generate_latest
 from structlog.testing import capture_logs
 
-from benchmarks.ports import free_port
 from common.kv.prefix_hash import cache_root
 from common.network import peers
+from common.network.free_port import free_port
 from common.network.own_address import Way
 from common.security import certificates
 from common.security.cluster_secret import METADATA_KEY

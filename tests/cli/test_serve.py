@@ -275,7 +275,6 @@ def test_log_lines_do_not_break_into_the_command(tmp_path: Path) -> None:
     assert [line for line in errors.splitlines() if not line.startswith("twostroke serve: ready")] == []
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
 def test_it_goes_on_when_nobody_reads_what_it_says(tmp_path: Path) -> None:
     with serve(tmp_path, sys.executable, "-c", "print('done')") as process:
         assert process.stderr is not None
@@ -284,6 +283,7 @@ def test_it_goes_on_when_nobody_reads_what_it_says(tmp_path: Path) -> None:
         assert process.stdout.read() == "done\n"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
 def test_no_part_outlives_it(tmp_path: Path) -> None:
     with serve(tmp_path) as process:
         line_with(process, "ready at")

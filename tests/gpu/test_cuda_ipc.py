@@ -17,39 +17,17 @@ pytest.importorskip("cupy", reason="cupy is not installed")
 LAYOUT = KvLayout(num_blocks=300, num_layers=5, block_size=16, num_kv_heads=3, head_dim=80, dtype="bfloat16")
 READER = torch.device("cuda", 0)
 
-# A prefill worker, as far as its pool goes: fills it, tells its descriptor, and obeys one-word commands.
-OWNER = """
-import sys, torch
-from common import transport
-from common.kv.block_pool import BlockPool
-from common.kv.kv_pool import KvLayout, view
-
-device, instance, num_blocks = torch.device("cuda", int(sys.argv[1])), sys.argv[2], int(sys.argv[3])
-layout = KvLayout(num_blocks, 5, 16, 3, 80, "bfloat16")
-memory = transport.create("cuda_ipc", layout, device, instance)
-pool, blocks = view(memory.tensor, layout), BlockPool(num_blocks, memory.generations)
+FILL = """
 assert not pool.any(), "a new pool is not zeroed"
-held = blocks.allocate(num_blocks)
 for block in range(300):
     pool[block] = torch.randn(layout.shape[1:], generator=torch.Generator().manual_seed(block)).to(device)
-torch.cuda.synchronize()
-print(memory.descriptor.decode(), flush=True)
-for command in sys.stdin:
-    if command == "reuse\\n":
-        blocks.release(held[5:6])
-        (block,) = blocks.allocate(1)
-        pool[block] = 0
-        torch.cuda.synchronize()
-        print(block, flush=True)
-    elif command == "close\\n":
-        memory.close()
-        print("closed", flush=True)
 """
 
 
 class Owner(PoolOwner):
     def __init__(self, device: int, name: str, num_blocks: int = 300) -> None:
-        super().__init__(OWNER, str(device), f"test-{os.getpid()}-{name}", str(num_blocks))
+        layout, instance = replace(LAYOUT, num_blocks=num_blocks), f"test-{os.getpid()}-{name}"
+        super().__init__("cuda_ipc", torch.device("cuda", device), instance, layout, FILL)
 
 
 @pytest.fixture(params=["same GPU", "another GPU"])

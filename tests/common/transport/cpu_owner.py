@@ -1,4 +1,4 @@
-"""A prefill worker on a CPU, as far as its pool goes: fills it, tells its descriptor, and obeys one-word commands."""
+"""Pools on a CPU that another process owns."""
 
 import torch
 
@@ -10,41 +10,12 @@ from tests.pool_owner import PoolOwner
 CPU = torch.device("cpu")
 LAYOUT = KvLayout(num_blocks=24, num_layers=3, block_size=4, num_kv_heads=2, head_dim=8, dtype="bfloat16")
 
-_PROGRAM = """
-import sys, torch
-from common import transport
-from common.kv.block_pool import BlockPool
-from common.kv.kv_pool import KvLayout, view
-
-name, instance, num_blocks, head_dim = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-layout = KvLayout(num_blocks, 3, 4, 2, head_dim, "bfloat16")
-memory = transport.create(name, layout, torch.device("cpu"), instance)
-pool, blocks = view(memory.tensor, layout), BlockPool(num_blocks, memory.generations)
-held = blocks.allocate(num_blocks)
-generator = torch.Generator().manual_seed(7)
-pool.copy_(torch.randn(layout.shape, generator=generator))
-print(memory.descriptor.decode(), flush=True)
-for command in sys.stdin:
-    if command == "reuse\\n":
-        blocks.release(held[5:6])
-        (block,) = blocks.allocate(1)
-        pool[block] = 0
-        print(block, flush=True)
-    elif command == "spoil\\n":  # of nixl: the probe lies behind the pool, in the same memory
-        storage = memory.tensor.untyped_storage()
-        storage[len(storage) - 1] ^= 1
-        print("spoilt", flush=True)
-    elif command == "close\\n":
-        memory.close()
-        print("closed", flush=True)
-"""
+_FILL = "pool.copy_(torch.randn(layout.shape, generator=torch.Generator().manual_seed(7)))"
 
 
 class CpuOwner(PoolOwner):
-    """`layout` may differ from LAYOUT in its number of blocks and its head_dim."""
-
     def __init__(self, name: str, instance: str, layout: KvLayout = LAYOUT, host: Host | None = None) -> None:
-        super().__init__(_PROGRAM, name, instance, str(layout.num_blocks), str(layout.head_dim), host=host)
+        super().__init__(name, CPU, instance, layout, _FILL, host)
 
 
 def filled() -> torch.Tensor:

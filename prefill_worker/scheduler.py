@@ -156,7 +156,7 @@ class Scheduler:
         """
         if not self._computing:
             return False
-        hashes, last = prompt.spec.block_hashes, (prompt.length - 1) // self._block_size
+        hashes, last = prompt.spec.block_hashes, prompt.spec.blocks_before_last_token(self._block_size)
         while prompt.awaited < last and self._blocks.finds(hashes[prompt.awaited]):
             prompt.awaited += 1
         return prompt.awaited < last and hashes[prompt.awaited] in self._computing

@@ -31,10 +31,13 @@ class SequenceSpec:
         """The tokens that earlier attempts generated."""
         return self.token_ids[self.prompt_length :]
 
+    def blocks_before_last_token(self, block_size: int) -> int:
+        """How many blocks a prefill can skip if they are cached. The last token is always computed, because its logits
+        give the next one."""
+        return (len(self.token_ids) - 1) // block_size
+
     def hashes_before_last_token(self, block_size: int) -> tuple[bytes, ...]:
-        """Hashes of the blocks that a prefill can skip if they are cached. The last token is always computed, because
-        its logits give the next one."""
-        return self.block_hashes[: (len(self.token_ids) - 1) // block_size]
+        return self.block_hashes[: self.blocks_before_last_token(block_size)]
 
     def ends_with(self, token: int, length: int) -> bool:
         """Whether `token` is the last one of the sequence, which has `length` tokens with it."""

@@ -124,11 +124,11 @@ def select(device: torch.device) -> Ops:
 
 def _cuda(device: torch.device) -> Ops:
     # imported here: machines without a GPU do not have these packages
-    from kernels import (
+    from kernels.cuda import (
+        fastest_linear,
         flash_attention_3,
         persistent_layers,
         triton_decode_attention,
-        triton_linear,
         triton_prefill_attention,
         triton_rope,
         triton_sampling,
@@ -136,9 +136,9 @@ def _cuda(device: torch.device) -> Ops:
     )
 
     return Ops(
-        norm_linear=triton_linear.norm_linear,
-        norm_gated_linear=triton_linear.norm_gated_linear,
-        add_linear=triton_linear.add_linear,
+        norm_linear=fastest_linear.norm_linear,
+        norm_gated_linear=fastest_linear.norm_gated_linear,
+        add_linear=fastest_linear.add_linear,
         rope_write_kv=triton_rope.rope_write_kv,
         prefill_attention=(
             flash_attention_3 if flash_attention_3.usable(device) else triton_prefill_attention

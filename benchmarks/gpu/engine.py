@@ -70,7 +70,7 @@ def main(
     dependent_launch: off to see what programmatic dependent launch of the Triton kernels brings.
     """
     if not dependent_launch:
-        from kernels import triton_launch  # imports Triton, which a machine without a GPU may lack
+        from kernels.cuda import triton_launch  # imports Triton, which a machine without a GPU may lack
 
         triton_launch.enabled = False
     report = Report(out)

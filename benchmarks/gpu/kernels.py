@@ -22,13 +22,9 @@ from torch import Tensor
 
 from benchmarks.gpu.graph_timing import graph_microseconds, launch_microseconds
 from benchmarks.gpu.timing import copy_bytes_per_second, gemm_operations_per_second
-from kernels import (
-    activation,
-    attention,
-    norm,
-    rope,
-    sampling,
-    step,
+from kernels import activation, attention, norm, rope, sampling, step
+from kernels.attention import PrefillAttention
+from kernels.cuda import (
     triton_activation,
     triton_decode_attention,
     triton_norm,
@@ -36,7 +32,6 @@ from kernels import (
     triton_rope,
     triton_sampling,
 )
-from kernels.attention import PrefillAttention
 
 DTYPE = torch.bfloat16
 DEVICE = torch.device("cuda")

@@ -24,17 +24,17 @@ from torch import Tensor
 from benchmarks.gpu.graph_timing import graph_microseconds
 from benchmarks.gpu.kernels import BLOCK_SIZE, DEVICE, DTYPE, LLAMA, QWEN, Caches, Shape, new_tokens, randn, sets_for
 from benchmarks.gpu.timing import copy_bytes_per_second, gemm_operations_per_second
-from kernels import (
+from kernels.attention import DecodeAttention, PrefillAttention
+from kernels.cuda import (
+    fastest_linear,
     triton_decode_attention,
     triton_few_rows,
-    triton_linear,
     triton_prefill_attention,
     triton_tiled_linear,
 )
-from kernels.attention import DecodeAttention, PrefillAttention
+from kernels.cuda.triton_few_rows import Cut
+from kernels.cuda.triton_tiled_linear import Tile
 from kernels.hidden import Hidden
-from kernels.triton_few_rows import Cut
-from kernels.triton_tiled_linear import Tile
 
 Calls = list[Callable[[], object]]
 SERVED = "served"
@@ -118,17 +118,17 @@ def _ways() -> dict[str, tuple[tuple[object, str, object], ...]]:
     """What is replaced in which module to get a way."""
     ways: dict[str, tuple[tuple[object, str, object], ...]] = {
         SERVED: (),
-        LIBRARY: ((triton_linear, "_few", never), (triton_linear, "suits_tiles", never)),
+        LIBRARY: ((fastest_linear, "_few", never), (fastest_linear, "suits_tiles", never)),
     }
     for few in FEW_ROWS:
         ways[str(few)] = (
             (triton_few_rows, "_cut", partial(always, few)),
-            (triton_linear, "_SMALL_WEIGHT", 1 << 62),
+            (fastest_linear, "_SMALL_WEIGHT", 1 << 62),
         )
     for tile in TILES:
         ways[str(tile)] = (
-            (triton_linear, "_few", never),
-            (triton_linear, "_SMALL_WEIGHT", 1 << 62),
+            (fastest_linear, "_few", never),
+            (fastest_linear, "_SMALL_WEIGHT", 1 << 62),
             (triton_tiled_linear, "_tile", partial(always, tile)),
         )
     for decode_tile in DECODE_TILES:
@@ -182,10 +182,10 @@ def linear_calls(layer: Layer, rows: int, weight_bytes: int, most_sets: int) -> 
 
     def call(weight: Tensor) -> Tensor:
         if layer.kind == "norm":
-            return triton_linear.norm_linear(Hidden(x), norm, 1e-6, weight, None)
+            return fastest_linear.norm_linear(Hidden(x), norm, 1e-6, weight, None)
         if layer.kind == "gated":
-            return triton_linear.norm_gated_linear(Hidden(x), norm, 1e-6, weight)
-        return triton_linear.add_linear(hidden, x, weight, None, None).states
+            return fastest_linear.norm_gated_linear(Hidden(x), norm, 1e-6, weight)
+        return fastest_linear.add_linear(hidden, x, weight, None, None).states
 
     return [partial(call, weight) for weight in weights]
 

@@ -20,7 +20,7 @@ CONTROL = "_rms_norm_kernel, given too few weights"
 def _calls() -> dict[str, Callable[[], object]]:
     import torch
 
-    from kernels import triton_norm
+    from kernels.cuda import triton_norm
     from tests.gpu import test_gated_linear as gated
     from tests.gpu import test_persistent_layers as persistent
     from tests.gpu import test_streamed_linear as streamed

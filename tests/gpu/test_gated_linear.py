@@ -10,10 +10,10 @@ if not torch.cuda.is_available():
 if torch.cuda.get_device_capability()[0] != 9:
     pytest.skip("no Hopper GPU: its matrix units' instructions are what this is written in", allow_module_level=True)
 
-from kernels.gated_linear import MAX_ROWS, gated_linear, suits_gated
+from kernels.cuda.fastest_linear import norm_gated_linear
+from kernels.cuda.gated_linear import MAX_ROWS, gated_linear, suits_gated
+from kernels.cuda.triton_norm import rms_norm
 from kernels.hidden import Hidden
-from kernels.triton_linear import norm_gated_linear
-from kernels.triton_norm import rms_norm
 from tests.gpu.test_streamed_linear import BF16, check_replays, gated_reference, randn, weight
 from tests.kernels.inputs import DEVICE, assert_close
 

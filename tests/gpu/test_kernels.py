@@ -7,7 +7,7 @@ from torch import Tensor
 if not torch.cuda.is_available():  # importing the kernels here would keep tests/kernels from interpreting them
     pytest.skip("no CUDA device: torch.cuda.is_available() is False", allow_module_level=True)
 
-from kernels import flash_attention_3, triton_decode_attention, triton_launch, triton_linear, triton_sampling
+from kernels.cuda import fastest_linear, flash_attention_3, triton_decode_attention, triton_launch, triton_sampling
 from kernels.hidden import Hidden
 from kernels.rope import Rotation
 from tests.kernels import checks
@@ -75,8 +75,8 @@ def test_kernels_that_start_early_wait_for_what_they_read() -> None:
     def run(start: Tensor) -> Tensor:
         residual = Hidden(start.clone())
         for _ in range(50):
-            activated = triton_linear.norm_gated_linear(residual, norm, 1e-6, gate_up)
-            residual = triton_linear.add_linear(residual, activated, down, None, norm)
+            activated = fastest_linear.norm_gated_linear(residual, norm, 1e-6, gate_up)
+            residual = fastest_linear.add_linear(residual, activated, down, None, norm)
         return residual.states
 
     for rows in tokens:

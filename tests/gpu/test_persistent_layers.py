@@ -14,9 +14,9 @@ if not torch.cuda.is_available():
 from common.device.graph_capture import capture
 from common.model.weights import LayerWeights
 from kernels import attention, linear, step
+from kernels.cuda.persistent_layers import fuse_layers
 from kernels.hidden import Hidden
 from kernels.ops import LayersOfOneToken
-from kernels.persistent_layers import fuse_layers
 from kernels.rope import Rotation
 from tests.kernels.inputs import DEVICE, assert_close
 

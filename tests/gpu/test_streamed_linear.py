@@ -14,11 +14,11 @@ if torch.cuda.get_device_capability()[0] != 9:
     pytest.skip("no Hopper GPU: its matrix units' instructions are what this is written in", allow_module_level=True)
 
 from common.device.graph_capture import capture
-from kernels import triton_launch, triton_linear
+from kernels.cuda import fastest_linear, triton_launch
+from kernels.cuda.streamed_linear import MAX_ROWS, add_streamed_linear, streamed_linear, suits_stream
+from kernels.cuda.triton_launch import multiprocessors
+from kernels.cuda.triton_norm import rms_norm
 from kernels.hidden import Hidden
-from kernels.streamed_linear import MAX_ROWS, add_streamed_linear, streamed_linear, suits_stream
-from kernels.triton_launch import multiprocessors
-from kernels.triton_norm import rms_norm
 from tests.kernels.inputs import DEVICE, assert_close
 
 BF16 = torch.bfloat16
@@ -149,8 +149,8 @@ def test_a_chain_without_launches_of_norms_in_a_graph_always_gives_the_same() ->
     def chain(*, begin: bool) -> Tensor:
         hidden = Hidden(x.clone())
         for gate_up, down, norm in layers:
-            activated = triton_linear.norm_gated_linear(hidden, norm, 1e-6, gate_up)
-            hidden = triton_linear.add_linear(hidden, activated, down, None, norm if begin else None)
+            activated = fastest_linear.norm_gated_linear(hidden, norm, 1e-6, gate_up)
+            hidden = fastest_linear.add_linear(hidden, activated, down, None, norm if begin else None)
         return hidden.states
 
     first, with_launches = chain(begin=True), chain(begin=False)
@@ -169,10 +169,10 @@ def test_layers_are_the_same_with_and_without_early_starts(rows: int, monkeypatc
     def layers() -> Tensor:
         residual = Hidden(hidden.clone())
         for _ in range(8):
-            residual = triton_linear.add_linear(residual, attended, output, None, None)
-            residual = triton_linear.add_linear(residual, x, slow, None, norm)
-            activated = triton_linear.norm_gated_linear(residual, norm, 1e-6, gate_up)
-            residual = triton_linear.add_linear(residual, activated, down, None, None)
+            residual = fastest_linear.add_linear(residual, attended, output, None, None)
+            residual = fastest_linear.add_linear(residual, x, slow, None, norm)
+            activated = fastest_linear.norm_gated_linear(residual, norm, 1e-6, gate_up)
+            residual = fastest_linear.add_linear(residual, activated, down, None, None)
         return residual.states
 
     monkeypatch.setattr(triton_launch, "enabled", False)
@@ -231,7 +231,7 @@ def test_a_layer_takes_the_norm_from_where_it_was_begun() -> None:
     w = weight(320, 512, seed=2)
     expected = ended(hidden, w)
     hidden.states.fill_(torch.nan)
-    assert torch.equal(triton_linear.norm_linear(hidden, weight(1, 512)[0], 1e-6, w, None), expected)
+    assert torch.equal(fastest_linear.norm_linear(hidden, weight(1, 512)[0], 1e-6, w, None), expected)
 
 
 def test_no_norm_is_begun_where_it_would_end_in_many_parts() -> None:
@@ -244,10 +244,10 @@ def test_no_norm_is_begun_in_float16() -> None:
     states = torch.full((4, 128), 6e4, dtype=torch.float16, device=DEVICE)
     w, zeros = weight(128, 64, torch.float16), torch.zeros(4, 64, dtype=torch.float16, device=DEVICE)
     norm = torch.full((128,), 2, dtype=torch.float16, device=DEVICE)
-    hidden = triton_linear.add_linear(Hidden(states), zeros, w, None, norm)
+    hidden = fastest_linear.add_linear(Hidden(states), zeros, w, None, norm)
     assert hidden.begun is None
     eye = torch.eye(128, dtype=torch.float16, device=DEVICE)
-    assert_close(triton_linear.norm_linear(hidden, norm, 1e-6, eye, None), norm.expand(4, 128))
+    assert_close(fastest_linear.norm_linear(hidden, norm, 1e-6, eye, None), norm.expand(4, 128))
 
 
 @pytest.mark.parametrize(
@@ -269,8 +269,8 @@ def test_which_products_of_more_than_32_rows_are_taken(
     outputs: int, inputs: int, options: dict[str, Any], takes: bool
 ) -> None:
     w = weight(outputs, inputs)
-    assert triton_linear.streams(randn(32, inputs), w, **options)
-    assert triton_linear.streams(randn(33, inputs), w, **options) == takes
+    assert fastest_linear.streams(randn(32, inputs), w, **options)
+    assert fastest_linear.streams(randn(33, inputs), w, **options) == takes
 
 
 def test_what_does_not_suit() -> None:

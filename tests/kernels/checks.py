@@ -12,16 +12,11 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels import (
-    activation,
-    linear,
-    norm,
-    rope,
-    sampling,
-    step,
+from kernels import activation, linear, norm, rope, sampling, step
+from kernels.cuda import (
+    fastest_linear,
     triton_activation,
     triton_decode_attention,
-    triton_linear,
     triton_norm,
     triton_prefill_attention,
     triton_rope,
@@ -58,12 +53,12 @@ def check_linear(
     bias = randn(outputs, dtype=dtype, seed=4) if with_bias else None
     wide_bias = None if bias is None else bias.double()
     poison(rows * outputs, dtype)
-    actual = triton_linear.norm_linear(Hidden(x), scale, 1e-5, weight, bias)
+    actual = fastest_linear.norm_linear(Hidden(x), scale, 1e-5, weight, bias)
     assert_close(actual, linear.norm_linear(Hidden(x.double()), scale.double(), 1e-5, weight.double(), wide_bias))
 
     residual = randn(rows, outputs, dtype=dtype, seed=5)
     expected = linear.add_linear(Hidden(residual.double()), x.double(), weight.double(), wide_bias, None)
-    added = triton_linear.add_linear(Hidden(residual), x, weight, bias, None)
+    added = fastest_linear.add_linear(Hidden(residual), x, weight, bias, None)
     assert added.states.data_ptr() == residual.data_ptr()
     assert_close(added.states, expected.states)
 
@@ -73,7 +68,7 @@ def check_norm_gated_linear(rows: int, intermediate: int, inputs: int, dtype: to
     gate_up = randn(2 * intermediate, inputs, dtype=dtype, seed=2).div_(inputs**0.5)
     scale = randn(inputs, dtype=dtype, seed=3)
     poison(rows * intermediate, dtype)
-    actual = triton_linear.norm_gated_linear(Hidden(x), scale, 1e-5, gate_up)
+    actual = fastest_linear.norm_gated_linear(Hidden(x), scale, 1e-5, gate_up)
     assert_close(actual, linear.norm_gated_linear(Hidden(x.double()), scale.double(), 1e-5, gate_up.double()))
 
 

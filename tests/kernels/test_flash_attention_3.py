@@ -13,7 +13,7 @@ from kernels.attention import SHORT_TOKENS
 from tests.kernels.inputs import causal_attention
 
 checks = pytest.importorskip("tests.kernels.checks", exc_type=ImportError)
-flash_attention_3 = pytest.importorskip("kernels.flash_attention_3", exc_type=ImportError)
+flash_attention_3 = pytest.importorskip("kernels.cuda.flash_attention_3", exc_type=ImportError)
 CUT_TOKENS = flash_attention_3.CUT_TOKENS
 
 

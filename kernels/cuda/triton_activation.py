@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton_launch import dependent, wait_for_previous
+from kernels.cuda.triton_launch import dependent, wait_for_previous
 
 _BLOCK = 1024
 

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton_launch import dependent, let_next_start, wait_for_previous
+from kernels.cuda.triton_launch import dependent, let_next_start, wait_for_previous
 
 
 @triton.jit
@@ -37,7 +37,7 @@ def _rms_norm_kernel(
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, early: bool = False) -> Tensor:
     """`kernels.norm.rms_norm` for a CUDA tensor [T, H] whose last dimension is contiguous.
 
-    early: the next kernel may start at once, since it has much to load before it waits (`kernels.triton_launch`).
+    early: the next kernel may start at once, since it has much to load before it waits (`kernels.cuda.triton_launch`).
     """
     rows, width = x.shape
     out = torch.empty((rows, width), dtype=x.dtype, device=x.device)

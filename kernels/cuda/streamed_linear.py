@@ -18,9 +18,9 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.cuda_kernel import HOPPER_ALIGNMENT, HOPPER_STEP, CudaKernel, suits_hopper, tensor_map
+from kernels.cuda.cuda_kernel import HOPPER_ALIGNMENT, HOPPER_STEP, CudaKernel, suits_hopper, tensor_map
+from kernels.cuda.triton_launch import multiprocessors, shared_bytes
 from kernels.hidden import BegunNorm, Hidden
-from kernels.triton_launch import multiprocessors, shared_bytes
 
 MAX_ROWS = 64
 _TILE = 64  # rows of the weight for each warpgroup: the M of wgmma

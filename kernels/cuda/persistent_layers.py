@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels import cuda_source
+from kernels.cuda import cuda_source
+from kernels.cuda.triton_launch import is_hopper_or_later, multiprocessors, shared_bytes
 from kernels.ops import LayerTensors
-from kernels.triton_launch import is_hopper_or_later, multiprocessors, shared_bytes
 
 _THREADS = 288
 _TILE_BYTES = 16 << 10

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.triton_launch import (
+from kernels.cuda.triton_launch import (
     MAX_ARRIVALS,
     arrivals,
     dependent,

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """Attention of packed prompts to their cached context and to their own tokens on CUDA; `kernels.attention` holds the
 reference.
 
@@ -13,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.attention import PrefillAttention
-from kernels.triton_launch import dependent, wait_for_previous
+from kernels.cuda.triton_launch import dependent, wait_for_previous
 
 
 @triton.jit

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """Attention of one new token per sequence over a paged KV cache on CUDA; `kernels.attention` holds the reference.
 
 - Softmax is computed in one pass over the keys (Milakov and Gimelshein, "Online normalizer calculation for softmax",
@@ -17,8 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.attention import DecodeAttention
-from kernels.rope import Rotation
-from kernels.triton_launch import (
+from kernels.cuda.triton_launch import (
     MAX_ARRIVALS,
     arrivals,
     dependent,
@@ -27,6 +27,7 @@ from kernels.triton_launch import (
     prefetch_lines_to_l2,
     wait_for_previous,
 )
+from kernels.rope import Rotation
 
 _PROGRAMS_PER_SM = 3  # that run at once: each gets an equal share of the keys
 _REGISTERS = 128  # of a thread, if there are more sequences than shares: then four programs fit an SM
@@ -346,7 +347,7 @@ def plan_decode(block_tables: Tensor, seq_lens: Tensor, key_cache: Tensor) -> De
     The plan [5, items] lists the programs' work for each KV head. An item has a sequence (-1: nothing to do), its first
     cached key and the one after its last, and the first item of that sequence and the one after its last. A padded row
     is an item whose keys end at -1. At least one other launch must come between this and the plan's use
-    (`kernels.triton_launch`).
+    (`kernels.cuda.triton_launch`).
     """
     rows = len(seq_lens)
     num_kv_heads, head_dim = key_cache.shape[2:]
@@ -385,7 +386,7 @@ def decode_attention(
 
     It is one launch, whose grid depends on shapes alone, so a graph captured once serves all lengths. Padded rows
     (seq_len 0) become zeros. The two caches have equal strides. Calls on one device must not overlap in time, as they
-    share `kernels.triton_launch.arrivals`.
+    share `kernels.cuda.triton_launch.arrivals`.
     """
     rows = qkv.shape[0]
     block_size, num_kv_heads, head_dim = key_cache.shape[1:]

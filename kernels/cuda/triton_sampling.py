@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton_launch import dependent, wait_for_previous
+from kernels.cuda.triton_launch import dependent, wait_for_previous
 
 _CHUNK = 512
 _TILE_CHUNKS = 4  # chunks that a program of the first launch reads at a time

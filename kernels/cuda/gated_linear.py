@@ -15,8 +15,8 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.cuda_kernel import HOPPER_STEP, CudaKernel, suits_hopper, tensor_map
-from kernels.triton_launch import multiprocessors, shared_bytes
+from kernels.cuda.cuda_kernel import HOPPER_STEP, CudaKernel, suits_hopper, tensor_map
+from kernels.cuda.triton_launch import multiprocessors, shared_bytes
 
 _TOKENS = 128  # of a thread block
 MAX_ROWS = 2 * _TOKENS

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton_launch import dependent, multiprocessors, prefetch_to_l2, wait_for_previous
+from kernels.cuda.triton_launch import dependent, multiprocessors, prefetch_to_l2, wait_for_previous
 
 MAX_ROWS = 4
 _WARP_INPUTS = 256  # inputs that a warp reads at a time: 16 bytes a thread

@@ -1,12 +1,12 @@
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 """Per-head norm, rotation and writing K and V in one launch on CUDA; `kernels.rope` holds the reference."""
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.cuda.triton_launch import dependent, wait_for_previous
 from kernels.rope import Rotation
-from kernels.triton_launch import dependent, wait_for_previous
 
 _HEADS = 8  # heads of one token that a program handles
 

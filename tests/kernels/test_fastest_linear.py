@@ -47,8 +47,8 @@ def test_left_to_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("not for the library")
 
-    monkeypatch.setattr(checks.triton_linear, "tiled_linear", refuse)
-    monkeypatch.setattr(checks.triton_linear, "few_rows_linear", refuse)
+    monkeypatch.setattr(checks.fastest_linear, "tiled_linear", refuse)
+    monkeypatch.setattr(checks.fastest_linear, "few_rows_linear", refuse)
     checks.check_linear(260, 24, 64, True, torch.float16)
     checks.check_linear(7, 24, 72, True, torch.float16)
     checks.check_linear(130, 24, 64, True, torch.float32)
@@ -62,7 +62,7 @@ def test_left_to_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_add_of_rows_that_do_not_begin_at_16_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    tiled = checks.triton_linear.tiled_linear
-    monkeypatch.setattr(checks.triton_linear, "tiled_linear", lambda *a, **k: calls.append(a) or tiled(*a, **k))
+    tiled = checks.fastest_linear.tiled_linear
+    monkeypatch.setattr(checks.fastest_linear, "tiled_linear", lambda *a, **k: calls.append(a) or tiled(*a, **k))
     checks.check_linear(7, 24, 64, True, torch.float16, between_rows=1)
     assert len(calls) == 1, "the normed rows only, which lie end to end"

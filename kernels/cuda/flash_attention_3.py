@@ -12,8 +12,8 @@ import structlog
 import torch
 from torch import Tensor
 
-from kernels import triton_prefill_attention
 from kernels.attention import FEW_TOKENS, SHORT_TOKENS, PrefillAttention
+from kernels.cuda import triton_prefill_attention
 
 NAME = "flash_attn_interface"
 HEAD_DIMS = (64, 128, 256)

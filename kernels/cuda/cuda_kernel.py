@@ -1,7 +1,7 @@
 """CUDA C++ kernels for one GPU architecture only, compiled and launched through NVIDIA's own bindings.
 
 cupy, which compiles the other CUDA C++ kernel, cannot target an architecture-specific feature set (sm_90a), and
-supports neither clusters nor programmatic dependent launch (`kernels.triton_launch`)."""
+supports neither clusters nor programmatic dependent launch (`kernels.cuda.triton_launch`)."""
 
 import ctypes
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ import torch
 from cuda.bindings import driver, nvrtc
 from torch import Tensor
 
-from kernels import cuda_source, triton_launch
+from kernels.cuda import cuda_source, triton_launch
 
 HOPPER_STEP = 64  # inputs (K) of a pipeline stage
 HOPPER_ALIGNMENT = 16  # bytes, required by TMA

@@ -5,13 +5,13 @@ holds the references."""
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import triton_few_rows
+from kernels.cuda import triton_few_rows
+from kernels.cuda.triton_activation import silu_mul
+from kernels.cuda.triton_few_rows import few_rows_linear
+from kernels.cuda.triton_launch import is_hopper
+from kernels.cuda.triton_norm import rms_norm
+from kernels.cuda.triton_tiled_linear import suits_tiles, tiled_linear
 from kernels.hidden import Hidden
-from kernels.triton_activation import silu_mul
-from kernels.triton_few_rows import few_rows_linear
-from kernels.triton_launch import is_hopper
-from kernels.triton_norm import rms_norm
-from kernels.triton_tiled_linear import suits_tiles, tiled_linear
 
 # All measured on an H100 (docs/kernels.md).
 _SMALL_WEIGHT = 1 << 23  # elements; up to here our kernels beat cuBLAS at every number of rows that they support
@@ -42,7 +42,7 @@ def streams(
     """
     if not is_hopper(x.device):
         return False
-    from kernels import streamed_linear  # imports CUDA's bindings, which a machine without a GPU may lack
+    from kernels.cuda import streamed_linear  # imports CUDA's bindings, which a machine without a GPU may lack
 
     if not streamed_linear.suits_stream(x, weight, gated=gated):
         return False
@@ -58,7 +58,7 @@ def streams(
 def _gates(x: Tensor, gate_up: Tensor) -> bool:
     if not is_hopper(x.device) or _is_small(gate_up):
         return False
-    from kernels.gated_linear import suits_gated
+    from kernels.cuda.gated_linear import suits_gated
 
     return suits_gated(x, gate_up)
 
@@ -90,7 +90,7 @@ def norm_gated_linear(hidden: Hidden, norm: Tensor, eps: float, gate_up: Tensor)
     gates = _gates(x, gate_up)
     normed = rms_norm(x, norm, eps, early=gates)
     if gates:
-        from kernels.gated_linear import gated_linear
+        from kernels.cuda.gated_linear import gated_linear
 
         return gated_linear(normed, gate_up)
     if _tiles(normed, gate_up):
@@ -104,7 +104,7 @@ def add_linear(hidden: Hidden, x: Tensor, weight: Tensor, bias: Tensor | None, n
     if _few(x, weight):
         return Hidden(few_rows_linear(x, weight, bias=bias, residual=states))
     if streams(x, weight, begins=next_norm):
-        from kernels.streamed_linear import add_streamed_linear
+        from kernels.cuda.streamed_linear import add_streamed_linear
 
         return add_streamed_linear(states, x, weight, bias, next_norm)
     if _tiles(x, weight):
@@ -118,7 +118,7 @@ def add_linear(hidden: Hidden, x: Tensor, weight: Tensor, bias: Tensor | None, n
 def _normed_stream(
     hidden: Hidden, norm: Tensor, eps: float, weight: Tensor, *, bias: Tensor | None = None, gated: bool = False
 ) -> Tensor:
-    from kernels.streamed_linear import streamed_linear
+    from kernels.cuda.streamed_linear import streamed_linear
 
     if (begun := hidden.begun) is not None:
         return streamed_linear(begun.x, weight, squares=begun.squares, eps=eps, bias=bias, gated=gated)

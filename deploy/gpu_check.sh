@@ -5,7 +5,7 @@
 #   PYTHON    the Python that has torch, triton, cupy and cuda-bindings (python3)
 #   STEPS     what to run; by default: kernels-tests engine-tests kernels handover engine interference one-sequence
 #             throughput. Only on request: memcheck, which needs compute-sanitizer; and, on two GPUs, crossover (2
-#             minutes), goodput and goodput-long (8 to 10 minutes each)
+#             minutes), goodput and goodput-long (8 to 10 minutes each); on two or more, scaling (4 minutes)
 #   TWOSTROKE_TEST_MODEL    SmolLM2-135M-Instruct as a directory or GGUF file, if its package is not installed
 # Each step has a time limit, and a step that fails does not keep the next ones from running. Exit code 1: a step failed.
 set -uo pipefail
@@ -47,6 +47,7 @@ if (($(nvidia-smi --list-gpus | wc -l) > 1)); then
   run goodput 800 "$python" -m benchmarks.gpu.goodput --out "$out/goodput.json" --logs "$out/goodput"
   run goodput-long 700 "$python" -m benchmarks.gpu.goodput --prompt-tokens 200 --output-tokens 1000 --settle-seconds 10 \
     --trials 4 --low 8 --high 32 --out "$out/goodput-long.json" --logs "$out/goodput-long"
+  run scaling 400 "$python" -m benchmarks.gpu.scaling --out "$out/scaling.json" --logs "$out/scaling"
 fi
 run throughput 240 "$python" -m benchmarks.gpu.throughput --out "$out/throughput.json" --logs "$out/cluster"
 

@@ -5,7 +5,6 @@ where it is installed.
     python -m benchmarks.gpu.throughput --out throughput.json
 """
 
-import asyncio
 import multiprocessing
 import random
 import statistics
@@ -25,12 +24,11 @@ from cyclopts import App
 from benchmarks.cluster import Cluster, Flags
 from benchmarks.gpu import floors, models, nano_vllm
 from benchmarks.gpu.timing import copy_bytes_per_second, gemm_operations_per_second
+from benchmarks.gpu.workload import MAX_LENGTH, TEMPERATURE, Ask, ask_all, split, workload
 from benchmarks.report import Figure, Report
 from common.model.model_config import load_config
 from twostroke import AsyncClient, event_loop
 
-TEMPERATURE = 0.6
-MAX_LENGTH = 4096
 # Tokens per second of the workload at 3.0 TB/s and 790 TFLOP/s, and the share of it that is wanted.
 FLOOR, FLOOR_SHARE = 25_800, 0.8
 CLUSTER_SHARE = 0.97
@@ -38,12 +36,6 @@ HANDOVER_LIMIT_MS = 3.0
 IN_PROCESS, NANO_VLLM = "in process", "nano-vLLM in process"
 
 app = App(name="throughput", help_format="plaintext")
-
-
-@dataclass(frozen=True, slots=True)
-class Ask:
-    prompt: tuple[int, ...]
-    output_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,13 +74,6 @@ def _pair(worker: Flags, sizes: Sizes) -> Layout:
     decode = {"num-blocks": sizes.decode_blocks, "max-batch": sizes.max_batch}
     workers = [("prefill_worker", {**worker, **prefill}), ("decode_worker", {**worker, **decode})]
     return Layout("pair", workers, rounds=1, bounded=False)
-
-
-def workload(requests: int, longest: int = 1024) -> list[Ask]:
-    """nano-vLLM's bench.py: the same numbers from Python's generator, drawn in the same order."""
-    draw = random.Random(0).randint
-    prompts = [tuple(draw(0, 10_000) for _ in range(draw(100, longest))) for _ in range(requests)]
-    return [Ask(prompt, draw(100, longest)) for prompt in prompts]
 
 
 @app.default
@@ -215,49 +200,21 @@ def _in_cluster(
         ProcessPoolExecutor(clients, multiprocessing.get_context("spawn")) as pool,
     ):
         yield Figure(f"{layout.name}: ready after", f"{time.perf_counter() - started:.1f} s")
-        shares = [asks[first::clients] for first in range(clients)]
+        shares = split(asks, clients)
         tokens = sum(ask.output_tokens for ask in asks)
-
-        def ask_all(shares: list[list[Ask]], salt: str, stream: bool) -> float:
-            began = time.perf_counter()
-            list(pool.map(partial(_ask_share, cluster.target, salt, stream), shares))
-            return time.perf_counter() - began
-
-        ask_all([share[:4] for share in shares], "warm-up", stream=True)
+        ask_all(pool, cluster.target, [share[:4] for share in shares], "warm-up", stream=True)
         if layout.hands_over:
             yield from _idle_handover(cluster.target)
         for round_ in range(layout.rounds):
             for kind in ("Generate", "GenerateStream"):
                 what = f"{layout.name}, {kind}"
-                seconds = ask_all(shares, f"{kind} {round_}", stream=kind == "GenerateStream")
+                salt = f"{kind} {round_}"
+                seconds = ask_all(pool, cluster.target, shares, salt, stream=kind == "GenerateStream")
                 yield _against_floor(what, tokens, seconds, bounded=layout.bounded)
                 for name, reference in references.items():
                     share = CLUSTER_SHARE if layout.bounded and name == IN_PROCESS else None
                     rate = tokens / seconds
                     yield Figure(what, f"{rate:.0f} tok/s", f"{reference:.0f} tok/s {name}", rate / reference, share)
-
-
-def _ask_share(target: str, salt: str, stream: bool, asks: list[Ask]) -> None:
-    """A client's process: all its requests at once; raises where an answer is not as long as it should be."""
-    event_loop.run(_ask_all(target, salt, stream, asks))
-
-
-async def _ask_all(target: str, salt: str, stream: bool, asks: list[Ask]) -> None:
-    async with AsyncClient(target, timeout=300) as client:
-        counts = await asyncio.gather(*(_ask(client, salt, stream, ask) for ask in asks))
-    assert counts == [ask.output_tokens for ask in asks]
-
-
-async def _ask(client: AsyncClient, salt: str, stream: bool, ask: Ask) -> int:
-    if not stream:
-        answer = await client.generate(
-            ask.prompt, max_tokens=ask.output_tokens, temperature=TEMPERATURE, ignore_eos=True, cache_salt=salt
-        )
-        return len(answer.token_ids)
-    pieces = client.stream(
-        ask.prompt, max_tokens=ask.output_tokens, temperature=TEMPERATURE, ignore_eos=True, cache_salt=salt
-    )
-    return sum([len(piece.token_ids) async for piece in pieces])
 
 
 def _idle_handover(target: str) -> Iterator[Figure]:

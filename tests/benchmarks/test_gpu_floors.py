@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks.gpu import floors, models
-from benchmarks.gpu.throughput import workload
+from benchmarks.gpu.workload import workload
 from common.model.model_config import parse_config
 
 

@@ -1,0 +1,70 @@
+"""The workload of nano-vLLM's bench.py, and asking a cluster for it."""
+
+import asyncio
+import random
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+
+from twostroke import AsyncClient, event_loop
+
+TEMPERATURE = 0.6
+MAX_LENGTH = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    prompt: tuple[int, ...]
+    output_tokens: int
+
+
+def workload(requests: int, longest: int = 1024) -> list[Ask]:
+    """nano-vLLM's bench.py: the same numbers from Python's generator, drawn in the same order."""
+    draw = random.Random(0).randint
+    prompts = [tuple(draw(0, 10_000) for _ in range(draw(100, longest))) for _ in range(requests)]
+    return [Ask(prompt, draw(100, longest)) for prompt in prompts]
+
+
+def split(asks: Sequence[Ask], clients: int) -> list[list[Ask]]:
+    """A share of `asks` for each client."""
+    return [list(asks[first::clients]) for first in range(clients)]
+
+
+def ask_all(pool: ProcessPoolExecutor, target: str, shares: Sequence[list[Ask]], salt: str, *, stream: bool) -> float:
+    """Seconds until the router at `target` has answered everything, asked all at once, each share in a process of
+    `pool`.
+
+    Args:
+        salt: of the prefix caches; a new one makes all prompts new.
+        stream: by GenerateStream; else by Generate.
+
+    Raises:
+        AssertionError: an answer is not as long as it should be.
+    """
+    began = time.perf_counter()
+    list(pool.map(partial(_ask_share, target, salt, stream), shares))
+    return time.perf_counter() - began
+
+
+def _ask_share(target: str, salt: str, stream: bool, asks: list[Ask]) -> None:
+    event_loop.run(_ask_all(target, salt, stream, asks))
+
+
+async def _ask_all(target: str, salt: str, stream: bool, asks: list[Ask]) -> None:
+    async with AsyncClient(target, timeout=300) as client:
+        counts = await asyncio.gather(*(_ask(client, salt, stream, ask) for ask in asks))
+    assert counts == [ask.output_tokens for ask in asks]
+
+
+async def _ask(client: AsyncClient, salt: str, stream: bool, ask: Ask) -> int:
+    if not stream:
+        answer = await client.generate(
+            ask.prompt, max_tokens=ask.output_tokens, temperature=TEMPERATURE, ignore_eos=True, cache_salt=salt
+        )
+        return len(answer.token_ids)
+    pieces = client.stream(
+        ask.prompt, max_tokens=ask.output_tokens, temperature=TEMPERATURE, ignore_eos=True, cache_salt=salt
+    )
+    return sum([len(piece.token_ids) async for piece in pieces])

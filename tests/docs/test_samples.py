@@ -9,8 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 import trustme
+from google.protobuf import json_format
+from google.protobuf.descriptor_pool import DescriptorPool
+from google.protobuf.message_factory import GetMessageClass
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from tokenizers import Tokenizer
 
 from tests.router.answering import END, LIKE_QWEN
@@ -78,3 +83,22 @@ def test_samples_run(page: str, address: str, tmp_path: Path, monkeypatch: pytes
     shown = "".join(printed)
     assert ANSWERS[""] in shown
     assert (ANSWERS["<tool_response>"] in shown) == ("tools" in "".join(samples(page)))
+
+
+GRPCURL = re.compile(r"-d '(.*?)'\s[^$]*?(\S+)/(\w+)$", re.MULTILINE | re.DOTALL)
+
+
+def test_what_the_page_sends_by_grpcurl_is_answered(address: str) -> None:
+    (section,) = re.findall(r"^## grpcurl\n(.*?)^## ", (ROOT / "docs/api.md").read_text(), re.MULTILINE | re.DOTALL)
+    calls = GRPCURL.findall(section)
+    assert len(calls) == section.count("-d '")
+    with grpc.insecure_channel(address) as channel:
+        reflected = DescriptorPool(ProtoReflectionDescriptorDatabase(channel))
+        for body, service, name in calls:
+            method = reflected.FindServiceByName(service).methods_by_name[name]
+            request, response = GetMessageClass(method.input_type)(), GetMessageClass(method.output_type)
+            json_format.Parse(body, request)
+            make: Any = channel.unary_stream if method.server_streaming else channel.unary_unary
+            call = make(f"/{service}/{name}", type(request).SerializeToString, response.FromString)
+            answer = call(request, timeout=60)
+            assert all(part.ByteSize() for part in (answer if method.server_streaming else [answer]))

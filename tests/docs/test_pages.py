@@ -12,7 +12,7 @@ from common.worker.config import WorkerConfig
 from router.config import RouterConfig
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md")])
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
@@ -22,7 +22,7 @@ def test_tables_are_those_of_the_code() -> None:
     assert checked.returncode == 0, checked.stderr
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links_lead_somewhere(page: Path) -> None:
     for target in LINK.findall(page.read_text()):
         if target.startswith(("https://", "http://")):

@@ -41,7 +41,7 @@ app.command(
 
     The parts' log lines are then shown only if one of them fails.
 
-        twostroke serve -- twostroke generate "Name three primary colors."
+        twostroke serve -- twostroke generate "Name three primary colors." --temperature 0
     """,
 )
 app.command("cli.parts:router", name="router", help="Run a router, which clients call.")
@@ -60,7 +60,7 @@ app.command(
     name="generate",
     help="""Ask a running cluster one question; the answer appears as it is generated.
 
-        twostroke generate "Name three primary colors." --max-tokens 64
+        twostroke generate "Name three primary colors." --temperature 0
 
         git diff | twostroke generate - --system "Write a commit message for this change." --temperature 0
     """,

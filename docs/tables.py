@@ -8,7 +8,7 @@ import inspect
 import sys
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 ROOT = Path(__file__).parent.parent
 ROOMS = ("router", "prefill_worker", "decode_worker", "common", "kernels", "cli", "benchmarks")
@@ -43,12 +43,14 @@ def pages() -> dict[str, dict[str, str]]:
 def settings(config: type[Any], beyond: type[Any] | None = None) -> str:
     """One row for each field of `config` that `beyond` lacks."""
     known = {field.name for field in fields(beyond)} if beyond else set()
+    types = get_type_hints(config)
     meanings = {name: text for part in reversed(config.__mro__[:-1]) for name, text in docstrings(part).items()}
     rows = ["| flag | environment variable | default | meaning |", "| --- | --- | --- | --- |"]
     for field in fields(config):
         if field.name not in known:
             flag, variable = field.name.replace("_", "-"), f"TWOSTROKE_{field.name.upper()}"
-            rows.append(f"| `--{flag}` | `{variable}` | {default(field)} | {meanings[field.name]} |")
+            meaning = " ".join([meanings[field.name], *choices(types[field.name])])
+            rows.append(f"| `--{flag}` | `{variable}` | {default(field)} | {meaning} |")
     return "\n".join(rows)
 
 
@@ -57,6 +59,12 @@ def default(field: "Field[Any]") -> str:
         return "not set"
     value = ", ".join(field.default) if isinstance(field.default, tuple) else field.default
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
+
+
+def choices(type_: Any) -> list[str]:
+    """A sentence with the values that a setting may have, if they are few."""
+    values = [value for part in (type_, *get_args(type_)) if get_origin(part) is Literal for value in get_args(part)]
+    return [f"One of {', '.join(values)}."] if values else []
 
 
 def docstrings(config: type[Any]) -> dict[str, str]:

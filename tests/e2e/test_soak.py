@@ -1,4 +1,4 @@
-"""Soaks of half a minute and of minutes; `make soak` runs one of half an hour."""
+"""Soaks of seconds and of minutes; `make soak` runs one of half an hour."""
 
 from pathlib import Path
 

@@ -511,7 +511,7 @@ class Stopping(_message.Message):
     is complete with this token or a later one, wherever it begins.
     """
     include_stop: _builtins.bool
-    """Leaves a stop string in the text it ended."""
+    """Leaves a stop string in the text it ended, or a stop token's text if that token is not special."""
     ignore_eos: _builtins.bool
     """Goes on past the model's end-of-sequence tokens. For benchmarks."""
     @_builtins.property

@@ -114,20 +114,20 @@ class BlockCopier:
         slices_per_block = -(-vectors // THREADS)
         with self._device:
             slot = self._idle.pop() if self._idle else self._new_slot()
+            slot.pinned[:count] = src_blocks
+            slot.pinned[count : 2 * count] = dst_blocks
+            grid = min(self._ctas, -(-count * slices_per_block // 8))
+            arguments = (
+                np.uint64(source),
+                np.uint64(target),
+                slot.ids,
+                np.uint32(count),
+                np.uint32(vectors),
+                np.uint32(slices_per_block),
+            )
             slot.started.record(self.stream)
             if count:
-                slot.pinned[:count] = src_blocks
-                slot.pinned[count : 2 * count] = dst_blocks
                 slot.ids.data.copy_from_host_async(slot.pinned.ctypes.data, 8 * count, self.stream)
-                grid = min(self._ctas, -(-count * slices_per_block // 8))
-                arguments = (
-                    np.uint64(source),
-                    np.uint64(target),
-                    slot.ids,
-                    np.uint32(count),
-                    np.uint32(vectors),
-                    np.uint32(slices_per_block),
-                )
                 with self.stream:
                     _kernel((grid,), (THREADS,), arguments)
             slot.ended.record(self.stream)

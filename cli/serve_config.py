@@ -84,7 +84,7 @@ class ServeConfig(SecurityConfig):
     """Seconds without a message from a worker's engine, after which its requests go on elsewhere."""
 
     drain_seconds: NonNegativeFloat | None = None
-    """Seconds that running requests get to finish after Ctrl-C."""
+    """Seconds that running requests get to finish after SIGTERM or Ctrl-C."""
 
     transport: Literal["auto", "shm", "cuda_ipc", "nixl"] | None = None
     """How KV goes from prefill to decode workers. auto: cuda_ipc on a GPU, shm on a CPU. nixl: between hosts, too."""

@@ -59,7 +59,7 @@ class RouterConfig(SecurityConfig):
     """Port of Prometheus metrics, on the host of `listen`. Not set: none are served."""
 
     otlp_endpoint: str | None = None
-    """OpenTelemetry collector that traces go to, over OTLP's gRPC: http://HOST:4317, or https. Not set: no traces.
+    """OpenTelemetry collector that traces go to, by OTLP over gRPC: http://HOST:4317, or https. Not set: no traces.
     Needs the extra `tracing`; OpenTelemetry's own variables (OTEL_*) set the rest."""
 
     log_format: Literal["people", "json"] = "people"

@@ -3,6 +3,7 @@
 import ast
 import asyncio
 import inspect
+import itertools
 import re
 import types
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from tokenizers import Tokenizer
 from tests.router.answering import END, LIKE_QWEN
 from tests.router.cluster import background
 from tests.router.fake_worker import DECODE, PREFILL, FakeWorker, Script
-from twostroke import Client
+from twostroke import Client, Piece, Unavailable
 
 ROOT = Path(__file__).parents[2]
 PYTHON = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -66,6 +67,21 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield running.cluster.address
 
 
+class Breaking:
+    """A client whose first streams break off, each after one piece more than the one before."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self.seeds: list[int | None] = []
+
+    def stream_chat(self, question: str, **options: Any) -> Iterator[Piece]:
+        self.seeds.append(options.get("seed"))
+        most = 5 * len(self.seeds) if len(self.seeds) < 3 else None
+        yield from itertools.islice(self._client.stream_chat(question, **options), most)
+        if most is not None:
+            raise Unavailable("it broke off")
+
+
 @pytest.mark.parametrize("page", ["README.md", "protos/README.md", "docs/api.md"])
 def test_samples_run(page: str, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -78,8 +94,16 @@ def test_samples_run(page: str, address: str, tmp_path: Path, monkeypatch: pytes
             if "event_loop.run(main())" in sample:
                 names["main"] = lambda: asyncio.sleep(0)
             run(sample.replace("localhost:8600", address), names)
-        if "ask" in names:
-            assert names["ask"]("Name three primary colors.").text == ANSWERS[""]
+        if page == "docs/api.md":
+            question = "Name three primary colors."
+            assert names["ask"](question).text == ANSWERS[""]
+            monkeypatch.setattr("time.sleep", lambda seconds: None)
+            names["client"] = breaking = Breaking(client)
+            assert "".join(names["ask_in_pieces"](question)) == ANSWERS[""]
+            first, *others = breaking.seeds
+            assert first is None
+            assert None not in others
+            assert len(set(others)) == 1
     shown = "".join(printed)
     assert ANSWERS[""] in shown
     assert (ANSWERS["<tool_response>"] in shown) == ("tools" in "".join(samples(page)))

@@ -415,7 +415,7 @@ class PoolHandle(_message.Message):
     instance: _builtins.str
     """of the worker that owns the pool"""
     transport: _builtins.str
-    """"shm" or "cuda_ipc" """
+    """"shm", "cuda_ipc" or "nixl" """
     descriptor: _builtins.bytes
     """the transport's own"""
     @_builtins.property

@@ -46,10 +46,20 @@ class ParseInterceptor(grpc.aio.ServerInterceptor):
     def _checked(
         self, serve: Callable[[Any, Any], Awaitable[Any]], method: str
     ) -> Callable[[Any, Any], Awaitable[Any]]:
-        async def call(message: Message | None, context: "grpc.aio.ServicerContext[Any, Any]") -> Any:
+        async def check_and_serve(message: Message | None, context: "grpc.aio.ServicerContext[Any, Any]") -> Any:
             if message is None:
                 await self._refuse(method, context)
             return await serve(message, context)
+
+        async def call(message: Message | None, context: "grpc.aio.ServicerContext[Any, Any]") -> Any:
+            try:
+                return await check_and_serve(message, context)
+            except grpc.aio.AbortError as error:
+                # gRPC's context keeps the error, whose frames keep the context, and the message of the call: until the
+                # garbage collector comes, which is rarely.
+                del message
+                error.__context__ = None
+                raise error.with_traceback(None) from None
 
         return call
 

@@ -21,6 +21,7 @@ from router.answers import tool_call
 from router.answers.answer import Answer
 from router.answers.answer_parser import AnswerParser
 from router.callers.limits import CALLER
+from router.callers.waiting_bytes import WaitingBytes
 from router.cluster.registry import Registry
 from router.cluster.worker import Worker
 from router.config import RouterConfig
@@ -69,6 +70,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self._metrics = metrics
         self._tracing = tracing
         self._turnstile = Turnstile()
+        self._waiting = WaitingBytes("too many messages wait for their guides to be compiled")
         self._serials = itertools.count()
         self._answered = 0
 
@@ -150,10 +152,18 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
     async def _prompt_and_grammar(self, request: pb.GenerateRequest, job: Job) -> tuple[Tokenized, str]:
         """The prompt, and the grammar that its answers must follow; empty if there is none."""
-        grammar = await self._guides.grammar(job.guide) if job.guide is not None else ""
-        prompt = await self._prompt(request)
-        if job.must_call:
-            grammar = await self._guides.call(request.chat, prompt)
+        if job.guide is None and not job.must_call:
+            return await self._prompt(request), ""
+        # Any number of calls may wait for one guide, each with its message.
+        caller, size = CALLER.get().name, request.ByteSize()
+        self._waiting.add(caller, size)
+        try:
+            grammar = await self._guides.grammar(job.guide) if job.guide is not None else ""
+            prompt = await self._prompt(request)
+            if job.must_call:
+                grammar = await self._guides.call(request.chat, prompt)
+        finally:
+            self._waiting.remove(caller, size)
         return prompt, grammar
 
     async def _prompt(self, request: pb.GenerateRequest) -> Tokenized:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from common.model.model_config import ModelConfig
 from router.errors import InvalidArgument
 from router.grammars import tool_choice
+from router.prompts import template_input
 from twostroke.v1 import inference_pb2 as pb
 from twostroke.v1 import worker_pb2
 
@@ -78,6 +79,8 @@ def check(request: pb.GenerateRequest, model: ModelConfig) -> Job:
     sampling = _sampling(request.sampling, logprobs, model)
     max_tokens = _stopping(request.stopping, model)
     guide = request.guide if request.HasField("guide") else None
+    if request.HasField("chat"):
+        template_input.check_sizes(request.chat)
     must_call = tool_choice.must_call(request.chat)
     if guide is not None and must_call:
         raise InvalidArgument("chat.tool_choice", "a required tool call cannot go with a guide")

@@ -23,12 +23,17 @@ class _Lossy:
             self._stream.flush()
 
 
+def _has_no_metadata(record: logging.LogRecord) -> bool:
+    """gRPC logs metadata that is not UTF-8 with its value: an API key with one wrong character, for example."""
+    return not str(record.msg).startswith("Invalid encoding on")
+
+
 def configure(log_format: Literal["people", "json"]) -> None:
     """Sets up this process's log: one line an event on stderr, with time and level.
 
-    Fields bound with `structlog.contextvars`, such as a request's id, are in every line of their task. Prompts and
-    tokens are never logged. Lines that cannot be written are lost. Warnings and errors of the standard library's
-    loggers go to stderr as they are.
+    Fields bound with `structlog.contextvars`, such as a request's id, are in every line of their task. Prompts,
+    tokens and metadata are never logged. Lines that cannot be written are lost. Other warnings and errors of the
+    standard library's loggers go to stderr as they are.
     """
     renderer: structlog.typing.Processor
     if log_format == "json":
@@ -54,3 +59,4 @@ def configure(log_format: Literal["people", "json"]) -> None:
         cache_logger_on_first_use=True,
     )
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
+    logging.getLogger("grpc._cython.cygrpc").addFilter(_has_no_metadata)

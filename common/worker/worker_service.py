@@ -22,6 +22,7 @@ from common.network.grpc_options import PEERS
 from common.network.health import Health
 from common.network.peers import Peers
 from common.security.cluster_secret import SecretInterceptor
+from common.worker import message_size
 from common.worker.config import WorkerConfig
 from common.worker.registration import Registration
 from common.worker.unsent import Unsent
@@ -155,8 +156,9 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
 
     async def _serve(self, listen: str, started: "Future[int]") -> None:
         secret = self._peers.secret
+        most_bytes = message_size.most_bytes(self._hello.max_length)
         server = grpc.aio.server(
-            options=[*PEERS, ("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", -1)],
+            options=[*PEERS, ("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", most_bytes)],
             interceptors=[] if secret is None else [SecretInterceptor(SERVICE, secret, WRONG_SECRET)],
         )
         worker_pb2_grpc.add_WorkerServicer_to_server(self, server)

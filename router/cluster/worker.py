@@ -1,10 +1,10 @@
 """One connected worker, from its hello to the end of its stream: what it has to do, its room, and messages to it."""
 
-import asyncio
 import time
 from typing import TypeVar
 
 from router.cluster.circuit import Circuit
+from router.cluster.outbox import Outbox
 from router.cluster.prefix_index import PrefixIndex
 from router.cluster.worker_faults import WorkerFault
 from router.dispatch.request import Attempt, Kind, Request
@@ -54,8 +54,7 @@ class Worker:
         self._others = 0  # decode: sequences of other routers
         self._others_tokens = 0  # prefill: prompt tokens that it has yet to compute for other routers
         self._refused_at = 0.0  # time.monotonic(); 0 if it may be asked again
-        self._outgoing = worker_pb2.RouterMessage()
-        self._has_outgoing = asyncio.Event()
+        self.outbox = Outbox()
 
     def begin(self, attempt: Attempt) -> None:
         self.attempts[attempt.id] = attempt
@@ -191,31 +190,19 @@ class Worker:
     # ------------------------------------------------------------ sending
 
     def send_prefill(self, prefill: worker_pb2.Prefill, sequence: worker_pb2.Sequence) -> None:
-        _put(self._outgoing.prefills.add(), prefill, sequence)
-        self._has_outgoing.set()
+        _put(self.outbox.last(sequence.ByteSize()).prefills.add(), prefill, sequence)
 
     def send_reserve(self, reserve: worker_pb2.Reserve, sequence: worker_pb2.Sequence) -> None:
-        _put(self._outgoing.reserves.add(), reserve, sequence)
-        self._has_outgoing.set()
+        _put(self.outbox.last(sequence.ByteSize()).reserves.add(), reserve, sequence)
 
     def send_pool(self, pool: worker_pb2.PoolHandle) -> None:
-        self._outgoing.pools.append(pool)
-        self._has_outgoing.set()
+        self.outbox.last(pool.ByteSize()).pools.append(pool)
 
     def send_start(self, start: worker_pb2.Start) -> None:
-        self._outgoing.starts.append(start)
-        self._has_outgoing.set()
+        self.outbox.last(start.ByteSize()).starts.append(start)
 
     def send_ended(self, attempt_id: int) -> None:
-        self._outgoing.ended.append(attempt_id)
-        self._has_outgoing.set()
-
-    async def next_message(self) -> worker_pb2.RouterMessage:
-        """Everything that was queued since the last call, as one message."""
-        await self._has_outgoing.wait()
-        self._has_outgoing.clear()
-        message, self._outgoing = self._outgoing, worker_pb2.RouterMessage()
-        return message
+        self.outbox.last().ended.append(attempt_id)
 
 
 M = TypeVar("M", worker_pb2.Prefill, worker_pb2.Reserve)

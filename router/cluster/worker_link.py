@@ -213,7 +213,7 @@ class WorkerLink:
     async def _write(self, stream: Connect, worker: Worker) -> None:
         try:
             while True:
-                await stream.write(await worker.next_message())
+                await stream.write(await worker.outbox.next_message())
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
             pass  # the stream is over
         except Exception:

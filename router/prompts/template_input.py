@@ -31,7 +31,7 @@ def read(chat: pb.Chat) -> TemplateInput:
     Raises:
         InvalidArgument: names the first field that is wrong, and its limit.
     """
-    _check_sizes(chat)
+    check_sizes(chat)
     _check_choice(chat.tool_choice)
     tools = [json_object.parse(f"chat.tools[{place}]", tool) for place, tool in enumerate(shown_tools(chat))]
     return TemplateInput(
@@ -65,8 +65,12 @@ def _check_choice(choice: pb.ToolChoice) -> None:
         raise InvalidArgument(f"chat.tool_choice.{kind}", "must be true where it is set")
 
 
-def _check_sizes(chat: pb.Chat) -> None:
-    """Limits numbers and sizes before anything is parsed: many small values take far more memory than bytes."""
+def check_sizes(chat: pb.Chat) -> None:
+    """Limits numbers and sizes before anything is parsed, or waits: many small values take far more memory than bytes.
+
+    Raises:
+        InvalidArgument: names the field, and its limit.
+    """
     if not chat.messages:
         raise InvalidArgument("chat.messages", "must not be empty")
     if len(chat.messages) > MAX_MESSAGES:

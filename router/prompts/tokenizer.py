@@ -1,13 +1,11 @@
 """Tokenizes text and chats, and makes text of tokens."""
 
 import asyncio
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar, cast
 
-import grpc
 import tokenizers
 
 from common.model import vocabulary
@@ -17,7 +15,8 @@ from router.answers.answer_format import AnswerFormat
 from router.answers.detokenizer import NO_SIGNS, Detokenizer
 from router.callers.fair_threads import FairThreads
 from router.callers.limits import CALLER
-from router.errors import CallError, InvalidArgument
+from router.callers.waiting_bytes import WaitingBytes
+from router.errors import InvalidArgument
 from router.prompts import chat_template, template_input
 from twostroke.v1 import inference_pb2 as pb
 
@@ -26,12 +25,8 @@ T = TypeVar("T")
 # Text of at most so many bytes is tokenized on the event loop: that takes less than a millisecond.
 INLINE_BYTES = 2_000
 
-# Bytes of text that may wait for a thread, of one caller and of all. Tokenizing takes about ten times a text's size in
-# memory.
-MAX_WAITING_BYTES_OF_A_CALLER = 16 * 1024 * 1024
-MAX_WAITING_BYTES = 4 * MAX_WAITING_BYTES_OF_A_CALLER
-
-THREADS = 3  # one caller can occupy two of them
+# One caller can occupy two of them. Tokenizing takes about ten times a text's size in memory.
+THREADS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +64,7 @@ class Tokenizer:
         self._context_length = model.context_length
         # A longer text has too many tokens for the context in any case, and may take seconds per megabyte to tokenize.
         self._most_bytes = model.context_length * max(map(len, self._bytes.table))
-        self._waiting_bytes: Counter[str] = Counter()  # by caller
+        self._waiting = WaitingBytes("too much text waits to be made into tokens")
         self._threads = FairThreads(THREADS, "tokenizer")
 
     @property
@@ -101,6 +96,7 @@ class Tokenizer:
                 any that fits the model's context.
             CallError: RESOURCE_EXHAUSTED if too much text waits already.
         """
+        template_input.check_sizes(chat)
         template = self._template
         if template is None:
             raise InvalidArgument("chat", "this model has no chat template; send text or token_ids")
@@ -148,20 +144,16 @@ class Tokenizer:
     async def _on_a_thread(self, size: int, work: Callable[[], T]) -> T:
         if size <= INLINE_BYTES:
             return work()
-        caller, waiting = CALLER.get().name, self._waiting_bytes
-        if waiting[caller] + size > MAX_WAITING_BYTES_OF_A_CALLER or waiting.total() + size > MAX_WAITING_BYTES:
-            raise CallError(
-                grpc.StatusCode.RESOURCE_EXHAUSTED, "too much text waits to be made into tokens; try again later"
-            )
+        caller = CALLER.get().name
+        self._waiting.add(caller, size)
         wanted = True
 
         def work_if_wanted() -> T | None:
             return work() if wanted else None
 
         def done(_: asyncio.Future[T | None]) -> None:
-            waiting[caller] -= size
+            self._waiting.remove(caller, size)
 
-        waiting[caller] += size
         working = self._threads.submit(caller, work_if_wanted)
         working.add_done_callback(done)
         try:

@@ -1,13 +1,16 @@
+import asyncio
 import io
 import os
 import sys
 from collections.abc import Iterator
 from typing import Literal
 
+import grpc
 import pytest
 import structlog
 
 from common.telemetry import logs
+from tests.raw_calls import call
 
 
 class Stderr(io.StringIO):
@@ -52,3 +55,19 @@ def test_what_cannot_be_written_is_lost_and_nothing_else(monkeypatch: pytest.Mon
         logs.configure("people")
         structlog.get_logger().info("worker connected")
         os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())  # or closing it would fail
+
+
+async def test_an_api_key_with_a_character_that_is_no_utf8_is_not_logged(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    logs.configure("people")
+    server = grpc.aio.server()
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(call(b"", metadata={"authorization": "Bearer alice.secret\udca0"}))
+    async with asyncio.timeout(5):
+        await reader.readuntil(b"grpc-status")
+    writer.close()
+    await server.stop(0)
+    assert "alice" not in caplog.text

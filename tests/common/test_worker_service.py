@@ -13,7 +13,7 @@ from structlog.testing import capture_logs
 from common.network import peers
 from common.network.peers import Peers
 from common.probe import probe
-from common.worker import unsent, worker_service
+from common.worker import message_size, unsent, worker_service
 from common.worker.config import WorkerConfig
 from common.worker.worker_service import MAX_REFUSALS, WorkerService
 from router.cluster import worker_link
@@ -181,6 +181,18 @@ def test_a_call_whose_path_is_no_utf8_does_not_end_the_service(service: WorkerSe
         answers = worker_pb2_grpc.WorkerStub(channel).Connect(iter([hello]), timeout=5)
         assert next(answers).hello.instance == "worker"
         answers.cancel()
+
+
+@pytest.mark.parametrize("compression", [grpc.Compression.NoCompression, grpc.Compression.Gzip])
+def test_whoever_reaches_the_port_cannot_fill_the_memory(service: WorkerService, compression: grpc.Compression) -> None:
+    """Health asks for no secret. A message of a gigabyte would be held whole, and compressed it is a megabyte."""
+    options = [("grpc.max_send_message_length", -1)]
+    with grpc.insecure_channel(service.address, options=options) as channel:
+        check: Any = channel.unary_unary("/grpc.health.v1.Health/Check")
+        with pytest.raises(grpc.RpcError) as failed:
+            check(bytes(message_size.most_bytes(0) + 1), timeout=20, compression=compression)
+        assert failed.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert probe(service.address, "") == f"{service.address}: NOT_SERVING"
 
 
 def test_health_says_when_the_engine_hangs(service: WorkerService, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from google.protobuf.wrappers_pb2 import BytesValue
 from structlog.testing import capture_logs
 
 from common.kv.prefix_hash import cache_root
+from router.cluster.outbox import Outbox
 from router.cluster.worker import REFUSAL_PAUSE, Worker
 from router.dispatch import choose, dispatcher
 from tests.router import fake_worker
@@ -629,13 +630,13 @@ async def test_a_fault_of_the_router_does_not_lose_it_the_worker_that_comes_next
 
 async def test_a_stream_that_cannot_be_written_to_is_opened_again(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with cluster(model, worker_grace=10) as it:
-        next_message, calls = Worker.next_message, itertools.count()
+        next_message, calls = Outbox.next_message, itertools.count()
 
-        async def faulty(worker: Worker) -> worker_pb2.RouterMessage:
+        async def faulty(outbox: Outbox) -> worker_pb2.RouterMessage:
             assert next(calls), "the first fails"
-            return await next_message(worker)
+            return await next_message(outbox)
 
-        monkeypatch.setattr(Worker, "next_message", faulty)
+        monkeypatch.setattr(Outbox, "next_message", faulty)
         choice = (await it.generate()).choices[0]
         assert list(choice.token_ids) == expected(8)
         assert choice.finish.usage.resumes == 1

@@ -265,6 +265,31 @@ async def test_what_waits_to_be_compiled_is_bounded(guides_of_model: Guides, mon
     await guides_of_model.grammar(pb.Guide(regex=texts[0]))
 
 
+async def test_messages_that_wait_for_one_guide_are_bounded(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any number of calls may wait for it, each with a message of up to 4 MiB."""
+    go_on = threading.Event()
+    monkeypatch.setattr(GrammarCheck, "__call__", lambda _self, _text: go_on.wait(30))
+    guide = pb.Guide(regex="a")
+    chat = pb.Chat(messages=[pb.ChatMessage()] * 16_385)
+    asked = request(guide=guide)
+    monkeypatch.setattr("router.callers.waiting_bytes.MOST_OF_A_CALLER", 3 * asked.ByteSize())
+    async with cluster(model) as it:
+        calls = [asyncio.ensure_future(it.stub.Generate(asked, timeout=60)) for _ in range(9)]
+        await eventually(lambda: sum(call.done() for call in calls) == 6)
+        for code, sentence, more in (
+            ("RESOURCE_EXHAUSTED", "too many messages wait for their guides", {}),
+            ("INVALID_ARGUMENT", "chat.messages: has 16385 messages", {"chat": chat}),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError, match=sentence) as refused:
+                await it.generate(guide=guide, **more)
+            assert refused.value.code().name == code
+        assert list((await it.generate()).choices[0].token_ids) == expected(8)
+        go_on.set()
+        ends = await asyncio.gather(*calls, return_exceptions=True)
+        assert sum(isinstance(end, pb.GenerateResponse) for end in ends) == 3
+        await it.generate(guide=guide)
+
+
 async def test_slow_grammars_of_one_caller_hold_up_nobody_else(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     go_on, begun = threading.Event(), []
 

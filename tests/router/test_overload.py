@@ -2,6 +2,7 @@
 code, and afterwards nothing is held and the next request is answered."""
 
 import asyncio
+import gc
 import json
 import resource
 from collections.abc import AsyncIterator
@@ -152,6 +153,36 @@ async def test_a_slow_reader_gets_all_of_an_answer(long_model: Path) -> None:
 
 
 # ---------------------------------------------------------------- deadlines, queues, sizes
+
+
+@pytest.mark.parametrize(
+    ("method", "asked", "ends"),
+    [
+        ("Generate", request(max_tokens=2), Code.OK),
+        ("Generate", request(n=99), Code.INVALID_ARGUMENT),
+        ("GenerateStream", request(n=99), Code.INVALID_ARGUMENT),
+        ("Generate", request(max_tokens=2_000), Code.DEADLINE_EXCEEDED),
+        ("GenerateStream", request(max_tokens=2_000), Code.DEADLINE_EXCEEDED),
+    ],
+)
+async def test_a_call_that_is_over_leaves_no_message_behind(
+    model: Path, method: str, asked: pb.GenerateRequest, ends: grpc.StatusCode
+) -> None:
+    """Not until the garbage collector comes either: it may be long in coming, and a message may take 240 MB."""
+    sent, kind = asked.SerializeToString(), pb.GenerateRequest
+    async with cluster(model, decodes=[Script(step_seconds=0.01)]) as it:
+        gc.collect()
+        before = sum(isinstance(held, kind) for held in gc.get_objects())
+        gc.disable()
+        try:
+            path, channel = f"/twostroke.v1.Inference/{method}", it.channel
+            kind_of_call: Any = channel.unary_unary if method == "Generate" else channel.unary_stream
+            call = kind_of_call(path)(sent, timeout=0.5)
+            assert await code_of(call if method == "Generate" else read_all(call)) is ends
+            await eventually(it.nothing_held)
+            await eventually(lambda: sum(isinstance(held, kind) for held in gc.get_objects()) == before)
+        finally:
+            gc.enable()
 
 
 async def test_deadlines_of_a_millisecond(model: Path) -> None:

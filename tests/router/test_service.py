@@ -19,7 +19,7 @@ from structlog.testing import capture_logs
 from common.kv.prefix_hash import block_hashes, cache_root
 from common.model.model_config import load_config
 from router.callers.limits import CALLER, EVERYONE, Caller
-from router.errors import CallError
+from router.errors import CallError, InvalidArgument
 from router.prompts.tokenizer import Tokenizer
 from router.service import gather
 from tests import health
@@ -335,7 +335,7 @@ async def test_tokens_that_the_model_does_not_have_reach_no_worker(tmp_path: Pat
 
 async def test_text_that_waits_for_its_tokens_is_limited(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = "the lazy dog " * 1_000
-    monkeypatch.setattr("router.prompts.tokenizer.MAX_WAITING_BYTES_OF_A_CALLER", 2 * len(text))
+    monkeypatch.setattr("router.callers.waiting_bytes.MOST_OF_A_CALLER", 2 * len(text))
     encode, go_on = Tokenizer._encode, threading.Event()
 
     def held_up(self: Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
@@ -361,12 +361,12 @@ async def _code(call: Any) -> grpc.StatusCode:
     return grpc.StatusCode.OK
 
 
-@pytest.mark.parametrize("limit", ["MAX_WAITING_BYTES_OF_A_CALLER", "MAX_WAITING_BYTES"])
+@pytest.mark.parametrize("limit", ["MOST_OF_A_CALLER", "MOST"])
 async def test_text_counts_until_a_thread_has_come_to_it_though_its_caller_left(
     model: Path, limit: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = "the lazy dog " * 1_000
-    monkeypatch.setattr(f"router.prompts.tokenizer.{limit}", 4 * len(text))
+    monkeypatch.setattr(f"router.callers.waiting_bytes.{limit}", 4 * len(text))
     tokenizer = Tokenizer(model, load_config(model))
     go_on = threading.Event()
     for _ in range(2):
@@ -382,8 +382,23 @@ async def test_text_counts_until_a_thread_has_come_to_it_though_its_caller_left(
             await tokenizer.encode(text, add_special_tokens=False)
     finally:
         go_on.set()
-    await eventually(lambda: tokenizer._waiting_bytes.total() == 0)
+    await eventually(lambda: tokenizer._waiting.total == 0)
     assert await tokenizer.encode(text, add_special_tokens=False)
+
+
+async def test_a_chat_that_is_too_large_does_not_wait_to_be_told_so(model: Path) -> None:
+    """Its message takes far more memory than it has bytes."""
+    chat = pb.Chat(messages=[pb.ChatMessage()] * 16_385)
+    tokenizer = Tokenizer(model, load_config(model))
+    go_on = threading.Event()
+    for _ in range(3):
+        tokenizer._threads.submit(EVERYONE.name, go_on.wait)
+    try:
+        with pytest.raises(InvalidArgument, match=r"chat\.messages: has 16385 messages; at most 16384 are allowed"):
+            async with asyncio.timeout(5):
+                await tokenizer.encode_chat(chat)
+    finally:
+        go_on.set()
 
 
 async def test_one_callers_texts_hold_up_nobody_else(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -397,7 +412,7 @@ async def test_one_callers_texts_hold_up_nobody_else(model: Path, monkeypatch: p
         return encode(self, text, add_special_tokens)
 
     monkeypatch.setattr(Tokenizer, "_encode", slow)
-    monkeypatch.setattr("router.prompts.tokenizer.MAX_WAITING_BYTES_OF_A_CALLER", 5 * len(text))
+    monkeypatch.setattr("router.callers.waiting_bytes.MOST_OF_A_CALLER", 5 * len(text))
 
     async def tokenize(caller: str, text: str) -> list[int]:
         CALLER.set(Caller(caller))

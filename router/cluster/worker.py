@@ -215,6 +215,10 @@ class Worker:
         self._outgoing.starts.append(start)
         self._has_outgoing.set()
 
+    def send_claim(self, blocks: int) -> None:
+        self._outgoing.claimed_blocks = blocks
+        self._has_outgoing.set()
+
     def send_ended(self, attempt_id: int) -> None:
         self._outgoing.ended.append(attempt_id)
         self._has_outgoing.set()

@@ -41,6 +41,10 @@ MOST_PASSED = 64
 # and could be made with every message of every worker.
 SEARCH_SHARE = 0.1
 
+# How long requests are sent out before tokens and new calls get their turn. A long prompt takes milliseconds, and a
+# hundred of them may have waited for the same prefix.
+SENDING_SECONDS = 0.005
+
 STOPPED = "the router stopped before the answer was complete; it is safe to try again"
 
 
@@ -59,6 +63,7 @@ class Dispatcher:
         self._stopped = False
         self._retry: asyncio.TimerHandle | None = None
         self._search_not_before = 0.0  # by the event loop's clock
+        self._goes_on = False  # sending out, in the next turn of the event loop
 
     # ------------------------------------------------------------ load
 
@@ -151,6 +156,10 @@ class Dispatcher:
         """Sends out queued requests in order, up to the first for which no worker has room. If that one waits for a
         prefill worker, those behind it that need none may overtake it. If it waits for room on a decode worker, nothing
         may: they would take the room that it waits for."""
+        if self._goes_on:
+            return
+        now = asyncio.get_running_loop().time
+        enough = now() + SENDING_SECONDS
         missing = None
         while missing is None:
             request = self._queue.at(0)
@@ -158,8 +167,16 @@ class Dispatcher:
             if request is None:
                 return
             missing = self._try_to_place(request)
+            if missing is None and now() > enough:
+                self._goes_on = True
+                asyncio.get_running_loop().call_soon(self._go_on)
+                return
         if missing == PREFILL and any(worker.can_prefill for worker in self.workers.of(DECODE)):
             self._search()
+
+    def _go_on(self) -> None:
+        self._goes_on = False
+        self.dispatch()
 
     def _search(self) -> None:
         """Sends out requests that need no prefill worker from behind the first one. If the last search was only just

@@ -14,6 +14,7 @@ from common.worker.load_report import INTERVAL_SECONDS, LoadReport
 from common.worker.sequence import SequenceSpec
 from common.worker.worker_parts import WorkerParts
 from common.worker.worker_service import WorkerService
+from decode_worker.claims import Claims
 from decode_worker.loop import DecodeLoop, StepTokens, Turn
 from decode_worker.metrics import DecodeMetrics
 from decode_worker.own_prompts import OwnPrompts
@@ -55,11 +56,14 @@ class Engine:
         self._own_prompts = own_prompts
         self._peers = PeerPools(parts.pool.layout, parts.device, metrics.peer_speed, service.wake)
         self._puller = Puller(parts.pool, self._peers)
+        self._claims = Claims()
         self._uncompiled: list[Sequence] = []  # have their KV, but their grammar is not compiled yet
 
     def run(self, lifecycle: Lifecycle) -> None:
         cache = CacheReport(self._service, self._parts.blocks)
-        load = LoadReport(self._service, self._metrics, lambda: self._load(ready=not lifecycle.draining))
+        load = LoadReport(
+            self._service, self._metrics, lambda: self._load(ready=not lifecycle.draining), self._claims.kept_from
+        )
         try:
             while not lifecycle.over(idle=self._idle):
                 self.turn(lifecycle.draining)
@@ -101,12 +105,16 @@ class Engine:
             if received.message is None:
                 for orphan in self._scheduler.of_connection(received.connection):
                     self._drop(orphan)
+                self._claims.set(received.connection, 0)
                 continue
             self._drop_all(received.message.ended)  # first: the router has given their room to new ones
             for handle in received.message.pools:
                 self._peers.prove(received.connection, handle)
             for reserve in received.message.reserves:
                 self._reserve(received.connection, reserve, draining)
+            if received.message.HasField("claimed_blocks"):
+                blocks = min(received.message.claimed_blocks, self._parts.pool.layout.num_blocks)
+                self._claims.set(received.connection, blocks)
             self._puller.start(
                 Pull(sequence, start.kv, time.monotonic())
                 for start in received.message.starts
@@ -126,12 +134,14 @@ class Engine:
         sequence = Sequence(
             reserve.attempt_id, connection, spec, list(spec.token_ids), state, grammar=grammar, trace=trace
         )
-        admitted = self._scheduler.reserve(sequence, reserve.headroom_tokens)
+        admitted = self._scheduler.reserve(sequence, reserve.headroom_tokens, self._claims.kept_from(connection))
         self._service.outgoing(connection).reserved.add(
             attempt_id=reserve.attempt_id,
             refused=not admitted,
             cached_tokens=self._cached_tokens(sequence),
         )
+        if admitted:
+            self._claims.set(connection, 0)  # what waited was the router's first
         if admitted and reserve.prefill:
             self._own_prompts.add(sequence)
 

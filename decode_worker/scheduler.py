@@ -81,10 +81,10 @@ class Scheduler:
     def of_connection(self, connection: int) -> list[Sequence]:
         return [sequence for sequence in self._sequences.values() if sequence.connection == connection]
 
-    def reserve(self, sequence: Sequence, headroom_tokens: int) -> bool:
+    def reserve(self, sequence: Sequence, headroom_tokens: int, kept_blocks: int = 0) -> bool:
         """Takes blocks for the sequence's tokens, and a promise of blocks for `headroom_tokens` more. False if there is
-        no room; then nothing is taken."""
-        if len(self._sequences) >= self._max_batch:
+        no room; then nothing is taken. `kept_blocks`: are for another one, with a place in the batch."""
+        if len(self._sequences) + (kept_blocks > 0) >= self._max_batch:
             return False
         length = len(sequence.tokens)
         spec = sequence.spec
@@ -95,7 +95,7 @@ class Scheduler:
         for_all = blocks_for(min(length + headroom_tokens, spec.max_length - 1), self._block_size)
         promised = max(for_all - for_prompt, 0)
         missing = for_prompt - len(hits)
-        if missing + promised > self._blocks.available - self._promised:
+        if missing + promised > self._blocks.available - self._promised - kept_blocks:
             self._blocks.release(hits)
             return False
         sequence.blocks = hits + self._blocks.allocate(missing)

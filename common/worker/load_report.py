@@ -12,27 +12,43 @@ HEARTBEAT_SECONDS = 1.0
 
 
 class LoadReport:
+    """
+    Args:
+        service: where it is sent.
+        metrics: show it, too.
+        measure: the load, for all routers.
+        kept_from: blocks that are kept for another router than this connection's. With them it gets one place less.
+    """
+
     def __init__(
-        self, service: WorkerService, metrics: WorkerMetrics, measure: Callable[[], inference_pb2.WorkerLoad]
+        self,
+        service: WorkerService,
+        metrics: WorkerMetrics,
+        measure: Callable[[], inference_pb2.WorkerLoad],
+        kept_from: Callable[[int], int] = lambda _: 0,
     ) -> None:
         self._service = service
         self._metrics = metrics
         self._measure = measure
+        self._kept_from = kept_from
         self._last = inference_pb2.WorkerLoad()
-        self._connections: tuple[int, ...] = ()
+        self._kept: dict[int, int] = {}  # by connection
         self._sent_at = 0.0
 
     def send_if_due(self) -> None:
         """Puts the load into each router's outgoing message if it has changed, or a second has gone by."""
         now = time.monotonic()
-        connections = self._service.connections
-        new_router = connections != self._connections
+        kept = {connection: self._kept_from(connection) for connection in self._service.connections}
+        new_router = kept.keys() != self._kept.keys()
         if now - self._sent_at < INTERVAL_SECONDS and not new_router:
             return
         load = self._measure()
         self._metrics.load(load)
-        if load == self._last and not new_router and now - self._sent_at < HEARTBEAT_SECONDS:
+        if load == self._last and kept == self._kept and now - self._sent_at < HEARTBEAT_SECONDS:
             return
-        self._last, self._connections, self._sent_at = load, connections, now
-        for connection in connections:
-            self._service.outgoing(connection).load.CopyFrom(load)
+        self._last, self._kept, self._sent_at = load, kept, now
+        for connection, blocks in kept.items():
+            told = self._service.outgoing(connection).load
+            told.CopyFrom(load)
+            told.blocks.reserved += blocks
+            told.waiting += blocks > 0

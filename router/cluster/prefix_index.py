@@ -57,6 +57,10 @@ class PrefixIndex:
         room."""
         return min(_leading(self.published, hashes), _leading(self._under_way, hashes))
 
+    def may_share(self, block_hash: bytes) -> bool:
+        """False if `shared` is certain not to reach this hash."""
+        return block_hash in self.published and block_hash in self._under_way
+
     def may_have_computed(self, block_hash: bytes) -> bool:
         """False if `computed` is certain not to reach this hash."""
         return block_hash in self.published or block_hash in self._computed_here

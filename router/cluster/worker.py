@@ -129,7 +129,16 @@ class Worker:
         """decode: whether the request can be sent now, with blocks reserved for `tokens` tokens."""
         if len(self.attempts) + self._others >= self._max_batch:
             return False
-        return self.room >= self.blocks(tokens) or self.room >= self.new_blocks(request, tokens)
+        lacking = self.blocks(tokens) - self.room
+        return lacking <= 0 or self._shares_at_least(request, lacking)
+
+    def _shares_at_least(self, request: Request, blocks: int) -> bool:
+        """Whether so many of its blocks take no room. As in `_lacks_at_most`, where it is not so that mostly takes one
+        look-up."""
+        hashes = request.block_hashes
+        if blocks > len(hashes) or not self.cache.may_share(hashes[blocks - 1]):
+            return False
+        return self.cache.shared(hashes) >= blocks
 
     @property
     def room(self) -> int:
@@ -200,6 +209,9 @@ class Worker:
 
     def send_start(self, start: worker_pb2.Start) -> None:
         self.outbox.last(start.ByteSize()).starts.append(start)
+
+    def send_claim(self, blocks: int) -> None:
+        self.outbox.last().claimed_blocks = blocks
 
     def send_ended(self, attempt_id: int) -> None:
         self.outbox.last().ended.append(attempt_id)

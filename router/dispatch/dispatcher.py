@@ -20,6 +20,7 @@ from router.cluster.worker_faults import NO_LOGPROBS, WorkerFault
 from router.cluster.workers import DECODE, PREFILL, ROLE_NAMES, Role, Workers
 from router.config import RouterConfig
 from router.dispatch import blame, choose
+from router.dispatch.claim import Claim
 from router.dispatch.request import Attempt, Request, State
 from router.dispatch.sequence import hash_blocks, sequence_of
 from router.dispatch.waiting_queue import WaitingQueue
@@ -40,6 +41,10 @@ MOST_PASSED = 64
 # and could be made with every message of every worker.
 SEARCH_SHARE = 0.1
 
+# How long requests are sent out before tokens and new calls get their turn. A long prompt takes milliseconds, and a
+# hundred of them may have waited for the same prefix.
+SENDING_SECONDS = 0.005
+
 STOPPED = "the router stopped before the answer was complete; it is safe to try again"
 
 
@@ -51,12 +56,14 @@ class Dispatcher:
         self._config = config
         self._metrics = metrics
         self._queue = WaitingQueue()
+        self._claim = Claim()
         self.workers = Workers(config.worker_grace, self._give_up_waiting)
         self._attempt_ids = itertools.count(random.getrandbits(62))
         self._attempts: dict[int, Attempt] = {}  # under way
         self._stopped = False
         self._retry: asyncio.TimerHandle | None = None
         self._search_not_before = 0.0  # by the event loop's clock
+        self._goes_on = False  # sending out, in the next turn of the event loop
 
     # ------------------------------------------------------------ load
 
@@ -149,11 +156,27 @@ class Dispatcher:
         """Sends out queued requests in order, up to the first for which no worker has room. If that one waits for a
         prefill worker, those behind it that need none may overtake it. If it waits for room on a decode worker, nothing
         may: they would take the room that it waits for."""
+        if self._goes_on:
+            return
+        now = asyncio.get_running_loop().time
+        enough = now() + SENDING_SECONDS
         missing = None
-        while missing is None and (request := self._queue.at(0)) is not None:
+        while missing is None:
+            request = self._queue.at(0)
+            self._claim.first_is(request)
+            if request is None:
+                return
             missing = self._try_to_place(request)
+            if missing is None and now() > enough:
+                self._goes_on = True
+                asyncio.get_running_loop().call_soon(self._go_on)
+                return
         if missing == PREFILL and any(worker.can_prefill for worker in self.workers.of(DECODE)):
             self._search()
+
+    def _go_on(self) -> None:
+        self._goes_on = False
+        self.dispatch()
 
     def _search(self) -> None:
         """Sends out requests that need no prefill worker from behind the first one. If the last search was only just
@@ -192,7 +215,7 @@ class Dispatcher:
         headroom = request.headroom(self._config.headroom_tokens)
         found = choose.pair(request, self.workers, headroom)
         if isinstance(found, choose.Missing):
-            return self._wait_or_end(request, found)
+            return self._wait_or_end(request, headroom, found)
         self._begin(request, found, headroom)
         return None
 
@@ -275,7 +298,7 @@ class Dispatcher:
                 sequence,
             )
 
-    def _wait_or_end(self, request: Request, missing: choose.Missing) -> Role | None:
+    def _wait_or_end(self, request: Request, headroom: int, missing: choose.Missing) -> Role | None:
         """Returns the role that the request waits for. If no connected worker could ever take it, ends it and returns
         None."""
         sentence = None
@@ -287,6 +310,8 @@ class Dispatcher:
             self._take_out(request)
             request.end(State.FAILED, CallError(grpc.StatusCode.UNAVAILABLE, sentence))
             return None
+        if missing.role == DECODE:
+            self._claim.no_room_for(request, request.length + headroom, missing.workers)
         if self._retry is None:
             self._retry_at(asyncio.get_running_loop().time() + REFUSAL_PAUSE)
         return missing.role
@@ -346,7 +371,7 @@ class Dispatcher:
         if message.HasField("load"):
             self._take_load(worker, message.load)
         makes_room = message.reserved or message.prefilled or message.ended or message.opened
-        if self._queue and (makes_room or message.HasField("load")):
+        if (self._queue or self._claim.is_open) and (makes_room or message.HasField("load")):
             self.dispatch()
 
     def _take_load(self, worker: Worker, load: inference_pb2.WorkerLoad) -> None:

@@ -138,6 +138,10 @@ class Request:
     def end(self, state: State, failure: CallError | None = None) -> None:
         self.state = state
         self.failure = failure
+        self.post()
+
+    def post(self) -> None:
+        """Says that there is news, if that has not been said yet."""
         if not self.posted:
             self.posted = True
             self.mailbox.post(self)

@@ -44,6 +44,17 @@ def test_the_batch_has_a_limit() -> None:
     assert not scheduler.reserve(sequence(2, 1), 0)
 
 
+def test_what_is_kept_for_another_is_left_with_a_place_in_the_batch() -> None:
+    pool = BlockPool(10)
+    scheduler = Scheduler(pool, BLOCK, max_batch=3)
+    assert not scheduler.reserve(sequence(1, 16), headroom_tokens=4, kept_blocks=6)
+    assert scheduler.reserve(sequence(1, 16), headroom_tokens=0, kept_blocks=6)
+    assert scheduler.reserve(sequence(2, 1, start=100), 0, kept_blocks=5)
+    assert not scheduler.reserve(sequence(3, 1, start=200), 0, kept_blocks=1)
+    assert scheduler.reserve(sequence(3, 1, start=200), 0)
+    assert pool.in_use_count == 6
+
+
 def test_no_more_is_promised_than_the_sequence_can_use() -> None:
     scheduler = Scheduler(BlockPool(10), BLOCK, max_batch=8)
     seq = sequence(1, 4, max_length=9)

@@ -103,6 +103,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         self.starts: list[worker_pb2.Start] = []
         self.pools: list[worker_pb2.PoolHandle] = []
         self.ended: list[int] = []
+        self.claims: list[int] = []
         self.refusals: list[str] = []
         self.ready = True
         self.others = 0  # sequences of another router
@@ -223,6 +224,8 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
                 self._reserve(reserve)
                 if reserve.prefill and reserve.attempt_id in self.held and not self.script.silent_at_prefill:
                     self._spawn(self._prefill_here(reserve))
+        if message.HasField("claimed_blocks"):
+            self.claims.append(message.claimed_blocks)
         for start in message.starts:
             self.starts.append(start)
             if start.attempt_id in self.held and not self.script.silent_at_start:

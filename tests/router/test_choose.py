@@ -1,7 +1,10 @@
 from random import Random
 from typing import Any
 
+import pytest
+
 from router.cluster.circuit import Circuit
+from router.cluster.prefix_index import PrefixIndex
 from router.cluster.worker import Worker
 from router.dispatch import choose
 from router.dispatch.request import Prompt, Request
@@ -107,6 +110,26 @@ def test_blocks_in_use_take_no_room_again() -> None:
     assert decode_worker(request(), [tight]) is tight
     tight.cache.end(HASHES[:5], computed_here=False)
     assert decode_worker(request(), [tight]) is None
+
+
+def test_who_waits_for_room_has_not_all_of_its_blocks_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is asked about with every message of every worker, and may share thousands of blocks with those that run."""
+    full, tight = worker(DECODE, cached=8, free=0), worker(DECODE, cached=8, free=2)
+    full.cache.begin(HASHES, computed_here=False)
+    tight.cache.begin(HASHES[:6], computed_here=False)
+    monkeypatch.delattr(PrefixIndex, "shared")
+    assert decode_worker(request(), [full, tight]) is None
+
+
+def test_whether_there_is_room_is_said_as_by_counting_all_that_is_shared() -> None:
+    random = Random(7)
+    for _ in range(2_000):
+        made = worker(DECODE, free=random.randrange(10))
+        made.cache.apply(worker_pb2.CacheChanges(published=b"".join(random.sample(HASHES, random.randrange(9)))))
+        made.cache.begin(HASHES[: random.randrange(9)], computed_here=random.random() < 0.5)
+        asked = request(tokens=random.randrange(1, 8 * BLOCK + 16))
+        tokens = asked.length + random.randrange(1, 40)
+        assert made.has_room(asked, tokens) == (made.new_blocks(asked, tokens) <= made.room)
 
 
 def paired(decode: Worker, *prefills: Worker) -> Worker:

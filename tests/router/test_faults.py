@@ -15,6 +15,7 @@ from google.protobuf.wrappers_pb2 import BytesValue
 from structlog.testing import capture_logs
 
 from common.kv.prefix_hash import cache_root
+from router.answers import answer
 from router.cluster.outbox import Outbox
 from router.cluster.worker import REFUSAL_PAUSE, Worker
 from router.dispatch import choose, dispatcher
@@ -151,8 +152,12 @@ async def test_a_cancel_lets_those_behind_go_that_need_less(model: Path, monkeyp
 
 
 @pytest.mark.parametrize("ends", [True, False])
-async def test_what_comes_before_a_failure_is_given_and_may_end_the_answer(model: Path, ends: bool) -> None:
+@pytest.mark.parametrize("at_once", [2, 100])
+async def test_what_comes_before_a_failure_is_given_and_may_end_the_answer(
+    model: Path, at_once: int, ends: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The tokens and the failure are in one message, as they may be for a router that is slow to read."""
+    monkeypatch.setattr(answer, "MOST_TOKENS", at_once)
     async with cluster(model, decodes=[Script(stop_after=3)]) as it:
         decode = it.decodes[0]
         last = inference_pb2.DetokenizeRequest(token_ids=expected(8)[-1:])

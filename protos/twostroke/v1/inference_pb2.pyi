@@ -1317,7 +1317,7 @@ class Blocks(_message.Message):
     """no request holds it, but its content can be found again"""
     in_use: _builtins.int
     reserved: _builtins.int
-    """decode: promised to running requests, not yet taken"""
+    """decode: promised to running requests, not yet taken; or kept for one that waits at another router"""
     def __init__(
         self,
         *,

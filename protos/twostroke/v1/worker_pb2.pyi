@@ -84,8 +84,13 @@ class RouterMessage(_message.Message):
     ENDED_FIELD_NUMBER: _builtins.int
     POOLS_FIELD_NUMBER: _builtins.int
     REFUSED_FIELD_NUMBER: _builtins.int
+    CLAIMED_BLOCKS_FIELD_NUMBER: _builtins.int
     refused: _builtins.str
     """alone, in the last message: why the router has no use for the worker, for its log"""
+    claimed_blocks: _builtins.int
+    """To decode workers: blocks for a request that has been the first in the router's queue for long, and waits for room. They
+    are kept from other routers' requests, for one router at a time. 0: no request waits for them any more.
+    """
     @_builtins.property
     def hello(self) -> Global___RouterHello:
         """in the first message, alone"""
@@ -120,12 +125,15 @@ class RouterMessage(_message.Message):
         ended: _abc.Iterable[_builtins.int] | None = ...,
         pools: _abc.Iterable[Global___PoolHandle] | None = ...,
         refused: _builtins.str = ...,
+        claimed_blocks: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["hello", b"hello"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_claimed_blocks", b"_claimed_blocks", "claimed_blocks", b"claimed_blocks", "hello", b"hello"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ended", b"ended", "hello", b"hello", "pools", b"pools", "prefills", b"prefills", "refused", b"refused", "reserves", b"reserves", "starts", b"starts"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_claimed_blocks", b"_claimed_blocks", "claimed_blocks", b"claimed_blocks", "ended", b"ended", "hello", b"hello", "pools", b"pools", "prefills", b"prefills", "refused", b"refused", "reserves", b"reserves", "starts", b"starts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__claimed_blocks: _TypeAlias = _typing.Literal["claimed_blocks"]  # noqa: Y015
+    _WhichOneofArgType__claimed_blocks: _TypeAlias = _typing.Literal["_claimed_blocks", b"_claimed_blocks"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__claimed_blocks) -> _WhichOneofReturnType__claimed_blocks | None: ...
 
 Global___RouterMessage: _TypeAlias = RouterMessage  # noqa: Y015
 

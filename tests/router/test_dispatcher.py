@@ -1,0 +1,47 @@
+"""How the dispatcher shares the event loop with everything else."""
+
+import asyncio
+
+import pytest
+
+from router.cluster.circuit import Circuit
+from router.cluster.worker import Worker
+from router.config import RouterConfig
+from router.dispatch import dispatcher
+from router.dispatch.dispatcher import Dispatcher
+from router.dispatch.request import Prompt, Request
+from router.mailbox import Mailbox
+from router.metrics import Metrics
+from router.turnstile import Turnstile
+from tests.router.fake_worker import DECODE, FakeWorker
+from twostroke.v1 import inference_pb2, worker_pb2
+
+
+def requests(count: int) -> list[Request]:
+    prompt = Prompt(tuple(range(40)), 0, frozenset(), "")
+    return [
+        Request("", 0, number, prompt, worker_pb2.SamplingParams(), Mailbox(Turnstile()), 50) for number in range(count)
+    ]
+
+
+async def test_requests_that_are_sent_out_together_let_the_event_loop_turn_in_between(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With long prompts that takes milliseconds each, for which the tokens of all others would have to wait."""
+    monkeypatch.setattr(dispatcher, "SENDING_SECONDS", 0.0)
+    made = Dispatcher(RouterConfig(), Metrics())
+    worker = Worker("", FakeWorker(DECODE, prefill_tokens=64).hello, Circuit())
+    ready = inference_pb2.WorkerLoad(ready=True, blocks=inference_pb2.Blocks(free=1_000))
+    made.received(worker, worker_pb2.WorkerMessage(load=ready))
+    asked = requests(6)
+    made.submit(asked[:5])
+    running = [made.running]
+    for turn in range(6):
+        if turn == 1:
+            made.submit(asked[5:])  # it does not go faster for that
+        await asyncio.sleep(0)
+        running.append(made.running)
+    assert running == [1, 2, 3, 4, 5, 6, 6]
+    message = await worker.outbox.next_message()
+    attempts = [worker.attempts[reserve.attempt_id].request for reserve in message.reserves]
+    assert attempts == asked

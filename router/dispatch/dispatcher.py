@@ -2,8 +2,6 @@
 short."""
 
 import asyncio
-import itertools
-import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +17,8 @@ from router.cluster.worker import REFUSAL_PAUSE, Worker
 from router.cluster.worker_faults import NO_LOGPROBS, WorkerFault
 from router.cluster.workers import DECODE, PREFILL, ROLE_NAMES, Role, Workers
 from router.config import RouterConfig
-from router.dispatch import blame, choose
+from router.dispatch import attempts, blame, choose
+from router.dispatch.attempts import Attempts
 from router.dispatch.claim import Claim
 from router.dispatch.request import Attempt, Request, State
 from router.dispatch.sequence import hash_blocks, sequence_of
@@ -58,8 +57,7 @@ class Dispatcher:
         self._queue = WaitingQueue()
         self._claim = Claim()
         self.workers = Workers(config.worker_grace, self._give_up_waiting)
-        self._attempt_ids = itertools.count(random.getrandbits(62))
-        self._attempts: dict[int, Attempt] = {}  # under way
+        self._attempts = Attempts()
         self._stopped = False
         self._retry: asyncio.TimerHandle | None = None
         self._search_not_before = 0.0  # by the event loop's clock
@@ -124,7 +122,7 @@ class Dispatcher:
                 assert attempt is not None
                 if attempt.decode is not None and attempt.decoding_since is not None:
                     blame.attempt_succeeded(attempt.decode, attempt)  # as far as it got
-                self._close(attempt, "dropped")
+                self._attempts.close(attempt, "dropped")
                 makes_room = True
             else:
                 continue
@@ -138,16 +136,16 @@ class Dispatcher:
         for request in self._queue.clear():
             request_trace.queued(request)
             request.end(State.FAILED, _stopped())
-        for attempt in list(self._attempts.values()):
+        for attempt in self._attempts.under_way():
             with self._at_the_cost_of(attempt.request, "cannot be ended"):
                 self._end_as_stopped(attempt)
 
     def _end_as_stopped(self, attempt: Attempt) -> None:
         if attempt.request.complete:  # the worker has yet to say that it is
-            self._close(attempt, "finished")
+            self._attempts.close(attempt, "finished")
             attempt.request.end(State.FINISHED)
         else:
-            self._close(attempt, "router stopped", STOPPED)
+            self._attempts.close(attempt, "router stopped", STOPPED)
             attempt.request.end(State.FAILED, _stopped())
 
     # ------------------------------------------------------------ to workers
@@ -216,7 +214,9 @@ class Dispatcher:
         found = choose.pair(request, self.workers, headroom)
         if isinstance(found, choose.Missing):
             return self._wait_or_end(request, headroom, found)
-        self._begin(request, found, headroom)
+        attempt, sequence = self._attempts.new(request, found, headroom), sequence_of(request)
+        self._take_out(request)
+        self._attempts.begin(attempt, sequence, headroom)
         return None
 
     def _prepare(self, request: Request) -> None:
@@ -248,55 +248,11 @@ class Dispatcher:
 
     def _give_up(self, request: Request) -> None:
         if request.attempt is not None:
-            self._close(request.attempt, "failed", "a fault of the router")
+            self._attempts.close(request.attempt, "failed", "a fault of the router")
         elif request.state is State.QUEUED:
             self._take_out(request)
         sentence = "a fault of the router; its log says more"
         request.end(State.FAILED, CallError(grpc.StatusCode.INTERNAL, sentence))
-
-    def _begin(self, request: Request, pair: choose.Pair, headroom: int) -> None:
-        prefill, decode = pair.prefill, pair.decode
-        computing = prefill or decode
-        assert computing is not None
-        request.attempts += 1
-        attempt = Attempt(
-            id=next(self._attempt_ids),
-            request=request,
-            prefill=prefill,
-            decode=decode,
-            prefill_tokens=computing.missing_tokens(request),
-            decode_blocks=decode.new_blocks(request, request.length + headroom) if decode else 0,
-            in_place=prefill is None,
-            length=request.length,
-            trace=request_trace.attempt(request, prefill, decode),
-        )
-        sequence, traceparent = sequence_of(request), attempt.trace.traceparent
-        self._take_out(request)
-        request.attempt = attempt
-        request.state = State.DISPATCHED
-        request.recheck_length = None
-        request.timing.queued_ms += 1000 * (attempt.dispatched_at - request.queued_at)
-        self._attempts[attempt.id] = attempt
-        if prefill is not None:
-            prefill.begin(attempt)
-            prefill.send_prefill(
-                worker_pb2.Prefill(
-                    attempt_id=attempt.id, traceparent=traceparent, uncached_tokens=attempt.prefill_tokens
-                ),
-                sequence,
-            )
-        if decode is not None:
-            decode.begin(attempt)
-            decode.reserve(attempt.decode_blocks)
-            decode.send_reserve(
-                worker_pb2.Reserve(
-                    attempt_id=attempt.id,
-                    headroom_tokens=headroom,
-                    prefill=attempt.in_place,
-                    traceparent=traceparent,
-                ),
-                sequence,
-            )
 
     def _wait_or_end(self, request: Request, headroom: int, missing: choose.Missing) -> Role | None:
         """Returns the role that the request waits for. If no connected worker could ever take it, ends it and returns
@@ -345,10 +301,7 @@ class Dispatcher:
         self.dispatch()
 
     def _lost(self, worker: Worker, attempt: Attempt) -> None:
-        if attempt.prefill is worker:
-            self._leave_prefill(attempt, tell=False)
-        else:
-            self._leave_decode(attempt, tell=False)
+        attempts.leave(worker, attempt)
         self._resume(attempt, worker, "worker lost", (worker,))
 
     def received(self, worker: Worker, message: worker_pb2.WorkerMessage) -> None:
@@ -424,10 +377,10 @@ class Dispatcher:
         if attempt.in_place:
             attempt.decode_cached_tokens = prefilled.cached_tokens
             worker.decoding[attempt.id] = request
-            _decoding(attempt)
+            attempts.decoding_began(attempt)
         if request.complete:
             blame.attempt_succeeded(worker, attempt)
-            self._close(attempt, "finished")
+            self._attempts.close(attempt, "finished")
             request.end(State.FINISHED)
         elif attempt.reserved and not attempt.in_place:
             self._start(attempt)
@@ -453,7 +406,7 @@ class Dispatcher:
     def _refused(self, attempt: Attempt) -> None:
         """A worker has no room for the attempt. That is not counted as a resume, since it did nothing for it. The other
         worker of the pair may have computed the first token meanwhile; then the next attempt goes on behind that."""
-        self._close(attempt, "refused")
+        self._attempts.close(attempt, "refused")
         if attempt.request.complete:  # a worker that prefills refused it after the only token
             attempt.request.end(State.FINISHED)
         else:
@@ -475,10 +428,10 @@ class Dispatcher:
             return
         attempt.request.timing.transfer_ms += started.transfer_ms
         attempt.trace.record("transfer", time.monotonic() - started.transfer_ms / 1000, {})
-        _decoding(attempt)
+        attempts.decoding_began(attempt)
         if attempt.prefill is not None:
             blame.attempt_succeeded(attempt.prefill, attempt)  # its KV could be read
-        self._leave_prefill(attempt, tell=True)
+        attempts.leave_prefill(attempt, tell=True)
 
     def _ended(self, worker: Worker, attempt: Attempt, ended: worker_pb2.Ended) -> None:
         request, cause = attempt.request, ended.cause
@@ -491,10 +444,7 @@ class Dispatcher:
         elif cause not in blame.AMBIGUOUS:
             for suspect in suspects:
                 blame.attempts_failed(suspect, (attempt.id,))
-        if attempt.prefill is worker:
-            self._leave_prefill(attempt, tell=False)
-        else:
-            self._leave_decode(attempt, tell=False)
+        attempts.leave(worker, attempt)
         if cause == worker_pb2.Ended.CAUSE_FULL:
             worker.note_refusal()
             self._refused(attempt)
@@ -502,7 +452,7 @@ class Dispatcher:
             self._refused(attempt)
         elif cause == worker_pb2.Ended.CAUSE_REJECTED:
             sentence = f"the {ROLE_NAMES[worker.role]} worker cannot serve this request: {ended.detail}"
-            self._close(attempt, "rejected", sentence)
+            self._attempts.close(attempt, "rejected", sentence)
             request.end(State.FAILED, CallError(grpc.StatusCode.INVALID_ARGUMENT, sentence))
         else:
             # That includes FINISHED for a request whose last token does not end it: the worker is at fault.
@@ -511,37 +461,6 @@ class Dispatcher:
             self._resume(attempt, worker, causes.name_of(cause), suspects, detail=ended.detail)
 
     # ------------------------------------------------------------ how attempts end
-
-    def _close(self, attempt: Attempt, outcome: str, problem: str = "") -> None:
-        """Ends the attempt on each worker that still holds something for it."""
-        self._leave_prefill(attempt, tell=True)
-        self._leave_decode(attempt, tell=True)
-        tokens = attempt.request.length - attempt.length
-        attempt.trace.end({"twostroke.outcome": outcome, "twostroke.output_tokens": tokens}, problem)
-        attempt.request.attempt = None
-        del self._attempts[attempt.id]
-
-    def _leave_prefill(self, attempt: Attempt, *, tell: bool) -> None:
-        worker, attempt.prefill = attempt.prefill, None
-        if worker is None:
-            return
-        worker.end(attempt)
-        if tell:
-            worker.send_ended(attempt.id)
-
-    def _leave_decode(self, attempt: Attempt, *, tell: bool) -> None:
-        worker, attempt.decode = attempt.decode, None
-        if worker is None:
-            return
-        worker.end(attempt)
-        if not attempt.reserved:
-            worker.reservation_answered(attempt.decode_blocks)
-        worker.release(attempt.decode_blocks)
-        if attempt.decoding_since is not None:
-            attempt.request.timing.decode_ms += 1000 * (time.monotonic() - attempt.decoding_since)
-            attempt.trace.record("decode", attempt.decoding_since, {})
-        if tell:
-            worker.send_ended(attempt.id)
 
     def _resume(
         self, attempt: Attempt, worker: Worker, cause: str, suspects: Sequence[Worker], detail: str = ""
@@ -554,10 +473,10 @@ class Dispatcher:
         """
         request = attempt.request
         if request.complete:
-            self._close(attempt, "finished")
+            self._attempts.close(attempt, "finished")
             request.end(State.FINISHED)
             return
-        self._close(attempt, cause, f"{cause} ({worker.address}) {detail}".rstrip() if suspects else "")
+        self._attempts.close(attempt, cause, f"{cause} ({worker.address}) {detail}".rstrip() if suspects else "")
         request.resumes += 1
         self._metrics.resumes.labels(cause).inc()
         log.info(
@@ -601,12 +520,3 @@ class Dispatcher:
 
 def _stopped() -> CallError:
     return CallError(grpc.StatusCode.UNAVAILABLE, STOPPED)
-
-
-def _decoding(attempt: Attempt) -> None:
-    """The KV is in place, and decoding has begun."""
-    request = attempt.request
-    attempt.decoding_since = time.monotonic()
-    if request.decode_cached_tokens is None:
-        # An attempt that goes on behind output counts cached blocks with output in them, too.
-        request.decode_cached_tokens = min(attempt.decode_cached_tokens, len(request.prompt.token_ids))

@@ -36,10 +36,11 @@ class Health(health.aio.HealthServicer):
             if status != told:
                 await context.write(health_pb2.HealthCheckResponse(status=status))
                 told = status
+                continue  # it may have changed meanwhile
             if self._ends:
                 return
             async with self._changed:
-                if self._status(request.service) == told:
+                if self._status(request.service) == told and not self._ends:
                     await self._changed.wait()
 
     def _status(self, service: str) -> int:

@@ -59,3 +59,24 @@ async def test_a_service_that_is_not_there_yet_and_the_end() -> None:
         no_context: Any = None
         check = await health.Check(health_pb2.HealthCheckRequest(service="it"), no_context)
         assert check.status == NOT_SERVING
+
+
+class SlowWatcher:
+    """Is slow to take the first status; by then the server stops."""
+
+    def __init__(self, health: Health) -> None:
+        self.told: list[int] = []
+        self._health = health
+
+    async def write(self, response: health_pb2.HealthCheckResponse) -> None:
+        self.told.append(response.status)
+        if len(self.told) == 1:
+            await self._health.enter_graceful_shutdown()
+
+
+async def test_a_watcher_that_is_slow_hears_of_the_end() -> None:
+    health = Health()
+    await health.set("it", SERVING)
+    watcher: Any = SlowWatcher(health)
+    await asyncio.wait_for(health.Watch(health_pb2.HealthCheckRequest(service="it"), watcher), 10)
+    assert watcher.told == [SERVING, NOT_SERVING]

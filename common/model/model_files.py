@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import stat
 from importlib import metadata, util
 from pathlib import Path
 
@@ -25,7 +26,9 @@ def resolve(model: str) -> Path:
         return _embedded()
     try:
         directory = Path(model).expanduser()
-        found = (directory / "config.json").is_file()
+        found = stat.S_ISREG((directory / "config.json").stat().st_mode)  # is_file() hides errors from Python 3.14 on
+    except (FileNotFoundError, NotADirectoryError):
+        found = False
     except OSError as error:
         raise ModelError(f"cannot look into {model!r} for a config.json: {error.strerror or error}") from error
     except RuntimeError as error:

@@ -57,6 +57,11 @@ def serve(
         )
     if config.tls_cert and not config.tls_ca:
         raise SettingsError("the parts call one another: with --tls-cert, set --tls-ca to who signed it")
+    if (
+        config.metrics_port is not None
+        and config.metrics_port + config.prefill_workers + config.decode_workers > 65_535
+    ):
+        raise SettingsError(f"--metrics-port {config.metrics_port}: the workers take the ports after it, up to 65535")
     listen = _with_port(config.listen)
     target = _reachable(listen)
     with (

@@ -205,12 +205,20 @@ def test_a_command_that_cannot_be_run_is_named(tmp_path: Path) -> None:
     assert all((tmp_path / f"{name}-stopped").exists() for name in PARTS)
 
 
-def test_somebody_must_prefill(tmp_path: Path) -> None:
-    with serve(tmp_path, TWOSTROKE_PREFILL_WORKERS="0") as process:
-        assert process.communicate(timeout=30)[1] == (
-            "twostroke serve: with --prefill-workers 0 nobody prefills: let decode workers do it, with "
-            "--prefill-tokens 1 or more\n"
-        )
+@pytest.mark.parametrize(
+    ("setting", "value", "refusal"),
+    [
+        (
+            "PREFILL_WORKERS",
+            "0",
+            "with --prefill-workers 0 nobody prefills: let decode workers do it, with --prefill-tokens 1 or more",
+        ),
+        ("METRICS_PORT", "65534", "--metrics-port 65534: the workers take the ports after it, up to 65535"),
+    ],
+)
+def test_settings_that_cannot_work(tmp_path: Path, setting: str, value: str, refusal: str) -> None:
+    with serve(tmp_path, **{f"TWOSTROKE_{setting}": value}) as process:
+        assert process.communicate(timeout=30)[1] == f"twostroke serve: {refusal}\n"
     assert process.returncode == 1
     assert not (tmp_path / "router").exists()
 

@@ -10,6 +10,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from common.model.model_config import ModelConfig
+from common.network.arrival import ArrivalInterceptor
 from common.network.grpc_options import CALLERS
 from common.network.health import Health
 from common.network.peers import Peers
@@ -126,7 +127,7 @@ class Router:
             interceptors.append(SecretInterceptor(REGISTRY, secret, NO_SECRET if secret is None else WRONG_SECRET))
         if keys is not None:
             interceptors.append(KeyInterceptor(INFERENCE, keys, secret, self.metrics))
-        return [*interceptors, ParseInterceptor(INFERENCE, self.metrics)]
+        return [ArrivalInterceptor(), *interceptors, ParseInterceptor(INFERENCE, self.metrics)]
 
     def _watch(self) -> None:
         dispatcher, metrics = self.dispatcher, self.metrics

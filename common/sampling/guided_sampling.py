@@ -5,7 +5,8 @@ one before it must have been read.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +26,9 @@ WORK, WORK_PER_TOKEN = 0.1, 0.001
 
 # Most seconds that one token is charged for. A virtual machine's pauses count as CPU time, and are no grammar's fault.
 MOST_WORK_AT_ONCE = WORK / 4
+
+# Masks that together took longer than this are filled one by one the next time, to see whose grammar takes so long.
+LONG_FILL, LONG_FILL_PER_ROW = 0.004, 0.0002
 
 # How often one sequence may have its grammar compiled. The whole batch waits for every time but the first.
 MOST_COMPILATIONS = 3
@@ -85,10 +89,16 @@ class GrammarState:
         for token in tokens:
             if self._work_left < 0:
                 return
-            began = time.thread_time()
-            matcher.consume_token(token)
-            work = min(time.thread_time() - began, MOST_WORK_AT_ONCE)
-            self._work_left = min(self._work_left + WORK_PER_TOKEN, WORK) - work
+            self._work_left = min(self._work_left + WORK_PER_TOKEN, WORK)
+            with self.working():
+                matcher.consume_token(token)
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Charges the sequence for what this thread does in the block."""
+        began = time.thread_time()
+        yield
+        self._work_left -= min(time.thread_time() - began, MOST_WORK_AT_ONCE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +139,7 @@ class GuidedSampling:
         self._of_model = np.packbits(np.arange(32 * self._words) < vocab_size, bitorder="little").view(np.int32)
         self._has_others = grammars.tokenizer.tokens.vocab_size > vocab_size
         self._executor = LLExecutor(threads)
+        self._fills_take_long = False
 
     def begin(self, spec: SequenceSpec) -> GrammarState:
         """The state after the output that the spec already has; starts to compile the grammar."""
@@ -149,8 +160,7 @@ class GuidedSampling:
                 problems[row] = str(error)
         bits = np.zeros((len(rows), self._words), dtype=np.int32)
         if matchers:
-            places = [(matcher, place) for place, matcher in enumerate(matchers)]
-            fill_next_token_bitmask_par(self._executor, places, bits)
+            self._fill([states[row] for row in rows], matchers, bits)
         for place, row in enumerate(rows):
             if matchers[place].is_error() and (problem := self._fill_anew(states[row], bits, place)):
                 problems[row] = problem
@@ -160,6 +170,17 @@ class GuidedSampling:
             return AllowedTokens(rows, bits, problems)
         good = [place for place, row in enumerate(rows) if row not in problems]
         return AllowedTokens([rows[place] for place in good], bits[good], problems)
+
+    def _fill(self, states: Sequence[GrammarState], matchers: Sequence[LLMatcher], bits: NDArray[np.int32]) -> None:
+        places = [(matcher, place) for place, matcher in enumerate(matchers)]
+        began = time.perf_counter()
+        if len(places) == 1 or self._fills_take_long:
+            for state, (matcher, place) in zip(states, places, strict=True):
+                with state.working():
+                    fill_next_token_bitmask(matcher, bits, place)
+        else:
+            fill_next_token_bitmask_par(self._executor, places, bits)
+        self._fills_take_long = time.perf_counter() - began > LONG_FILL + LONG_FILL_PER_ROW * len(places)
 
     def _fill_anew(self, state: GrammarState, bits: NDArray[np.int32], place: int) -> str:
         """Tries again with the grammar compiled afresh. Returns what is wrong with it; empty if nothing is."""

@@ -18,6 +18,7 @@ import structlog
 from google.protobuf.message import DecodeError
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from common.network.arrival import ArrivalInterceptor
 from common.network.grpc_options import PEERS
 from common.network.health import Health
 from common.network.peers import Peers
@@ -155,11 +156,13 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             started.set_exception(error)
 
     async def _serve(self, listen: str, started: "Future[int]") -> None:
-        secret = self._peers.secret
+        interceptors: list[grpc.aio.ServerInterceptor] = [ArrivalInterceptor()]
+        if (secret := self._peers.secret) is not None:
+            interceptors.append(SecretInterceptor(SERVICE, secret, WRONG_SECRET))
         most_bytes = message_size.most_bytes(self._hello.max_length)
         server = grpc.aio.server(
             options=[*PEERS, ("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", most_bytes)],
-            interceptors=[] if secret is None else [SecretInterceptor(SERVICE, secret, WRONG_SECRET)],
+            interceptors=interceptors,
         )
         worker_pb2_grpc.add_WorkerServicer_to_server(self, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)

@@ -7,15 +7,25 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from llguidance import LLMatcher, LLParserLimits
+from llguidance import LLExecutor, LLMatcher, LLParserLimits
+from llguidance.numpy import fill_next_token_bitmask, fill_next_token_bitmask_par
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from common.model.model_config import parse_config
-from common.sampling import grammar
+from common.sampling import grammar, guided_sampling
 from common.sampling.grammar import CompiledGrammars, GrammarTokenizer, load_tokenizer
-from common.sampling.guided_sampling import MOST_COMPILATIONS, AllowedTokens, GrammarState, GuidedSampling, warm_up
+from common.sampling.guided_sampling import (
+    MOST_COMPILATIONS,
+    WORK,
+    AllowedTokens,
+    GrammarState,
+    GuidedSampling,
+    warm_up,
+)
 from router.answers import token_bytes
 from tests.router import models
 from tests.specs import spec
@@ -201,6 +211,47 @@ def test_a_grammar_that_takes_ever_more_work_is_a_problem_of_its_row(
     began = time.monotonic()
     assert guided.allowed(resumed).problems == problems
     assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("others", [0, 3])
+def test_a_grammar_whose_masks_take_long_is_a_problem_of_its_row(
+    guided: GuidedSampling, table: tuple[bytes, ...], monkeypatch: pytest.MonkeyPatch, others: int
+) -> None:
+    """The whole batch waits for a mask, as it does for a token to be consumed."""
+    letter, slow = table.index(b"a"), 0.02
+    states = {row: begin(guided, 'start: "a"*') for row in range(1 + others)}
+    assert guided.allowed(states).problems == {}
+    matcher = states[0].matcher()
+
+    def take_long(asked: LLMatcher) -> None:
+        until = time.thread_time() + slow * (asked is matcher)
+        while time.thread_time() < until:
+            pass
+
+    def slow_fill(asked: LLMatcher, bits: NDArray[np.int32], place: int) -> None:
+        take_long(asked)
+        fill_next_token_bitmask(asked, bits, place)
+
+    def slow_fill_all(executor: LLExecutor, places: list[tuple[LLMatcher, int]], bits: NDArray[np.int32]) -> None:
+        for asked, _ in places:
+            take_long(asked)
+        fill_next_token_bitmask_par(executor, places, bits)
+
+    monkeypatch.setattr(guided_sampling, "fill_next_token_bitmask", slow_fill)
+    monkeypatch.setattr(guided_sampling, "fill_next_token_bitmask_par", slow_fill_all)
+    steps, problems = 0, dict[int, str]()
+    while not problems and steps < 50:
+        problems = guided.allowed(states).problems
+        for state in states.values():
+            state.accept([letter])
+        steps += 1
+    assert problems == {0: "following it takes too much work"}
+    assert steps <= WORK / slow + 3
+    del states[0]
+    for _ in range(20):
+        assert guided.allowed(states).problems == {}
+        for state in states.values():
+            state.accept([letter])
 
 
 def test_warming_up_restricts_what_both_kinds_of_rows_have() -> None:

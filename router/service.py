@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import time
+from array import array
 from collections import defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
@@ -117,6 +118,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             requests = self._requests(job, grammar, prompt.token_ids, mailbox, trace, arrived_at)
             trace.note(request_trace.of_request(request, job, self._config.model, prompt_tokens))
             answers = self._answers(request, job, prompt, requests)
+            del prompt  # its tokens take ten times as much memory here as in the requests
             finishes: list[pb.Finish] = []
             self._dispatcher.submit(requests)
             try:
@@ -222,7 +224,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         check_length = partial(validate.check_length, len(token_ids), job, self._model)
         max_length = check_length(workers.max_length())
         prompt = Prompt(
-            token_ids=tuple(token_ids),
+            token_ids=array("I", token_ids),
             min_length=len(token_ids) + job.min_tokens,
             stop_token_ids=job.stop_token_ids,
             cache_salt=CALLER.get().cache_salt(job.cache_salt),

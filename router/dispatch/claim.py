@@ -9,6 +9,8 @@ from router.dispatch.request import Request
 # Seconds that a request is the first before it claims room. One that needs as little as others do is never so for long,
 # however many routers there are.
 PATIENCE = 1.0
+# Seconds after which a claim is repeated. A worker forgets it if it has not heard of it for ten times as long.
+REPEATED = 1.0
 
 
 class Claim:
@@ -19,6 +21,7 @@ class Claim:
         self._request: Request | None = None
         self._since = 0.0  # time.monotonic()
         self._worker: Worker | None = None  # that was told
+        self._told_at = 0.0  # time.monotonic()
 
     @property
     def is_open(self) -> bool:
@@ -34,15 +37,18 @@ class Claim:
 
     def no_room_for(self, request: Request, tokens: int, workers: Iterable[Worker]) -> None:
         """None of these decode workers has room for `tokens` tokens now."""
-        if request is not self._request or time.monotonic() - self._since < PATIENCE:
+        now = time.monotonic()
+        if request is not self._request or now - self._since < PATIENCE:
             return
         able = [worker for worker in workers if worker.can_hold(request.max_length)]
-        if self._worker in able:
+        if self._worker not in able:
+            self._withdraw()
+            self._worker = max(able, key=lambda worker: (not worker.circuit.paused, worker.room), default=None)
+        elif now - self._told_at < REPEATED:
             return
-        self._withdraw()
-        if able:
-            self._worker = max(able, key=lambda worker: (not worker.circuit.paused, worker.room))
+        if self._worker is not None:
             self._worker.send_claim(self._worker.blocks(tokens))
+            self._told_at = now
 
     def _is_unanswered(self) -> bool:
         attempt = None if self._request is None else self._request.attempt

@@ -103,6 +103,8 @@ class Dispatcher:
         """
         self.check_admission(len(requests))
         for request in requests:
+            self._hash(request)
+        for request in requests:
             self._queue.push(request)
         self.dispatch()
 
@@ -220,15 +222,19 @@ class Dispatcher:
         return None
 
     def _prepare(self, request: Request) -> None:
-        """Does what depends on the workers: hashes the blocks, and settles the length if there were none before.
+        """Does what depends on the workers: hashes blocks that have no hash yet, and settles the length if there were
+        no workers before.
 
         Raises:
             CallError: these workers can't serve the request.
         """
-        if (worker := self.workers.any()) is not None:
-            hash_blocks(request, worker.kind)
+        self._hash(request)
         if request.recheck_length is not None:
             request.limit(request.recheck_length(self.workers.max_length()))
+
+    def _hash(self, request: Request) -> None:
+        if (worker := self.workers.any()) is not None:
+            hash_blocks(request, worker.kind)
 
     @contextmanager
     def _at_the_cost_of(self, request: Request, event: str) -> Iterator[None]:

@@ -1,7 +1,7 @@
 """One choice of a client's request, and the attempts at it. Both are used on the event loop only."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import TYPE_CHECKING, NamedTuple
@@ -45,7 +45,7 @@ class EncodedPrompt:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    token_ids: tuple[int, ...]
+    token_ids: Sequence[int]
     min_length: int
     stop_token_ids: frozenset[int]
     cache_salt: str

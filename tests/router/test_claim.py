@@ -52,6 +52,16 @@ async def test_room_is_claimed_once_where_there_is_most_until_another_request_is
     assert (await claimed(small), await claimed(roomy)) == ([0], [])
 
 
+async def test_a_claim_is_repeated_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claim, "REPEATED", 0.0)
+    asked, other = worker(DECODE, free=8), worker(DECODE, free=3)
+    made, first = Claim(), new_request()
+    for _ in range(3):
+        waits(made, first, [asked, other])
+        asked.take_load(other.load)
+        assert (await claimed(asked), await claimed(other)) == ([9], [])
+
+
 async def test_who_has_not_been_the_first_for_long_claims_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(claim, "PATIENCE", 60.0)
     asked = worker(DECODE)

@@ -1,6 +1,7 @@
 """How the dispatcher shares the event loop with everything else."""
 
 import asyncio
+from typing import Any
 
 import pytest
 
@@ -24,15 +25,32 @@ def requests(count: int) -> list[Request]:
     ]
 
 
+def connected(made: Dispatcher, **hello: Any) -> Worker:
+    worker = Worker("", FakeWorker(DECODE, prefill_tokens=64, **hello).hello, Circuit())
+    ready = inference_pb2.WorkerLoad(ready=True, blocks=inference_pb2.Blocks(free=1_000))
+    made.received(worker, worker_pb2.WorkerMessage(load=ready))
+    return worker
+
+
+async def test_the_blocks_of_a_request_that_waits_are_hashed_in_the_turn_in_which_it_comes() -> None:
+    """A search for one that need not wait would hash those of all that came since the last one."""
+    made = Dispatcher(RouterConfig(), Metrics())
+    connected(made, max_batch=1)
+    asked = requests(3)
+    for request in asked:
+        made.submit([request])
+    assert (made.running, made.queued) == (1, 2)
+    assert [len(request.block_hashes) for request in asked] == [2, 2, 2]
+    made.drop(asked)
+
+
 async def test_requests_that_are_sent_out_together_let_the_event_loop_turn_in_between(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With long prompts that takes milliseconds each, for which the tokens of all others would have to wait."""
     monkeypatch.setattr(dispatcher, "SENDING_SECONDS", 0.0)
     made = Dispatcher(RouterConfig(), Metrics())
-    worker = Worker("", FakeWorker(DECODE, prefill_tokens=64).hello, Circuit())
-    ready = inference_pb2.WorkerLoad(ready=True, blocks=inference_pb2.Blocks(free=1_000))
-    made.received(worker, worker_pb2.WorkerMessage(load=ready))
+    worker = connected(made)
     asked = requests(6)
     made.submit(asked[:5])
     running = [made.running]

@@ -5,6 +5,7 @@ import asyncio
 import gc
 import json
 import resource
+import tracemalloc
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -34,12 +35,12 @@ def long_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def workers(**script: Any) -> dict[str, Any]:
+def workers(max_batch: int = 2048, **script: Any) -> dict[str, Any]:
     """That hold long sequences, each a step of its own."""
     hello = {"max_length": 2 * LONG, "num_blocks": 1 << 16}
     return {
         "prefills": [FakeWorker(PREFILL, Script(), **hello)],
-        "decodes": [FakeWorker(DECODE, Script(**script), **hello)],
+        "decodes": [FakeWorker(DECODE, Script(**script), max_batch=max_batch, **hello)],
     }
 
 
@@ -82,6 +83,27 @@ async def test_a_burst_of_calls_is_queued_or_told_that_the_queue_is_full(long_mo
         await eventually(it.nothing_held)
         for channel in channels:
             await channel.close()
+
+
+async def test_prompts_that_wait_take_little_memory(long_model: Path) -> None:
+    """A queue may hold a thousand of the longest: as Python's numbers they take gigabytes."""
+    calls, length = 20, 8_000
+    async with cluster(long_model, **workers(max_batch=1, stop_after=1)) as it:
+        long = request(prompt=range(300, 500), max_tokens=10)
+        for _ in range(length // 200 - 1):
+            long.token_ids.ids.extend(range(300, 500))
+        tracemalloc.start()
+        try:
+            asked = [it.stub.Generate(long) for _ in range(calls)]
+            await eventually(lambda: it.router.dispatcher.queued + it.router.dispatcher.running == calls)
+            gc.collect()
+            held, _ = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert held / (calls * length) < 20, "bytes for each token"
+        for call in asked:
+            call.cancel()
+        await eventually(it.nothing_held)
 
 
 # ---------------------------------------------------------------- who does not read

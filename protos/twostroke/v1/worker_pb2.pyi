@@ -89,7 +89,8 @@ class RouterMessage(_message.Message):
     """alone, in the last message: why the router has no use for the worker, for its log"""
     claimed_blocks: _builtins.int
     """To decode workers: blocks for a request that has been the first in the router's queue for long, and waits for room. They
-    are kept from other routers' requests, for one router at a time. 0: no request waits for them any more.
+    are kept from other routers' requests, for one router at a time, as long as that one repeats it every second. 0: no request
+    waits for them any more.
     """
     @_builtins.property
     def hello(self) -> Global___RouterHello:

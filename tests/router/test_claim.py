@@ -19,8 +19,9 @@ TOKENS = 9 * BLOCK
 
 
 @pytest.fixture(autouse=True)
-def no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+def at_once_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(claim, "PATIENCE", 0.0)
+    monkeypatch.setattr(claim, "REPEATED", 600.0)
 
 
 async def claimed(worker: Worker) -> list[int]:

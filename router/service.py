@@ -132,12 +132,14 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                             continue
                         delta, finish = answer.advance()
                         # What came before a failure is given all the same, and may have ended the answer.
-                        failure = choice.failure if finish is None else None
+                        failure = choice.failure if finish is None and not answer.behind else None
                         if finish is not None:
                             self._dispatcher.drop([choice])
                             finishes.append(finish)
                             self._answered += 1
                             _log_finish(choice.index, finish)
+                        if answer.behind and finish is None:
+                            choice.post()
                         if failure is None or delta.ByteSize():
                             yield pb.GenerateChunk(index=choice.index, delta=delta, finish=finish)
                         if failure is not None:

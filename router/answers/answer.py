@@ -13,10 +13,13 @@ from router.validate import Job
 from twostroke.v1 import inference_pb2 as pb
 from twostroke.v1 import worker_pb2
 
+# Tokens of one delta. With log-probabilities each takes 30 us to write, and some 400 bytes.
+MOST_AT_ONCE = 256
+
 
 class Answer:
-    """What the client sees of a `Request`. All tokens that came since the last call of `advance` become one delta, so
-    it goes at the client's pace.
+    """What the client sees of a `Request`. The tokens that came since the last call of `advance` become one delta, so
+    it goes at the client's pace. While it is `behind` there are more than a delta may have.
 
     Args:
         begins_text: the answer does not continue the prompt's text; see `Tokenizer.detokenizer`.
@@ -49,13 +52,15 @@ class Answer:
         self._last_at: float | None = None
         self.tokens = 0  # of the request's output that were put into the answer
         self.over = False
+        self.behind = False
 
     def advance(self) -> tuple[pb.Delta, pb.Finish | None]:
         """What came since the last call, and the finish if the answer is over with it."""
         request = self._request
-        begin = self.tokens
-        tokens = request.output[begin:]
-        request.taken = len(request.output)
+        begin, was_behind = self.tokens, self.behind
+        tokens = request.output[begin : begin + MOST_AT_ONCE]
+        request.taken = begin + len(tokens)
+        self.behind = request.taken < len(request.output)
         stop, finish = None, None
         if self._stops is None:
             self.tokens += len(tokens)
@@ -65,10 +70,10 @@ class Answer:
             tokens = tokens[: self.tokens - begin]
         if stop is not None:
             finish = self._finished(pb.FINISH_REASON_STOP, stop=stop)
-        elif request.state is State.FINISHED:
+        elif request.state is State.FINISHED and not self.behind:
             text += self._rest()
             finish = self._finished_by_token()
-        if tokens:
+        if tokens and not was_behind:
             self._measure()
         token_ids = tokens if self._job.want_token_ids else ()
         if self._parser is None:

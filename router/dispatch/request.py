@@ -130,14 +130,17 @@ class Request:
         if token in self.prompt.stop_token_ids or len(output) >= self.most_tokens:
             self.complete = True
         if not self.posted:
-            self.posted = True
-            self.mailbox.post(self)
+            self.post()
         elif len(output) - self.taken > MAX_UNREAD_TOKENS:
             self.mailbox.overflow()
 
     def end(self, state: State, failure: CallError | None = None) -> None:
         self.state = state
         self.failure = failure
+        self.post()
+
+    def post(self) -> None:
+        """Lets the mailbox's reader know that there is something to take."""
         if not self.posted:
             self.posted = True
             self.mailbox.post(self)

@@ -290,5 +290,5 @@ async def test_many_of_the_largest_messages_hold_nobody_up(model: Path) -> None:
     async with cluster(model) as it:
         calls = [asyncio.ensure_future(code_of(it.stub.Generate(largest, timeout=20))) for _ in range(20)]
         assert list((await it.generate()).choices[0].token_ids) == expected(8)
-        assert set(await asyncio.gather(*calls)) == {Code.INVALID_ARGUMENT}
+        assert {*await asyncio.gather(*calls)} - {Code.RESOURCE_EXHAUSTED} == {Code.INVALID_ARGUMENT}
         await assert_well(it)

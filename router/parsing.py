@@ -12,6 +12,8 @@ from grpc import HandlerCallDetails, RpcMethodHandler
 
 from router.callers.limits import CALLER
 from router.callers.turns import Turns
+from router.callers.waiting_bytes import WaitingBytes
+from router.errors import CallError
 from router.metrics import Metrics
 
 log = structlog.get_logger(__name__)
@@ -19,9 +21,9 @@ log = structlog.get_logger(__name__)
 # Parsing blocks the event loop, for 50 ns a byte where a message has nothing but small parts.
 LARGE_BYTES = 16 * 1024
 
-# The share of the router's time that parsing of large messages may take, where it takes long.
+# The share of the router's time that parsing of large messages may take, and the seconds of it that are had at once.
 SHARE = 0.25
-LONG_SECONDS = 0.001
+AT_ONCE = 0.025
 
 
 class LargeMessages:
@@ -30,19 +32,28 @@ class LargeMessages:
 
     def __init__(self) -> None:
         self._turns = Turns(1, 1)
-        self._not_before = 0.0  # by time.monotonic()
+        self._waiting = WaitingBytes("too many large messages wait to be parsed")
+        self._paid_at = 0.0  # time.monotonic() when what was parsed will have been its share of the time
 
     async def parse(self, received: bytes, parse: Callable[[bytes], Message]) -> Message:
-        async with self._turns.place(CALLER.get().name):
-            if (pause := self._not_before - time.monotonic()) > 0:
-                await asyncio.sleep(pause)
-            began = time.thread_time()
-            try:
-                return parse(received)
-            finally:
-                took = time.thread_time() - began
-                if took > LONG_SECONDS:
-                    self._not_before = time.monotonic() + took * (1 / SHARE - 1)
+        """
+        Raises:
+            CallError: RESOURCE_EXHAUSTED if too much waits already.
+        """
+        caller, size = CALLER.get().name, len(received)
+        self._waiting.add(caller, size)
+        try:
+            async with self._turns.place(caller):
+                if (pause := self._paid_at - time.monotonic() - AT_ONCE / SHARE) > 0:
+                    await asyncio.sleep(pause)
+                began = time.thread_time()
+                try:
+                    return parse(received)
+                finally:
+                    took = time.thread_time() - began
+                    self._paid_at = max(self._paid_at, time.monotonic()) + took / SHARE
+        finally:
+            self._waiting.remove(caller, size)
 
 
 class ParseInterceptor(grpc.aio.ServerInterceptor):
@@ -85,7 +96,10 @@ class ParseInterceptor(grpc.aio.ServerInterceptor):
                 else:
                     message = await self._large.parse(received, parse)
             except DecodeError:
-                await self._refuse(method, context)
+                sentence = f"what was sent is no message that {method} takes"
+                await self._refuse(method, context, CallError(grpc.StatusCode.INVALID_ARGUMENT, sentence))
+            except CallError as error:
+                await self._refuse(method, context, error)
             return await serve(message, context)
 
         async def call(received: bytes, context: "grpc.aio.ServicerContext[Any, Any]") -> Any:
@@ -100,10 +114,9 @@ class ParseInterceptor(grpc.aio.ServerInterceptor):
 
         return call
 
-    async def _refuse(self, method: str, context: "grpc.aio.ServicerContext[Any, Any]") -> None:
-        code, sentence = grpc.StatusCode.INVALID_ARGUMENT, f"what was sent is no message that {method} takes"
+    async def _refuse(self, method: str, context: "grpc.aio.ServicerContext[Any, Any]", error: CallError) -> None:
         if method.startswith(self._prefix):
             short = method.removeprefix(self._prefix)
-            self._metrics.calls.labels(short, code.name).inc()
-            log.info("call failed", method=short, code=code.name, reason=sentence)
-        await context.abort(code, sentence)
+            self._metrics.calls.labels(short, error.code.name).inc()
+            log.info("call failed", method=short, code=error.code.name, reason=error.message)
+        await context.abort(error.code, error.message)

@@ -133,10 +133,10 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                         if answer.over:
                             continue
                         delta, finish = answer.advance()
-                        if answer.is_behind:
+                        if answer.behind and finish is None:
                             choice.post()
                         # What came before a failure is given all the same, and may have ended the answer.
-                        failure = choice.failure if finish is None and not answer.is_behind else None
+                        failure = choice.failure if finish is None and not answer.behind else None
                         if finish is not None:
                             self._dispatcher.drop([choice])
                             finishes.append(finish)

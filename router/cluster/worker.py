@@ -4,7 +4,7 @@ import time
 from typing import TypeVar
 
 from router.cluster.circuit import Circuit
-from router.cluster.outbox import Outbox
+from router.cluster.outbox import Outbox, most_bytes_of
 from router.cluster.prefix_index import PrefixIndex
 from router.cluster.worker_faults import WorkerFault
 from router.dispatch.request import Attempt, Kind, Request
@@ -199,10 +199,10 @@ class Worker:
     # ------------------------------------------------------------ sending
 
     def send_prefill(self, prefill: worker_pb2.Prefill, sequence: worker_pb2.Sequence) -> None:
-        _put(self.outbox.last(sequence.ByteSize()).prefills.add(), prefill, sequence)
+        _put(self.outbox.last(most_bytes_of(sequence)).prefills.add(), prefill, sequence)
 
     def send_reserve(self, reserve: worker_pb2.Reserve, sequence: worker_pb2.Sequence) -> None:
-        _put(self.outbox.last(sequence.ByteSize()).reserves.add(), reserve, sequence)
+        _put(self.outbox.last(most_bytes_of(sequence)).reserves.add(), reserve, sequence)
 
     def send_pool(self, pool: worker_pb2.PoolHandle) -> None:
         self.outbox.last(pool.ByteSize()).pools.append(pool)

@@ -54,7 +54,7 @@ def test_a_reader_that_is_far_behind_catches_up_in_several_steps(model: Path, st
     deltas = []
     while not reader.over:
         delta, finish = reader.advance()
-        assert (finish is None) == reader.is_behind
+        assert (finish is None) == reader.behind
         deltas.append(delta)
     assert max(len(delta.token_ids) for delta in deltas) == answer.MOST_TOKENS
     assert [token for delta in deltas for token in delta.token_ids] == tokens

@@ -1,7 +1,7 @@
 import asyncio
 
 from common.worker.message_size import FULL_BYTES, most_bytes
-from router.cluster.outbox import Outbox
+from router.cluster.outbox import Outbox, most_bytes_of
 from twostroke.v1 import worker_pb2
 
 LENGTH = 100_000
@@ -26,14 +26,14 @@ async def test_what_waits_is_one_message() -> None:
 async def test_no_message_is_larger_than_workers_take_and_the_order_is_kept() -> None:
     """As after the loss of a worker, when all its long sequences go to another one."""
     sequence = worker_pb2.Sequence(
-        token_ids=[2**32 - 1] * LENGTH, block_hashes=bytes(16 * LENGTH), grammar="x" * (7 << 20)
+        token_ids=[2**32 - 1] * LENGTH, block_hashes=bytes(16 * LENGTH), grammar="x" * (2 << 20)
     )
     kv = worker_pb2.KvLocation(block_ids=[2**32 - 1] * LENGTH, generations=[2**64 - 1] * LENGTH)
     outbox = Outbox()
     for attempt_id in range(3):
         reserve = worker_pb2.Reserve(attempt_id=attempt_id, sequence=sequence)
         start = worker_pb2.Start(attempt_id=attempt_id, kv=kv)
-        outbox.last(reserve.ByteSize()).reserves.append(reserve)
+        outbox.last(most_bytes_of(sequence)).reserves.append(reserve)
         outbox.last(start.ByteSize()).starts.append(start)
         outbox.last().ended.append(attempt_id)
     messages = await taken(outbox, 6)
@@ -49,3 +49,32 @@ async def test_no_message_is_larger_than_workers_take_and_the_order_is_kept() ->
         for attempt_id in ids
     ]
     assert said == [(kind, attempt_id) for attempt_id in range(3) for kind in ("reserve", "start", "ended")]
+
+
+def test_a_sequence_has_no_more_bytes_than_are_counted() -> None:
+    most = 2**32 - 1
+    sampling = worker_pb2.SamplingParams(
+        temperature=1.5,
+        top_k=most,
+        top_p=0.5,
+        min_p=0.5,
+        repetition_penalty=2,
+        presence_penalty=2,
+        frequency_penalty=2,
+        seed=2**64 - 1,
+        logit_bias={most - place: 1.5 for place in range(1024)},
+        logprobs=20,
+    )
+    sequence = worker_pb2.Sequence(
+        token_ids=[most] * 1000,
+        prompt_length=most,
+        block_hashes=bytes(16 * 1000),
+        sampling=sampling,
+        max_length=most,
+        min_length=most,
+        stop_token_ids=[most] * 100,
+        cache_root=bytes(16),
+        request_id="é" * 64,
+        grammar="🙂" * 100_000,
+    )
+    assert sequence.ByteSize() <= most_bytes_of(sequence) < 1.2 * sequence.ByteSize()

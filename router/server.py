@@ -127,7 +127,7 @@ class Router:
             interceptors.append(SecretInterceptor(REGISTRY, secret, NO_SECRET if secret is None else WRONG_SECRET))
         if keys is not None:
             interceptors.append(KeyInterceptor(INFERENCE, keys, secret, self.metrics))
-        return [ArrivalInterceptor(), *interceptors, ParseInterceptor(INFERENCE, self.metrics)]
+        return [ArrivalInterceptor(reflection.SERVICE_NAME), *interceptors, ParseInterceptor(INFERENCE, self.metrics)]
 
     def _watch(self) -> None:
         dispatcher, metrics = self.dispatcher, self.metrics

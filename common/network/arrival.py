@@ -5,11 +5,14 @@ gRPC holds what has come of a message, and strangers can begin calls, too: of he
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, TypeAlias
 
 import grpc
+from google.protobuf.message import DecodeError
 from grpc import HandlerCallDetails, RpcMethodHandler
+
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 # From a call's beginning until its message is there.
 ARRIVAL_SECONDS = 10.0
@@ -20,13 +23,20 @@ MOST_LATE_OF_A_HOST = 32
 MOST_LATE = 2 * MOST_LATE_OF_A_HOST
 
 NO_MESSAGE = "the call came without a message"
+WRONG_MESSAGE = "what was sent is no message that this method takes"
 LATE = "the call's message did not arrive in time; it is safe to try again"
 
 
 class ArrivalInterceptor(grpc.aio.ServerInterceptor):
-    """Applies to methods that are coroutines and take one message. The first of a server's interceptors."""
+    """Applies to methods that are coroutines and take one message. The first of a server's interceptors.
 
-    def __init__(self) -> None:
+    Args:
+        service: full name of one whose methods are generators and take streams, to each of whose messages it applies,
+            too; empty if there is none.
+    """
+
+    def __init__(self, service: str = "") -> None:
+        self._prefix = f"/{service}/"
         self._late: Counter[str] = Counter()  # calls whose message is, by host
 
     async def intercept_service(
@@ -35,8 +45,10 @@ class ArrivalInterceptor(grpc.aio.ServerInterceptor):
         details: HandlerCallDetails,
     ) -> "RpcMethodHandler[Any, Any] | None":
         handler = await continuation(details)
-        if handler is None or handler.request_streaming:
-            return handler
+        if handler is None:
+            return None
+        if handler.request_streaming:
+            return self._of_streams(handler) if details.method.startswith(self._prefix) else handler
         # Of a method that takes one message gRPC would read that by itself, and wait for it without end.
         make: Any
         serve: Any
@@ -45,14 +57,32 @@ class ArrivalInterceptor(grpc.aio.ServerInterceptor):
         else:
             make, serve = grpc.stream_unary_rpc_method_handler, handler.unary_unary
 
-        async def call(_: object, context: "grpc.aio.ServicerContext[Any, Any]") -> Any:
-            return await serve(await self._arrival(context), context)
+        async def call(_: object, context: Context) -> Any:
+            message = await self._read(context)
+            if message is grpc.aio.EOF:
+                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, NO_MESSAGE)
+            return await serve(message, context)
 
         handled: RpcMethodHandler[Any, Any] = make(call, handler.request_deserializer, handler.response_serializer)
         return handled
 
-    async def _arrival(self, context: "grpc.aio.ServicerContext[Any, Any]") -> Any:
-        """The call's message; ends the call if there is none."""
+    def _of_streams(self, handler: "RpcMethodHandler[Any, Any]") -> "RpcMethodHandler[Any, Any]":
+        serve: Any = handler.stream_stream
+
+        async def messages(context: Context) -> AsyncIterator[Any]:
+            while (message := await self._read(context)) is not grpc.aio.EOF:
+                yield message
+
+        async def call(_: object, context: Context) -> AsyncIterator[Any]:
+            async for answer in serve(messages(context), context):
+                yield answer
+
+        make: Any = grpc.stream_stream_rpc_method_handler
+        handled: RpcMethodHandler[Any, Any] = make(call, handler.request_deserializer, handler.response_serializer)
+        return handled
+
+    async def _read(self, context: Context) -> Any:
+        """The next message, or EOF; ends the call if neither comes."""
         loop, host, is_late = asyncio.get_running_loop(), context.peer().rpartition(":")[0], False
 
         def note_late() -> None:
@@ -69,11 +99,11 @@ class ArrivalInterceptor(grpc.aio.ServerInterceptor):
                 message = await context.read()
         except TimeoutError:
             await context.abort(grpc.StatusCode.UNAVAILABLE, LATE)
+        except DecodeError:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, WRONG_MESSAGE)
         finally:
             timer.cancel()
             if is_late:
                 self._late[host] -= 1
                 self._late += Counter()  # forgets hosts that have none
-        if message is grpc.aio.EOF:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, NO_MESSAGE)
         return message

@@ -5,20 +5,23 @@ from typing import Any
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
 
 from common.network import arrival
-from common.network.arrival import LATE, NO_MESSAGE, ArrivalInterceptor
+from common.network.arrival import LATE, NO_MESSAGE, WRONG_MESSAGE, ArrivalInterceptor
 from common.network.health import Health
 from tests import health
 from tests.raw_calls import DATA, END_HEADERS, HEADERS, PREFACE, SETTINGS, call, frame, headers
 from tests.router.cluster import eventually
 
 CHECK, WATCH = "/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"
+REFLECT = f"/{reflection.SERVICE_NAME}/ServerReflectionInfo"
 
 
 @pytest.fixture
 async def port() -> AsyncIterator[int]:
-    server = grpc.aio.server(interceptors=[ArrivalInterceptor()])
+    server = grpc.aio.server(interceptors=[ArrivalInterceptor(reflection.SERVICE_NAME)])
+    reflection.enable_server_reflection((reflection.SERVICE_NAME,), server)
     service = Health()
     await service.set("", health_pb2.HealthCheckResponse.SERVING)
     health_pb2_grpc.add_HealthServicer_to_server(service, server)
@@ -48,7 +51,7 @@ def begun(path: str, part: bytes) -> bytes:
     return PREFACE + frame(SETTINGS, 0, 0, b"") + frame(HEADERS, END_HEADERS, 1, block) + frame(DATA, 0, 1, part)
 
 
-@pytest.mark.parametrize("path", [CHECK, WATCH])
+@pytest.mark.parametrize("path", [CHECK, WATCH, REFLECT])
 @pytest.mark.parametrize("part", [b"", b"\0", b"\0\0\x3f\xff\xff" + bytes(1000)], ids=["nothing", "a byte", "a part"])
 async def test_a_call_whose_message_does_not_arrive_is_ended(
     port: int, path: str, part: bytes, monkeypatch: pytest.MonkeyPatch
@@ -78,6 +81,25 @@ async def begin_eight_of_which_three_may_be_late(port: int) -> None:
     for it in calls:
         it.cancel()
     await asyncio.gather(*calls, return_exceptions=True)
+
+
+@pytest.mark.parametrize("path", [CHECK, WATCH, REFLECT])
+async def test_what_is_no_message_is_told_so(port: int, path: str) -> None:
+    assert WRONG_MESSAGE.encode() in await answer(port, call(b"\0\0\0\0\2\xff\xff", path))
+
+
+async def test_each_message_of_a_stream_must_arrive(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arrival, "ARRIVAL_SECONDS", 0.3)
+    asked = reflection_pb2.ServerReflectionRequest(list_services="")
+    channel: Any
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        stub: Any = reflection_pb2_grpc.ServerReflectionStub(channel)
+        answers = [it async for it in stub.ServerReflectionInfo(iter([asked, asked]), timeout=5)]
+        assert [it.list_services_response.service[0].name for it in answers] == [reflection.SERVICE_NAME] * 2
+        stream = stub.ServerReflectionInfo(timeout=5)
+        await stream.write(asked)
+        assert await stream.read()
+        assert await stream.code() is grpc.StatusCode.UNAVAILABLE
 
 
 @pytest.mark.parametrize("path", [CHECK, WATCH])

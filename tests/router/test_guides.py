@@ -273,6 +273,7 @@ async def test_messages_that_wait_for_one_guide_are_bounded(model: Path, monkeyp
     chat = pb.Chat(messages=[pb.ChatMessage()] * 16_385)
     asked = request(guide=guide)
     monkeypatch.setattr("router.callers.waiting_bytes.MOST_OF_A_CALLER", 3 * asked.ByteSize())
+    monkeypatch.setattr("router.parsing.LARGE_BYTES", 1 << 20)  # that of parsing is another limit
     async with cluster(model) as it:
         calls = [asyncio.ensure_future(it.stub.Generate(asked, timeout=60)) for _ in range(9)]
         await eventually(lambda: sum(call.done() for call in calls) == 6)

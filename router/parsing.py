@@ -40,9 +40,8 @@ class LargeMessages:
         Raises:
             CallError: RESOURCE_EXHAUSTED if too much waits already.
         """
-        caller, size = CALLER.get().name, len(received)
-        self._waiting.add(caller, size)
-        try:
+        caller = CALLER.get().name
+        with self._waiting.counted(caller, len(received)):
             async with self._turns.place(caller):
                 if (pause := self._paid_at - time.monotonic() - AT_ONCE / SHARE) > 0:
                     await asyncio.sleep(pause)
@@ -52,8 +51,6 @@ class LargeMessages:
                 finally:
                     took = time.thread_time() - began
                     self._paid_at = max(self._paid_at, time.monotonic()) + took / SHARE
-        finally:
-            self._waiting.remove(caller, size)
 
 
 class ParseInterceptor(grpc.aio.ServerInterceptor):

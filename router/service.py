@@ -159,15 +159,11 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         if job.guide is None and not job.must_call:
             return await self._prompt(request), ""
         # Any number of calls may wait for one guide, each with its message.
-        caller, size = CALLER.get().name, request.ByteSize()
-        self._waiting.add(caller, size)
-        try:
+        with self._waiting.counted(CALLER.get().name, request.ByteSize()):
             grammar = await self._guides.grammar(job.guide) if job.guide is not None else ""
             prompt = await self._prompt(request)
             if job.must_call:
                 grammar = await self._guides.call(request.chat, prompt)
-        finally:
-            self._waiting.remove(caller, size)
         return prompt, grammar
 
     async def _prompt(self, request: pb.GenerateRequest) -> Tokenized:

@@ -1,6 +1,8 @@
 """Limits how much of what callers sent waits at one place."""
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import grpc
 
@@ -35,3 +37,12 @@ class WaitingBytes:
 
     def remove(self, caller: str, size: int) -> None:
         self._held[caller] -= size
+
+    @contextmanager
+    def counted(self, caller: str, size: int) -> Iterator[None]:
+        """So much waits during the block. Raises as `add`."""
+        self.add(caller, size)
+        try:
+            yield
+        finally:
+            self.remove(caller, size)

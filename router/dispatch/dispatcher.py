@@ -158,8 +158,8 @@ class Dispatcher:
         may: they would take the room that it waits for."""
         if self._goes_on:
             return
-        now = asyncio.get_running_loop().time
-        enough = now() + SENDING_SECONDS
+        loop = asyncio.get_running_loop()
+        enough = loop.time() + SENDING_SECONDS
         missing = None
         while missing is None:
             request = self._queue.at(0)
@@ -167,9 +167,9 @@ class Dispatcher:
             if request is None:
                 return
             missing = self._try_to_place(request)
-            if missing is None and now() > enough:
+            if missing is None and loop.time() > enough:
                 self._goes_on = True
-                asyncio.get_running_loop().call_soon(self._go_on)
+                loop.call_soon(self._go_on)
                 return
         if missing == PREFILL and any(worker.can_prefill for worker in self.workers.of(DECODE)):
             self._search()

@@ -20,7 +20,7 @@ from cyclopts import App
 
 from benchmarks.cluster import Cluster, Flags
 from benchmarks.gpu import models
-from benchmarks.gpu.workload import MAX_LENGTH, Ask, ask_all, split, workload
+from benchmarks.gpu.workload import MAX_LENGTH, Ask, ask_all, does_both, split, workload
 from benchmarks.report import Figure, Report
 
 ROUNDS = 2
@@ -71,12 +71,7 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         model = models.write(name, Path(folder))
         worker = {**models.worker(model, device, MAX_LENGTH), "num-blocks": blocks}
-        both = {
-            **worker,
-            "max-batch": max_batch,
-            "prefill-tokens": MAX_LENGTH,
-            "prefill-chunk-tokens": max_batch_tokens,
-        }
+        both = does_both(worker, blocks, max_batch, max_batch_tokens)
         prefill, decode = {**worker, "max-batch-tokens": max_batch_tokens}, {**worker, "max-batch": max_batch}
         for layout in _layouts(devices, both, prefill, decode):
             where = (logs or Path(folder) / "logs") / layout.name.replace(",", "").replace(" ", "-")

@@ -24,7 +24,7 @@ from cyclopts import App
 from benchmarks.cluster import Cluster, Flags
 from benchmarks.gpu import floors, models, nano_vllm
 from benchmarks.gpu.timing import copy_bytes_per_second, gemm_operations_per_second
-from benchmarks.gpu.workload import MAX_LENGTH, TEMPERATURE, Ask, ask_all, split, workload
+from benchmarks.gpu.workload import MAX_LENGTH, TEMPERATURE, Ask, ask_all, does_both, split, workload
 from benchmarks.report import Figure, Report
 from common.model.model_config import load_config
 from twostroke import AsyncClient, event_loop
@@ -63,10 +63,8 @@ class Layout:
 
 
 def _one_worker(worker: Flags, sizes: Sizes) -> Layout:
-    """Prefills what it decodes, in chunks of a whole prefill batch: prompts go first, and nothing is handed over."""
-    own = {"prefill-tokens": MAX_LENGTH, "prefill-chunk-tokens": sizes.max_batch_tokens}
-    both = {"num-blocks": sizes.decode_blocks, "max-batch": sizes.max_batch, **own}
-    return Layout("one worker", [("decode_worker", {**worker, **both})], rounds=2, bounded=True)
+    both = does_both(worker, sizes.decode_blocks, sizes.max_batch, sizes.max_batch_tokens)
+    return Layout("one worker", [("decode_worker", both)], rounds=2, bounded=True)
 
 
 def _pair(worker: Flags, sizes: Sizes) -> Layout:

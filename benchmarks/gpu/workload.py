@@ -8,6 +8,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
+from benchmarks.cluster import Flags
 from twostroke import AsyncClient, event_loop
 
 TEMPERATURE = 0.6
@@ -25,6 +26,13 @@ def workload(requests: int, longest: int = 1024) -> list[Ask]:
     draw = random.Random(0).randint
     prompts = [tuple(draw(0, 10_000) for _ in range(draw(100, longest))) for _ in range(requests)]
     return [Ask(prompt, draw(100, longest)) for prompt in prompts]
+
+
+def does_both(worker: Flags, blocks: int, max_batch: int, max_batch_tokens: int) -> Flags:
+    """Flags of a worker that prefills what it decodes, in chunks of a whole prefill batch: prompts go first, and
+    nothing is handed over."""
+    own = {"prefill-tokens": MAX_LENGTH, "prefill-chunk-tokens": max_batch_tokens}
+    return {**worker, "num-blocks": blocks, "max-batch": max_batch, **own}
 
 
 def split(asks: Sequence[Ask], clients: int) -> list[list[Ask]]:

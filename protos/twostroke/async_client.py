@@ -27,7 +27,7 @@ from twostroke.channel import (
     seconds_of,
 )
 from twostroke.chat import ChatOptions, Messages
-from twostroke.errors import closed, error_of
+from twostroke.errors import closed, error_of, unusable
 from twostroke.request import Options, Prompt, chat_request, detokenize_request, generate_request, tokenize_request
 from twostroke.results import Generation, Piece, generation_of, piece_of
 from twostroke.v1 import inference_pb2 as pb
@@ -164,7 +164,8 @@ class AsyncClient:
         watch = self._channel.unary_stream(HEALTH_WATCH, HEALTH_TO_BYTES, HEALTH_FROM_BYTES)
         deadline = time.monotonic() + timeout
         while (left := deadline - time.monotonic()) > 0:
-            call = watch(HEALTH_OF_INFERENCE, timeout=seconds_of(left, None), metadata=self._metadata)
+            with _closing_as_error():
+                call = watch(HEALTH_OF_INFERENCE, timeout=seconds_of(left, None), metadata=self._metadata)
             try:
                 with _closing_as_error():
                     async for status in call:
@@ -193,7 +194,8 @@ class AsyncClient:
 
     async def _pieces(self, request: pb.GenerateRequest, timeout: float | None) -> AsyncGenerator[Piece, None]:
         timeout = seconds_of(timeout, self._timeout)
-        call = self._stub.GenerateStream(request, timeout=timeout, metadata=self._metadata)
+        with _closing_as_error():
+            call = self._stub.GenerateStream(request, timeout=timeout, metadata=self._metadata)
         try:
             with _closing_as_error():
                 async for chunk in call:
@@ -206,10 +208,13 @@ class AsyncClient:
 
 @contextmanager
 def _closing_as_error() -> Iterator[None]:
-    """A call whose client is closed ends with an error, as the sync client's. gRPC raises what a task raises that is
-    cancelled itself: its caller would take that for its own doing, and a task group would pass over it."""
+    """A call whose client is closed ends with an error, as the sync client's. For one under way gRPC raises what a task
+    raises that is cancelled itself: its caller would take that for its own doing, and a task group would pass over
+    it."""
     try:
         yield
+    except grpc.aio.UsageError as error:
+        raise unusable() from error
     except asyncio.CancelledError as error:
         task = asyncio.current_task()
         if task is None or task.cancelling():

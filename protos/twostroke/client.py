@@ -1,7 +1,8 @@
 """The client for programs without an event loop."""
 
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Self, TypeVar, Unpack
 
 import grpc
@@ -23,7 +24,7 @@ from twostroke.channel import (
     seconds_of,
 )
 from twostroke.chat import ChatOptions, Messages
-from twostroke.errors import error_of
+from twostroke.errors import error_of, unusable
 from twostroke.request import Options, Prompt, chat_request, detokenize_request, generate_request, tokenize_request
 from twostroke.results import Generation, Piece, generation_of, piece_of
 from twostroke.v1 import inference_pb2 as pb
@@ -160,7 +161,8 @@ class Client:
         reason = NOBODY
         deadline = time.monotonic() + timeout
         while (left := deadline - time.monotonic()) > 0:
-            watch = self._watch(HEALTH_OF_INFERENCE, timeout=seconds_of(left, None), metadata=self._metadata)
+            with _closed_as_error():
+                watch = self._watch(HEALTH_OF_INFERENCE, timeout=seconds_of(left, None), metadata=self._metadata)
             try:
                 for status in watch:
                     if status.value == SERVING:
@@ -181,13 +183,15 @@ class Client:
     ) -> _Response:
         timeout = seconds_of(timeout, self._timeout)
         try:
-            return method(request, timeout=timeout, metadata=self._metadata)
+            with _closed_as_error():
+                return method(request, timeout=timeout, metadata=self._metadata)
         except grpc.RpcError as error:
             raise error_of(error, timeout) from error
 
     def _pieces(self, request: pb.GenerateRequest, timeout: float | None) -> Generator[Piece, None, None]:
         timeout = seconds_of(timeout, self._timeout)
-        call = self._stub.GenerateStream(request, timeout=timeout, metadata=self._metadata)
+        with _closed_as_error():
+            call = self._stub.GenerateStream(request, timeout=timeout, metadata=self._metadata)
         try:
             for chunk in call:
                 yield piece_of(chunk)
@@ -195,3 +199,14 @@ class Client:
             raise error_of(call, timeout) from error
         finally:
             call.cancel()
+
+
+@contextmanager
+def _closed_as_error() -> Iterator[None]:
+    """gRPC has only a ValueError for a call on a channel that is closed, and also for wrong values."""
+    try:
+        yield
+    except ValueError as error:
+        if "closed" in str(error):
+            raise unusable() from error
+        raise

@@ -56,6 +56,10 @@ def closed() -> TwostrokeError:
     return TwostrokeError("the client was closed before the call ended", grpc.StatusCode.CANCELLED)
 
 
+def unusable() -> TwostrokeError:
+    return TwostrokeError("the client is closed; further calls need a new one", grpc.StatusCode.CANCELLED)
+
+
 class Status(Protocol):
     """What gRPC's sync and async errors have in common, beyond what `grpc.RpcError` declares."""
 

@@ -130,6 +130,17 @@ async def test_a_client_that_is_closed_during_a_call_cancels_no_task(router: Fak
         assert caught.value.code is grpc.StatusCode.CANCELLED
 
 
+async def test_a_client_that_is_closed_says_so(router: FakeRouter) -> None:
+    client = AsyncClient(router.address)
+    await client.model()
+    stream = client.stream("Hello")
+    await client.close()
+    for call in (client.model(), anext(stream), client.wait_until_ready()):
+        with pytest.raises(twostroke.TwostrokeError, match=r"^the client is closed; further calls need a new one$"):
+            await call
+    await client.close()
+
+
 async def test_wait_until_ready() -> None:
     ready = threading.Event()
     with serving(FakeRouter(), ready=ready) as router:

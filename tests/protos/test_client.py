@@ -523,6 +523,18 @@ def test_a_client_that_is_closed_during_a_call_does_not_blame_the_router(router:
     assert not isinstance(caught.value, twostroke.Unavailable)
 
 
+def test_a_client_that_is_closed_says_so(router: FakeRouter) -> None:
+    client = Client(router.address)
+    client.model()
+    stream = client.stream("Hello")
+    client.close()
+    calls: tuple[Callable[[], object], ...] = (client.model, lambda: next(stream), client.wait_until_ready)
+    for call in calls:
+        with pytest.raises(twostroke.TwostrokeError, match=r"^the client is closed; further calls need a new one$"):
+            call()
+    client.close()
+
+
 def test_no_router() -> None:
     with Client("127.0.0.1:1") as client, pytest.raises(twostroke.Unavailable):
         client.model()

@@ -14,6 +14,8 @@ from common.model.safetensors_files import checkpoint_files, map_tensors
 
 _PROGRESS_AFTER_SECONDS = 1.0
 
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
 # (name in a Hugging Face checkpoint, shape) -> the tensor, of the wanted dtype, on the wanted device
 _Source = Callable[[str, tuple[int, ...]], Tensor]
 
@@ -61,6 +63,8 @@ def load(directory: Path, config: ModelConfig, dtype: str, device: torch.device)
     stored: dict[str, Tensor] = {}
     for file in checkpoint_files(directory):
         stored |= map_tensors(file)
+    if config.tie_word_embeddings and _EMBEDDING not in stored and _HEAD in stored:
+        stored[_EMBEDDING] = stored.pop(_HEAD)  # of the two that are one, some savers keep the other
     tied = config.tie_word_embeddings and not _has_own_head(stored)
     with tqdm(
         total=sum(tensor.nbytes for tensor in stored.values()),
@@ -133,19 +137,19 @@ def _assemble(config: ModelConfig, take: _Source) -> Weights:
             down=take(f"{mlp}.down_proj.weight", (hidden, intermediate)),
         )
 
-    embedding = take("model.embed_tokens.weight", (config.vocab_size, hidden))
+    embedding = take(_EMBEDDING, (config.vocab_size, hidden))
     return Weights(
         embedding=embedding,
         layers=tuple(layer(index) for index in range(config.num_layers)),
         norm=take("model.norm.weight", (hidden,)),
-        lm_head=embedding if config.tie_word_embeddings else take("lm_head.weight", (config.vocab_size, hidden)),
+        lm_head=embedding if config.tie_word_embeddings else take(_HEAD, (config.vocab_size, hidden)),
     )
 
 
 def _has_own_head(stored: Mapping[str, Tensor]) -> bool:
     """Whether there is an output head other than the embedding. transformers does not tie the two then, whatever
     config.json says."""
-    head, embedding = stored.get("lm_head.weight"), stored.get("model.embed_tokens.weight")
+    head, embedding = stored.get(_HEAD), stored.get(_EMBEDDING)
     return head is not None and embedding is not None and not torch.equal(head.to(embedding.dtype), embedding)
 
 
@@ -164,7 +168,7 @@ def _joined(parts: list[Tensor]) -> Tensor:
 def _refuse_leftovers(stored: Iterable[str], directory: Path, config: ModelConfig) -> None:
     """Refuses tensors that the model does not have, except two that some checkpoints carry without need."""
     for name in stored:
-        if not (name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_word_embeddings)):
+        if not (name.endswith("rotary_emb.inv_freq") or (name == _HEAD and config.tie_word_embeddings)):
             raise ModelError(
                 f"{directory} holds {name}, which {config.architecture} with this config.json does not have"
             )

@@ -120,6 +120,19 @@ def test_tensors_that_checkpoints_carry_for_nothing_are_passed_over(tmp_path: Pa
     assert loaded.lm_head is loaded.embedding
 
 
+def test_of_a_tied_embedding_and_head_either_may_be_stored(tmp_path: Path) -> None:
+    hf_models.save("llama", tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    tensors["lm_head.weight"] = embedding = tensors.pop("model.embed_tokens.weight").clone()
+    file.unlink()
+    save_file(tensors, file, {"format": "pt"})
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path).model.embed_tokens.weight, embedding)
+    loaded = _load(tmp_path)
+    assert torch.equal(loaded.embedding, embedding)
+    assert loaded.lm_head is loaded.embedding
+
+
 def test_an_output_head_of_its_own_is_not_tied_whatever_config_json_says(tmp_path: Path) -> None:
     """As a model that was trained on with the two apart is often saved."""
     hf_models.save("llama", tmp_path)

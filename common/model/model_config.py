@@ -151,6 +151,12 @@ def _architecture(raw: dict[str, Any]) -> str:
         raise ModelError(f"config.json must give architectures as a list; it gives {named!r}")
     for architecture in named:
         if isinstance(architecture, str) and architecture in _ARCHITECTURES:
+            # transformers goes by model_type, and would make another model of the same weights.
+            if raw.get("model_type", _ARCHITECTURES[architecture]) != _ARCHITECTURES[architecture]:
+                raise ModelError(
+                    f"config.json names the architecture {architecture} and the model_type {raw['model_type']!r}, "
+                    "which contradict each other"
+                )
             return architecture
     what = f"the architecture {', '.join(map(str, named))}" if named else "a config.json that names no architecture"
     raise ModelError(f"{what} is not supported; supported are {', '.join(_ARCHITECTURES)}")

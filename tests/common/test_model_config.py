@@ -70,6 +70,13 @@ def test_features_follow_the_architecture() -> None:
     assert features("Qwen3ForCausalLM") == (False, False, True)
 
 
+def test_a_model_type_of_another_architecture_is_refused() -> None:
+    contradiction = r"names the architecture LlamaForCausalLM and the model_type 'qwen2', which contradict each other"
+    with pytest.raises(ModelError, match=contradiction):
+        parse_config(LLAMA | {"model_type": "qwen2"})
+    assert parse_config(LLAMA | {"model_type": "llama"}) == parse_config(LLAMA)
+
+
 def test_end_of_sequence_tokens_come_from_both_files(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 5]}))

@@ -18,22 +18,29 @@ class Detokenizer:
     Args:
         table: the bytes of each token.
         strip_leading_space: drops one space from the beginning of the text.
+        opening: the bytes of the first token that has any, if they are others.
         signs: text for some tokens, in place of their bytes; it may contain lone surrogates.
     """
 
-    __slots__ = ("_decoder", "_signs", "_strip", "_table")
+    __slots__ = ("_decoder", "_opening", "_signs", "_strip", "_table")
 
-    def __init__(self, table: Sequence[bytes], strip_leading_space: bool, signs: Mapping[int, str] = NO_SIGNS) -> None:
+    def __init__(
+        self,
+        table: Sequence[bytes],
+        strip_leading_space: bool,
+        opening: Sequence[bytes] | None = None,
+        signs: Mapping[int, str] = NO_SIGNS,
+    ) -> None:
         self._table = table
         self._strip = strip_leading_space
+        self._opening = opening
         self._signs = signs
         self._decoder = _new_decoder("replace")
 
     def feed(self, tokens: Sequence[int]) -> str:
         if self._signs and not self._signs.keys().isdisjoint(tokens):
             return self._feed_with_signs(tokens)
-        table = self._table
-        return self._without_leading_space(self._decoder.decode(b"".join([table[token] for token in tokens])))
+        return self._decoded(tokens)
 
     def finish(self) -> str:
         """The rest: U+FFFD if the sequence ended inside a character, else nothing."""
@@ -45,10 +52,20 @@ class Detokenizer:
         for token in tokens:
             sign = self._signs.get(token)
             if sign is None:
-                pieces.append(self._without_leading_space(self._decoder.decode(self._table[token])))
+                pieces.append(self._decoded((token,)))
             else:
                 pieces += self.finish(), sign
         return "".join(pieces)
+
+    def _decoded(self, tokens: Sequence[int]) -> str:
+        table = self._table
+        spelled = [table[token] for token in tokens]
+        if self._opening is not None:
+            first = next((place for place, text in enumerate(spelled) if text), None)
+            if first is not None:
+                spelled[first] = self._opening[tokens[first]]
+                self._opening = None
+        return self._without_leading_space(self._decoder.decode(b"".join(spelled)))
 
     def _without_leading_space(self, text: str) -> str:
         if self._strip and text:

@@ -9,6 +9,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from common.model.model_config import ModelError
 
+SPACE = "\u2581"  # as SentencePiece-like vocabularies write it
+
 
 class UnsupportedTokenizer(ModelError):
     """A tokenizer with a decoder that the router does not support."""
@@ -16,11 +18,19 @@ class UnsupportedTokenizer(ModelError):
 
 @dataclass(frozen=True, slots=True)
 class TokenBytes:
-    """The bytes of every token, by id; empty for ids that the tokenizer does not know."""
+    """The bytes of every token, by id; empty for ids that the tokenizer does not know.
+
+    Attributes:
+        table: the bytes.
+        special: ids of the special tokens.
+        strip_leading_space: a text begins without its first space.
+        opening: the bytes of a token with which a text begins, where such a token loses all of its spaces.
+    """
 
     table: tuple[bytes, ...]
     special: frozenset[int]
     strip_leading_space: bool
+    opening: tuple[bytes, ...] | None = None
 
     def without_special(self) -> tuple[bytes, ...]:
         """The table with special tokens empty."""
@@ -38,10 +48,12 @@ def read(tokenizer: Tokenizer, vocab_size: int) -> TokenBytes:
         decoder = json.loads(cast(bytes, tokenizer.decoder.__getstate__()))
     steps = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
     kinds = [step["type"] for step in steps]
+    drops_spaces = False
     if kinds == ["ByteLevel"]:
         to_bytes, strip = _byte_level, False
     elif kinds == ["Metaspace"]:
-        to_bytes, strip = _plain_piece, steps[0].get("prepend_scheme", "always") != "never"
+        to_bytes, strip = _plain_piece, False
+        drops_spaces = steps[0].get("prepend_scheme", "always") != "never"
     elif "Replace" in kinds and set(kinds) <= {"Replace", "ByteFallback", "Fuse", "Strip"}:
         to_bytes = _piece_or_byte if "ByteFallback" in kinds else _plain_piece
         strip = any(step["type"] == "Strip" and step["start"] > 0 for step in steps)
@@ -51,9 +63,10 @@ def read(tokenizer: Tokenizer, vocab_size: int) -> TokenBytes:
         )
     size = max(vocab_size, tokenizer.get_vocab_size(with_added_tokens=True))
     # By id: the vocabulary has added tokens as they were given, and `decode` what the normalizer makes of them.
-    table = [to_bytes(tokenizer.id_to_token(index) or "") for index in range(size)]
+    tokens = [tokenizer.id_to_token(index) or "" for index in range(size)]
+    opening = tuple(to_bytes(token.replace(SPACE, "")) for token in tokens) if drops_spaces else None
     special = frozenset(index for index, added in tokenizer.get_added_tokens_decoder().items() if added.special)
-    return TokenBytes(tuple(table), special, strip)
+    return TokenBytes(tuple(map(to_bytes, tokens)), special, strip, opening)
 
 
 def _byte_of_character() -> dict[str, int]:
@@ -75,7 +88,7 @@ def _byte_level(token: str) -> bytes:
 
 
 def _plain_piece(token: str) -> bytes:
-    return token.replace("\u2581", " ").encode()
+    return token.replace(SPACE, " ").encode()
 
 
 def _piece_or_byte(token: str) -> bytes:

@@ -122,7 +122,8 @@ class Tokenizer:
             signs: what stands for some of the special tokens.
         """
         table = self._bytes.table if special_tokens else self._visible
-        return Detokenizer(table, self._bytes.strip_leading_space and begins_text, signs)
+        strip, opening = self._bytes.strip_leading_space, self._bytes.opening
+        return Detokenizer(table, strip and begins_text, opening if begins_text else None, signs)
 
     def spells(self, token_ids: Sequence[int]) -> bool:
         """Whether the tokens have any text, special tokens aside."""

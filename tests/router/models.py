@@ -71,6 +71,19 @@ def byte_fallback() -> Tokenizer:
     return tokenizer
 
 
+def metaspace() -> Tokenizer:
+    """As SentencePiece's unigram models: pieces of text with blanks at their beginning or in them."""
+    tokenizer = Tokenizer(models.Unigram([("<unk>", 0.0)], unk_id=0))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(split=False)
+    tokenizer.decoder = decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=VOCAB_SIZE, special_tokens=["<unk>", *SPECIAL], unk_token="<unk>", show_progress=False
+    )
+    tokenizer.train_from_iterator([*CORPUS * 5, *("    x = [  1,   2]" for _ in range(20))], trainer)
+    tokenizer.add_tokens(["of two"])
+    return tokenizer
+
+
 def token_id(tokenizer: Tokenizer, token: str) -> int:
     found = tokenizer.token_to_id(token)
     assert found is not None, token

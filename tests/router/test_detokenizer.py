@@ -12,12 +12,14 @@ from tests.router import models
 
 BYTE_LEVEL = models.byte_level()
 BYTE_FALLBACK = models.byte_fallback()
+METASPACE = models.metaspace()
+NAMES = ["byte_level", "byte_fallback", "metaspace"]
 
 
 def in_pieces(tokenizer: Tokenizer, ids: list[int], cuts: random.Random, special_tokens: bool) -> list[str]:
     known = token_bytes.read(tokenizer, models.VOCAB_SIZE)
     table = known.table if special_tokens else known.without_special()
-    detokenizer = Detokenizer(table, known.strip_leading_space)
+    detokenizer = Detokenizer(table, known.strip_leading_space, known.opening)
     pieces = []
     while ids:
         count = cuts.randint(1, 4)
@@ -28,16 +30,23 @@ def in_pieces(tokenizer: Tokenizer, ids: list[int], cuts: random.Random, special
 
 @given(st.lists(st.integers(0, models.VOCAB_SIZE - 1)), st.randoms(use_true_random=False), st.booleans())
 @settings(deadline=None)
-def test_any_byte_level_tokens_are_spelled_as_the_tokenizer_does(
-    ids: list[int], cuts: random.Random, special_tokens: bool
+@pytest.mark.parametrize("tokenizer", [BYTE_LEVEL, METASPACE], ids=["byte_level", "metaspace"])
+def test_any_tokens_are_spelled_as_the_tokenizer_does(
+    tokenizer: Tokenizer, ids: list[int], cuts: random.Random, special_tokens: bool
 ) -> None:
-    pieces = in_pieces(BYTE_LEVEL, ids, cuts, special_tokens)
-    assert "".join(pieces) == BYTE_LEVEL.decode(ids, skip_special_tokens=not special_tokens)
+    ids = [token for token in ids if token < tokenizer.get_vocab_size()]
+    pieces = in_pieces(tokenizer, ids, cuts, special_tokens)
+    assert "".join(pieces) == tokenizer.decode(ids, skip_special_tokens=not special_tokens)
+
+
+def test_the_first_token_of_a_metaspace_tokenizer_loses_all_its_spaces() -> None:
+    ids = [models.token_id(METASPACE, token) for token in ("\u2581" * 3, "\u2581", "x\u2581")]
+    assert "".join(in_pieces(METASPACE, ids, random.Random(1), special_tokens=False)) == METASPACE.decode(ids) == " x "
 
 
 @given(st.text(), st.randoms(use_true_random=False))
 @settings(deadline=None)
-@pytest.mark.parametrize("tokenizer", [BYTE_LEVEL, BYTE_FALLBACK], ids=["byte_level", "byte_fallback"])
+@pytest.mark.parametrize("tokenizer", [BYTE_LEVEL, BYTE_FALLBACK, METASPACE], ids=NAMES)
 def test_pieces_of_a_text_make_the_text(tokenizer: Tokenizer, text: str, cuts: random.Random) -> None:
     ids = tokenizer.encode(text).ids
     pieces = in_pieces(tokenizer, ids, cuts, special_tokens=True)
@@ -48,7 +57,7 @@ def test_pieces_of_a_text_make_the_text(tokenizer: Tokenizer, text: str, cuts: r
 
 def test_a_character_is_held_back_until_it_is_whole() -> None:
     known = token_bytes.read(BYTE_FALLBACK, models.VOCAB_SIZE)
-    detokenizer = Detokenizer(known.table, known.strip_leading_space)
+    detokenizer = Detokenizer(known.table, known.strip_leading_space, known.opening)
     ids = [models.token_id(BYTE_FALLBACK, f"<0x{byte:02X}>") for byte in "🙂".encode()]
     assert [detokenizer.feed([token]) for token in ids] == ["", "", "", "🙂"]
     assert detokenizer.feed(ids[:2]) == ""
@@ -57,19 +66,19 @@ def test_a_character_is_held_back_until_it_is_whole() -> None:
 
 @given(st.lists(st.integers(0, models.VOCAB_SIZE - 1)), st.lists(st.integers(0, 40), max_size=4))
 @settings(deadline=None)
-@pytest.mark.parametrize("tokenizer", [BYTE_LEVEL, BYTE_FALLBACK], ids=["byte_level", "byte_fallback"])
+@pytest.mark.parametrize("tokenizer", [BYTE_LEVEL, BYTE_FALLBACK, METASPACE], ids=NAMES)
 def test_a_sign_stands_for_a_token_and_between_others(tokenizer: Tokenizer, ids: list[int], cuts: list[int]) -> None:
     known = token_bytes.read(tokenizer, models.VOCAB_SIZE)
     sign, special = "\ud800", 0
     ids = [special if token % 7 == 0 else token for token in ids]
-    detokenizer = Detokenizer(known.without_special(), known.strip_leading_space, {special: sign})
+    detokenizer = Detokenizer(known.without_special(), known.strip_leading_space, known.opening, {special: sign})
     edges = [0, *sorted(cut for cut in cuts if cut < len(ids)), len(ids)]
     pieces = [detokenizer.feed(ids[begin:end]) for begin, end in pairwise(edges)] + [detokenizer.finish()]
 
     between: list[list[int]] = [[]]
     for token in ids:
         between.append([]) if token == special else between[-1].append(token)
-    plain = Detokenizer(known.without_special(), known.strip_leading_space)
+    plain = Detokenizer(known.without_special(), known.strip_leading_space, known.opening)
     assert "".join(pieces) == sign.join(plain.feed(tokens) + plain.finish() for tokens in between)
 
 

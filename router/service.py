@@ -29,7 +29,8 @@ from router.config import RouterConfig
 from router.dispatch.dispatcher import Dispatcher
 from router.dispatch.request import MAX_UNREAD_TOKENS, Prompt, Request
 from router.errors import CallError, InvalidArgument
-from router.grammars.guides import Guides
+from router.grammars.guides import Guides, call_of
+from router.grammars.tool_choice import must_call
 from router.mailbox import Mailbox
 from router.metrics import Metrics
 from router.prompts.tokenizer import Tokenized, Tokenizer
@@ -256,7 +257,10 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                     special = request.add_special_tokens if request.HasField("add_special_tokens") else True
                     token_ids = await self._tokenizer.encode(request.text, add_special_tokens=special)
                 case "chat":
-                    token_ids = (await self._tokenizer.encode_chat(request.chat)).token_ids
+                    prompt = await self._tokenizer.encode_chat(request.chat)
+                    if must_call(request.chat):
+                        call_of(request.chat, prompt)  # what could not be generated is refused here, too
+                    token_ids = prompt.token_ids
                 case _:
                     raise InvalidArgument("input", "one of text and chat must be set")
             return pb.TokenizeResponse(token_ids=token_ids)

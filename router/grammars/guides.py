@@ -55,9 +55,7 @@ class Guides:
             InvalidArgument: names the tool or the field for which that is not possible.
             CallError: as `grammar`.
         """
-        tools, several = tool_choice.tools_to_call(chat), chat.tool_choice.required
-        form = replace(prompt.form, reasoning=False) if prompt.closes_reasoning else prompt.form
-        grammar = tool_choice.answer_grammar(tools, form, several=several, in_reasoning=prompt.opens_reasoning)
+        tools, grammar = call_of(chat, prompt)
         try:
             await self._check("chat.tool_choice", grammar)
         except GrammarError as error:
@@ -86,6 +84,17 @@ class Guides:
             await self._checks.check(grammar, CALLER.get().name)
         except NoGuidesError as error:
             raise InvalidArgument(field, f"answers of this model cannot be guided: {error}") from error
+
+
+def call_of(chat: pb.Chat, prompt: Tokenized) -> tuple[list[Tool], str]:
+    """The tools of which an answer must call one, and its grammar, not yet compiled. `prompt`: made from the chat.
+
+    Raises:
+        InvalidArgument: names the tool or the field for which there is none.
+    """
+    tools, several = tool_choice.tools_to_call(chat), chat.tool_choice.required
+    form = replace(prompt.form, reasoning=False) if prompt.closes_reasoning else prompt.form
+    return tools, tool_choice.answer_grammar(tools, form, several=several, in_reasoning=prompt.opens_reasoning)
 
 
 def grammar_of(guide: pb.Guide) -> str:

@@ -294,6 +294,15 @@ async def test_what_a_model_has_no_way_to_call(tmp_path: Path) -> None:
     await assert_refused(tmp_path / "other", unknown, {"tools": TOOLS, "tool_choice": named("time")}, sentence)
 
 
+async def test_what_cannot_be_called_cannot_be_tokenized(tmp_path: Path) -> None:
+    async with answering(tmp_path, LIKE_QWEN, "") as (_, client):
+        with pytest.raises(Refused, match=r"^chat\.tool_choice: there are no tools to call: set chat\.tools$"):
+            await client.tokenize([QUESTION], tool_choice="required")
+        with pytest.raises(Refused, match=r"^chat\.tool_choice\.name: 'zzz' is the name of no tool in chat\.tools$"):
+            await client.tokenize([QUESTION], tools=TOOLS, tool_choice=named("zzz"))
+        assert await client.tokenize([QUESTION], tools=TOOLS, tool_choice=named("time"))
+
+
 async def assert_refused(directory: Path, model: Model, fields: dict[str, Any], sentence: str) -> None:
     async with answering(directory, model, "") as (_, client):
         with pytest.raises(Refused) as refused:

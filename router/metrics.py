@@ -1,6 +1,8 @@
 """The router's Prometheus metrics."""
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import Counter, Gauge, Histogram
+
+from common.telemetry import metrics_server
 
 LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 # As the answer's `Timing` names them.
@@ -14,7 +16,7 @@ class Metrics:
     """One set per router; `registry` is what is served."""
 
     def __init__(self) -> None:
-        self.registry = CollectorRegistry()
+        self.registry = metrics_server.new_registry()
         self.first_token = Histogram(
             "twostroke_first_token_seconds",
             "From a choice's arrival to its first token (TTFT)",

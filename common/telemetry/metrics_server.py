@@ -1,6 +1,7 @@
 """Serves a part's Prometheus metrics over HTTP, with the same certificates as its other port."""
 
 import math
+import os
 import socket
 import sys
 import threading
@@ -11,12 +12,30 @@ from prometheus_client.exposition import ThreadingWSGIServer
 
 from common.network.addresses import is_unix
 from common.security.certificates import Certificates
-from common.start_error import AddressError
+from common.start_error import AddressError, StartError
 
 Request = socket.socket | tuple[bytes, socket.socket]
 
 # How long a caller may stay silent.
 SILENCE_SECONDS = 10.0
+
+# With this variable, prometheus_client keeps values in files: for applications of several processes behind one port.
+VALUES_IN_FILES = "PROMETHEUS_MULTIPROC_DIR"
+
+
+def new_registry() -> CollectorRegistry:
+    """For the metrics of a part.
+
+    Raises:
+        StartError: the environment names a directory for their values, and it cannot be written to.
+    """
+    directory = os.environ.get(VALUES_IN_FILES)
+    if directory is not None and not (os.path.isdir(directory) and os.access(directory, os.W_OK | os.X_OK)):
+        raise StartError(
+            f"the environment has {VALUES_IN_FILES}={directory!r}, which is no directory that can be written to; a "
+            "part is one process and needs none: unset it"
+        )
+    return CollectorRegistry()
 
 
 def serve(registry: CollectorRegistry, listen: str, port: int | None, certificates: Certificates) -> None:

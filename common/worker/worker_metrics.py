@@ -1,6 +1,6 @@
 """Prometheus metrics that both kinds of worker have."""
 
-from prometheus_client import CollectorRegistry, Counter, Gauge
+from prometheus_client import Counter, Gauge
 
 from common.security.certificates import Certificates
 from common.telemetry import metrics_server
@@ -14,7 +14,7 @@ class WorkerMetrics:
     """One set per worker. Each kind of worker adds its own metrics to `registry`."""
 
     def __init__(self) -> None:
-        self.registry = CollectorRegistry()
+        self.registry = metrics_server.new_registry()
         blocks = Gauge("twostroke_blocks", "KV blocks of the pool, by state", ("state",), registry=self.registry)
         self._blocks = {state: blocks.labels(state) for state in ("free", "cached", "in_use", "reserved")}
         self._waiting = Gauge("twostroke_waiting", "Attempts that wait in this worker", registry=self.registry)

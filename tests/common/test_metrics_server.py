@@ -19,8 +19,10 @@ from common.network.free_port import free_port
 from common.security import certificates
 from common.security.certificates import Certificates
 from common.security.security_config import SecurityConfig
-from common.start_error import AddressError
+from common.start_error import AddressError, StartError
 from common.telemetry import metrics_server
+from common.worker.worker_metrics import WorkerMetrics
+from router.metrics import Metrics
 from tests.certificates import Signed, sign
 from tests.router import models
 
@@ -166,3 +168,16 @@ def test_a_part_whose_metrics_port_is_taken_says_so_in_a_line(part: str, tmp_pat
         f"twostroke {part.replace('_', '-')}: cannot serve metrics at 127.0.0.1:{port}: "
     )
     assert "Traceback" not in started.stderr
+
+
+@pytest.mark.parametrize("make", [Metrics, WorkerMetrics])
+def test_a_directory_for_values_that_is_none(
+    make: type[Metrics | WorkerMetrics], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """prometheus_client would fail with a traceback, or write to wherever the part was started."""
+    for directory in (str(tmp_path / "missing"), __file__, ""):
+        monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", directory)
+        with pytest.raises(StartError, match=r"has PROMETHEUS_MULTIPROC_DIR='.*', which is no directory .*: unset it"):
+            make()
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    make()

@@ -11,10 +11,9 @@ from common.network.refusal import refuse
 from common.security.cluster_secret import metadata_value, same
 from router.callers.api_keys import ApiKeys
 from router.callers.limits import CALLER, Caller
+from router.callers.refusal_log import RefusalLog
 from router.errors import CallError
 from router.metrics import Metrics
-
-log = structlog.get_logger(__name__)
 
 _Request = TypeVar("_Request")
 _Response = TypeVar("_Response")
@@ -36,6 +35,7 @@ class KeyInterceptor(grpc.aio.ServerInterceptor):
         self._keys = keys
         self._secret = secret
         self._metrics = metrics
+        self._refusals = RefusalLog()
 
     async def intercept_service(
         self,
@@ -45,14 +45,16 @@ class KeyInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(details)
         if handler is None or not details.method.startswith(self._prefix):
             return handler
+        name = ""
         try:
             caller = self._caller(metadata_value(details.invocation_metadata, "authorization"))
-            structlog.contextvars.bind_contextvars(caller=caller.name)
+            name = caller.name
+            structlog.contextvars.bind_contextvars(caller=name)
             caller.call()
         except CallError as error:
             method = details.method.removeprefix(self._prefix)
             self._metrics.calls.labels(method, error.code.name).inc()
-            log.info("call refused", method=method, code=error.code.name, reason=error.message)
+            self._refusals.tell(name or error.message, method, error)
             return refuse(error.code, error.message)
         CALLER.set(caller)
         return handler

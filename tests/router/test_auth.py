@@ -21,6 +21,7 @@ from common.security import certificates
 from common.security.cluster_secret import METADATA_KEY
 from common.worker.config import WorkerConfig
 from common.worker.worker_service import WorkerService
+from router.callers import refusal_log
 from router.callers.api_keys import make
 from tests import health
 from tests.certificates import Signed, sign
@@ -119,6 +120,32 @@ async def test_logs_name_the_caller_and_neither_key_nor_prompt(
     written = repr(logs) + "".join(capsys.readouterr())
     for kept in (key, key.partition(".")[2], "quick", repr(answer.token_ids), answer.text):
         assert kept not in written
+
+
+async def test_refused_calls_do_not_fill_the_log(model: Path, keys: Keys, monkeypatch: pytest.MonkeyPatch) -> None:
+    key = keys.add("alice", requests_per_minute=1)
+    monkeypatch.setattr(refusal_log, "PAUSE_SECONDS", 1e6)
+
+    def lines(logs: Sequence[Any]) -> list[tuple[str, int]]:
+        told = [entry for entry in logs if entry["event"] == "call refused"]
+        return [(entry["code"], entry.get("left_out", 0)) for entry in told]
+
+    async def refused(given: str | None) -> None:
+        with pytest.raises((Unauthenticated, Overloaded)):
+            await ask(it, given)
+
+    async with cluster(model, api_keys=keys.path) as it:
+        await ask(it, key)
+        with capture_logs() as logs:
+            for given in ("wrong", "wrong", "also wrong", key, key):
+                await refused(given)
+            assert lines(logs) == [("UNAUTHENTICATED", 0), ("RESOURCE_EXHAUSTED", 0)]
+            monkeypatch.setattr(refusal_log, "PAUSE_SECONDS", 0.0)
+            await refused("wrong")
+            await refused(key)
+            assert lines(logs)[2:] == [("UNAUTHENTICATED", 2), ("RESOURCE_EXHAUSTED", 1)]
+        exported = generate_latest(it.router.metrics.registry).decode()
+        assert 'twostroke_calls_total{code="UNAUTHENTICATED",method="Generate"} 4.0' in exported
 
 
 async def test_a_request_too_many_is_told_which_limit(model: Path, keys: Keys) -> None:

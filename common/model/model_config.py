@@ -152,9 +152,10 @@ def _architecture(raw: dict[str, Any]) -> str:
     for architecture in named:
         if isinstance(architecture, str) and architecture in _ARCHITECTURES:
             # transformers goes by model_type, and would make another model of the same weights.
-            if raw.get("model_type", _ARCHITECTURES[architecture]) != _ARCHITECTURES[architecture]:
+            model_type = raw.get("model_type")
+            if model_type not in (None, _ARCHITECTURES[architecture]):
                 raise ModelError(
-                    f"config.json names the architecture {architecture} and the model_type {raw['model_type']!r}, "
+                    f"config.json names the architecture {architecture} and the model_type {model_type!r}, "
                     "which contradict each other"
                 )
             return architecture

@@ -38,7 +38,7 @@ def running(model: Path, *before: str) -> Iterator[subprocess.Popen[str]]:
 def test_a_model_with_a_window_is_for_its_workers_to_limit(tmp_path: Path) -> None:
     """They have a --max-length, and say it in their hello; a router has none."""
     model = models.write(tmp_path, models.byte_level())
-    config = models.CONFIG | {"architectures": ["MistralForCausalLM"], "sliding_window": 1024}
+    config = models.CONFIG | {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 1024}
     (model / "config.json").write_text(json.dumps(config))
     with running(model) as router:
         router.send_signal(signal.SIGTERM)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from cli.children import Child
-from common.lifecycle import stopping
+from common.lifecycle import ignore_hangups, stopping
 
 STOP_SECONDS = 5.0
 HURRY_SECONDS = 3.0
@@ -31,13 +31,14 @@ def stop_signals() -> Iterator[list[int]]:
 
 
 def stop(stages: Iterable[list[Child]], seconds: float, signals: list[int]) -> None:
-    """Stops one stage after another; another signal meanwhile hurries it.
+    """Stops one stage after another; another SIGTERM or Ctrl-C meanwhile hurries it.
 
     Args:
         stages: the router comes before the workers, so that requests can finish.
         seconds: how long each stage may take.
         signals: the list of `stop_signals`.
     """
+    ignore_hangups()
     received = len(signals)
     for children in stages:
         for child in children:

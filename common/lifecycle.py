@@ -1,5 +1,5 @@
 """How a worker ends: after SIGTERM, or SIGHUP as its terminal is closed, running work may finish, within a limit; after
-Ctrl-C (SIGINT), or a second signal, it may not."""
+Ctrl-C (SIGINT), or a second SIGTERM, it may not."""
 
 import signal
 import sys
@@ -16,6 +16,12 @@ def stopping() -> tuple[signal.Signals, ...]:
     """The signals that stop a part when running work is done: not SIGHUP where it is ignored, as under nohup."""
     ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     return (signal.SIGTERM,) if ignored else (signal.SIGTERM, signal.SIGHUP)
+
+
+def ignore_hangups() -> None:
+    """For a part that is stopping: SIGHUP does not hurry it. Where a session ends, systemd sends one right behind
+    SIGTERM, and terminal and shell may send one each."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
 def end_in_order() -> None:
@@ -61,6 +67,7 @@ class Lifecycle:
         if self.draining:
             self._stop(number, frame)
             return
+        ignore_hangups()
         self._refuse()
         self._deadline = time.monotonic() + self._drain_seconds
         self._log_draining = True

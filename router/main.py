@@ -6,7 +6,7 @@ import signal
 import structlog
 
 from common import garbage
-from common.lifecycle import stopping
+from common.lifecycle import ignore_hangups, stopping
 from common.model.model_config import load_config
 from common.model.model_files import resolve
 from common.network import open_files
@@ -23,7 +23,7 @@ log = structlog.get_logger(__name__)
 
 
 def main(config: RouterConfig) -> None:
-    """Serves until SIGTERM, SIGHUP or Ctrl-C; a second one does not wait for running requests."""
+    """Serves until SIGTERM, SIGHUP or Ctrl-C; a second SIGTERM or Ctrl-C does not wait for running requests."""
     logs.configure(config.log_format)
     open_files.allow_all()
     event_loop.run(_serve(config))
@@ -42,6 +42,7 @@ async def _serve(config: RouterConfig) -> None:
     if not (config.api_keys or config.tls_client_ca or only_local(config.listen)):
         log.warning("whoever reaches this address is served; --api-keys or --tls-client-ca would change that")
     await signals.get()
+    ignore_hangups()
     log.info("draining", seconds=config.drain_seconds, running=router.dispatcher.running)
     draining = asyncio.ensure_future(router.stop(config.drain_seconds))
     hurry = asyncio.ensure_future(signals.get())

@@ -27,6 +27,17 @@ while not lifecycle.over(idle=True):
     get_logger("worker").info("a line")
 """
 
+# A worker with work that does not end.
+DRAINS = """
+import time
+from common.lifecycle import Lifecycle
+
+lifecycle = Lifecycle(lambda: None, lambda: print("draining", flush=True), drain_seconds=60.0)
+print("ready", flush=True)
+while not lifecycle.over(idle=False):
+    time.sleep(0.01)
+"""
+
 # A worker that gets no further than to what comes after its pool.
 STARTS_WITHOUT_END = """
 import sys, time
@@ -64,6 +75,24 @@ def test_a_signal_ends_a_worker_that_is_logging(number: signal.Signals) -> None:
         log = worker.communicate(timeout=30)[1]
         assert '"event": "draining"' in log.splitlines()[-1]
         assert worker.returncode == 0
+    finally:
+        worker.kill()
+        worker.communicate()
+
+
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGHUP])
+def test_a_second_hangup_does_not_hurry_it_and_a_second_signal_to_end_does(first: signal.Signals) -> None:
+    worker = started(DRAINS, stderr=subprocess.DEVNULL)
+    try:
+        assert worker.stdout is not None
+        assert worker.stdout.readline() == "ready\n"
+        worker.send_signal(first)
+        assert worker.stdout.readline() == "draining\n"
+        worker.send_signal(signal.SIGHUP)
+        with pytest.raises(subprocess.TimeoutExpired):
+            worker.wait(timeout=0.5)
+        worker.send_signal(signal.SIGTERM)
+        assert worker.wait(timeout=30) == 0
     finally:
         worker.kill()
         worker.communicate()

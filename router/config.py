@@ -36,7 +36,8 @@ class RouterConfig(SecurityConfig):
     when it changes."""
 
     max_queue: PositiveInt = 1024
-    """Most requests that wait for a worker; one more is answered with RESOURCE_EXHAUSTED."""
+    """Most requests that wait for a worker, with 8,192 tokens in a prompt on average; one more is answered with
+    RESOURCE_EXHAUSTED."""
 
     headroom_tokens: NonNegativeInt = 256
     """Tokens of output that an attempt reserves room for; twice as many after each preemption. More of them: fewer

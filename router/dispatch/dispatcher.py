@@ -44,6 +44,9 @@ SEARCH_SHARE = 0.1
 # hundred of them may have waited for the same prefix.
 SENDING_SECONDS = 0.005
 
+# Tokens of prompts that may wait, for each place in the queue. More than that on average would take gigabytes.
+TOKENS_OF_A_PLACE = 8192
+
 STOPPED = "the router stopped before the answer was complete; it is safe to try again"
 
 
@@ -75,10 +78,10 @@ class Dispatcher:
 
     # ------------------------------------------------------------ from clients
 
-    def check_admission(self, requests: int = 1) -> None:
+    def check_admission(self, requests: int = 1, prompt_tokens: int = 0) -> None:
         """
         Raises:
-            CallError: RESOURCE_EXHAUSTED if the queue has no place for so many more now, INVALID_ARGUMENT if it never
+            CallError: RESOURCE_EXHAUSTED if the queue has no room for so many more now, INVALID_ARGUMENT if it never
                 has, UNAVAILABLE if a role has had no worker for longer than the grace period, or after `stop`.
         """
         if self._stopped:
@@ -94,6 +97,13 @@ class Dispatcher:
                 grpc.StatusCode.RESOURCE_EXHAUSTED,
                 f"the queue is full ({len(self._queue)} of {self._config.max_queue} requests wait); try again later",
             )
+        most_tokens = self._config.max_queue * TOKENS_OF_A_PLACE
+        if self._queue and self._queue.prompt_tokens + prompt_tokens > most_tokens:
+            raise CallError(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                f"the queue is full (prompts of {self._queue.prompt_tokens} tokens wait, and of at most {most_tokens} "
+                "may); try again later",
+            )
 
     def submit(self, requests: list[Request]) -> None:
         """Queues the requests, and sends out those that a worker has room for.
@@ -101,7 +111,7 @@ class Dispatcher:
         Raises:
             CallError: as `check_admission`; then none of them is queued.
         """
-        self.check_admission(len(requests))
+        self.check_admission(len(requests), len(requests[0].prompt.token_ids))
         for request in requests:
             self._hash(request)
         for request in requests:

@@ -108,6 +108,28 @@ async def test_prompts_that_wait_take_little_memory(long_model: Path) -> None:
         await eventually(it.nothing_held)
 
 
+async def test_a_queue_of_long_prompts_is_full_before_its_last_place(long_model: Path) -> None:
+    async with cluster(long_model, **workers(max_batch=1, stop_after=1), max_queue=2) as it:
+        long = request(prompt=[300] * 12_000, max_tokens=10)
+        calls = [it.stub.Generate(long)]
+        await eventually(lambda: it.router.dispatcher.running == 1)
+        calls.append(it.stub.Generate(long))
+        await eventually(lambda: it.router.dispatcher.queued == 1)
+        with pytest.raises(
+            grpc.aio.AioRpcError, match=r"prompts of 12000 tokens wait, and of at most 16384 may"
+        ) as full:
+            await it.stub.Generate(long)
+        assert full.value.code() is Code.RESOURCE_EXHAUSTED
+        calls.append(it.stub.Generate(request(max_tokens=10)))  # for which there is room
+        await eventually(lambda: it.router.dispatcher.queued == 2)
+        for call in calls:
+            call.cancel()
+        await eventually(it.nothing_held)
+        two = it.stub.Generate(request(prompt=[300] * 20_000, max_tokens=10, n=2))  # it is alone
+        await eventually(lambda: it.router.dispatcher.queued == 1)
+        two.cancel()
+
+
 # ---------------------------------------------------------------- who does not read
 
 

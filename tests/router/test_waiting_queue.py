@@ -35,7 +35,8 @@ def test_whoever_leaves_from_whatever_place_is_gone_and_the_rest_stays_in_order(
             queue.push(waiting[-1])
         elif step <= len(waiting):
             queue.remove(waiting.pop(step - 1))
-        assert len(queue) == len(waiting)
+        assert len(queue) == queue.prompt_tokens == len(waiting)
         assert [queue.at(place) for place in range(len(waiting) + 1)] == [*waiting, None]
     assert queue.clear() == waiting
     assert queue.at(0) is None
+    assert queue.prompt_tokens == 0

@@ -122,7 +122,8 @@ class Dispatcher:
         """Ends requests whose client has gone, or has all that it wants. Those that have ended already are left alone.
 
         All of them are ended before the room that they leave is given to others: else it would go to those of them
-        that are still queued.
+        that are still queued. That waits for the next turn of the event loop, since others may be about to end, too:
+        where thousands of calls were cancelled at once, half of them had another attempt begun in vain.
         """
         makes_room = False
         for request in requests:
@@ -140,7 +141,7 @@ class Dispatcher:
                 continue
             request.state = State.DROPPED
         if makes_room:
-            self.dispatch()
+            self._dispatch_soon()
 
     def stop(self) -> None:
         """Ends all requests, and takes no more."""
@@ -178,11 +179,15 @@ class Dispatcher:
                 return
             missing = self._try_to_place(request)
             if missing is None and loop.time() > enough:
-                self._goes_on = True
-                loop.call_soon(self._go_on)
+                self._dispatch_soon()
                 return
         if missing == PREFILL and any(worker.can_prefill for worker in self.workers.of(DECODE)):
             self._search()
+
+    def _dispatch_soon(self) -> None:
+        if not self._goes_on:
+            self._goes_on = True
+            asyncio.get_running_loop().call_soon(self._go_on)
 
     def _go_on(self) -> None:
         self._goes_on = False

@@ -63,3 +63,17 @@ async def test_requests_that_are_sent_out_together_let_the_event_loop_turn_in_be
     message = await worker.outbox.next_message()
     attempts = [worker.attempts[reserve.attempt_id].request for reserve in message.reserves]
     assert attempts == asked
+
+
+async def test_requests_that_are_dropped_one_by_one_in_a_turn_are_not_begun_in_between() -> None:
+    """As when a client with a thousand calls goes."""
+    made = Dispatcher(RouterConfig(), Metrics())
+    connected(made, max_batch=1)
+    asked = requests(4)
+    made.submit(asked)
+    for request in asked[:3]:
+        made.drop([request])
+    await asyncio.sleep(0)
+    assert [request.attempts for request in asked] == [1, 0, 0, 1]
+    assert (made.running, made.queued) == (1, 0)
+    made.drop(asked)

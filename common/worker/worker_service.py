@@ -136,7 +136,8 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
     def set_serving(self, serving: bool) -> None:
         """What health says from now on, unless the engine hangs. Safe from any thread and from signal handlers."""
         self._serving = serving
-        self._loop.call_soon_threadsafe(self._changed.set)
+        with suppress(RuntimeError):  # the loop is closed: a signal comes after `stop`
+            self._loop.call_soon_threadsafe(self._changed.set)
 
     def stop(self) -> None:
         """Sends what is flushed, to routers that read it within seconds, closes every stream and ends the thread."""
@@ -147,9 +148,9 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
     # ------------------------------------------------------------ on the gRPC thread
 
     def _run(self, listen: str, started: "Future[int]") -> None:
-        asyncio.set_event_loop(self._loop)
         try:
-            self._loop.run_until_complete(self._serve(listen, started))
+            with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
+                runner.run(self._serve(listen, started))
         except Exception as error:
             if started.done():
                 raise

@@ -36,6 +36,13 @@ def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[WorkerService]:
     service.stop()
 
 
+def test_what_has_stopped_leaves_no_event_loop_and_minds_no_late_signal(service: WorkerService) -> None:
+    service.stop()
+    assert service._loop.is_closed()
+    service.set_serving(False)
+    service.stop()
+
+
 def test_whatever_keeps_it_from_serving_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     def listen(*_: object) -> int:
         raise ValueError("what nobody thought of")

@@ -24,6 +24,7 @@ from twostroke.channel import (
     metadata_of,
     not_ready,
     options_of,
+    seconds,
     seconds_of,
 )
 from twostroke.chat import ChatOptions, Messages
@@ -162,7 +163,7 @@ class AsyncClient:
         reason = NOBODY
         watch: grpc.aio.UnaryStreamMultiCallable[StringValue, Int32Value]
         watch = self._channel.unary_stream(HEALTH_WATCH, HEALTH_TO_BYTES, HEALTH_FROM_BYTES)
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + seconds(timeout)
         while (left := deadline - time.monotonic()) > 0:
             with _closing_as_error():
                 call = watch(HEALTH_OF_INFERENCE, timeout=seconds_of(left, None), metadata=self._metadata)

@@ -1,6 +1,8 @@
 """What the sync and the async client's channels have in common."""
 
 import re
+from numbers import Real
+from typing import cast
 
 import grpc
 from google.protobuf.wrappers_pb2 import Int32Value, StringValue
@@ -46,8 +48,11 @@ def checked(target: str) -> str:
     http://host for a name.
 
     Raises:
+        TypeError: it is no text.
         InvalidArgument: it is neither host:port nor has a scheme that gRPC knows.
     """
+    if not isinstance(target, str):
+        raise wrong_type("target", "text", target)
     if not target.startswith(_SCHEMES):
         parts = _HOST_AND_PORT.fullmatch(target)
         if parts is None or not 0 < int(parts[2]) < 1 << 16:
@@ -97,9 +102,20 @@ def metadata_of(api_key: str | None) -> tuple[tuple[str, str], ...]:
 
 def seconds_of(timeout: float | None, usual: float | None) -> float | None:
     """The seconds that a call has, None for as many as it takes. gRPC's clock would overflow after some centuries, and
-    the call be over before it began."""
+    the call be over before it began.
+
+    Raises:
+        TypeError: the timeout is no number.
+    """
     chosen = usual if timeout is None else timeout
-    return None if chosen is not None and chosen > FOR_EVER else chosen
+    return None if chosen is None or seconds(chosen) > FOR_EVER else chosen
+
+
+def seconds(timeout: float) -> float:
+    """The timeout itself. Raises TypeError if it is no number."""
+    if not isinstance(cast(object, timeout), Real):
+        raise wrong_type("timeout", "a number of seconds", timeout)
+    return timeout
 
 
 def not_ready(target: str, timeout: float, reason: str) -> DeadlineExceeded:

@@ -21,6 +21,7 @@ from twostroke.channel import (
     metadata_of,
     not_ready,
     options_of,
+    seconds,
     seconds_of,
 )
 from twostroke.chat import ChatOptions, Messages
@@ -159,7 +160,7 @@ class Client:
             DeadlineExceeded: that took longer than `timeout` seconds; the message says what was missing.
         """
         reason = NOBODY
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + seconds(timeout)
         while (left := deadline - time.monotonic()) > 0:
             with _closed_as_error():
                 watch = self._watch(HEALTH_OF_INFERENCE, timeout=seconds_of(left, None), metadata=self._metadata)

@@ -613,6 +613,15 @@ def test_tls(tmp_path: Path) -> None:
             client.generate("Hello")  # no authority of the system's vouches for this certificate
 
 
+def test_a_target_or_timeout_of_another_type_is_named(client: Client) -> None:
+    wrong: Any = "3"
+    for call in (lambda: client.model(timeout=wrong), lambda: client.wait_until_ready(timeout=wrong)):
+        with pytest.raises(TypeError, match=r"^timeout: must be a number of seconds, not str$"):
+            call()
+    with pytest.raises(TypeError, match=r"^target: must be text, not int$"):
+        Client(cast(Any, 8600))
+
+
 def test_wait_until_ready() -> None:
     ready = threading.Event()
     with serving(FakeRouter(), ready=ready) as router, Client(router.address) as client:

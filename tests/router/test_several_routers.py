@@ -1,5 +1,6 @@
 """Several routers on one decode worker that prefills: their dispatchers and its engine, whole but for gRPC."""
 
+import asyncio
 from collections import deque
 from pathlib import Path
 from typing import Any, cast
@@ -75,6 +76,7 @@ class OneForSeveral:
         self._tell()
 
     async def turn(self) -> None:
+        await asyncio.sleep(0)  # a router gives away what a request leaves in the next turn of its event loop
         for router in self.routers:
             while router.worker.outbox._has_messages.is_set():
                 self.wires.to_worker.append(Received(router.connection, await router.worker.outbox.next_message()))

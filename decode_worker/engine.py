@@ -11,7 +11,6 @@ from common.lifecycle import Lifecycle
 from common.telemetry.tracing import Tracing
 from common.worker.attempts import Attempts
 from common.worker.load_report import INTERVAL_SECONDS, LoadReport
-from common.worker.sequence import SequenceSpec
 from common.worker.worker_parts import WorkerParts
 from common.worker.worker_service import WorkerService
 from decode_worker.claims import Claims
@@ -50,7 +49,7 @@ class Engine:
         self._metrics = metrics
         self._tracing = tracing
         self._telemetry = DecodeTelemetry(metrics, service.address, parts.pool.layout)
-        self._attempts = Attempts(parts, service, metrics)
+        self._attempts = Attempts(parts, service, metrics, lambda spec: spec.max_length)
         self._loop = DecodeLoop(parts, runner, max_batch)
         self._scheduler = self._loop.scheduler
         self._own_prompts = own_prompts
@@ -125,7 +124,7 @@ class Engine:
     def _reserve(self, connection: int, reserve: pb.Reserve, draining: bool) -> None:
         under_way = self._scheduler.get(reserve.attempt_id) is not None or self._own_prompts.has(reserve.attempt_id)
         refusal = pb.Ended.CAUSE_DRAINING if draining else None
-        spec = self._attempts.accept(connection, reserve, _length, refusal, under_way)
+        spec = self._attempts.accept(connection, reserve, refusal, under_way)
         if spec is None:
             return
         state = State.PREFILLING if reserve.prefill else State.RESERVED
@@ -156,10 +155,6 @@ class Engine:
         self._own_prompts.drop(sequence)
         self._loop.drop(sequence)
 
-    def _end(self, sequence: Sequence, cause: "pb.Ended.Cause.ValueType", detail: str = "") -> None:
-        """Tells the router the end of a sequence that is out of the scheduler already."""
-        self._attempts.end(sequence.connection, sequence.attempt_id, cause, detail, sequence.spec.request_id)
-
     def _started(self, connection: int, start: pb.Start) -> Sequence | None:
         sequence = self._scheduler.get(start.attempt_id)
         if sequence is None or sequence.state is not State.RESERVED:
@@ -167,7 +162,7 @@ class Engine:
         problem = self._problem(sequence, start)
         if problem is not None:  # a fault of a worker or the router, not of the request, which can go on elsewhere
             self._drop(sequence)
-            self._end(sequence, pb.Ended.CAUSE_FAILED, problem)
+            self._attempts.end(sequence, pb.Ended.CAUSE_FAILED, problem)
             return None
         sequence.state = State.PULLING
         sequence.tokens.append(start.first_token)
@@ -197,7 +192,7 @@ class Engine:
             if pulled.problem:
                 cause = pb.Ended.CAUSE_LEASE_LOST if pulled.lease_lost else pb.Ended.CAUSE_FAILED
                 self._loop.drop(sequence)
-                self._end(sequence, cause, pulled.problem)
+                self._attempts.end(sequence, cause, pulled.problem)
             else:
                 self._service.outgoing(sequence.connection).started.add(
                     attempt_id=sequence.attempt_id, transfer_ms=pulled.milliseconds
@@ -214,7 +209,7 @@ class Engine:
                 self._start(sequence)
             else:
                 self._drop(sequence)
-                self._end(sequence, pb.Ended.CAUSE_REJECTED, first.problem)
+                self._attempts.end(sequence, pb.Ended.CAUSE_REJECTED, first.problem)
         self._service.flush()
 
     def _announce(self, sequence: Sequence, first: FirstToken) -> None:
@@ -240,7 +235,7 @@ class Engine:
             return
         sequence.running_since = time.monotonic()
         if not self._loop.start(sequence):
-            self._end(sequence, pb.Ended.CAUSE_FINISHED)
+            self._attempts.end(sequence, pb.Ended.CAUSE_FINISHED)
 
     def _tell(self, turn: Turn) -> None:
         for step in turn.steps:
@@ -248,13 +243,13 @@ class Engine:
             self._tell_tokens(step)
         for sequence in turn.finished:
             self._telemetry.decoded(sequence, "finished")
-            self._end(sequence, pb.Ended.CAUSE_FINISHED)
+            self._attempts.end(sequence, pb.Ended.CAUSE_FINISHED)
         for sequence in turn.preempted:
             self._telemetry.decoded(sequence, "preempted")
-            self._end(sequence, pb.Ended.CAUSE_PREEMPTED)
+            self._attempts.end(sequence, pb.Ended.CAUSE_PREEMPTED)
         for sequence, problem in turn.failed:
             self._telemetry.decoded(sequence, "failed")
-            self._end(sequence, pb.Ended.CAUSE_REJECTED, problem)
+            self._attempts.end(sequence, pb.Ended.CAUSE_REJECTED, problem)
 
     def _tell_tokens(self, step: StepTokens) -> None:
         rows_of: dict[int, list[int]] = defaultdict(list)
@@ -277,8 +272,3 @@ class Engine:
             blocks=self._parts.blocks_load(reserved=self._scheduler.promised),
             totals=self._telemetry.totals,
         )
-
-
-def _length(spec: SequenceSpec) -> int:
-    """Tokens of the sequence here: prompt and output."""
-    return spec.max_length

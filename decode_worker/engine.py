@@ -117,7 +117,7 @@ class Engine:
             self._puller.start(
                 Pull(sequence, start.kv, time.monotonic())
                 for start in received.message.starts
-                if (sequence := self._started(received.connection, start)) is not None
+                if (sequence := self._started(start)) is not None
             )
             self._drop_all(received.message.ended)  # those that the same message asked for
 
@@ -155,7 +155,7 @@ class Engine:
         self._own_prompts.drop(sequence)
         self._loop.drop(sequence)
 
-    def _started(self, connection: int, start: pb.Start) -> Sequence | None:
+    def _started(self, start: pb.Start) -> Sequence | None:
         sequence = self._scheduler.get(start.attempt_id)
         if sequence is None or sequence.state is not State.RESERVED:
             return None

@@ -126,7 +126,7 @@ class Engine:
             logprobs=first.logprobs,
             cached_tokens=prompt.cached_len,
             kv=pb.KvLocation(
-                pool=self._parts.pool_handle,
+                pool=self._parts.hello.pool,
                 block_ids=prompt.blocks,
                 generations=[self._parts.blocks.generation(block) for block in prompt.blocks],
             ),

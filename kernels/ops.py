@@ -53,17 +53,6 @@ class LayersOfOneToken(Protocol):
         """tokens, positions [1] int32: the token and its position. slots [1] int64: where its K and V go (-1: nowhere).
         seq_lens [1] int32: the sequence's length, this token included. block_tables [1, B] int32. Returns the hidden
         state after the last layer [1, H], before the final norm."""
-        ...
-
-
-class FuseLayers(Protocol):
-    def __call__(
-        self, layers: Sequence[LayerWeights], embedding: Tensor, cos_sin: Tensor, eps: float, pool: Tensor
-    ) -> LayersOfOneToken | None:
-        """embedding [V, H]; cos_sin [max_position, D] float32; pool [blocks, layers, 2, block_size, Hkv, D]; all but
-        cos_sin of one dtype. The result keeps a reference to each tensor and uses it in place. Returns None if these
-        layers cannot be fused on this device: then run the operations one by one."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,12 +70,18 @@ class Ops:
     sample: Sample
     locate: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
     advance: Callable[[Tensor, Tensor, Tensor], None]
-    fuse_layers: FuseLayers
+    fuse_layers: Callable[[Sequence[LayerWeights], Tensor, Tensor, float, Tensor], LayersOfOneToken | None]
 
 
-def _one_by_one(
+def fuse_layers(
     layers: Sequence[LayerWeights], embedding: Tensor, cos_sin: Tensor, eps: float, pool: Tensor
 ) -> LayersOfOneToken | None:
+    """All layers as one operation, or None if these cannot be fused on this device: then run the operations one by one.
+    This reference fuses none.
+
+    embedding [V, H]; cos_sin [max_position, D] float32; pool [blocks, layers, 2, block_size, Hkv, D]; all but cos_sin
+    of one dtype. The result keeps a reference to each tensor and uses it in place.
+    """
     return None
 
 
@@ -101,7 +96,7 @@ REFERENCE = Ops(
     sample=sampling.sample,
     locate=step.locate,
     advance=step.advance,
-    fuse_layers=_one_by_one,
+    fuse_layers=fuse_layers,
 )
 
 

@@ -71,7 +71,7 @@ class _Shape:
 def fuse_layers(
     layers: Sequence[LayerWeights], embedding: Tensor, cos_sin: Tensor, eps: float, pool: Tensor
 ) -> "PersistentLayers | None":
-    """`kernels.ops.FuseLayers` for CUDA tensors. None if the kernel does not support the GPU, the model's shape or its
+    """`kernels.ops.fuse_layers` for CUDA tensors. None if the kernel does not support the GPU, the model's shape or its
     dtype, or would be slower than kernels one by one."""
     device, first = pool.device, layers[0]
     kv_heads, head_dim = pool.shape[4:]

@@ -78,7 +78,7 @@ class Engine:
         self._tell_opened()
         self._finish_pulls()
         self._start_compiled()
-        if self._pause() > 0:
+        if self._pause() > 0 and not self._own_prompts.busy:
             return  # until a step is due, sequences that arrive can still join it
         self._prefill()
         if self._parts.device.type == "cpu":
@@ -89,18 +89,19 @@ class Engine:
 
     def _pause(self) -> float:
         """Seconds that the loop can wait for messages, having nothing else to do."""
-        if self._own_prompts.busy:
+        if self._own_prompts.busy and not self._own_prompts.waits_for_grammar:
             return 0.0
         pause = min(self._loop.spare_seconds(), STEP_POLL_SECONDS) if self._loop.busy else INTERVAL_SECONDS
-        return min(pause, PULL_POLL_SECONDS) if self._puller.busy or self._uncompiled else pause
+        if self._own_prompts.waits_for_grammar or self._uncompiled:
+            pause = min(pause, GRAMMAR_POLL_SECONDS)
+        return min(pause, PULL_POLL_SECONDS) if self._puller.busy else pause
 
     @property
     def _idle(self) -> bool:
         return not (self._scheduler.count or self._loop.busy or self._puller.busy or self._own_prompts.busy)
 
     def _receive(self, draining: bool) -> None:
-        only_grammars = self._own_prompts.waits_for_grammar and not (self._loop.busy or self._puller.busy)
-        for received in self._service.receive(GRAMMAR_POLL_SECONDS if only_grammars else self._pause()):
+        for received in self._service.receive(self._pause()):
             if received.message is None:
                 for orphan in self._scheduler.of_connection(received.connection):
                     self._drop(orphan)

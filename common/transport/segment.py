@@ -14,6 +14,7 @@ import os
 import re
 import secrets
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
@@ -179,18 +180,20 @@ class PeerSegment:
 def sweep() -> None:
     """Unlinks the segments of this user whose owners are gone."""
     for path in DIRECTORY.glob(PREFIX + "*"):
-        try:
-            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-        except OSError:
-            continue  # another user's, a folder, or gone meanwhile
-        try:
-            head = os.pread(fd, len(KIND), 0)
-            ours = head in (KIND, bytes(len(head)))  # zeros: it was not published yet
-            # Without links, another sweep was faster, and a new file may have the name already.
-            if ours and _try_lock(fd, fcntl.LOCK_EX) and os.fstat(fd).st_nlink:
-                path.unlink(missing_ok=True)
-        finally:
-            os.close(fd)
+        with suppress(OSError):  # another user's, no file, or gone meanwhile
+            _unlink_if_left(path)
+
+
+def _unlink_if_left(path: Path) -> None:
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        head = os.pread(fd, len(KIND), 0)
+        ours = head in (KIND, bytes(len(head)))  # zeros: it was not published yet
+        # Without links, another sweep was faster, and a new file may have the name already.
+        if ours and _try_lock(fd, fcntl.LOCK_EX) and os.fstat(fd).st_nlink:
+            path.unlink(missing_ok=True)
+    finally:
+        os.close(fd)
 
 
 def _try_lock(fd: int, operation: int) -> bool:

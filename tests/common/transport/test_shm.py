@@ -92,17 +92,19 @@ def test_sweep_removes_what_the_killed_left_and_nothing_else(owner: Owner, lasti
 
 
 def test_sweep_leaves_what_only_has_such_a_name() -> None:
-    folder, file, half = (
-        segment.DIRECTORY / f"{segment.PREFIX}test-{os.getpid()}-{kind}" for kind in ("folder", "file", "half")
+    folder, pipe, file, half = (
+        segment.DIRECTORY / f"{segment.PREFIX}test-{os.getpid()}-{kind}" for kind in ("folder", "pipe", "file", "half")
     )
     try:
         folder.mkdir()
+        os.mkfifo(pipe)
         file.write_text("somebody's")
         half.write_bytes(bytes(segment.HEADER_BYTES))  # left by a worker that was killed before it had written a header
         transport.sweep()
-        assert (folder.exists(), file.exists(), half.exists()) == (True, True, False)
+        assert (folder.exists(), pipe.exists(), file.exists(), half.exists()) == (True, True, True, False)
     finally:
         folder.rmdir()
+        pipe.unlink(missing_ok=True)
         file.unlink(missing_ok=True)
         half.unlink(missing_ok=True)
 

@@ -8,6 +8,7 @@ import asyncio
 import queue
 import threading
 import time
+from collections import defaultdict
 from collections.abc import AsyncIterator
 from concurrent.futures import Future
 from contextlib import suppress
@@ -82,7 +83,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         self._hello = hello
         self._peers = peers
         self._inbox: queue.SimpleQueue[Received] = queue.SimpleQueue()
-        self._outgoing: dict[int, pb.WorkerMessage] = {}
+        self._outgoing: dict[int, pb.WorkerMessage] = defaultdict(pb.WorkerMessage)
         self._connections: dict[int, Unsent] = {}
         self._next_connection = 0
         self._refusals: dict[str, set[str]] = {}  # by router: its reasons, each of which is logged once
@@ -121,14 +122,11 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
 
     def outgoing(self, connection: int) -> pb.WorkerMessage:
         """The message that the next `flush` sends to this router."""
-        message = self._outgoing.get(connection)
-        if message is None:
-            message = self._outgoing[connection] = pb.WorkerMessage()
-        return message
+        return self._outgoing[connection]
 
     def flush(self) -> None:
         if self._outgoing:
-            outgoing, self._outgoing = self._outgoing, {}
+            outgoing, self._outgoing = self._outgoing, defaultdict(pb.WorkerMessage)
             self._loop.call_soon_threadsafe(self._hand_over, outgoing)
 
     def set_serving(self, serving: bool) -> None:

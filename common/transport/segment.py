@@ -126,7 +126,7 @@ class PeerSegment:
         self.extra, name, nonce = _parse(descriptor)
         path = DIRECTORY / name
         try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)  # it may be a pipe
         except FileNotFoundError as error:
             raise TransportError(
                 f"{path} is not here: its worker is gone, or runs with another /dev/shm; containers of one host must "
@@ -150,7 +150,7 @@ class PeerSegment:
     def _read_header(self, path: Path, nonce: str) -> Header:
         try:
             header = Header.from_bytes(os.pread(self._fd, HEADER_BYTES, 0))
-        except (ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise TransportError(
                 f"{path} is no segment of this version ({error}); run one version of all workers"
             ) from error

@@ -130,6 +130,17 @@ def test_a_later_worker_of_the_same_name_is_not_mistaken(owner: Owner) -> None:
         later.kill()
 
 
+@pytest.mark.timeout(20)
+def test_a_pipe_in_the_place_of_one_that_is_gone_is_not_waited_for(owner: Owner) -> None:
+    assert owner.ask("close") == "closed"
+    os.mkfifo(owner.path)
+    try:
+        with pytest.raises(TransportError, match="is no segment"):
+            transport.open_peer(owner.descriptor, "shm", LAYOUT, CPU)
+    finally:
+        owner.path.unlink()
+
+
 @pytest.mark.parametrize(
     ("ours", "said"),
     [

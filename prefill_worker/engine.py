@@ -48,10 +48,10 @@ class Engine:
 
     def run(self, lifecycle: Lifecycle) -> None:
         cache = CacheReport(self._service, self._parts.blocks)
-        load = LoadReport(self._service, self._metrics, lambda: self._load(ready=not lifecycle.draining))
+        load = LoadReport(self._service, self._metrics, self._load)
         while not lifecycle.over(idle=self._idle):
             self.turn(lifecycle.draining)
-            load.send_if_due()
+            load.send_if_due(ready=not lifecycle.draining)
             cache.send()  # last: a router that connects in between hears of the cache before it can send requests
             self._service.flush()
 

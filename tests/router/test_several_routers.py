@@ -70,8 +70,7 @@ class OneForSeveral:
         self.routers = [Connected(connection, fake.hello) for connection in range(routers)]
         self.wires.connections = tuple(router.connection for router in self.routers)
         engine = self.one._engine
-        measure = lambda: engine._load(ready=True)  # noqa: E731
-        self._load = LoadReport(cast(Any, self.wires), engine._metrics, measure, engine._claims.kept_from)
+        self._load = LoadReport(cast(Any, self.wires), engine._metrics, engine._load, engine._claims.kept_from)
         self._tell()
 
     async def turn(self) -> None:
@@ -82,7 +81,7 @@ class OneForSeveral:
         self._tell()
 
     def _tell(self) -> None:
-        self._load.send_if_due()
+        self._load.send_if_due(ready=True)
         self.wires.flush()
         flushed, self.wires.flushed = self.wires.flushed, []
         for connection, message in flushed:

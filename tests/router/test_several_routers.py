@@ -1,5 +1,6 @@
 """Several routers on one decode worker that prefills: their dispatchers and its engine, whole but for gRPC."""
 
+import asyncio
 from collections import deque
 from pathlib import Path
 from typing import Any, cast
@@ -79,6 +80,7 @@ class OneForSeveral:
                 self.wires.to_worker.append(Received(router.connection, await router.worker.outbox.next_message()))
         self.one._engine.turn(draining=False)
         self._tell()
+        await asyncio.sleep(0)  # a dispatcher on a busy machine goes on in the event loop's next turn
 
     def _tell(self) -> None:
         self._load.send_if_due(ready=True)

@@ -1,5 +1,6 @@
 """Several routers on one decode worker that prefills: their dispatchers and its engine, whole but for gRPC."""
 
+import asyncio
 from collections import deque
 from pathlib import Path
 from typing import Any, cast
@@ -70,8 +71,7 @@ class OneForSeveral:
         self.routers = [Connected(connection, fake.hello) for connection in range(routers)]
         self.wires.connections = tuple(router.connection for router in self.routers)
         engine = self.one._engine
-        measure = lambda: engine._load(ready=True)  # noqa: E731
-        self._load = LoadReport(cast(Any, self.wires), engine._metrics, measure, engine._claims.kept_from)
+        self._load = LoadReport(cast(Any, self.wires), engine._metrics, engine._load, engine._claims.kept_from)
         self._tell()
 
     async def turn(self) -> None:
@@ -80,9 +80,10 @@ class OneForSeveral:
                 self.wires.to_worker.append(Received(router.connection, await router.worker.outbox.next_message()))
         self.one._engine.turn(draining=False)
         self._tell()
+        await asyncio.sleep(0)  # a dispatcher on a busy machine goes on in the event loop's next turn
 
     def _tell(self) -> None:
-        self._load.send_if_due()
+        self._load.send_if_due(ready=True)
         self.wires.flush()
         flushed, self.wires.flushed = self.wires.flushed, []
         for connection, message in flushed:

@@ -225,6 +225,31 @@ async def test_a_call_that_is_over_leaves_no_message_behind(
             gc.enable()
 
 
+@pytest.mark.parametrize(
+    "refused", [request(n=99, text="x" * 1_000_000), b"\xff" * 1_000_000], ids=["field", "garbage"]
+)
+@pytest.mark.parametrize("too_many", [False, True])
+async def test_a_call_that_is_refused_leaves_none_of_its_bytes_behind(
+    model: Path, refused: pb.GenerateRequest | bytes, too_many: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if too_many:
+        monkeypatch.setattr("router.callers.waiting_bytes.MOST", 0)
+    sent = refused if isinstance(refused, bytes) else refused.SerializeToString()
+    async with cluster(model) as it:
+        call: Any = it.channel.unary_unary("/twostroke.v1.Inference/Generate")
+        gc.collect()
+        gc.disable()
+        tracemalloc.start()
+        try:
+            for _ in range(3):
+                code = await code_of(call(sent))
+                assert code is (Code.RESOURCE_EXHAUSTED if too_many else Code.INVALID_ARGUMENT)
+            await eventually(lambda: tracemalloc.get_traced_memory()[0] < len(sent))
+        finally:
+            tracemalloc.stop()
+            gc.enable()
+
+
 async def test_deadlines_of_a_millisecond(model: Path) -> None:
     async with cluster(model, prefills=[Script(prefill_seconds=0.005)]) as it:
         calls = [it.stub.Generate(request(max_tokens=50), timeout=0.001) for _ in range(300)]

@@ -32,6 +32,7 @@ from router.errors import CallError, InvalidArgument
 from router.grammars.guides import Guides
 from router.mailbox import Mailbox
 from router.metrics import Metrics
+from router.prompts import template_input
 from router.prompts.tokenizer import Tokenized, Tokenizer
 from router.turnstile import Turnstile
 from router.validate import Job
@@ -256,6 +257,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                     special = request.add_special_tokens if request.HasField("add_special_tokens") else True
                     token_ids = await self._tokenizer.encode(request.text, add_special_tokens=special)
                 case "chat":
+                    template_input.check_sizes(request.chat)
                     token_ids = (await self._tokenizer.encode_chat(request.chat)).token_ids
                 case _:
                     raise InvalidArgument("input", "one of text and chat must be set")

@@ -27,11 +27,11 @@ class TemplateInput:
 
 
 def read(chat: pb.Chat) -> TemplateInput:
-    """
+    """The chat's sizes must have been checked.
+
     Raises:
         InvalidArgument: names the first field that is wrong, and its limit.
     """
-    check_sizes(chat)
     _check_choice(chat.tool_choice)
     tools = [json_object.parse(f"chat.tools[{place}]", tool) for place, tool in enumerate(shown_tools(chat))]
     return TemplateInput(

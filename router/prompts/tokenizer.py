@@ -90,13 +90,13 @@ class Tokenizer:
         return await self._on_a_thread(size, lambda: self._encode(text, add_special_tokens))
 
     async def encode_chat(self, chat: pb.Chat) -> Tokenized:
-        """
+        """The chat's sizes must have been checked: see `template_input.check_sizes`.
+
         Raises:
             InvalidArgument: the model has no chat template, or that refuses the chat, or the chat has more bytes than
                 any that fits the model's context.
             CallError: RESOURCE_EXHAUSTED if too much text waits already.
         """
-        template_input.check_sizes(chat)
         template = self._template
         if template is None:
             raise InvalidArgument("chat", "this model has no chat template; send text or token_ids")

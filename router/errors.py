@@ -23,3 +23,12 @@ class InvalidArgument(CallError):
 
     def __init__(self, field: str, problem: str) -> None:
         super().__init__(grpc.StatusCode.INVALID_ARGUMENT, f"{field}: {problem}")
+
+
+def at_most(field: str, most: int, count: int, of: str = "bytes") -> None:
+    """
+    Raises:
+        InvalidArgument: the field has more than `most`.
+    """
+    if count > most:
+        raise InvalidArgument(field, f"has {count} {of}; at most {most} are allowed")

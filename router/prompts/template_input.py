@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from router.errors import InvalidArgument
+from router.errors import InvalidArgument, at_most
 from router.prompts import json_object
 from twostroke.v1 import inference_pb2 as pb
 
@@ -73,10 +73,8 @@ def check_sizes(chat: pb.Chat) -> None:
     """
     if not chat.messages:
         raise InvalidArgument("chat.messages", "must not be empty")
-    if len(chat.messages) > MAX_MESSAGES:
-        raise InvalidArgument("chat.messages", f"has {len(chat.messages)} messages; at most {MAX_MESSAGES} are allowed")
-    if len(chat.tools) > MAX_TOOLS:
-        raise InvalidArgument("chat.tools", f"has {len(chat.tools)} tools; at most {MAX_TOOLS} are allowed")
+    at_most("chat.messages", MAX_MESSAGES, len(chat.messages), "messages")
+    at_most("chat.tools", MAX_TOOLS, len(chat.tools), "tools")
     calls = sum(len(message.tool_calls) for message in chat.messages)
     if calls > MAX_TOOL_CALLS:
         raise InvalidArgument("chat.messages", f"have {calls} tool calls; at most {MAX_TOOL_CALLS} are allowed")

@@ -146,7 +146,8 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                         if failure is None or delta.ByteSize():
                             yield pb.GenerateChunk(index=choice.index, delta=delta, finish=finish)
                         if failure is not None:
-                            raise failure
+                            # Anew: this frame holds the failure, which would hold this frame.
+                            raise CallError(failure.code, failure.message)
             finally:
                 self._dispatcher.drop(requests)
                 output_tokens = sum(answer.tokens for answer in answers)

@@ -50,7 +50,8 @@ class GrammarChecks:
         else:
             problem = await asyncio.shield(self._begun.get((caller, grammar)) or self._begin(caller, grammar))
         if problem is not None:
-            raise problem.with_traceback(None)  # which would grow each time that it is raised
+            # Anew: an error holds the frames that it was raised through, and they the message of the call.
+            raise type(problem)(*problem.args)
 
     def _begin(self, caller: str, grammar: str) -> "asyncio.Task[GrammarError | None]":
         if self._waiting[caller] >= MAX_WAITING:

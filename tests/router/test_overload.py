@@ -201,6 +201,9 @@ async def test_who_is_behind_when_an_answer_fails_gets_what_came_before(long_mod
         ("Generate", request(max_tokens=2), Code.OK),
         ("Generate", request(n=99), Code.INVALID_ARGUMENT),
         ("GenerateStream", request(n=99), Code.INVALID_ARGUMENT),
+        ("Generate", request(guide=pb.Guide(regex="(")), Code.INVALID_ARGUMENT),
+        ("Generate", request(), Code.UNAVAILABLE),
+        ("GenerateStream", request(), Code.UNAVAILABLE),
         ("Generate", request(max_tokens=2_000), Code.DEADLINE_EXCEEDED),
         ("GenerateStream", request(max_tokens=2_000), Code.DEADLINE_EXCEEDED),
     ],
@@ -209,18 +212,19 @@ async def test_a_call_that_is_over_leaves_no_message_behind(
     model: Path, method: str, asked: pb.GenerateRequest, ends: grpc.StatusCode
 ) -> None:
     """Not until the garbage collector comes either: it may be long in coming, and a message may take 240 MB."""
-    sent, kind = asked.SerializeToString(), pb.GenerateRequest
-    async with cluster(model, decodes=[Script(step_seconds=0.01)]) as it:
+    sent, kinds = asked.SerializeToString(), (pb.GenerateRequest, pb.Guide)
+    fails = {3: [worker_pb2.Ended.CAUSE_FAILED]} if ends is Code.UNAVAILABLE else {}
+    async with cluster(model, decodes=[Script(step_seconds=0.01, end_after=fails)], max_resumes=0) as it:
         gc.collect()
-        before = sum(isinstance(held, kind) for held in gc.get_objects())
+        before = sum(isinstance(held, kinds) for held in gc.get_objects())
         gc.disable()
         try:
             path, channel = f"/twostroke.v1.Inference/{method}", it.channel
             kind_of_call: Any = channel.unary_unary if method == "Generate" else channel.unary_stream
-            call = kind_of_call(path)(sent, timeout=0.5)
+            call = kind_of_call(path)(sent, timeout=0.5 if ends is Code.DEADLINE_EXCEEDED else 10)
             assert await code_of(call if method == "Generate" else read_all(call)) is ends
             await eventually(it.nothing_held)
-            await eventually(lambda: sum(isinstance(held, kind) for held in gc.get_objects()) == before)
+            await eventually(lambda: sum(isinstance(held, kinds) for held in gc.get_objects()) == before)
         finally:
             gc.enable()
 

@@ -79,26 +79,29 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     # ------------------------------------------------------------ generating
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
-        mailbox, trace = self._mailbox(), self._trace("Generate", context)
-        async with (
-            self._call("Generate", context, mailbox, trace),
-            aclosing(self._chunks(request, mailbox, trace)) as chunks,
-        ):
+        async with self._generating("Generate", request, context) as chunks:
             return await gather(chunks)
 
     # A coroutine that writes, though the stubs know only generators. gRPC does not close a generator whose call is
     # cancelled while a message is being sent: what it holds would be released only when it is garbage-collected.
     async def GenerateStream(self, request: pb.GenerateRequest, context: Context) -> None:  # type: ignore[override]
-        mailbox, trace = self._mailbox(), self._trace("GenerateStream", context)
-        async with (
-            self._call("GenerateStream", context, mailbox, trace),
-            aclosing(self._chunks(request, mailbox, trace)) as chunks,
-        ):
+        async with self._generating("GenerateStream", request, context) as chunks:
             async for chunk in chunks:
                 await context.write(chunk)
 
-    def _mailbox(self) -> Mailbox[Request]:
-        return Mailbox(self._turnstile, asyncio.current_task())
+    @asynccontextmanager
+    async def _generating(
+        self, method: str, request: pb.GenerateRequest, context: Context
+    ) -> AsyncIterator[AsyncIterator[pb.GenerateChunk]]:
+        mailbox: Mailbox[Request] = Mailbox(self._turnstile, asyncio.current_task())
+        name = f"{INFERENCE}/{method}"
+        traceparent = metadata_value(context.invocation_metadata(), "traceparent")
+        trace = self._tracing.begin(name, str(traceparent), request_trace.of_call(name))
+        async with (
+            self._call(method, context, mailbox, trace),
+            aclosing(self._chunks(request, mailbox, trace)) as chunks,
+        ):
+            yield chunks
 
     async def _chunks(
         self, request: pb.GenerateRequest, mailbox: Mailbox[Request], trace: Span
@@ -319,11 +322,6 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             )
 
     # ------------------------------------------------------------ how calls end
-
-    def _trace(self, method: str, context: Context) -> Span:
-        name = f"{INFERENCE}/{method}"
-        traceparent = metadata_value(context.invocation_metadata(), "traceparent")
-        return self._tracing.begin(name, str(traceparent), request_trace.of_call(name))
 
     @asynccontextmanager
     async def _call(

@@ -149,8 +149,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                         if failure is None or delta.ByteSize():
                             yield pb.GenerateChunk(index=choice.index, delta=delta, finish=finish)
                         if failure is not None:
-                            # Anew: this frame holds the failure, which would hold this frame.
-                            raise CallError(failure.code, failure.message)
+                            raise failure
             finally:
                 self._dispatcher.drop(requests)
                 output_tokens = sum(answer.tokens for answer in answers)

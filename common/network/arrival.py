@@ -73,11 +73,9 @@ class ArrivalInterceptor(grpc.aio.ServerInterceptor):
                     message = await parse(message, deserialize, details.method, context)
                 return await serve(message, context)
             except grpc.aio.AbortError as error:
-                # gRPC's context keeps the error, whose frames keep the context, and the message of the call: until the
-                # garbage collector comes, which is rarely.
                 del message
-                error.__context__ = None
-                raise error.with_traceback(None) from None
+                _forget_frames(error)
+                raise
 
         handled: RpcMethodHandler[Any, Any]
         handled = make(call, deserialize if parse is None else None, handler.response_serializer)
@@ -124,3 +122,12 @@ class ArrivalInterceptor(grpc.aio.ServerInterceptor):
                 self._late[host] -= 1
                 self._late += Counter()  # forgets hosts that have none
         return message
+
+
+def _forget_frames(error: BaseException | None) -> None:
+    """gRPC's context keeps the error that ends a call. The frames that it and the errors before it were raised through
+    keep these errors, the context, and the call's message: until the garbage collector comes, which is rarely."""
+    while error is not None:
+        error.__traceback__ = None
+        before, error.__context__ = error.__context__, None
+        error = before

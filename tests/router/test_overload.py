@@ -15,6 +15,7 @@ import pytest
 
 from router.answers.answer import MOST_TOKENS
 from router.dispatch.request import MAX_UNREAD_TOKENS, Request
+from router.prompts.tokenizer import INLINE_BYTES
 from router.validate import MAX_MESSAGE_BYTES
 from tests.router import models
 from tests.router.cluster import Cluster, cluster, eventually, expected, request
@@ -26,6 +27,7 @@ from twostroke.v1 import inference_pb2_grpc, worker_pb2
 OPTIONS = [("grpc.use_local_subchannel_pool", 1), ("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 16_384)]
 
 Code = grpc.StatusCode
+REFUSED = pb.Chat(messages=[pb.ChatMessage(role="boss", content="x" * INLINE_BYTES)])  # by the template, on a thread
 LONG = 32_000  # tokens of an answer: more than gRPC's windows and the router together hold for who does not read
 
 
@@ -202,6 +204,7 @@ async def test_who_is_behind_when_an_answer_fails_gets_what_came_before(long_mod
         ("Generate", request(n=99), Code.INVALID_ARGUMENT),
         ("GenerateStream", request(n=99), Code.INVALID_ARGUMENT),
         ("Generate", request(guide=pb.Guide(regex="(")), Code.INVALID_ARGUMENT),
+        ("Generate", request(chat=REFUSED), Code.INVALID_ARGUMENT),
         ("Generate", request(), Code.UNAVAILABLE),
         ("GenerateStream", request(), Code.UNAVAILABLE),
         ("Generate", request(max_tokens=2_000), Code.DEADLINE_EXCEEDED),
@@ -212,7 +215,7 @@ async def test_a_call_that_is_over_leaves_no_message_behind(
     model: Path, method: str, asked: pb.GenerateRequest, ends: grpc.StatusCode
 ) -> None:
     """Not until the garbage collector comes either: it may be long in coming, and a message may take 240 MB."""
-    sent, kinds = asked.SerializeToString(), (pb.GenerateRequest, pb.Guide)
+    sent, kinds = asked.SerializeToString(), (pb.GenerateRequest, pb.Guide, pb.Chat)
     fails = {3: [worker_pb2.Ended.CAUSE_FAILED]} if ends is Code.UNAVAILABLE else {}
     async with cluster(model, decodes=[Script(step_seconds=0.01, end_after=fails)], max_resumes=0) as it:
         gc.collect()

@@ -1,7 +1,7 @@
 """Checks the grammars of all callers, a few at a time, so that no caller's slow ones hold up the others'."""
 
 import asyncio
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -35,7 +35,6 @@ class GrammarChecks:
         # By caller and grammar. Callers don't share a check: one would wait for all that the other had asked for
         # before.
         self._begun: dict[tuple[str, str], asyncio.Task[GrammarError | None]] = {}
-        self._waiting: Counter[str] = Counter()  # of these, how many each caller has
 
     async def check(self, grammar: str, caller: str) -> None:
         """
@@ -54,9 +53,8 @@ class GrammarChecks:
             raise type(problem)(*problem.args)
 
     def _begin(self, caller: str, grammar: str) -> "asyncio.Task[GrammarError | None]":
-        if self._waiting[caller] >= MAX_WAITING:
+        if sum(other == caller for other, _ in self._begun) >= MAX_WAITING:
             raise CallError(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many guides wait to be compiled; try again later")
-        self._waiting[caller] += 1
         task = self._begun[caller, grammar] = asyncio.create_task(self._check(caller, grammar))
         return task
 
@@ -65,7 +63,6 @@ class GrammarChecks:
             return await self._threads.submit(caller, partial(self._problem, grammar))
         finally:
             del self._begun[caller, grammar]
-            self._waiting[caller] -= 1
             if len(self._known) > KEPT:
                 self._known.popitem(last=False)
 

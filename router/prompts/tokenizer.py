@@ -147,15 +147,8 @@ class Tokenizer:
         caller = CALLER.get().name
         self._waiting.add(caller, size)
         wanted = True
-
-        def work_if_wanted() -> T | None:
-            return work() if wanted else None
-
-        def done(_: asyncio.Future[T | None]) -> None:
-            self._waiting.remove(caller, size)
-
-        working = self._threads.submit(caller, work_if_wanted)
-        working.add_done_callback(done)
+        working = self._threads.submit(caller, lambda: work() if wanted else None)
+        working.add_done_callback(lambda _: self._waiting.remove(caller, size))
         try:
             # Shielded: if the caller leaves, its text is kept, and counted, until a thread has come to it.
             return cast(T, await asyncio.shield(working))

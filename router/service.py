@@ -98,10 +98,15 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         traceparent = metadata_value(context.invocation_metadata(), "traceparent")
         trace = self._tracing.begin(name, str(traceparent), request_trace.of_call(name))
         async with (
-            self._call(method, context, mailbox, trace),
+            self._call(method, context, trace),
             aclosing(self._chunks(request, mailbox, trace)) as chunks,
         ):
-            yield chunks
+            try:
+                yield chunks
+            except asyncio.CancelledError:
+                if mailbox.overflown:
+                    raise CallError(grpc.StatusCode.RESOURCE_EXHAUSTED, UNREAD) from None
+                raise
 
     async def _chunks(
         self, request: pb.GenerateRequest, mailbox: Mailbox[Request], trace: Span
@@ -323,9 +328,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     # ------------------------------------------------------------ how calls end
 
     @asynccontextmanager
-    async def _call(
-        self, method: str, context: Context, mailbox: Mailbox[Request] | None = None, trace: Span = OFF
-    ) -> AsyncIterator[None]:
+    async def _call(self, method: str, context: Context, trace: Span = OFF) -> AsyncIterator[None]:
         """Turns errors into status codes, and counts and logs how the call ended."""
         began, problem = time.monotonic(), ""
         code = grpc.StatusCode.CANCELLED
@@ -333,10 +336,6 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             yield
             code = grpc.StatusCode.OK
         except asyncio.CancelledError:
-            if mailbox is not None and mailbox.overflown:
-                code, problem = grpc.StatusCode.RESOURCE_EXHAUSTED, UNREAD
-                log.info("call failed", method=method, code=code.name, reason=UNREAD)
-                await context.abort(code, UNREAD)
             left = context.time_remaining()
             if left is not None and left < DEADLINE_TOLERANCE:
                 code, problem = grpc.StatusCode.DEADLINE_EXCEEDED, "the caller's deadline passed"

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from router.errors import InvalidArgument, at_most
 from router.prompts import json_object
@@ -15,7 +15,7 @@ MAX_TOOL_CALLS = 4_096  # of all messages together
 MAX_JSON_BYTES = 1024 * 1024  # of the tools, the variables, and the arguments of all tool calls
 
 _Optional = Literal["content", "reasoning_content", "tool_call_id", "name"]
-_OPTIONAL: tuple[_Optional, ...] = ("content", "reasoning_content", "tool_call_id", "name")
+_OPTIONAL: tuple[_Optional, ...] = get_args(_Optional)
 
 
 @dataclass(frozen=True, slots=True)

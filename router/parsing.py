@@ -38,7 +38,7 @@ class LargeMessages:
     async def parse(self, received: bytes, parse: Callable[[bytes], Message]) -> Message:
         """
         Raises:
-            CallError: RESOURCE_EXHAUSTED if too much waits already.
+            Exhausted: too much waits already.
         """
         caller = CALLER.get().name
         with self._waiting.counted(caller, len(received)):

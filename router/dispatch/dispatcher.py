@@ -23,7 +23,7 @@ from router.dispatch.claim import Claim
 from router.dispatch.request import Attempt, Request, State
 from router.dispatch.sequence import hash_blocks, sequence_of
 from router.dispatch.waiting_queue import WaitingQueue
-from router.errors import CallError, InvalidArgument
+from router.errors import CallError, Exhausted, InvalidArgument
 from router.metrics import Metrics
 from twostroke.v1 import inference_pb2, worker_pb2
 
@@ -90,10 +90,7 @@ class Dispatcher:
         if (role := self.workers.gone()) is not None:
             raise self._no_worker(role)
         if len(self._queue) + requests > self._config.max_queue:
-            raise CallError(
-                grpc.StatusCode.RESOURCE_EXHAUSTED,
-                f"the queue is full ({len(self._queue)} of {self._config.max_queue} requests wait); try again later",
-            )
+            raise Exhausted(f"the queue is full ({len(self._queue)} of {self._config.max_queue} requests wait)")
 
     def submit(self, requests: list[Request]) -> None:
         """Queues the requests, and sends out those that a worker has room for.

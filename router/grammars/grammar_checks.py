@@ -6,12 +6,10 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-import grpc
-
 from common.model.model_config import ModelConfig
 from common.sampling.grammar import AT_ONCE, KEPT, GrammarError
 from router.callers.fair_threads import FairThreads
-from router.errors import CallError
+from router.errors import Exhausted
 from router.grammars.grammar_check import GrammarCheck
 
 # Grammars of one caller that wait to be compiled. Most take a millisecond, none takes much more than
@@ -40,7 +38,7 @@ class GrammarChecks:
         """
         Raises:
             GrammarError: the grammar can't be compiled.
-            CallError: RESOURCE_EXHAUSTED if too many of the caller's grammars wait.
+            Exhausted: too many of the caller's grammars wait.
             RuntimeError: the process that compiles can't be started, whatever the grammar.
         """
         if grammar in self._known:
@@ -54,7 +52,7 @@ class GrammarChecks:
 
     def _begin(self, caller: str, grammar: str) -> "asyncio.Task[GrammarError | None]":
         if sum(other == caller for other, _ in self._begun) >= MAX_WAITING:
-            raise CallError(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many guides wait to be compiled; try again later")
+            raise Exhausted("too many guides wait to be compiled")
         task = self._begun[caller, grammar] = asyncio.create_task(self._check(caller, grammar))
         return task
 

@@ -39,7 +39,7 @@ class Guides:
 
         Raises:
             InvalidArgument: the guide can't be compiled, or this model does not support any.
-            CallError: RESOURCE_EXHAUSTED if too many of the caller's guides wait to be compiled.
+            Exhausted: too many of the caller's guides wait to be compiled.
         """
         grammar = grammar_of(guide)
         try:
@@ -53,7 +53,7 @@ class Guides:
 
         Raises:
             InvalidArgument: names the tool or the field for which that is not possible.
-            CallError: as `grammar`.
+            Exhausted: as `grammar`.
         """
         tools, several = tool_choice.tools_to_call(chat), chat.tool_choice.required
         form = replace(prompt.form, reasoning=False) if prompt.closes_reasoning else prompt.form
@@ -80,7 +80,7 @@ class Guides:
         Raises:
             GrammarError: the grammar can't be compiled.
             InvalidArgument: this model does not support grammars.
-            CallError: as `grammar`.
+            Exhausted: as `grammar`.
         """
         try:
             await self._checks.check(grammar, CALLER.get().name)

@@ -83,7 +83,7 @@ class Tokenizer:
         """
         Raises:
             InvalidArgument: the text has more bytes than any that fits the model's context.
-            CallError: RESOURCE_EXHAUSTED if too much text waits already.
+            Exhausted: too much text waits already.
         """
         size = len(text.encode())
         self._check_size(size)
@@ -95,7 +95,7 @@ class Tokenizer:
         Raises:
             InvalidArgument: the model has no chat template, or that refuses the chat, or the chat has more bytes than
                 any that fits the model's context.
-            CallError: RESOURCE_EXHAUSTED if too much text waits already.
+            Exhausted: too much text waits already.
         """
         template = self._template
         if template is None:

@@ -157,6 +157,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                             raise failure
             finally:
                 self._dispatcher.drop(requests)
+                mailbox.clear()
                 output_tokens = sum(answer.tokens for answer in answers)
                 self._metrics.output_tokens.inc(output_tokens)
                 caller.spend(output_tokens)

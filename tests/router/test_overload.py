@@ -151,6 +151,28 @@ async def test_streams_that_nobody_reads_end_and_give_back_what_they_hold(long_m
             await channel.close()
 
 
+@pytest.mark.parametrize("leaves", [False, True])
+async def test_a_stream_that_nobody_reads_leaves_no_tokens_behind(long_model: Path, leaves: bool) -> None:
+    async with cluster(long_model, **workers(stop_after=3000 if leaves else None)) as it:
+        [channel] = [channel async for channel in new_channels(it, 1)]
+        stub: Any = inference_pb2_grpc.InferenceStub(channel)
+        gc.collect()
+        gc.disable()
+        try:
+            call = stub.GenerateStream(request(max_tokens=LONG, response=pb.ResponseOptions(logprobs=20)))
+            await call.read()
+            if leaves:
+                (attempt,) = it.router.dispatcher.workers.all()[0].attempts.values()
+                await eventually(lambda: attempt.request.posted and len(attempt.request.output) == 3001)
+                del attempt
+                call.cancel()
+            await eventually(it.nothing_held, seconds=20)
+            await eventually(lambda: not any(isinstance(held, Request) for held in gc.get_objects()))
+        finally:
+            gc.enable()
+        await channel.close()
+
+
 async def test_a_stream_that_nobody_reads_does_not_hold_up_the_routers_stop(long_model: Path) -> None:
     async with cluster(long_model, **workers(stop_after=3000)) as it:
         [channel] = [channel async for channel in new_channels(it, 1)]
@@ -215,7 +237,7 @@ async def test_a_call_that_is_over_leaves_no_message_behind(
     model: Path, method: str, asked: pb.GenerateRequest, ends: grpc.StatusCode
 ) -> None:
     """Not until the garbage collector comes either: it may be long in coming, and a message may take 240 MB."""
-    sent, kinds = asked.SerializeToString(), (pb.GenerateRequest, pb.Guide, pb.Chat)
+    sent, kinds = asked.SerializeToString(), (pb.GenerateRequest, pb.Guide, pb.Chat, Request)
     fails = {3: [worker_pb2.Ended.CAUSE_FAILED]} if ends is Code.UNAVAILABLE else {}
     async with cluster(model, decodes=[Script(step_seconds=0.01, end_after=fails)], max_resumes=0) as it:
         gc.collect()

@@ -133,23 +133,14 @@ def check_length(prompt_tokens: int, job: Job, model: ModelConfig, held_by_all: 
         limit, whose = held_by_all, "the smallest worker"
     if prompt_tokens == 0:
         raise InvalidArgument("input", "the prompt has no tokens")
-    if prompt_tokens >= limit:
+    _check_room(prompt_tokens, limit, whose)
+    field, output = ("min_tokens", job.min_tokens) if job.max_tokens is None else ("max_tokens", job.max_tokens)
+    if prompt_tokens + output > limit:
         raise InvalidArgument(
-            "input", f"the prompt has {prompt_tokens} tokens; {whose} has room for {limit}, output included"
+            f"stopping.{field}",
+            f"{output} and the prompt's {prompt_tokens} are more than {limit}, for which {whose} has room",
         )
-    if job.max_tokens is None:
-        if job.min_tokens > limit - prompt_tokens:
-            raise InvalidArgument(
-                "stopping.min_tokens",
-                f"{job.min_tokens} and the prompt's {prompt_tokens} are more than {limit}, for which {whose} has room",
-            )
-        return limit
-    if prompt_tokens + job.max_tokens > limit:
-        raise InvalidArgument(
-            "stopping.max_tokens",
-            f"{job.max_tokens} and the prompt's {prompt_tokens} are more than {limit}, for which {whose} has room",
-        )
-    return prompt_tokens + job.max_tokens
+    return limit if job.max_tokens is None else prompt_tokens + job.max_tokens
 
 
 def check_detokenize(token_ids: Sequence[int], model: ModelConfig) -> None:
@@ -170,13 +161,15 @@ def check_prompt(token_ids: Sequence[int], model: ModelConfig) -> None:
     Raises:
         InvalidArgument: a prompt of token ids is too long for the context, or some are not in the vocabulary.
     """
-    if len(token_ids) >= model.context_length:
-        raise InvalidArgument(
-            "input",
-            f"the prompt has {len(token_ids)} tokens; the model's context has room for {model.context_length}, "
-            "output included",
-        )
+    _check_room(len(token_ids), model.context_length, "the model's context")
     check_tokens("token_ids.ids", token_ids, model)
+
+
+def _check_room(prompt_tokens: int, limit: int, whose: str) -> None:
+    if prompt_tokens >= limit:
+        raise InvalidArgument(
+            "input", f"the prompt has {prompt_tokens} tokens; {whose} has room for {limit}, output included"
+        )
 
 
 def _sampling(sampling: pb.Sampling, logprobs: int | None, model: ModelConfig) -> worker_pb2.SamplingParams:

@@ -56,24 +56,18 @@ class Tokenizer:
         self._tokenizer.no_truncation()
         self.vocabulary = vocabulary.digest(directory)
         self._template = chat_template.load(directory)
-        self._bytes = token_bytes.read(self._tokenizer, model.vocab_size)
-        self._visible = self._bytes.without_special()
+        self.token_bytes = token_bytes.read(self._tokenizer, model.vocab_size)
+        self._visible = self.token_bytes.without_special()
         self.answer_format = answer_format.of(
-            "" if self._template is None else self._template.source, self._tokenizer.token_to_id, self._bytes.special
+            "" if self._template is None else self._template.source,
+            self._tokenizer.token_to_id,
+            self.token_bytes.special,
         )
         self._context_length = model.context_length
         # A longer text has too many tokens for the context in any case, and may take seconds per megabyte to tokenize.
-        self._most_bytes = model.context_length * max(map(len, self._bytes.table))
+        self._most_bytes = model.context_length * max(map(len, self.token_bytes.table))
         self._waiting = WaitingBytes("too much text waits to be made into tokens")
         self._threads = FairThreads(THREADS, "tokenizer")
-
-    @property
-    def token_bytes(self) -> Sequence[bytes]:
-        return self._bytes.table
-
-    @property
-    def special_ids(self) -> frozenset[int]:
-        return self._bytes.special
 
     def decode(self, token_ids: Sequence[int], *, special_tokens: bool) -> str:
         detokenizer = self.detokenizer(special_tokens=special_tokens)
@@ -121,8 +115,8 @@ class Tokenizer:
                 begin every text.
             signs: what stands for some of the special tokens.
         """
-        table = self._bytes.table if special_tokens else self._visible
-        return Detokenizer(table, self._bytes.strip_leading_space and begins_text, signs)
+        table = self.token_bytes.table if special_tokens else self._visible
+        return Detokenizer(table, self.token_bytes.strip_leading_space and begins_text, signs)
 
     def spells(self, token_ids: Sequence[int]) -> bool:
         """Whether the tokens have any text, special tokens aside."""

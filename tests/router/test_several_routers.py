@@ -113,7 +113,7 @@ async def test_one_routers_large_request_gets_its_turn_beside_the_small_ones_of_
             small.append(many.ask(5, 12))
         small = deque(asked for asked in small if asked.state is not State.FINISHED)
     assert (large.state, behind.state) == (State.FINISHED, State.FINISHED)
-    assert many._serial > 40, "the small ones went on, too"
+    assert many._serial > 20, "the small ones went on, too"
     many.dispatcher.drop(small)
     while two.one.scheduler.count:
         await two.turn()

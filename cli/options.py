@@ -7,9 +7,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Annotated, TypedDict, TypeVar, cast
+from typing import Annotated, TypeVar, cast
 
-import grpc
 from cyclopts import Parameter
 
 from common.network.addresses import Targets
@@ -57,25 +56,16 @@ class Connection(TlsConfig):
 
     def _made(self, kind: type[_Client]) -> _Client:
         try:
-            return kind(self.target, **self._how())
+            return kind(
+                self.target,
+                api_key=self.api_key,
+                tls=channel_credentials(pem.read(self)) or self.tls,
+                tls_server_name=self.tls_server_name,
+                timeout=self.timeout,
+            )
         except InvalidArgument as error:
             field, _, problem = error.message.partition(": ")
             raise SettingsError(f"--{field.replace('_', '-')}: {problem}") from error
-
-    def _how(self) -> "_How":
-        return {
-            "api_key": self.api_key,
-            "tls": channel_credentials(pem.read(self)) or self.tls,
-            "tls_server_name": self.tls_server_name,
-            "timeout": self.timeout,
-        }
-
-
-class _How(TypedDict):
-    api_key: str | None
-    tls: bool | grpc.ChannelCredentials
-    tls_server_name: str | None
-    timeout: float | None
 
 
 def _is_json_object(_type: object, text: str | None) -> None:

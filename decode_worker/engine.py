@@ -11,7 +11,6 @@ from common.lifecycle import Lifecycle
 from common.telemetry.tracing import Tracing
 from common.worker.attempts import Attempts
 from common.worker.load_report import INTERVAL_SECONDS, LoadReport
-from common.worker.sequence import SequenceSpec
 from common.worker.worker_parts import WorkerParts
 from common.worker.worker_service import WorkerService
 from decode_worker.claims import Claims
@@ -50,7 +49,7 @@ class Engine:
         self._metrics = metrics
         self._tracing = tracing
         self._telemetry = DecodeTelemetry(metrics, service.address, parts.pool.layout)
-        self._attempts = Attempts(parts, service, metrics)
+        self._attempts = Attempts(parts, service, metrics, lambda spec: spec.max_length)
         self._loop = DecodeLoop(parts, runner, max_batch)
         self._scheduler = self._loop.scheduler
         self._own_prompts = own_prompts
@@ -61,13 +60,11 @@ class Engine:
 
     def run(self, lifecycle: Lifecycle) -> None:
         cache = CacheReport(self._service, self._parts.blocks)
-        load = LoadReport(
-            self._service, self._metrics, lambda: self._load(ready=not lifecycle.draining), self._claims.kept_from
-        )
+        load = LoadReport(self._service, self._metrics, self._load, self._claims.kept_from)
         try:
             while not lifecycle.over(idle=self._idle):
                 self.turn(lifecycle.draining)
-                load.send_if_due()
+                load.send_if_due(ready=not lifecycle.draining)
                 cache.send()  # last: a router that connects in between hears of the cache before it can send requests
                 self._service.flush()
         finally:
@@ -79,7 +76,7 @@ class Engine:
         self._tell_opened()
         self._finish_pulls()
         self._start_compiled()
-        if self._pause() > 0:
+        if self._pause() > 0 and not self._own_prompts.busy:
             return  # until a step is due, sequences that arrive can still join it
         self._prefill()
         if self._parts.device.type == "cpu":
@@ -90,18 +87,19 @@ class Engine:
 
     def _pause(self) -> float:
         """Seconds that the loop can wait for messages, having nothing else to do."""
-        if self._own_prompts.busy:
+        if self._own_prompts.busy and not self._own_prompts.waits_for_grammar:
             return 0.0
         pause = min(self._loop.spare_seconds(), STEP_POLL_SECONDS) if self._loop.busy else INTERVAL_SECONDS
-        return min(pause, PULL_POLL_SECONDS) if self._puller.busy or self._uncompiled else pause
+        if self._own_prompts.waits_for_grammar or self._uncompiled:
+            pause = min(pause, GRAMMAR_POLL_SECONDS)
+        return min(pause, PULL_POLL_SECONDS) if self._puller.busy else pause
 
     @property
     def _idle(self) -> bool:
         return not (self._scheduler.count or self._loop.busy or self._puller.busy or self._own_prompts.busy)
 
     def _receive(self, draining: bool) -> None:
-        only_grammars = self._own_prompts.waits_for_grammar and not (self._loop.busy or self._puller.busy)
-        for received in self._service.receive(GRAMMAR_POLL_SECONDS if only_grammars else self._pause()):
+        for received in self._service.receive(self._pause()):
             if received.message is None:
                 for orphan in self._scheduler.of_connection(received.connection):
                     self._drop(orphan)
@@ -118,14 +116,14 @@ class Engine:
             self._puller.start(
                 Pull(sequence, start.kv, time.monotonic())
                 for start in received.message.starts
-                if (sequence := self._started(received.connection, start)) is not None
+                if (sequence := self._started(start)) is not None
             )
             self._drop_all(received.message.ended)  # those that the same message asked for
 
     def _reserve(self, connection: int, reserve: pb.Reserve, draining: bool) -> None:
         under_way = self._scheduler.get(reserve.attempt_id) is not None or self._own_prompts.has(reserve.attempt_id)
         refusal = pb.Ended.CAUSE_DRAINING if draining else None
-        spec = self._attempts.accept(connection, reserve, _length, refusal, under_way)
+        spec = self._attempts.accept(connection, reserve, refusal, under_way)
         if spec is None:
             return
         state = State.PREFILLING if reserve.prefill else State.RESERVED
@@ -156,18 +154,14 @@ class Engine:
         self._own_prompts.drop(sequence)
         self._loop.drop(sequence)
 
-    def _end(self, sequence: Sequence, cause: "pb.Ended.Cause.ValueType", detail: str = "") -> None:
-        """Tells the router the end of a sequence that is out of the scheduler already."""
-        self._attempts.end(sequence.connection, sequence.attempt_id, cause, detail, sequence.spec.request_id)
-
-    def _started(self, connection: int, start: pb.Start) -> Sequence | None:
+    def _started(self, start: pb.Start) -> Sequence | None:
         sequence = self._scheduler.get(start.attempt_id)
         if sequence is None or sequence.state is not State.RESERVED:
             return None
         problem = self._problem(sequence, start)
         if problem is not None:  # a fault of a worker or the router, not of the request, which can go on elsewhere
             self._drop(sequence)
-            self._end(sequence, pb.Ended.CAUSE_FAILED, problem)
+            self._attempts.end(sequence, pb.Ended.CAUSE_FAILED, problem)
             return None
         sequence.state = State.PULLING
         sequence.tokens.append(start.first_token)
@@ -197,7 +191,7 @@ class Engine:
             if pulled.problem:
                 cause = pb.Ended.CAUSE_LEASE_LOST if pulled.lease_lost else pb.Ended.CAUSE_FAILED
                 self._loop.drop(sequence)
-                self._end(sequence, cause, pulled.problem)
+                self._attempts.end(sequence, cause, pulled.problem)
             else:
                 self._service.outgoing(sequence.connection).started.add(
                     attempt_id=sequence.attempt_id, transfer_ms=pulled.milliseconds
@@ -214,7 +208,7 @@ class Engine:
                 self._start(sequence)
             else:
                 self._drop(sequence)
-                self._end(sequence, pb.Ended.CAUSE_REJECTED, first.problem)
+                self._attempts.end(sequence, pb.Ended.CAUSE_REJECTED, first.problem)
         self._service.flush()
 
     def _announce(self, sequence: Sequence, first: FirstToken) -> None:
@@ -240,7 +234,7 @@ class Engine:
             return
         sequence.running_since = time.monotonic()
         if not self._loop.start(sequence):
-            self._end(sequence, pb.Ended.CAUSE_FINISHED)
+            self._attempts.end(sequence, pb.Ended.CAUSE_FINISHED)
 
     def _tell(self, turn: Turn) -> None:
         for step in turn.steps:
@@ -248,13 +242,13 @@ class Engine:
             self._tell_tokens(step)
         for sequence in turn.finished:
             self._telemetry.decoded(sequence, "finished")
-            self._end(sequence, pb.Ended.CAUSE_FINISHED)
+            self._attempts.end(sequence, pb.Ended.CAUSE_FINISHED)
         for sequence in turn.preempted:
             self._telemetry.decoded(sequence, "preempted")
-            self._end(sequence, pb.Ended.CAUSE_PREEMPTED)
+            self._attempts.end(sequence, pb.Ended.CAUSE_PREEMPTED)
         for sequence, problem in turn.failed:
             self._telemetry.decoded(sequence, "failed")
-            self._end(sequence, pb.Ended.CAUSE_REJECTED, problem)
+            self._attempts.end(sequence, pb.Ended.CAUSE_REJECTED, problem)
 
     def _tell_tokens(self, step: StepTokens) -> None:
         rows_of: dict[int, list[int]] = defaultdict(list)
@@ -277,8 +271,3 @@ class Engine:
             blocks=self._parts.blocks_load(reserved=self._scheduler.promised),
             totals=self._telemetry.totals,
         )
-
-
-def _length(spec: SequenceSpec) -> int:
-    """Tokens of the sequence here: prompt and output."""
-    return spec.max_length

@@ -92,29 +92,24 @@ class Puller:
                 ready.setdefault(opening.result(), []).append(pull)
         self._waiting = waiting
         for peer, pulls in ready.items():
-            try:
-                self._read(peer, pulls)
-            except TransportError:  # perhaps because of one of them: the others need not fail with it
-                over += self._read_each(peer, pulls)
+            over += self._read(peer, pulls)
         return over
 
-    def _read_each(self, peer: PeerPool, pulls: Iterable[Pull]) -> list[Pulled]:
-        over = []
-        for pull in pulls:
-            try:
-                self._read(peer, [pull])
-            except TransportError as error:
-                over.append(_pulled(pull, problem=str(error)))
-        return over
-
-    def _read(self, peer: PeerPool, pulls: list[Pull]) -> None:
+    def _read(self, peer: PeerPool, pulls: list[Pull]) -> list[Pulled]:
+        """Begins a transfer. Returns those of the pulls that cannot be part of it."""
         source: list[int] = []
         target: list[int] = []
         for pull in pulls:
             cached = pull.sequence.cached_blocks
             source += pull.source.block_ids[cached:]
             target += pull.sequence.blocks[cached : len(pull.source.block_ids)]
-        self._under_way.append((peer, peer.read(source, self._pool, target), pulls))
+        try:
+            self._under_way.append((peer, peer.read(source, self._pool, target), pulls))
+        except TransportError as error:
+            if len(pulls) == 1:
+                return [_pulled(pulls[0], problem=str(error))]
+            return [over for pull in pulls for over in self._read(peer, [pull])]  # the fault of one need not be all's
+        return []
 
 
 def _pulled(pull: Pull, problem: str = "", lease_lost: bool = False) -> Pulled:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from common.device.device_io import HostCopy, mark
 from common.kv.kv_pool import blocks_for
-from common.sampling.guided_sampling import AllowedTokens, GrammarState
+from common.sampling.guided_sampling import UNRESTRICTED, AllowedTokens, GrammarState
 from common.sampling.host_logprobs import HostLogprobs
 from common.sampling.special_sampling import AdjustedRows, TokenCounts, wants_adjusting, wants_logprobs
 from common.worker.worker_parts import WorkerParts
@@ -90,15 +90,14 @@ class Runner:
         late = _is_over(before)
         adjusted = self._adjusted_rows() if self._slots else None
         sampled = logits if adjusted is None else self._counts.adjust(logits, state.lengths + 1, adjusted)
-        allowed = self._allowed(before) if self._with_grammar else None
-        tokens = self._stepper.sample(state, sampled if allowed is None else allowed.restrict(sampled))
+        allowed = self._allowed(before) if self._with_grammar else UNRESTRICTED
+        tokens = self._stepper.sample(state, allowed.restrict(sampled))
         if adjusted is not None:
             self._counts.record(tokens, adjusted)
         self._stepper.advance(state, tokens)
         specs = [sequence.spec for sequence in sequences]
         logprobs = HostLogprobs(specs, logits, tokens) if self._with_logprobs else None
-        problems = allowed.problems if allowed is not None else {}
-        return Step(sequences, HostCopy(tokens), logprobs, beginning, late, problems)
+        return Step(sequences, HostCopy(tokens), logprobs, beginning, late, allowed.problems)
 
     def _allowed(self, before: Step | None) -> AllowedTokens:
         """The tokens that grammars allow next. Waits for the step before if a grammar depends on it; the device

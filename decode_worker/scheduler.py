@@ -57,11 +57,7 @@ class Scheduler:
         self._block_size = block_size
         self._max_batch = max_batch
         self._sequences: dict[int, Sequence] = {}
-        self._promised = 0
-
-    @property
-    def promised(self) -> int:
-        return self._promised
+        self.promised = 0  # blocks, to all sequences
 
     @property
     def count(self) -> int:
@@ -95,14 +91,14 @@ class Scheduler:
         for_all = blocks_for(min(length + headroom_tokens, spec.max_length - 1), self._block_size)
         promised = max(for_all - for_prompt, 0)
         missing = for_prompt - len(hits)
-        if missing + promised > self._blocks.available - self._promised - kept_blocks:
+        if missing + promised > self._blocks.available - self.promised - kept_blocks:
             self._blocks.release(hits)
             return False
         sequence.blocks = hits + self._blocks.allocate(missing)
         sequence.cached_blocks = len(hits)
         sequence.promised = promised
         sequence.kv_len = length
-        self._promised += promised
+        self.promised += promised
         self._sequences[sequence.attempt_id] = sequence
         return True
 
@@ -122,8 +118,8 @@ class Scheduler:
                 continue
             if sequence.promised:
                 sequence.promised -= 1
-                self._promised -= 1
-            elif self._blocks.available <= self._promised:
+                self.promised -= 1
+            elif self._blocks.available <= self.promised:
                 starved.append(sequence)
                 continue
             sequence.blocks += self._blocks.allocate(1)
@@ -153,7 +149,7 @@ class Scheduler:
         if sequence.state is State.OVER:
             return
         sequence.state = State.OVER
-        self._promised -= sequence.promised
+        self.promised -= sequence.promised
         sequence.promised = 0
         del self._sequences[sequence.attempt_id]
         self.release_if_idle(sequence)

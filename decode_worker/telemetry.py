@@ -13,15 +13,16 @@ from decode_worker.scheduler import Sequence
 class DecodeTelemetry(WorkerTelemetry):
     """Adds KV that was pulled and steps that were decoded. `layout` is that of the worker's pool."""
 
+    _metrics: DecodeMetrics
+
     def __init__(self, metrics: DecodeMetrics, address: str, layout: KvLayout) -> None:
         super().__init__(metrics, address)
-        self._decode_metrics = metrics
         self._layout = layout
 
     def prefilled_own(self, sequence: Sequence, cached: int) -> None:
         """A sequence's prompt was prefilled here; `cached` of its tokens were in the pool already."""
         self.prefilled(sequence.trace, sequence.received_at, sequence.kv_len, cached)
-        self._decode_metrics.output_tokens.inc()
+        self._metrics.output_tokens.inc()
 
     def pulled(self, pulled: Pulled) -> None:
         """A pull is over. To be told while the sequence still has its blocks."""
@@ -29,10 +30,10 @@ class DecodeTelemetry(WorkerTelemetry):
         blocks = len(sequence.blocks) - sequence.cached_blocks
         if not pulled.problem:
             cached = sequence.cached_blocks * self._layout.block_size
-            self._decode_metrics.cached_tokens.inc(cached)
-            self._decode_metrics.pulled_tokens.inc(sequence.kv_len - cached)
-            self._decode_metrics.handover_bytes.inc(blocks * self._layout.block_bytes)
-            self._decode_metrics.handover_seconds.observe(pulled.milliseconds / 1000)
+            self._metrics.cached_tokens.inc(cached)
+            self._metrics.pulled_tokens.inc(sequence.kv_len - cached)
+            self._metrics.handover_bytes.inc(blocks * self._layout.block_bytes)
+            self._metrics.handover_seconds.observe(pulled.milliseconds / 1000)
             self.totals.prompt_tokens += sequence.kv_len
             self.totals.cached_tokens += cached
         sequence.trace.record(
@@ -44,8 +45,8 @@ class DecodeTelemetry(WorkerTelemetry):
 
     def stepped(self, step: StepTokens) -> None:
         """A step gave its tokens."""
-        self._decode_metrics.batch_sequences.observe(len(step.sequences))
-        self._decode_metrics.output_tokens.inc(len(step.tokens))
+        self._metrics.batch_sequences.observe(len(step.sequences))
+        self._metrics.output_tokens.inc(len(step.tokens))
         self.totals.output_tokens += len(step.tokens)
 
     def decoded(self, sequence: Sequence, outcome: str) -> None:

@@ -27,29 +27,21 @@ class Sample(Protocol):
     ) -> Tensor: ...
 
 
-class LayerTensors(Protocol):
-    """A layer's weights, [out, in]. H: hidden size; Hq, Hkv: query and KV heads; D: head_dim; I: intermediate size."""
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """Weights of one layer, laid out as F.linear takes them: [out, in]. H: hidden size; Hq, Hkv: query and KV heads;
+    D: head_dim; I: intermediate size."""
 
-    @property
-    def attention_norm(self) -> Tensor: ...  # [H]
-    @property
-    def qkv(self) -> Tensor: ...  # [(Hq + 2 Hkv) * D, H]
-    @property
-    def qkv_bias(self) -> Tensor | None: ...  # [(Hq + 2 Hkv) * D]
-    @property
-    def q_norm(self) -> Tensor | None: ...  # [D]
-    @property
-    def k_norm(self) -> Tensor | None: ...  # [D]
-    @property
-    def output(self) -> Tensor: ...  # [H, Hq * D]
-    @property
-    def output_bias(self) -> Tensor | None: ...  # [H]
-    @property
-    def mlp_norm(self) -> Tensor: ...  # [H]
-    @property
-    def gate_up(self) -> Tensor: ...  # [2 I, H]
-    @property
-    def down(self) -> Tensor: ...  # [H, I]
+    attention_norm: Tensor  # [H]
+    qkv: Tensor  # [(Hq + 2 Hkv) * D, H]: q, k, v
+    qkv_bias: Tensor | None  # [(Hq + 2 Hkv) * D]
+    q_norm: Tensor | None  # [D]
+    k_norm: Tensor | None  # [D]
+    output: Tensor  # [H, Hq * D]
+    output_bias: Tensor | None  # [H]
+    mlp_norm: Tensor  # [H]
+    gate_up: Tensor  # [2 I, H]: gate, up
+    down: Tensor  # [H, I]
 
 
 class LayersOfOneToken(Protocol):
@@ -61,17 +53,6 @@ class LayersOfOneToken(Protocol):
         """tokens, positions [1] int32: the token and its position. slots [1] int64: where its K and V go (-1: nowhere).
         seq_lens [1] int32: the sequence's length, this token included. block_tables [1, B] int32. Returns the hidden
         state after the last layer [1, H], before the final norm."""
-        ...
-
-
-class FuseLayers(Protocol):
-    def __call__(
-        self, layers: Sequence[LayerTensors], embedding: Tensor, cos_sin: Tensor, eps: float, pool: Tensor
-    ) -> LayersOfOneToken | None:
-        """embedding [V, H]; cos_sin [max_position, D] float32; pool [blocks, layers, 2, block_size, Hkv, D]; all but
-        cos_sin of one dtype. The result keeps a reference to each tensor and uses it in place. Returns None if these
-        layers cannot be fused on this device: then run the operations one by one."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,12 +70,18 @@ class Ops:
     sample: Sample
     locate: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
     advance: Callable[[Tensor, Tensor, Tensor], None]
-    fuse_layers: FuseLayers
+    fuse_layers: Callable[[Sequence[LayerWeights], Tensor, Tensor, float, Tensor], LayersOfOneToken | None]
 
 
-def _one_by_one(
-    layers: Sequence[LayerTensors], embedding: Tensor, cos_sin: Tensor, eps: float, pool: Tensor
+def fuse_layers(
+    layers: Sequence[LayerWeights], embedding: Tensor, cos_sin: Tensor, eps: float, pool: Tensor
 ) -> LayersOfOneToken | None:
+    """All layers as one operation, or None if these cannot be fused on this device: then run the operations one by one.
+    This reference fuses none.
+
+    embedding [V, H]; cos_sin [max_position, D] float32; pool [blocks, layers, 2, block_size, Hkv, D]; all but cos_sin
+    of one dtype. The result keeps a reference to each tensor and uses it in place.
+    """
     return None
 
 
@@ -109,7 +96,7 @@ REFERENCE = Ops(
     sample=sampling.sample,
     locate=step.locate,
     advance=step.advance,
-    fuse_layers=_one_by_one,
+    fuse_layers=fuse_layers,
 )
 
 

@@ -8,7 +8,6 @@ from common.lifecycle import Lifecycle
 from common.telemetry.tracing import Tracing
 from common.worker.attempts import Attempts
 from common.worker.load_report import INTERVAL_SECONDS, LoadReport
-from common.worker.sequence import SequenceSpec
 from common.worker.worker_parts import WorkerParts
 from common.worker.worker_service import WorkerService
 from common.worker.worker_telemetry import WorkerTelemetry
@@ -41,17 +40,18 @@ class Engine:
         self._metrics = metrics
         self._tracing = tracing
         self._telemetry = WorkerTelemetry(metrics, service.address)
-        self._attempts = Attempts(parts, service, metrics)
+        # A sequence is here the prompt, and the token that is sampled.
+        self._attempts = Attempts(parts, service, metrics, lambda spec: len(spec.token_ids) + 1)
         self._loop = PrefillLoop(parts, runner, max_batch_tokens)
         self._scheduler = self._loop.scheduler
         self._leases = Leases(parts.blocks, lease_seconds)
 
     def run(self, lifecycle: Lifecycle) -> None:
         cache = CacheReport(self._service, self._parts.blocks)
-        load = LoadReport(self._service, self._metrics, lambda: self._load(ready=not lifecycle.draining))
+        load = LoadReport(self._service, self._metrics, self._load)
         while not lifecycle.over(idle=self._idle):
             self.turn(lifecycle.draining)
-            load.send_if_due()
+            load.send_if_due(ready=not lifecycle.draining)
             cache.send()  # last: a router that connects in between hears of the cache before it can send requests
             self._service.flush()
 
@@ -94,7 +94,7 @@ class Engine:
         elif self._scheduler.waiting_count >= MAX_WAITING:
             refusal = pb.Ended.CAUSE_FULL
         under_way = self._scheduler.has(prefill.attempt_id) or prefill.attempt_id in self._leases
-        spec = self._attempts.accept(connection, prefill, _length, refusal, under_way)
+        spec = self._attempts.accept(connection, prefill, refusal, under_way)
         if spec is not None:
             trace = self._tracing.below(prefill.traceparent)
             grammar = self._parts.grammar_state(spec)
@@ -104,9 +104,8 @@ class Engine:
             )
 
     def _expire_leases(self) -> None:
-        for lease in self._leases.expire(time.monotonic()):
-            detail = "nobody took the KV in time"
-            self._attempts.end(lease.connection, lease.attempt_id, pb.Ended.CAUSE_LEASE_LOST, detail, lease.request_id)
+        for prompt in self._leases.expire(time.monotonic()):
+            self._attempts.end(prompt, pb.Ended.CAUSE_LEASE_LOST, "nobody took the KV in time")
 
     def _tell(self, turn: Turn) -> None:
         if turn.launched_tokens:
@@ -114,11 +113,9 @@ class Engine:
         for prompt, first in turn.complete:
             if first.problem is None:
                 self._announce(prompt, first)
-                continue
-            self._parts.blocks.release(prompt.blocks)
-            self._attempts.end(
-                prompt.connection, prompt.attempt_id, pb.Ended.CAUSE_REJECTED, first.problem, prompt.spec.request_id
-            )
+            else:
+                self._parts.blocks.release(prompt.blocks)
+                self._attempts.end(prompt, pb.Ended.CAUSE_REJECTED, first.problem)
 
     def _announce(self, prompt: Prompt, first: FirstToken) -> None:
         self._telemetry.prefilled(prompt.trace, prompt.received_at, prompt.length, prompt.cached_len)
@@ -129,7 +126,7 @@ class Engine:
             logprobs=first.logprobs,
             cached_tokens=prompt.cached_len,
             kv=pb.KvLocation(
-                pool=self._parts.pool_handle,
+                pool=self._parts.hello.pool,
                 block_ids=prompt.blocks,
                 generations=[self._parts.blocks.generation(block) for block in prompt.blocks],
             ),
@@ -145,8 +142,3 @@ class Engine:
             totals=self._telemetry.totals,
             pending_tokens=self._scheduler.pending_tokens,
         )
-
-
-def _length(spec: SequenceSpec) -> int:
-    """Tokens of the sequence here: the prompt, and the one that is sampled."""
-    return len(spec.token_ids) + 1

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from common.device.device_io import HostCopy, to_device
 from common.kv.kv_pool import blocks_for
-from common.sampling.guided_sampling import AllowedTokens
+from common.sampling.guided_sampling import UNRESTRICTED, AllowedTokens
 from common.sampling.host_logprobs import HostLogprobs
 from common.sampling.special_sampling import TokenCounts, wants_adjusting, wants_logprobs
 from common.worker.sequence import SequenceSpec
@@ -73,29 +73,27 @@ class Runner:
         hidden = self._last_hidden(chunks, len(specs))
         allowed = self._allowed(prompts)  # on the host, while the device runs the model
         tokens, logprobs = self._first_tokens(specs, hidden, allowed)
-        return LaunchedBatch(chunks, HostCopy(tokens), logprobs, allowed.problems if allowed is not None else {})
+        return LaunchedBatch(chunks, HostCopy(tokens), logprobs, allowed.problems)
 
-    def _allowed(self, prompts: list[Prompt]) -> AllowedTokens | None:
-        """The tokens that grammars allow first; None if no prompt has a grammar."""
+    def _allowed(self, prompts: list[Prompt]) -> AllowedTokens:
+        """The tokens that grammars allow first."""
         states = {row: prompt.grammar for row, prompt in enumerate(prompts) if prompt.grammar is not None}
-        if self._parts.guided is None or not states:
-            return None
-        return self._parts.guided.allowed(states)
+        return self._parts.guided.allowed(states) if self._parts.guided is not None and states else UNRESTRICTED
 
     def _first_tokens(
-        self, specs: list[SequenceSpec], hidden: Tensor, allowed: AllowedTokens | None
+        self, specs: list[SequenceSpec], hidden: Tensor, allowed: AllowedTokens
     ) -> tuple[Tensor, HostLogprobs | None]:
         """First tokens [L] int32 from `hidden` [L, H], which `_last_hidden` has just returned."""
         if not specs:
             return hidden.new_empty(0, dtype=torch.int32), None
         special = [(row, spec) for row, spec in enumerate(specs) if wants_adjusting(spec, len(spec.token_ids))]
         asks = any(map(wants_logprobs, specs))
-        if self.graphs is not None and not special and not asks and allowed is None:
+        if self.graphs is not None and not special and not asks and not allowed.rows:
             return self.graphs.first_tokens(specs), None
         logits = self._parts.model.logits(hidden)
         wanted = draws.views(to_device(draws.pack(specs, len(specs)), self._parts.device), len(specs))
         adjusted = self._adjusted(special, logits, wanted.positions)
-        tokens = self._forward.draw(adjusted if allowed is None else allowed.restrict(adjusted), wanted)
+        tokens = self._forward.draw(allowed.restrict(adjusted), wanted)
         return tokens, HostLogprobs(specs, logits, tokens) if asks else None
 
     def _last_hidden(self, chunks: list[Chunk], count: int) -> Tensor:

@@ -23,3 +23,20 @@ class InvalidArgument(CallError):
 
     def __init__(self, field: str, problem: str) -> None:
         super().__init__(grpc.StatusCode.INVALID_ARGUMENT, f"{field}: {problem}")
+
+
+class Exhausted(CallError):
+    """A limit is reached. The sentence says which one."""
+
+    def __init__(self, sentence: str, seconds: float | None = None) -> None:
+        when = "later" if seconds is None else f"in {seconds:.1f} s"
+        super().__init__(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{sentence}; try again {when}")
+
+
+def at_most(field: str, most: int, count: int, of: str = "bytes") -> None:
+    """
+    Raises:
+        InvalidArgument: the field has more than `most`.
+    """
+    if count > most:
+        raise InvalidArgument(field, f"has {count} {of}; at most {most} are allowed")

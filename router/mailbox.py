@@ -49,3 +49,7 @@ class Mailbox(Generic[T]):
         await waiter
         posted, self._posted = self._posted, []
         return posted
+
+    def clear(self) -> None:
+        """For the consumer that leaves: what is posted may hold this mailbox, too."""
+        self._posted.clear()

@@ -2,14 +2,14 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
-from typing import Any
+from collections.abc import Callable
+from typing import NoReturn
 
 import grpc
 import structlog
 from google.protobuf.message import DecodeError, Message
-from grpc import HandlerCallDetails, RpcMethodHandler
 
+from common.network.arrival import Context
 from router.callers.limits import CALLER
 from router.callers.turns import Turns
 from router.callers.waiting_bytes import WaitingBytes
@@ -38,7 +38,7 @@ class LargeMessages:
     async def parse(self, received: bytes, parse: Callable[[bytes], Message]) -> Message:
         """
         Raises:
-            CallError: RESOURCE_EXHAUSTED if too much waits already.
+            Exhausted: too much waits already.
         """
         caller = CALLER.get().name
         with self._waiting.counted(caller, len(received)):
@@ -53,8 +53,8 @@ class LargeMessages:
                     self._paid_at = max(self._paid_at, time.monotonic()) + took / SHARE
 
 
-class ParseInterceptor(grpc.aio.ServerInterceptor):
-    """Applies to methods that are coroutines and take one message: all but reflection's.
+class Parser:
+    """Parses the messages of calls, and ends those with which that fails.
 
     Args:
         service: full name of the service whose refused calls are counted and logged.
@@ -66,52 +66,16 @@ class ParseInterceptor(grpc.aio.ServerInterceptor):
         self._metrics = metrics
         self._large = LargeMessages()
 
-    async def intercept_service(
-        self,
-        continuation: "Callable[[HandlerCallDetails], Awaitable[RpcMethodHandler[Any, Any] | None]]",
-        details: HandlerCallDetails,
-    ) -> "RpcMethodHandler[Any, Any] | None":
-        handler = await continuation(details)
-        if handler is None or handler.request_streaming or handler.request_deserializer is None:
-            return handler
-        make = (
-            grpc.unary_stream_rpc_method_handler if handler.response_streaming else grpc.unary_unary_rpc_method_handler
-        )
-        serve: Any = handler.unary_stream if handler.response_streaming else handler.unary_unary
-        return make(
-            self._parsed(serve, handler.request_deserializer, details.method),
-            response_serializer=handler.response_serializer,
-        )
+    async def parse(self, received: bytes, parse: Callable[[bytes], Message], method: str, context: Context) -> Message:
+        try:
+            return parse(received) if len(received) < LARGE_BYTES else await self._large.parse(received, parse)
+        except DecodeError:
+            sentence = f"what was sent is no message that {method} takes"
+            await self._refuse(method, context, CallError(grpc.StatusCode.INVALID_ARGUMENT, sentence))
+        except CallError as error:
+            await self._refuse(method, context, error)
 
-    def _parsed(
-        self, serve: Callable[[Any, Any], Awaitable[Any]], parse: Callable[[bytes], Message], method: str
-    ) -> Callable[[bytes, Any], Awaitable[Any]]:
-        async def parse_and_serve(received: bytes, context: "grpc.aio.ServicerContext[Any, Any]") -> Any:
-            try:
-                if len(received) < LARGE_BYTES:
-                    message = parse(received)
-                else:
-                    message = await self._large.parse(received, parse)
-            except DecodeError:
-                sentence = f"what was sent is no message that {method} takes"
-                await self._refuse(method, context, CallError(grpc.StatusCode.INVALID_ARGUMENT, sentence))
-            except CallError as error:
-                await self._refuse(method, context, error)
-            return await serve(message, context)
-
-        async def call(received: bytes, context: "grpc.aio.ServicerContext[Any, Any]") -> Any:
-            try:
-                return await parse_and_serve(received, context)
-            except grpc.aio.AbortError as error:
-                # gRPC's context keeps the error, whose frames keep the context, and the message of the call: until the
-                # garbage collector comes, which is rarely.
-                del received
-                error.__context__ = None
-                raise error.with_traceback(None) from None
-
-        return call
-
-    async def _refuse(self, method: str, context: "grpc.aio.ServicerContext[Any, Any]", error: CallError) -> None:
+    async def _refuse(self, method: str, context: Context, error: CallError) -> NoReturn:
         if method.startswith(self._prefix):
             short = method.removeprefix(self._prefix)
             self._metrics.calls.labels(short, error.code.name).inc()

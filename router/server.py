@@ -25,7 +25,7 @@ from router.config import RouterConfig
 from router.dispatch.dispatcher import Dispatcher
 from router.grammars.guides import Guides
 from router.metrics import Metrics
-from router.parsing import ParseInterceptor
+from router.parsing import Parser
 from router.prompts.tokenizer import Tokenizer
 from router.service import INFERENCE, InferenceService, RegistryService
 from router.validate import MAX_MESSAGE_BYTES
@@ -121,13 +121,14 @@ class Router:
 
     def _interceptors(self) -> list[grpc.aio.ServerInterceptor]:
         secret, keys = self._peers.secret, self._keys
-        interceptors: list[grpc.aio.ServerInterceptor] = []
+        parser = Parser(INFERENCE, self.metrics)
+        interceptors: list[grpc.aio.ServerInterceptor] = [ArrivalInterceptor(reflection.SERVICE_NAME, parser.parse)]
         if secret is not None or keys is not None:
             # Whoever registers as a worker is sent prompts, so with API keys that must not be open to everyone.
             interceptors.append(SecretInterceptor(REGISTRY, secret, NO_SECRET if secret is None else WRONG_SECRET))
         if keys is not None:
             interceptors.append(KeyInterceptor(INFERENCE, keys, secret, self.metrics))
-        return [ArrivalInterceptor(reflection.SERVICE_NAME), *interceptors, ParseInterceptor(INFERENCE, self.metrics)]
+        return interceptors
 
     def _watch(self) -> None:
         dispatcher, metrics = self.dispatcher, self.metrics

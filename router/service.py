@@ -33,6 +33,7 @@ from router.grammars.guides import Guides, call_of
 from router.grammars.tool_choice import must_call
 from router.mailbox import Mailbox
 from router.metrics import Metrics
+from router.prompts import template_input
 from router.prompts.tokenizer import Tokenized, Tokenizer
 from router.turnstile import Turnstile
 from router.validate import Job
@@ -79,26 +80,34 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     # ------------------------------------------------------------ generating
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
-        mailbox, trace = self._mailbox(), self._trace("Generate", context)
-        async with (
-            self._call("Generate", context, mailbox, trace),
-            aclosing(self._chunks(request, mailbox, trace)) as chunks,
-        ):
+        async with self._generating("Generate", request, context) as chunks:
             return await gather(chunks)
 
     # A coroutine that writes, though the stubs know only generators. gRPC does not close a generator whose call is
     # cancelled while a message is being sent: what it holds would be released only when it is garbage-collected.
     async def GenerateStream(self, request: pb.GenerateRequest, context: Context) -> None:  # type: ignore[override]
-        mailbox, trace = self._mailbox(), self._trace("GenerateStream", context)
-        async with (
-            self._call("GenerateStream", context, mailbox, trace),
-            aclosing(self._chunks(request, mailbox, trace)) as chunks,
-        ):
+        async with self._generating("GenerateStream", request, context) as chunks:
             async for chunk in chunks:
                 await context.write(chunk)
 
-    def _mailbox(self) -> Mailbox[Request]:
-        return Mailbox(self._turnstile, asyncio.current_task())
+    @asynccontextmanager
+    async def _generating(
+        self, method: str, request: pb.GenerateRequest, context: Context
+    ) -> AsyncIterator[AsyncIterator[pb.GenerateChunk]]:
+        mailbox: Mailbox[Request] = Mailbox(self._turnstile, asyncio.current_task())
+        name = f"{INFERENCE}/{method}"
+        traceparent = metadata_value(context.invocation_metadata(), "traceparent")
+        trace = self._tracing.begin(name, str(traceparent), request_trace.of_call(name))
+        async with (
+            self._call(method, context, trace),
+            aclosing(self._chunks(request, mailbox, trace)) as chunks,
+        ):
+            try:
+                yield chunks
+            except asyncio.CancelledError:
+                if mailbox.overflown:
+                    raise CallError(grpc.StatusCode.RESOURCE_EXHAUSTED, UNREAD) from None
+                raise
 
     async def _chunks(
         self, request: pb.GenerateRequest, mailbox: Mailbox[Request], trace: Span
@@ -149,6 +158,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                             raise failure
             finally:
                 self._dispatcher.drop(requests)
+                mailbox.clear()
                 output_tokens = sum(answer.tokens for answer in answers)
                 self._metrics.output_tokens.inc(output_tokens)
                 caller.spend(output_tokens)
@@ -257,6 +267,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                     special = request.add_special_tokens if request.HasField("add_special_tokens") else True
                     token_ids = await self._tokenizer.encode(request.text, add_special_tokens=special)
                 case "chat":
+                    template_input.check_sizes(request.chat)
                     prompt = await self._tokenizer.encode_chat(request.chat)
                     if must_call(request.chat):
                         call_of(request.chat, prompt)  # what could not be generated is refused here, too
@@ -321,15 +332,8 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
     # ------------------------------------------------------------ how calls end
 
-    def _trace(self, method: str, context: Context) -> Span:
-        name = f"{INFERENCE}/{method}"
-        traceparent = metadata_value(context.invocation_metadata(), "traceparent")
-        return self._tracing.begin(name, str(traceparent), request_trace.of_call(name))
-
     @asynccontextmanager
-    async def _call(
-        self, method: str, context: Context, mailbox: Mailbox[Request] | None = None, trace: Span = OFF
-    ) -> AsyncIterator[None]:
+    async def _call(self, method: str, context: Context, trace: Span = OFF) -> AsyncIterator[None]:
         """Turns errors into status codes, and counts and logs how the call ended."""
         began, problem = time.monotonic(), ""
         code = grpc.StatusCode.CANCELLED
@@ -337,10 +341,6 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             yield
             code = grpc.StatusCode.OK
         except asyncio.CancelledError:
-            if mailbox is not None and mailbox.overflown:
-                code, problem = grpc.StatusCode.RESOURCE_EXHAUSTED, UNREAD
-                log.info("call failed", method=method, code=code.name, reason=UNREAD)
-                await context.abort(code, UNREAD)
             left = context.time_remaining()
             if left is not None and left < DEADLINE_TOLERANCE:
                 code, problem = grpc.StatusCode.DEADLINE_EXCEEDED, "the caller's deadline passed"

@@ -8,7 +8,7 @@ from ctypes import c_float
 from dataclasses import dataclass
 
 from common.model.model_config import ModelConfig
-from router.errors import InvalidArgument
+from router.errors import InvalidArgument, at_most
 from router.grammars import tool_choice
 from router.prompts import template_input
 from twostroke.v1 import inference_pb2 as pb
@@ -54,7 +54,7 @@ def check_request_id(request_id: str) -> None:
     Raises:
         InvalidArgument: it is too long, or not fit to be printed.
     """
-    _at_most_bytes("request_id", request_id, MAX_REQUEST_ID_BYTES)
+    at_most("request_id", MAX_REQUEST_ID_BYTES, len(request_id.encode()))
     if not request_id.isprintable():
         raise InvalidArgument("request_id", "must be printable")
 
@@ -68,7 +68,7 @@ def check(request: pb.GenerateRequest, model: ModelConfig) -> Job:
     if request.WhichOneof("input") is None:
         raise InvalidArgument("input", "one of text, chat and token_ids must be set")
     check_request_id(request.request_id)
-    _at_most_bytes("cache_salt", request.cache_salt, MAX_CACHE_SALT_BYTES)
+    at_most("cache_salt", MAX_CACHE_SALT_BYTES, len(request.cache_salt.encode()))
     n = request.n if request.HasField("n") else 1
     _within("n", n, 1, MAX_N)
     logprobs = request.response.logprobs if request.response.HasField("logprobs") else None
@@ -133,23 +133,14 @@ def check_length(prompt_tokens: int, job: Job, model: ModelConfig, held_by_all: 
         limit, whose = held_by_all, "the smallest worker"
     if prompt_tokens == 0:
         raise InvalidArgument("input", "the prompt has no tokens")
-    if prompt_tokens >= limit:
+    _check_room(prompt_tokens, limit, whose)
+    field, output = ("min_tokens", job.min_tokens) if job.max_tokens is None else ("max_tokens", job.max_tokens)
+    if prompt_tokens + output > limit:
         raise InvalidArgument(
-            "input", f"the prompt has {prompt_tokens} tokens; {whose} has room for {limit}, output included"
+            f"stopping.{field}",
+            f"{output} and the prompt's {prompt_tokens} are more than {limit}, for which {whose} has room",
         )
-    if job.max_tokens is None:
-        if job.min_tokens > limit - prompt_tokens:
-            raise InvalidArgument(
-                "stopping.min_tokens",
-                f"{job.min_tokens} and the prompt's {prompt_tokens} are more than {limit}, for which {whose} has room",
-            )
-        return limit
-    if prompt_tokens + job.max_tokens > limit:
-        raise InvalidArgument(
-            "stopping.max_tokens",
-            f"{job.max_tokens} and the prompt's {prompt_tokens} are more than {limit}, for which {whose} has room",
-        )
-    return prompt_tokens + job.max_tokens
+    return limit if job.max_tokens is None else prompt_tokens + job.max_tokens
 
 
 def check_detokenize(token_ids: Sequence[int], model: ModelConfig) -> None:
@@ -170,13 +161,15 @@ def check_prompt(token_ids: Sequence[int], model: ModelConfig) -> None:
     Raises:
         InvalidArgument: a prompt of token ids is too long for the context, or some are not in the vocabulary.
     """
-    if len(token_ids) >= model.context_length:
-        raise InvalidArgument(
-            "input",
-            f"the prompt has {len(token_ids)} tokens; the model's context has room for {model.context_length}, "
-            "output included",
-        )
+    _check_room(len(token_ids), model.context_length, "the model's context")
     check_tokens("token_ids.ids", token_ids, model)
+
+
+def _check_room(prompt_tokens: int, limit: int, whose: str) -> None:
+    if prompt_tokens >= limit:
+        raise InvalidArgument(
+            "input", f"the prompt has {prompt_tokens} tokens; {whose} has room for {limit}, output included"
+        )
 
 
 def _sampling(sampling: pb.Sampling, logprobs: int | None, model: ModelConfig) -> worker_pb2.SamplingParams:
@@ -191,10 +184,7 @@ def _sampling(sampling: pb.Sampling, logprobs: int | None, model: ModelConfig) -
     _within("sampling.repetition_penalty", repetition_penalty, 1e-3, 1e3)
     _within("sampling.presence_penalty", sampling.presence_penalty, -2, 2)
     _within("sampling.frequency_penalty", sampling.frequency_penalty, -2, 2)
-    if len(sampling.logit_bias) > MAX_LOGIT_BIAS:
-        raise InvalidArgument(
-            "sampling.logit_bias", f"has {len(sampling.logit_bias)} entries; at most {MAX_LOGIT_BIAS} are allowed"
-        )
+    at_most("sampling.logit_bias", MAX_LOGIT_BIAS, len(sampling.logit_bias), "entries")
     for token, bias in sampling.logit_bias.items():
         if token >= model.vocab_size:
             raise InvalidArgument(f"sampling.logit_bias[{token}]", f"the vocabulary has {model.vocab_size} tokens")
@@ -222,19 +212,12 @@ def _stopping(stopping: pb.Stopping, model: ModelConfig) -> int | None:
                 "stopping.min_tokens", f"{stopping.min_tokens} is more than max_tokens, which is {max_tokens}"
             )
     _within("stopping.min_tokens", stopping.min_tokens, 0, model.context_length)
-    if len(stopping.stop) > MAX_STOP_STRINGS:
-        raise InvalidArgument(
-            "stopping.stop", f"has {len(stopping.stop)} strings; at most {MAX_STOP_STRINGS} are allowed"
-        )
+    at_most("stopping.stop", MAX_STOP_STRINGS, len(stopping.stop), "strings")
     for place, stop in enumerate(stopping.stop):
         if not stop:
             raise InvalidArgument(f"stopping.stop[{place}]", "must not be empty")
-        _at_most_bytes(f"stopping.stop[{place}]", stop, MAX_STOP_STRING_BYTES)
-    if len(stopping.stop_token_ids) > MAX_STOP_TOKENS:
-        raise InvalidArgument(
-            "stopping.stop_token_ids",
-            f"has {len(stopping.stop_token_ids)} tokens; at most {MAX_STOP_TOKENS} are allowed",
-        )
+        at_most(f"stopping.stop[{place}]", MAX_STOP_STRING_BYTES, len(stop.encode()))
+    at_most("stopping.stop_token_ids", MAX_STOP_TOKENS, len(stopping.stop_token_ids), "tokens")
     check_tokens("stopping.stop_token_ids", stopping.stop_token_ids, model)
     return max_tokens
 
@@ -271,9 +254,3 @@ def _sent(value: float) -> str:
 
 def _plain(value: float) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _at_most_bytes(field: str, text: str, most: int) -> None:
-    size = len(text.encode())
-    if size > most:
-        raise InvalidArgument(field, f"has {size} bytes; at most {most} are allowed")

@@ -1,7 +1,8 @@
 """Goodput on two GPUs: one prefill and one decode worker, and the same where the decode worker helps out, against two
-workers that do both.
+workers that do both, and against vLLM on each of them.
 
     python -m benchmarks.gpu.goodput --out goodput.json
+    python -m benchmarks.gpu.goodput --layouts apart --layouts vllm --out goodput-vllm.json
     python -m benchmarks.gpu.goodput --prompt-tokens 200 --output-tokens 1000 --settle-seconds 10 --trials 4 \
         --low 8 --high 32 --out goodput-long.json
 
@@ -12,19 +13,21 @@ import multiprocessing
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from cyclopts import App
 
 from benchmarks.cluster import Cluster, Flags
-from benchmarks.gpu import models
+from benchmarks.gpu import models, vllm
 from benchmarks.load.bisection import Bisection
 from benchmarks.load.config import Limits, LoadConfig
-from benchmarks.load.processes import split, start
+from benchmarks.load.processes import Ask, split, start
 from benchmarks.load.summary import Distribution, Summary, summarize
 from benchmarks.report import Figure, Report
 
@@ -36,32 +39,39 @@ MOST_CACHED = (
 )
 WARMUP_REQUESTS = 64
 
-LayoutName = Literal["apart", "helping", "both"]
+LayoutName = Literal["apart", "helping", "both", "vllm"]
 
 app = App(name="goodput", help_format="plaintext")
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How the two GPUs are used: what Cluster starts on them."""
+    """How the two GPUs are used. `serving` starts what serves on them, for the duration of a `with` block."""
 
     name: str
-    workers: tuple[tuple[str, Flags], ...]
+    settings: list[str]
+    serving: AbstractContextManager[Ask]
 
-    @property
-    def settings(self) -> list[str]:
-        shown = (
-            "device",
-            "num-blocks",
-            "max-batch",
-            "max-batch-tokens",
-            "prefill-chunk-tokens",
-            "prefill-overflow-tokens",
-        )
-        return [
-            f"{module} " + ", ".join(f"{flag} {flags[flag]}" for flag in shown if flag in flags)
-            for module, flags in self.workers
-        ]
+
+def _cluster(name: str, router: Flags, workers: Sequence[tuple[str, Flags]], clients: int, logs: Path) -> Layout:
+    shown = ("device", "num-blocks", "max-batch", "max-batch-tokens", "prefill-chunk-tokens", "prefill-overflow-tokens")
+    settings = [
+        f"{module} " + ", ".join(f"{flag} {flags[flag]}" for flag in shown if flag in flags)
+        for module, flags in workers
+    ]
+    return Layout(name, settings, _clients(Cluster(router, workers, logs), clients))
+
+
+@contextmanager
+def _clients(cluster: Cluster, count: int) -> Iterator[Ask]:
+    with cluster, ProcessPoolExecutor(count, multiprocessing.get_context("spawn")) as pool:
+        yield partial(start, pool, cluster.target)
+
+
+def _vllm(setup: vllm.Setup) -> Layout:
+    tokens = setup.max_batch_tokens or "its own choice"
+    settings = f"vLLM {vllm.version()}, max_num_seqs {setup.max_batch}, max_num_batched_tokens {tokens}"
+    return Layout(f"{GPUS} of vLLM", [settings], vllm.engines(setup, range(GPUS)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +142,7 @@ def main(
     max_batch: int = 256,
     max_batch_tokens: int = 2048,
     prefill_chunk_tokens: int = 512,
+    vllm_batch_tokens: int | None = None,
     logs: Path | None = None,
 ) -> int:
     """Finds each layout's goodput, and the ratio of both.
@@ -141,7 +152,7 @@ def main(
     out: JSON file for the figures.
     name: model, by its name in benchmarks/gpu/models.py.
     layouts: apart is one prefill and one decode worker, helping the same with a decode worker that prefills what the
-        other has no time for, both is two workers that do both.
+        other has no time for, both is two workers that do both, vllm is vLLM on each GPU, in process.
     prompt_tokens: of every request.
     output_tokens: of every request.
     ttft_limit: milliseconds to the first token.
@@ -157,16 +168,18 @@ def main(
     max_batch: sequences decoded together, on either.
     max_batch_tokens: of the prefill worker's batch.
     prefill_chunk_tokens: of prompts that a worker which does both computes between two decode steps.
+    vllm_batch_tokens: of a step of vLLM, prompts and answers together; not set: what vLLM takes for these GPUs.
     logs: folder for the clusters' logs; not set: one that is removed.
     """
     report = Report(out)
     limits = Limits(ttft_limit, tpot_limit)
     search = Search(prompt_tokens, output_tokens, limits, low, high, trials, settle_seconds, seconds, clients)
     first, second = ("cuda:0", "cuda:1") if device == "cuda" else (device, device)
-    goodput: dict[str, float] = {}
+    goodput: dict[LayoutName, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         model = models.write(name, Path(folder))
-        worker = models.worker(model, device, max(4096, prompt_tokens + output_tokens))
+        longest = max(4096, prompt_tokens + output_tokens)
+        worker = models.worker(model, device, longest)
         prefill = {**worker, "num-blocks": prefill_blocks, "max-batch-tokens": max_batch_tokens}
         decode = {**worker, "num-blocks": decode_blocks, "max-batch": max_batch}
         helping = {
@@ -175,52 +188,50 @@ def main(
             "prefill-chunk-tokens": prefill_chunk_tokens,
         }
         both = {**decode, "prefill-tokens": 1, "prefill-chunk-tokens": prefill_chunk_tokens}
-        known = {
-            "apart": Layout(
-                "1 prefill + 1 decode",
-                (
-                    ("decode_worker", {**decode, "device": first}),
-                    ("prefill_worker", {**prefill, "device": second}),
-                ),
-            ),
-            "helping": Layout(
-                "1 prefill + 1 decode that helps out",
-                (
-                    ("decode_worker", {**helping, "device": first}),
-                    ("prefill_worker", {**prefill, "device": second}),
-                ),
-            ),
-            "both": Layout(
-                "2 that do both",
-                (
-                    ("decode_worker", {**both, "device": first}),
-                    ("decode_worker", {**both, "device": second}),
-                ),
-            ),
-        }
         # Room for whole answers, so that no sequence is ever preempted.
         router: Flags = {"model": model, "headroom-tokens": output_tokens}
+
+        def cluster(key: LayoutName, name: str, *workers: tuple[str, Flags]) -> Layout:
+            return _cluster(name, router, workers, clients, (logs or Path(folder) / "logs") / key)
+
+        known: dict[LayoutName, Callable[[], Layout]] = {
+            "apart": lambda: cluster(
+                "apart",
+                "1 prefill + 1 decode",
+                ("decode_worker", {**decode, "device": first}),
+                ("prefill_worker", {**prefill, "device": second}),
+            ),
+            "helping": lambda: cluster(
+                "helping",
+                "1 prefill + 1 decode that helps out",
+                ("decode_worker", {**helping, "device": first}),
+                ("prefill_worker", {**prefill, "device": second}),
+            ),
+            "both": lambda: cluster(
+                "both",
+                "2 that do both",
+                ("decode_worker", {**both, "device": first}),
+                ("decode_worker", {**both, "device": second}),
+            ),
+            "vllm": lambda: _vllm(vllm.Setup(model, longest, max_batch, vllm_batch_tokens)),
+        }
         for key in layouts:
-            layout = known[key]
-            cluster = Cluster(router, layout.workers, (logs or Path(folder) / "logs") / key)
-
-            def measure(layout: Layout = layout, cluster: Cluster = cluster, key: str = key) -> Iterator[Figure]:
-                return _goodput(layout, cluster, search, goodput, key)
-
+            layout = known[key]()
+            measure = partial(_goodput, layout, search, goodput, key)
             report.section(f"{name}, {layout.name}, {prompt_tokens} in, {output_tokens} out", measure)
-    if "both" in goodput and len(goodput) > 1:
+    if len(goodput) > 1:
         report.section("ratio", lambda: _ratio(goodput, search))
     return report.finish()
 
 
-def _goodput(layout: Layout, cluster: Cluster, search: Search, goodput: dict[str, float], key: str) -> Iterator[Figure]:
+def _goodput(layout: Layout, search: Search, goodput: dict[LayoutName, float], key: LayoutName) -> Iterator[Figure]:
     """Figures of every trial; puts the goodput for each GPU into `goodput[key]`."""
     for settings in layout.settings:
         yield Figure(layout.name, settings)
     began = time.perf_counter()
-    with cluster, ProcessPoolExecutor(search.clients, multiprocessing.get_context("spawn")) as pool:
+    with layout.serving as ask:
         yield Figure(f"{layout.name}: ready after", f"{time.perf_counter() - began:.0f} s")
-        for warmed in start(pool, cluster.target, [search.warmup] * search.clients, timeout=120):
+        for warmed in ask([search.warmup] * search.clients, 120):
             warmed.result()
         bisection = Bisection(search.low, search.high)
         for trial in range(search.trials):
@@ -228,7 +239,7 @@ def _goodput(layout: Layout, cluster: Cluster, search: Search, goodput: dict[str
             load = split(search.load(rate, trial), search.clients)
             records = [
                 record
-                for client in start(pool, cluster.target, load, search.timeout)
+                for client in ask(load, search.timeout)
                 for record in client.result()
                 if record.due >= search.settle_seconds
             ]
@@ -263,16 +274,17 @@ def _percentiles(distribution: Distribution | None) -> str:
     return f"{distribution.p50:.1f}, {distribution.p90:.1f}, {distribution.p99:.1f} ms"
 
 
-def _ratio(goodput: dict[str, float], search: Search) -> Iterator[Figure]:
-    both = goodput["both"]
-    for key in goodput.keys() - {"both"}:
-        yield Figure(
-            f"goodput per GPU, {key} / both, {search.prompt_tokens} in, {search.output_tokens} out",
-            f"{goodput[key]:.2f} req/s",
-            f"{both:.2f} req/s",
-            goodput[key] / both,
-            RATIO if key == "apart" and search.prompt_tokens > search.output_tokens else None,
-        )
+def _ratio(goodput: dict[LayoutName, float], search: Search) -> Iterator[Figure]:
+    for reference in ("both", "vllm"):
+        for key in goodput.keys() - {reference, "vllm"} if reference in goodput else ():
+            wanted = (key, reference) == ("apart", "both") and search.prompt_tokens > search.output_tokens
+            yield Figure(
+                f"goodput per GPU, {key} / {reference}, {search.prompt_tokens} in, {search.output_tokens} out",
+                f"{goodput[key]:.2f} req/s",
+                f"{goodput[reference]:.2f} req/s",
+                goodput[key] / goodput[reference],
+                RATIO if wanted else None,
+            )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Output tokens per second of nano-vLLM's benchmark workload on one GPU: the engine in one process, and over gRPC a
-cluster with one worker that does both, and one with a prefill and a decode worker that share the GPU. First nano-vLLM,
-where it is installed.
+cluster with one worker that does both, and one with a prefill and a decode worker that share the GPU. First nano-vLLM
+and vLLM, where they are installed.
 
     python -m benchmarks.gpu.throughput --out throughput.json
 """
@@ -11,7 +11,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +22,7 @@ import torch
 from cyclopts import App
 
 from benchmarks.cluster import Cluster, Flags
-from benchmarks.gpu import floors, models, nano_vllm
+from benchmarks.gpu import floors, models, nano_vllm, vllm
 from benchmarks.gpu.timing import copy_bytes_per_second, gemm_operations_per_second
 from benchmarks.gpu.workload import MAX_LENGTH, TEMPERATURE, Ask, ask_all, does_both, split, workload
 from benchmarks.report import Figure, Report
@@ -33,7 +33,7 @@ from twostroke import AsyncClient, event_loop
 FLOOR, FLOOR_SHARE = 25_800, 0.8
 CLUSTER_SHARE = 0.97
 HANDOVER_LIMIT_MS = 3.0
-IN_PROCESS, NANO_VLLM = "in process", "nano-vLLM in process"
+IN_PROCESS, NANO_VLLM, VLLM = "in process", "nano-vLLM in process", "vLLM in process"
 
 app = App(name="throughput", help_format="plaintext")
 
@@ -99,7 +99,7 @@ def main(
     longest: of prompts and of outputs, in tokens.
     clients: processes that the cluster's requests come from.
     logs: folder for the cluster's logs; not set: one that is removed.
-    skip: "nano-vllm", "process" or "cluster".
+    skip: "nano-vllm", "vllm", "process" or "cluster".
     """
     report = Report(out)
     asks = workload(requests, longest)
@@ -109,6 +109,9 @@ def main(
         references: dict[str, float] = {}
         if "nano-vllm" not in skip and nano_vllm.installed():
             report.section("nano-vLLM", lambda: _nano_vllm(directory, asks, references))
+        if "vllm" not in skip and vllm.installed():
+            setup = vllm.Setup(directory, MAX_LENGTH, max_batch)
+            report.section("vLLM", lambda: _vllm(setup, asks, references))
         if "process" not in skip:
             report.section("in process", lambda: _apart(directory, device, asks, sizes, references))
         if "cluster" not in skip:
@@ -124,13 +127,24 @@ def main(
 
 
 def _nano_vllm(directory: Path, asks: list[Ask], references: dict[str, float]) -> Iterator[Figure]:
+    return _reference(NANO_VLLM, partial(nano_vllm.seconds_of, directory, max_length=MAX_LENGTH), asks, references)
+
+
+def _vllm(setup: vllm.Setup, asks: list[Ask], references: dict[str, float]) -> Iterator[Figure]:
+    return _reference(VLLM, partial(vllm.seconds_of, setup), asks, references)
+
+
+def _reference(
+    name: str, seconds_of: Callable[..., list[float]], asks: list[Ask], references: dict[str, float]
+) -> Iterator[Figure]:
+    """Figures of another engine, each run; puts the better one's rate into `references[name]`."""
     workload = [(ask.prompt, ask.output_tokens) for ask in asks]
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        runs = pool.submit(nano_vllm.seconds_of, directory, workload, TEMPERATURE, MAX_LENGTH).result()
+        runs = pool.submit(seconds_of, workload=workload, temperature=TEMPERATURE).result()
     tokens = sum(ask.output_tokens for ask in asks)
-    references[NANO_VLLM] = tokens / min(runs)
+    references[name] = tokens / min(runs)
     for seconds in runs:
-        yield _against_floor("nano-vLLM, in process", tokens, seconds, bounded=False)
+        yield _against_floor(name, tokens, seconds, bounded=False)
 
 
 def _apart(

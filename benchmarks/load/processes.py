@@ -1,13 +1,17 @@
 """A load from several client processes, so that no client is the bottleneck."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import replace
+from typing import TypeAlias
 
 from benchmarks.load.config import LoadConfig
 from benchmarks.load.record import Record
 from benchmarks.load.run import run
 from twostroke import AsyncClient, event_loop
+
+Ask: TypeAlias = Callable[[Sequence[LoadConfig], float], list[Future[list[Record]]]]
+"""Starts loads. A request that takes longer than so many seconds fails."""
 
 
 def split(config: LoadConfig, clients: int) -> list[LoadConfig]:

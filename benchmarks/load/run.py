@@ -2,20 +2,32 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
+from typing import Protocol
 
 from benchmarks.load.config import LoadConfig, check
 from benchmarks.load.record import Record
 from benchmarks.load.workload import Request, arrivals, requests
-from twostroke import AsyncClient, TwostrokeError
+from twostroke import Piece, TwostrokeError
+from twostroke.v1 import inference_pb2 as pb
 
 DEFAULT_CONCURRENCY = 8
 DEFAULT_REQUESTS = 100
 
 
-async def run(client: AsyncClient, config: LoadConfig, on_record: Callable[[Record], None]) -> list[Record]:
+class LoadedClient(Protocol):
+    """What a load asks: `AsyncClient`, or another engine in its place."""
+
+    async def model(self) -> pb.GetModelResponse: ...
+
+    def stream(
+        self, prompt: Sequence[int], /, *, max_tokens: int, ignore_eos: bool, temperature: float
+    ) -> AsyncGenerator[Piece, None]: ...
+
+
+async def run(client: LoadedClient, config: LoadConfig, on_record: Callable[[Record], None]) -> list[Record]:
     """Returns the records of all measured requests, in the order in which they ended. `on_record` gets each at once.
 
     Raises:
@@ -42,7 +54,7 @@ async def run(client: AsyncClient, config: LoadConfig, on_record: Callable[[Reco
 
 
 class _Load:
-    def __init__(self, client: AsyncClient, config: LoadConfig, on_record: Callable[[Record], None]) -> None:
+    def __init__(self, client: LoadedClient, config: LoadConfig, on_record: Callable[[Record], None]) -> None:
         self.records: list[Record] = []
         self._client = client
         self._config = config

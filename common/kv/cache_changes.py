@@ -7,10 +7,7 @@ from twostroke.v1 import worker_pb2 as pb
 
 
 def pack(changes: Mapping[bytes, bool]) -> pb.CacheChanges:
-    """
-    Args:
-        changes: hashes that can be found now (True), or not any more (False).
-    """
+    """`changes`: hashes that can be found now (True), or not any more (False)."""
     return pb.CacheChanges(
         published=b"".join(block_hash for block_hash, found in changes.items() if found),
         dropped=b"".join(block_hash for block_hash, found in changes.items() if not found),
@@ -18,10 +15,7 @@ def pack(changes: Mapping[bytes, bool]) -> pb.CacheChanges:
 
 
 def unpack(hashes: bytes) -> Iterator[bytes]:
-    """
-    Args:
-        hashes: packed, `HASH_BYTES` each.
-    """
+    """`hashes`: packed, `HASH_BYTES` each."""
     return (hashes[start : start + HASH_BYTES] for start in range(0, len(hashes), HASH_BYTES))
 
 

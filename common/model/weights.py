@@ -11,6 +11,7 @@ from tqdm import tqdm
 from common.model.dtypes import torch_dtype
 from common.model.model_config import ModelConfig, ModelError
 from common.model.safetensors_files import checkpoint_files, map_tensors
+from kernels.ops import LayerWeights
 
 _PROGRESS_AFTER_SECONDS = 1.0
 
@@ -18,22 +19,6 @@ _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 # (name in a Hugging Face checkpoint, shape) -> the tensor, of the wanted dtype, on the wanted device
 _Source = Callable[[str, tuple[int, ...]], Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class LayerWeights:
-    """Weights of one layer, laid out as F.linear takes them: [out, in]. H hidden, D head_dim, I intermediate."""
-
-    attention_norm: Tensor  # [H]
-    qkv: Tensor  # [(Hq + 2 Hkv) * D, H]: q, k, v
-    qkv_bias: Tensor | None  # [(Hq + 2 Hkv) * D]
-    q_norm: Tensor | None  # [D]
-    k_norm: Tensor | None  # [D]
-    output: Tensor  # [H, Hq * D]
-    output_bias: Tensor | None  # [H]
-    mlp_norm: Tensor  # [H]
-    gate_up: Tensor  # [2 I, H]: gate, up
-    down: Tensor  # [H, I]
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,10 +9,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeAlias
 
 import grpc
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 from grpc import HandlerCallDetails, RpcMethodHandler
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
+# Makes a message of what came, by gRPC's function for it, for a call of the method that is named; or ends the call.
+Parse: TypeAlias = Callable[[bytes, Callable[[bytes], Message], str, Context], Awaitable[Message]]
 
 # From a call's beginning until its message is there.
 ARRIVAL_SECONDS = 10.0
@@ -33,10 +36,12 @@ class ArrivalInterceptor(grpc.aio.ServerInterceptor):
     Args:
         service: full name of one whose methods are generators and take streams, to each of whose messages it applies,
             too; empty if there is none.
+        parse: parses messages that come alone; None: gRPC does.
     """
 
-    def __init__(self, service: str = "") -> None:
+    def __init__(self, service: str = "", parse: Parse | None = None) -> None:
         self._prefix = f"/{service}/"
+        self._parse = parse
         self._late: Counter[str] = Counter()  # calls whose message is, by host
 
     async def intercept_service(
@@ -50,6 +55,8 @@ class ArrivalInterceptor(grpc.aio.ServerInterceptor):
         if handler.request_streaming:
             return self._of_streams(handler) if details.method.startswith(self._prefix) else handler
         # Of a method that takes one message gRPC would read that by itself, and wait for it without end.
+        parse = self._parse
+        deserialize: Any = handler.request_deserializer
         make: Any
         serve: Any
         if handler.response_streaming:
@@ -61,9 +68,17 @@ class ArrivalInterceptor(grpc.aio.ServerInterceptor):
             message = await self._read(context)
             if message is grpc.aio.EOF:
                 await context.abort(grpc.StatusCode.INVALID_ARGUMENT, NO_MESSAGE)
-            return await serve(message, context)
+            try:
+                if parse is not None:
+                    message = await parse(message, deserialize, details.method, context)
+                return await serve(message, context)
+            except grpc.aio.AbortError as error:
+                del message
+                _forget_frames(error)
+                raise
 
-        handled: RpcMethodHandler[Any, Any] = make(call, handler.request_deserializer, handler.response_serializer)
+        handled: RpcMethodHandler[Any, Any]
+        handled = make(call, deserialize if parse is None else None, handler.response_serializer)
         return handled
 
     def _of_streams(self, handler: "RpcMethodHandler[Any, Any]") -> "RpcMethodHandler[Any, Any]":
@@ -107,3 +122,12 @@ class ArrivalInterceptor(grpc.aio.ServerInterceptor):
                 self._late[host] -= 1
                 self._late += Counter()  # forgets hosts that have none
         return message
+
+
+def _forget_frames(error: BaseException | None) -> None:
+    """gRPC's context keeps the error that ends a call. The frames that it and the errors before it were raised through
+    keep these errors, the context, and the call's message: until the garbage collector comes, which is rarely."""
+    while error is not None:
+        error.__traceback__ = None
+        before, error.__context__ = error.__context__, None
+        error = before

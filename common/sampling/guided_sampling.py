@@ -123,6 +123,9 @@ class AllowedTokens:
         return logits.index_copy(0, rows, logits[rows].masked_fill(barred, -torch.inf))
 
 
+UNRESTRICTED = AllowedTokens([], np.zeros((0, 0), dtype=np.int32), {})
+
+
 class GuidedSampling:
     """Finds out which tokens the grammars of a batch allow.
 

@@ -12,7 +12,8 @@ from twostroke.v1 import worker_pb2 as pb
 
 
 class HostLogprobs:
-    """Launches the computation of log-probabilities for the rows of a batch that want them; `read` waits for it.
+    """Launches the computation of log-probabilities for the rows of a batch that want them, of which there is one at
+    least; `read` waits for it.
 
     Args:
         specs: the batch's rows, in order.
@@ -22,8 +23,6 @@ class HostLogprobs:
 
     def __init__(self, specs: Sequence[SequenceSpec], logits: Tensor, tokens: Tensor) -> None:
         self._wanted = [(row, spec.sampling.logprobs or 0) for row, spec in enumerate(specs) if wants_logprobs(spec)]
-        if not self._wanted:
-            return
         rows = to_device(np.asarray([row for row, _ in self._wanted], dtype=np.int64), logits.device)
         computed = logprobs(logits, tokens, rows, max(top for _, top in self._wanted))
         self._tokens = HostCopy(computed.tokens)
@@ -32,8 +31,6 @@ class HostLogprobs:
 
     def read(self) -> dict[int, pb.Logprobs]:
         """Log-probabilities by row, of the rows that want any."""
-        if not self._wanted:
-            return {}
         tokens, ids, top = (copy.get().tolist() for copy in (self._tokens, self._top_ids, self._top))
         return {
             row: pb.Logprobs(logprob=tokens[i], top_ids=ids[i][:count], top_logprobs=top[i][:count])

@@ -183,11 +183,9 @@ class NixlPeer:
         """Reads blocks, then their generations. Returns the milliseconds of the former."""
         if not src_blocks:
             return 0.0
-        started = time.perf_counter()
-        self._read(self._blocks(src_blocks), self._targets(dst.tensor, dst_blocks), dst.tensor)
-        milliseconds = (time.perf_counter() - started) * 1000
+        seconds = self._read_blocks(src_blocks, dst.tensor, dst_blocks)
         self._read_control(1 + min(src_blocks), 2 + max(src_blocks))
-        return milliseconds
+        return seconds * 1000
 
     def _look(self) -> None:
         try:
@@ -214,20 +212,18 @@ class NixlPeer:
             self._read(probe, _span(scratch.data_ptr(), PROBE_BYTES, scratch.device), scratch)
             if digest(scratch[:PROBE_BYTES].cpu().numpy().tobytes()) != self._theirs.probe_digest:
                 raise TransportError(f"the probe of worker {self._theirs.instance} was not read intact")
-            blocks = range(count)
             for _ in range(2):  # the first read faults pages in
-                started = time.perf_counter()
-                self._read(self._blocks(blocks), self._targets(scratch, blocks), scratch)
-                seconds = time.perf_counter() - started
+                seconds = self._read_blocks(range(count), scratch, range(count))
         finally:
             self._agent.deregister(scratch.data_ptr(), scratch.nbytes)
         return count * block_bytes / seconds
 
-    def _blocks(self, blocks: Sequence[int]) -> Spans:
-        return self._blocks_at(self._theirs.pool, self._theirs.device, blocks)
-
-    def _targets(self, memory: Tensor, blocks: Sequence[int]) -> Spans:
-        return self._blocks_at(memory.data_ptr(), memory.device, blocks)
+    def _read_blocks(self, src_blocks: Sequence[int], target: Tensor, dst_blocks: Sequence[int]) -> float:
+        """Reads blocks of the owner's pool into blocks of `target`. Returns the seconds that it took."""
+        started = time.perf_counter()
+        source = self._blocks_at(self._theirs.pool, self._theirs.device, src_blocks)
+        self._read(source, self._blocks_at(target.data_ptr(), target.device, dst_blocks), target)
+        return time.perf_counter() - started
 
     def _blocks_at(self, address: int, device: torch.device, blocks: Sequence[int]) -> Spans:
         block_bytes = self._theirs.layout.block_bytes

@@ -14,6 +14,7 @@ import os
 import re
 import secrets
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
@@ -125,7 +126,7 @@ class PeerSegment:
         self.extra, name, nonce = _parse(descriptor)
         path = DIRECTORY / name
         try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)  # it may be a pipe
         except FileNotFoundError as error:
             raise TransportError(
                 f"{path} is not here: its worker is gone, or runs with another /dev/shm; containers of one host must "
@@ -149,7 +150,7 @@ class PeerSegment:
     def _read_header(self, path: Path, nonce: str) -> Header:
         try:
             header = Header.from_bytes(os.pread(self._fd, HEADER_BYTES, 0))
-        except (ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise TransportError(
                 f"{path} is no segment of this version ({error}); run one version of all workers"
             ) from error
@@ -179,18 +180,20 @@ class PeerSegment:
 def sweep() -> None:
     """Unlinks the segments of this user whose owners are gone."""
     for path in DIRECTORY.glob(PREFIX + "*"):
-        try:
-            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-        except OSError:
-            continue  # another user's, a folder, or gone meanwhile
-        try:
-            head = os.pread(fd, len(KIND), 0)
-            ours = head in (KIND, bytes(len(head)))  # zeros: it was not published yet
-            # Without links, another sweep was faster, and a new file may have the name already.
-            if ours and _try_lock(fd, fcntl.LOCK_EX) and os.fstat(fd).st_nlink:
-                path.unlink(missing_ok=True)
-        finally:
-            os.close(fd)
+        with suppress(OSError):  # another user's, no file, or gone meanwhile
+            _unlink_if_left(path)
+
+
+def _unlink_if_left(path: Path) -> None:
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        head = os.pread(fd, len(KIND), 0)
+        ours = head in (KIND, bytes(len(head)))  # zeros: it was not published yet
+        # Without links, another sweep was faster, and a new file may have the name already.
+        if ours and _try_lock(fd, fcntl.LOCK_EX) and os.fstat(fd).st_nlink:
+            path.unlink(missing_ok=True)
+    finally:
+        os.close(fd)
 
 
 def _try_lock(fd: int, operation: int) -> bool:

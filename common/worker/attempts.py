@@ -1,6 +1,7 @@
 """What both kinds of worker do with an attempt at its beginning and at its end."""
 
 from collections.abc import Callable
+from typing import Protocol
 
 import structlog
 
@@ -17,19 +18,40 @@ log = structlog.get_logger(__name__)
 _USUAL = (pb.Ended.CAUSE_FINISHED, pb.Ended.CAUSE_PREEMPTED)
 
 
-class Attempts:
-    """Accepts attempts, and tells routers how they end."""
+class Attempt(Protocol):
+    """What both kinds of worker know of an attempt that they accepted."""
 
-    def __init__(self, parts: WorkerParts, service: WorkerService, metrics: WorkerMetrics) -> None:
+    attempt_id: int
+    connection: int  # of the router that asked for it
+    spec: SequenceSpec
+
+
+class Attempts:
+    """Accepts attempts, and tells routers how they end.
+
+    Args:
+        parts: say what can be served.
+        service: where routers are told.
+        metrics: count the ends.
+        length: gives the number of tokens of a sequence that this worker will have to hold.
+    """
+
+    def __init__(
+        self,
+        parts: WorkerParts,
+        service: WorkerService,
+        metrics: WorkerMetrics,
+        length: Callable[[SequenceSpec], int],
+    ) -> None:
         self._parts = parts
         self._service = service
         self._metrics = metrics
+        self._length = length
 
     def accept(
         self,
         connection: int,
         asked: pb.Prefill | pb.Reserve,
-        length: Callable[[SequenceSpec], int],
         refusal: "pb.Ended.Cause.ValueType | None",
         under_way: bool,
     ) -> SequenceSpec | None:
@@ -38,32 +60,29 @@ class Attempts:
         Args:
             connection: the router's.
             asked: its message.
-            length: gives the number of tokens of a sequence that this worker will have to hold.
             refusal: why the worker takes no attempts now, if it does not.
             under_way: there is an attempt of this id already. That one goes on.
         """
         if refusal is not None:
-            self.end(connection, asked.attempt_id, refusal, request_id=asked.sequence.request_id)
+            self._tell(connection, asked.attempt_id, refusal, "", asked.sequence.request_id)
             return None
         try:
             if under_way:
                 raise ValueError("an attempt of this id is under way")
             spec = sequence_from_proto(asked.sequence)
-            self._parts.check(spec, length(spec))
+            self._parts.check(spec, self._length(spec))
         except ValueError as error:
-            self.end(connection, asked.attempt_id, pb.Ended.CAUSE_REJECTED, str(error), asked.sequence.request_id)
+            self._tell(connection, asked.attempt_id, pb.Ended.CAUSE_REJECTED, str(error), asked.sequence.request_id)
             return None
         return spec
 
-    def end(
-        self,
-        connection: int,
-        attempt_id: int,
-        cause: "pb.Ended.Cause.ValueType",
-        detail: str = "",
-        request_id: str = "",
-    ) -> None:
+    def end(self, attempt: Attempt, cause: "pb.Ended.Cause.ValueType", detail: str = "") -> None:
         """Tells the router that the attempt is over here, and that the worker holds nothing for it any more."""
+        self._tell(attempt.connection, attempt.attempt_id, cause, detail, attempt.spec.request_id)
+
+    def _tell(
+        self, connection: int, attempt_id: int, cause: "pb.Ended.Cause.ValueType", detail: str, request_id: str
+    ) -> None:
         self._metrics.ended(cause)
         self._service.outgoing(connection).ended.add(attempt_id=attempt_id, cause=cause, detail=detail)
         if cause not in _USUAL:

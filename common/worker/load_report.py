@@ -16,7 +16,7 @@ class LoadReport:
     Args:
         service: where it is sent.
         metrics: show it, too.
-        measure: the load, for all routers.
+        measure: the load, for all routers, of a worker that is ready or not.
         kept_from: blocks that are kept for another router than this connection's. With them it gets one place less.
     """
 
@@ -24,7 +24,7 @@ class LoadReport:
         self,
         service: WorkerService,
         metrics: WorkerMetrics,
-        measure: Callable[[], inference_pb2.WorkerLoad],
+        measure: Callable[[bool], inference_pb2.WorkerLoad],
         kept_from: Callable[[int], int] = lambda _: 0,
     ) -> None:
         self._service = service
@@ -35,14 +35,14 @@ class LoadReport:
         self._kept: dict[int, int] = {}  # by connection
         self._sent_at = 0.0
 
-    def send_if_due(self) -> None:
+    def send_if_due(self, ready: bool) -> None:
         """Puts the load into each router's outgoing message if it has changed, or a second has gone by."""
         now = time.monotonic()
         kept = {connection: self._kept_from(connection) for connection in self._service.connections}
         new_router = kept.keys() != self._kept.keys()
         if now - self._sent_at < INTERVAL_SECONDS and not new_router:
             return
-        load = self._measure()
+        load = self._measure(ready)
         self._metrics.load(load)
         if load == self._last and kept == self._kept and now - self._sent_at < HEARTBEAT_SECONDS:
             return

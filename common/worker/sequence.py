@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from common.kv import cache_changes
 from common.kv.prefix_hash import HASH_BYTES
 from common.sampling.parameters import SamplingParams, sampling_from_proto
 from twostroke.v1 import worker_pb2 as pb
@@ -62,7 +63,7 @@ def sequence_from_proto(message: pb.Sequence) -> SequenceSpec:
     return SequenceSpec(
         token_ids=tuple(message.token_ids),
         prompt_length=message.prompt_length,
-        block_hashes=tuple(hashes[start : start + HASH_BYTES] for start in range(0, len(hashes), HASH_BYTES)),
+        block_hashes=tuple(cache_changes.unpack(hashes)),
         sampling=sampling_from_proto(message.sampling),
         max_length=message.max_length,
         min_length=message.min_length,

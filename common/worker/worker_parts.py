@@ -47,10 +47,6 @@ class WorkerParts:
         """Tokens of the longest sequence, prompt and output together."""
         return self.hello.max_length
 
-    @property
-    def pool_handle(self) -> pb.PoolHandle:
-        return self.hello.pool
-
     def check(self, spec: SequenceSpec, length: int) -> None:
         """Raises ValueError, with a sentence, if a sequence of up to `length` tokens cannot be served here."""
         if length > self.max_length:

@@ -8,6 +8,7 @@ import asyncio
 import queue
 import threading
 import time
+from collections import defaultdict
 from collections.abc import AsyncIterator
 from concurrent.futures import Future
 from contextlib import suppress
@@ -82,7 +83,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         self._hello = hello
         self._peers = peers
         self._inbox: queue.SimpleQueue[Received] = queue.SimpleQueue()
-        self._outgoing: dict[int, pb.WorkerMessage] = {}
+        self._outgoing: dict[int, pb.WorkerMessage] = defaultdict(pb.WorkerMessage)
         self._connections: dict[int, Unsent] = {}
         self._next_connection = 0
         self._refusals: dict[str, set[str]] = {}  # by router: its reasons, each of which is logged once
@@ -92,12 +93,10 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         self._turn_at = time.monotonic()
         self._loop = EventLoop()
         self._changed = asyncio.Event()
-        started: Future[int] = Future()
-        self._thread = threading.Thread(target=self._run, args=(config.listen, started), name="grpc", daemon=True)
+        started: Future[str] = Future()
+        self._thread = threading.Thread(target=self._run, args=(config, started), name="grpc", daemon=True)
         self._thread.start()
-        registration = Registration(hello, peers, config.listen, started.result(), config.advertise)
-        self.address = registration.address
-        self._loop.call_soon_threadsafe(self._start_registering, registration, config.router)
+        self.address = started.result()
 
     # ------------------------------------------------------------ called by the engine's loop
 
@@ -123,14 +122,11 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
 
     def outgoing(self, connection: int) -> pb.WorkerMessage:
         """The message that the next `flush` sends to this router."""
-        message = self._outgoing.get(connection)
-        if message is None:
-            message = self._outgoing[connection] = pb.WorkerMessage()
-        return message
+        return self._outgoing[connection]
 
     def flush(self) -> None:
         if self._outgoing:
-            outgoing, self._outgoing = self._outgoing, {}
+            outgoing, self._outgoing = self._outgoing, defaultdict(pb.WorkerMessage)
             self._loop.call_soon_threadsafe(self._hand_over, outgoing)
 
     def set_serving(self, serving: bool) -> None:
@@ -147,16 +143,16 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
 
     # ------------------------------------------------------------ on the gRPC thread
 
-    def _run(self, listen: str, started: "Future[int]") -> None:
+    def _run(self, config: WorkerConfig, started: "Future[str]") -> None:
         try:
             with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
-                runner.run(self._serve(listen, started))
+                runner.run(self._serve(config, started))
         except Exception as error:
             if started.done():
                 raise
             started.set_exception(error)
 
-    async def _serve(self, listen: str, started: "Future[int]") -> None:
+    async def _serve(self, config: WorkerConfig, started: "Future[str]") -> None:
         interceptors: list[grpc.aio.ServerInterceptor] = [ArrivalInterceptor()]
         if (secret := self._peers.secret) is not None:
             interceptors.append(SecretInterceptor(SERVICE, secret, WRONG_SECRET))
@@ -167,10 +163,12 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         )
         worker_pb2_grpc.add_WorkerServicer_to_server(self, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        port = self._peers.listen(server, listen)
+        port = self._peers.listen(server, config.listen)
         await self._update_health()
         await server.start()
-        started.set_result(port)
+        registration = Registration(self._hello, self._peers, config.listen, port, config.advertise)
+        self._registering = [asyncio.create_task(registration.keep(router)) for router in config.router]
+        started.set_result(registration.address)
         while not self._stopped:
             with suppress(TimeoutError):
                 async with asyncio.timeout(HEALTH_INTERVAL):
@@ -199,9 +197,6 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             status = health_pb2.HealthCheckResponse.SERVING if healthy else health_pb2.HealthCheckResponse.NOT_SERVING
             for name in ("", SERVICE):
                 await self._health.set(name, status)
-
-    def _start_registering(self, registration: Registration, routers: tuple[str, ...]) -> None:
-        self._registrations = [self._loop.create_task(registration.keep(router)) for router in routers]
 
     def _hand_over(self, outgoing: dict[int, pb.WorkerMessage]) -> None:
         for connection, message in outgoing.items():

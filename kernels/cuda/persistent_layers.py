@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kernels.cuda import cuda_source
 from kernels.cuda.triton_launch import is_hopper_or_later, multiprocessors, shared_bytes
-from kernels.ops import LayerTensors
+from kernels.ops import LayerWeights
 
 _THREADS = 288
 _TILE_BYTES = 16 << 10
@@ -69,9 +69,9 @@ class _Shape:
 
 
 def fuse_layers(
-    layers: Sequence[LayerTensors], embedding: Tensor, cos_sin: Tensor, eps: float, pool: Tensor
+    layers: Sequence[LayerWeights], embedding: Tensor, cos_sin: Tensor, eps: float, pool: Tensor
 ) -> "PersistentLayers | None":
-    """`kernels.ops.FuseLayers` for CUDA tensors. None if the kernel does not support the GPU, the model's shape or its
+    """`kernels.ops.fuse_layers` for CUDA tensors. None if the kernel does not support the GPU, the model's shape or its
     dtype, or would be slower than kernels one by one."""
     device, first = pool.device, layers[0]
     kv_heads, head_dim = pool.shape[4:]
@@ -98,7 +98,7 @@ class PersistentLayers:
     def __init__(
         self,
         shape: _Shape,
-        layers: Sequence[LayerTensors],
+        layers: Sequence[LayerWeights],
         embedding: Tensor,
         cos_sin: Tensor,
         eps: float,
@@ -146,7 +146,7 @@ class PersistentLayers:
         return out
 
 
-def _compiled(shape: _Shape, layer: LayerTensors, device: torch.device) -> cupy.RawKernel:
+def _compiled(shape: _Shape, layer: LayerWeights, device: torch.device) -> cupy.RawKernel:
     macros = {
         "HIDDEN": shape.hidden,
         "INTERMEDIATE": shape.intermediate,
@@ -172,7 +172,7 @@ def _compiled(shape: _Shape, layer: LayerTensors, device: torch.device) -> cupy.
     return kernel
 
 
-def _addresses(layer: LayerTensors) -> list[int]:
+def _addresses(layer: LayerWeights) -> list[int]:
     """In the order of the kernel's enum WEIGHTS."""
     tensors = (
         layer.qkv, layer.output, layer.gate_up, layer.down, layer.attention_norm, layer.mlp_norm,

@@ -40,7 +40,7 @@ class Answer:
         self._job = job
         self._eos_token_ids = eos_token_ids
         self._metrics = metrics
-        self._token_bytes = tokenizer.token_bytes
+        self._token_bytes = tokenizer.token_bytes.table
         self._parser = parser
         self._detokenizer = tokenizer.detokenizer(
             special_tokens=job.special_tokens,
@@ -48,7 +48,7 @@ class Answer:
             signs=NO_SIGNS if parser is None else tokenizer.answer_format.signs,
         )
         self._stops = StopStrings(job.stop) if job.stop else None
-        self._silent_stops = job.stop_token_ids - self._spoken_stops(tokenizer.special_ids)
+        self._silent_stops = job.stop_token_ids - self._spoken_stops(tokenizer.token_bytes.special)
         self._last_at: float | None = None
         self.tokens = 0  # of the request's output that were put into the answer
         self.over = False

@@ -25,6 +25,9 @@ from twostroke.v1 import inference_pb2 as pb
 
 _BLANKS = re.compile(f"[{BLANKS}]+")
 
+# The mark that calls begin with, in forms in which they come between text.
+_BEFORE_CALLS: dict[Calls | None, str] = {Calls.TAGGED: TOOL_CALL, Calls.NAMED: TOOL_CALLS, Calls.LISTED: TOOL_CALLS}
+
 # The name of a tool, where it is not written in JSON.
 NAME = re.compile(r"[\w./:-]+")
 MAX_NAME = 256
@@ -89,7 +92,7 @@ class AnswerParser:
                 yield from self._reasons()
         if form.calls is Calls.BARE and self._tools:
             yield from self._bare_calls()
-        while (yield from self._text_to_a_call()):
+        while (yield from self._give(self._text, _BEFORE_CALLS.get(form.calls))):
             if form.calls is Calls.TAGGED:
                 yield from self._tagged_call()
             else:
@@ -100,15 +103,6 @@ class AnswerParser:
         if (yield from self._give(self._reasoning, END_THINK)):
             self._reasoning.taken_out()
         self._text.taken_out()
-
-    def _text_to_a_call(self) -> Steps[bool]:
-        match self._form.calls:
-            case Calls.TAGGED:
-                return (yield from self._give(self._text, TOOL_CALL))
-            case Calls.NAMED | Calls.LISTED:
-                return (yield from self._give(self._text, TOOL_CALLS))
-            case _:
-                return (yield from self._give(self._text, None))
 
     def _tagged_call(self) -> Steps[None]:
         self._hold(self._form.seen(TOOL_CALL))

@@ -66,9 +66,6 @@ class ApiKeys:
         self._seen = file_state.of(path)
         self._entries = self._read()
 
-    def __len__(self) -> int:
-        return len(self._entries)
-
     def caller(self, key: str) -> Caller | None:
         """Whose key this is; None if it is not valid."""
         entry = self._entries.get(key.partition(".")[0], NOBODY)
@@ -85,7 +82,7 @@ class ApiKeys:
                 continue
             try:
                 self._entries, self._seen = self._read(), state
-                log.info("API keys read again", keys=len(self))
+                log.info("API keys read again", keys=len(self._entries))
             except SettingsError as error:
                 problem = str(error)
                 if problem != known:

@@ -6,9 +6,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
-import grpc
-
-from router.errors import CallError, InvalidArgument
+from router.errors import Exhausted, InvalidArgument
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,14 +59,14 @@ class Caller:
         """Counts one call, of any method.
 
         Raises:
-            CallError: RESOURCE_EXHAUSTED, with the limit and when to try again.
+            Exhausted: with the limit and when to try again.
         """
         limit = self.limits.requests_per_minute
         if limit is None:
             return
         over = self.usage.calls.used(limit) + 1 - limit
         if over > 0:
-            raise _exhausted(f"{self.name!r} may make {limit} requests per minute", 60 * over / limit)
+            raise Exhausted(f"{self.name!r} may make {limit} requests per minute", 60 * over / limit)
         self.usage.calls.add(1)
 
     @contextmanager
@@ -76,7 +74,8 @@ class Caller:
         """Counts so many choices as running for the duration of the block.
 
         Raises:
-            CallError: RESOURCE_EXHAUSTED, with the limit; INVALID_ARGUMENT if they are more than it ever allows.
+            Exhausted: with the limit.
+            InvalidArgument: they are more than it ever allows.
         """
         most, tokens, usage = self.limits.concurrent_requests, self.limits.tokens_per_minute, self.usage
         if most is not None and choices > most:
@@ -84,9 +83,9 @@ class Caller:
             raise InvalidArgument("n", sentence)
         if most is not None and usage.running + choices > most:
             sentence = f"{self.name!r} may have {most} concurrent requests, and has {usage.running}"
-            raise _exhausted(f"{sentence}; this one counts as {choices}" if choices > 1 else sentence)
+            raise Exhausted(f"{sentence}; this one counts as {choices}" if choices > 1 else sentence)
         if tokens is not None and (over := usage.tokens.used(tokens) - tokens) >= 0:
-            raise _exhausted(f"{self.name!r} may use {tokens} tokens per minute", 60 * (over + 1) / tokens)
+            raise Exhausted(f"{self.name!r} may use {tokens} tokens per minute", 60 * (over + 1) / tokens)
         usage.running += choices
         try:
             yield
@@ -108,8 +107,3 @@ class Caller:
 # Who made the call that the current task serves. Without API keys that is always EVERYONE.
 EVERYONE = Caller("everyone")
 CALLER: ContextVar[Caller] = ContextVar("caller", default=EVERYONE)
-
-
-def _exhausted(sentence: str, seconds: float | None = None) -> CallError:
-    when = "later" if seconds is None else f"in {seconds:.1f} s"
-    return CallError(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{sentence}; try again {when}")

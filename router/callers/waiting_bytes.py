@@ -4,9 +4,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import grpc
-
-from router.errors import CallError
+from router.errors import Exhausted
 
 MOST_OF_A_CALLER = 16 * 1024 * 1024
 MOST = 4 * MOST_OF_A_CALLER  # of all callers
@@ -29,10 +27,10 @@ class WaitingBytes:
     def add(self, caller: str, size: int) -> None:
         """
         Raises:
-            CallError: RESOURCE_EXHAUSTED if too much waits already.
+            Exhausted: too much waits already.
         """
         if self._held[caller] + size > MOST_OF_A_CALLER or self.total + size > MOST:
-            raise CallError(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{self._full}; try again later")
+            raise Exhausted(self._full)
         self._held[caller] += size
 
     def remove(self, caller: str, size: int) -> None:

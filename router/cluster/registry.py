@@ -97,9 +97,7 @@ class Registry:
         key = (request.address, request.role)
         if key not in self._links and len(self._links) >= MAX_WORKERS:
             raise InvalidArgument("address", f"the router has {MAX_WORKERS} workers already, and takes no more")
-        self._heard_of[key] = time.monotonic()
-        self._keep_link(key)
-        self._links[key].announced(request.instance)
+        self._keep_link(key).announced(request.instance)
         return worker_pb2.RegisterResponse(interval_ms=int(1000 * REGISTER_INTERVAL))
 
     # ------------------------------------------------------------ for the links
@@ -160,14 +158,16 @@ class Registry:
             return
         self._unresolved.pop(name, None)
         for address in addresses:
-            self._heard_of[address, role] = time.monotonic()
             self._keep_link((address, role))
 
-    def _keep_link(self, key: tuple[str, Role]) -> None:
+    def _keep_link(self, key: tuple[str, Role]) -> WorkerLink:
+        """The link to an address that was heard of just now."""
+        self._heard_of[key] = time.monotonic()
         if key not in self._links:
             address, role = key
             self._links[key] = WorkerLink(address, role, self.instance, self._peers, self._silence_seconds, self)
             self._tasks[key] = asyncio.create_task(self._links[key].run(), name=f"link {address}")
+        return self._links[key]
 
     def _forget_gone(self, looked_up: float) -> None:
         """

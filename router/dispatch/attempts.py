@@ -41,12 +41,7 @@ class Attempts:
 
     def begin(self, attempt: Attempt, sequence: worker_pb2.Sequence, headroom: int) -> None:
         """Sends the attempt to its workers. `sequence` is its request as they take it."""
-        request, prefill, decode, traceparent = (
-            attempt.request,
-            attempt.prefill,
-            attempt.decode,
-            attempt.trace.traceparent,
-        )
+        request, prefill, decode = attempt.request, attempt.prefill, attempt.decode
         request.attempt = attempt
         request.state = State.DISPATCHED
         request.recheck_length = None
@@ -56,7 +51,9 @@ class Attempts:
             prefill.begin(attempt)
             prefill.send_prefill(
                 worker_pb2.Prefill(
-                    attempt_id=attempt.id, traceparent=traceparent, uncached_tokens=attempt.prefill_tokens
+                    attempt_id=attempt.id,
+                    uncached_tokens=attempt.prefill_tokens,
+                    traceparent=attempt.trace.traceparent,
                 ),
                 sequence,
             )
@@ -68,7 +65,7 @@ class Attempts:
                     attempt_id=attempt.id,
                     headroom_tokens=headroom,
                     prefill=attempt.in_place,
-                    traceparent=traceparent,
+                    traceparent=attempt.trace.traceparent,
                 ),
                 sequence,
             )

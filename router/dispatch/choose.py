@@ -48,15 +48,15 @@ def pair(request: Request, workers: Workers, headroom: int) -> Pair | Missing:
         prefills, decodes = _guiding(prefills, decodes)
     if request.remaining <= 1 and prefills:
         return _for_one_token(request, prefills, decodes, headroom)
-    able = decode_workers(request, decodes, request.length + headroom)
+    able = with_room(request, decodes, request.length + headroom)
     if not able:
         return Missing(DECODE, decodes, request.max_length)
-    prefill_of = prefill_workers(request, prefills, able)
+    prefill_of = best_prefills(request, prefills, able)
     waiting = {reads for reads, prefill in prefill_of.items() if prefill is None}
     able = [worker for worker in able if worker.reads not in waiting or _computes(worker, request)]
     if not able:
         return Missing(PREFILL, prefills, request.length + 1)
-    decode = decode_worker(request, able, prefill_of)
+    decode = best_decode(request, able, prefill_of)
     return Pair(None if decode.prefills(request) else prefill_of.get(decode.reads), decode)
 
 
@@ -74,14 +74,14 @@ def _for_one_token(
 ) -> Pair | Missing:
     """The first token is the only one, so there is nothing to hand over. A decode worker is needed only if it prefills,
     while all prefill workers are busy."""
-    prefill = prefill_worker(request, prefills)
+    prefill = best_prefill(request, prefills)
     if prefill is not None:
         return Pair(prefill, None)
-    able = decode_workers(request, decodes, request.length + headroom)
+    able = with_room(request, decodes, request.length + headroom)
     able = [worker for worker in able if _computes(worker, request)]
     if not able:
         return Missing(PREFILL, prefills, request.length + 1)
-    return Pair(None, decode_worker(request, able, {}))
+    return Pair(None, best_decode(request, able, {}))
 
 
 def _computes(decode: Worker, request: Request) -> bool:
@@ -89,7 +89,7 @@ def _computes(decode: Worker, request: Request) -> bool:
     return decode.prefills(request) or decode.helps_out(request)
 
 
-def prefill_worker(request: Request, workers: Iterable[Worker]) -> Worker | None:
+def best_prefill(request: Request, workers: Iterable[Worker]) -> Worker | None:
     """The one with the fewest tokens to compute until this prompt is done; None while all are busy."""
     trusted = _trusted(worker for worker in workers if worker.can_hold(request.length + 1))
     able = [worker for worker in trusted if worker.accepts_prefill]
@@ -101,24 +101,24 @@ def prefill_worker(request: Request, workers: Iterable[Worker]) -> Worker | None
     return min(able, key=cost, default=None)
 
 
-def prefill_workers(request: Request, prefills: Iterable[Worker], decodes: Iterable[Worker]) -> PrefillOf:
+def best_prefills(request: Request, prefills: Iterable[Worker], decodes: Iterable[Worker]) -> PrefillOf:
     """The best prefill worker for each set of prefill workers that some of the decode workers can read."""
     prefills = list(prefills)
     instances = {worker.instance for worker in prefills}
     return {
-        reads: prefill_worker(request, [worker for worker in prefills if worker.instance in reads])
+        reads: best_prefill(request, [worker for worker in prefills if worker.instance in reads])
         for reads in {worker.reads for worker in decodes}
         if reads & instances
     }
 
 
-def decode_workers(request: Request, workers: Iterable[Worker], tokens: int) -> list[Worker]:
+def with_room(request: Request, workers: Iterable[Worker], tokens: int) -> list[Worker]:
     """The decode workers with room for a sequence of `tokens` tokens."""
     trusted = _trusted(worker for worker in workers if worker.can_hold(request.max_length))
     return [worker for worker in trusted if worker.has_room(request, tokens)]
 
 
-def decode_worker(request: Request, able: list[Worker], prefill_of: PrefillOf) -> Worker:
+def best_decode(request: Request, able: list[Worker], prefill_of: PrefillOf) -> Worker:
     """The one with the most room. Cached blocks add `HIT_WORTH` blocks each, blocks that it has yet to prefill subtract
     as many. Those come last on which the request failed, then those whose prefill worker is busy, paused, or failed
     it."""

@@ -23,7 +23,7 @@ from router.dispatch.claim import Claim
 from router.dispatch.request import Attempt, Request, State
 from router.dispatch.sequence import hash_blocks, sequence_of
 from router.dispatch.waiting_queue import WaitingQueue
-from router.errors import CallError, InvalidArgument
+from router.errors import CallError, Exhausted, InvalidArgument
 from router.metrics import Metrics
 from twostroke.v1 import inference_pb2, worker_pb2
 
@@ -93,17 +93,11 @@ class Dispatcher:
         if (role := self.workers.gone()) is not None:
             raise self._no_worker(role)
         if len(self._queue) + requests > self._config.max_queue:
-            raise CallError(
-                grpc.StatusCode.RESOURCE_EXHAUSTED,
-                f"the queue is full ({len(self._queue)} of {self._config.max_queue} requests wait); try again later",
-            )
+            raise Exhausted(f"the queue is full ({len(self._queue)} of {self._config.max_queue} requests wait)")
         most_tokens = self._config.max_queue * TOKENS_OF_A_PLACE
         if self._queue and self._queue.prompt_tokens + prompt_tokens > most_tokens:
-            raise CallError(
-                grpc.StatusCode.RESOURCE_EXHAUSTED,
-                f"the queue is full (prompts of {self._queue.prompt_tokens} tokens wait, and of at most {most_tokens} "
-                "may); try again later",
-            )
+            waiting = self._queue.prompt_tokens
+            raise Exhausted(f"the queue is full (prompts of {waiting} tokens wait, and of at most {most_tokens} may)")
 
     def submit(self, requests: list[Request]) -> None:
         """Queues the requests, and sends out those that a worker has room for.
@@ -148,18 +142,16 @@ class Dispatcher:
         self._stopped = True
         for request in self._queue.clear():
             request_trace.queued(request)
-            request.end(State.FAILED, _stopped())
+            request.end(_stopped())
         for attempt in self._attempts.under_way():
-            with self._at_the_cost_of(attempt.request, "cannot be ended"):
-                self._end_as_stopped(attempt)
-
-    def _end_as_stopped(self, attempt: Attempt) -> None:
-        if attempt.request.complete:  # the worker has yet to say that it is
-            self._attempts.close(attempt, "finished")
-            attempt.request.end(State.FINISHED)
-        else:
-            self._attempts.close(attempt, "router stopped", STOPPED)
-            attempt.request.end(State.FAILED, _stopped())
+            request = attempt.request
+            with self._at_the_cost_of(request, "cannot be ended"):
+                if request.complete:  # the worker has yet to say that it is
+                    self._attempts.close(attempt, "finished")
+                    request.end()
+                else:
+                    self._attempts.close(attempt, "router stopped", STOPPED)
+                    request.end(_stopped())
 
     # ------------------------------------------------------------ to workers
 
@@ -222,10 +214,12 @@ class Dispatcher:
         """Sends one request out, or ends it if it can't be served. Returns the role that it has to wait for, None if it
         has left the queue."""
         try:
-            self._prepare(request)
+            self._hash(request)
+            if request.recheck_length is not None:  # there were no workers when it came
+                request.limit(request.recheck_length(self.workers.max_length()))
         except CallError as error:
             self._take_out(request)
-            request.end(State.FAILED, error)
+            request.end(error.with_traceback(None))  # whose frames hold the request
             return None
         headroom = request.headroom(self._config.headroom_tokens)
         found = choose.pair(request, self.workers, headroom)
@@ -235,17 +229,6 @@ class Dispatcher:
         self._take_out(request)
         self._attempts.begin(attempt, sequence, headroom)
         return None
-
-    def _prepare(self, request: Request) -> None:
-        """Does what depends on the workers: hashes blocks that have no hash yet, and settles the length if there were
-        no workers before.
-
-        Raises:
-            CallError: these workers can't serve the request.
-        """
-        self._hash(request)
-        if request.recheck_length is not None:
-            request.limit(request.recheck_length(self.workers.max_length()))
 
     def _hash(self, request: Request) -> None:
         if (worker := self.workers.any()) is not None:
@@ -273,7 +256,7 @@ class Dispatcher:
         elif request.state is State.QUEUED:
             self._take_out(request)
         sentence = "a fault of the router; its log says more"
-        request.end(State.FAILED, CallError(grpc.StatusCode.INTERNAL, sentence))
+        request.end(CallError(grpc.StatusCode.INTERNAL, sentence))
 
     def _wait_or_end(self, request: Request, headroom: int, missing: choose.Missing) -> Role | None:
         """Returns the role that the request waits for. If no connected worker could ever take it, ends it and returns
@@ -285,7 +268,7 @@ class Dispatcher:
             sentence = "no pair of workers that is left can guide an answer; each worker's log says what it lacks"
         if sentence is not None:
             self._take_out(request)
-            request.end(State.FAILED, CallError(grpc.StatusCode.UNAVAILABLE, sentence))
+            request.end(CallError(grpc.StatusCode.UNAVAILABLE, sentence))
             return None
         if missing.role == DECODE:
             self._claim.no_room_for(request, request.length + headroom, missing.workers)
@@ -318,12 +301,9 @@ class Dispatcher:
         self.workers.retire(worker)
         for attempt in list(worker.attempts.values()):
             with self._at_the_cost_of(attempt.request, "cannot be resumed"):
-                self._lost(worker, attempt)
+                attempts.leave(worker, attempt)
+                self._resume(attempt, worker, "worker lost", (worker,))
         self.dispatch()
-
-    def _lost(self, worker: Worker, attempt: Attempt) -> None:
-        attempts.leave(worker, attempt)
-        self._resume(attempt, worker, "worker lost", (worker,))
 
     def received(self, worker: Worker, message: worker_pb2.WorkerMessage) -> None:
         """Takes a worker's message in. The order matters: its tokens may be of attempts that it has just started, and
@@ -402,24 +382,22 @@ class Dispatcher:
         if request.complete:
             blame.attempt_succeeded(worker, attempt)
             self._attempts.close(attempt, "finished")
-            request.end(State.FINISHED)
+            request.end()
         elif attempt.reserved and not attempt.in_place:
             self._start(attempt)
 
     def _reserved(self, worker: Worker, attempt: Attempt, reserved: worker_pb2.Reserved) -> None:
         if attempt.decode is not worker or attempt.reserved:
             return
-        worker.reservation_answered(attempt.decode_blocks)
         attempt.request.timing.reserved_ms += 1000 * (time.monotonic() - attempt.dispatched_at)
         attempt.trace.record("reserved", attempt.dispatched_at, {"twostroke.cached_tokens": reserved.cached_tokens})
         if reserved.refused:
-            attempt.decode = None
-            worker.end(attempt)
-            worker.release(attempt.decode_blocks)
+            attempts.leave_decode(attempt, tell=False)
             worker.note_refusal()
             self._refused(attempt)
             return
         attempt.reserved = True
+        worker.reservation_answered(attempt.decode_blocks)
         attempt.decode_cached_tokens = reserved.cached_tokens
         if attempt.prefilled is not None:
             self._start(attempt)
@@ -429,7 +407,7 @@ class Dispatcher:
         worker of the pair may have computed the first token meanwhile; then the next attempt goes on behind that."""
         self._attempts.close(attempt, "refused")
         if attempt.request.complete:  # a worker that prefills refused it after the only token
-            attempt.request.end(State.FINISHED)
+            attempt.request.end()
         else:
             self._requeue(attempt.request)
 
@@ -474,7 +452,7 @@ class Dispatcher:
         elif cause == worker_pb2.Ended.CAUSE_REJECTED:
             sentence = f"the {ROLE_NAMES[worker.role]} worker cannot serve this request: {ended.detail}"
             self._attempts.close(attempt, "rejected", sentence)
-            request.end(State.FAILED, CallError(grpc.StatusCode.INVALID_ARGUMENT, sentence))
+            request.end(CallError(grpc.StatusCode.INVALID_ARGUMENT, sentence))
         else:
             # That includes FINISHED for a request whose last token does not end it: the worker is at fault.
             if cause == worker_pb2.Ended.CAUSE_PREEMPTED:
@@ -495,9 +473,10 @@ class Dispatcher:
         request = attempt.request
         if request.complete:
             self._attempts.close(attempt, "finished")
-            request.end(State.FINISHED)
+            request.end()
             return
-        self._attempts.close(attempt, cause, f"{cause} ({worker.address}) {detail}".rstrip() if suspects else "")
+        what = f"{cause} ({worker.address}) {detail}".rstrip()
+        self._attempts.close(attempt, cause, what if suspects else "")
         request.resumes += 1
         self._metrics.resumes.labels(cause).inc()
         log.info(
@@ -514,16 +493,14 @@ class Dispatcher:
             # After the first fault only the worker that reported it is avoided, after the second both of the pair.
             request.avoid.update(suspect.instance for suspect in suspects[: request.faults])
             if request.faults > self._config.max_resumes:
-                sentence = (
-                    f"gave up after {request.faults} faults; the last: {cause} ({worker.address}) {detail}".rstrip()
-                )
-                request.end(State.FAILED, CallError(grpc.StatusCode.UNAVAILABLE, sentence))
+                sentence = f"gave up after {request.faults} faults; the last: {what}"
+                request.end(CallError(grpc.StatusCode.UNAVAILABLE, sentence))
                 return
         self._requeue(request)
 
     def _requeue(self, request: Request) -> None:
         if (role := self.workers.gone()) is not None:
-            request.end(State.FAILED, self._no_worker(role))
+            request.end(self._no_worker(role))
             return
         request.state = State.QUEUED
         request.queued_at = time.monotonic()
@@ -533,7 +510,7 @@ class Dispatcher:
         if (role := self.workers.gone()) is not None:
             for request in self._queue.clear():
                 request_trace.queued(request)
-                request.end(State.FAILED, self._no_worker(role))
+                request.end(self._no_worker(role))
 
     def _no_worker(self, role: Role) -> CallError:
         return CallError(grpc.StatusCode.UNAVAILABLE, f"{self.workers.why_missing(role)}; it is safe to try again")

@@ -135,8 +135,9 @@ class Request:
         elif len(output) - self.taken > MAX_UNREAD_TOKENS:
             self.mailbox.overflow()
 
-    def end(self, state: State, failure: CallError | None = None) -> None:
-        self.state = state
+    def end(self, failure: CallError | None = None) -> None:
+        """Without a failure, the output is complete."""
+        self.state = State.FINISHED if failure is None else State.FAILED
         self.failure = failure
         self.post()
 

@@ -1,17 +1,15 @@
 """Checks the grammars of all callers, a few at a time, so that no caller's slow ones hold up the others'."""
 
 import asyncio
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-import grpc
-
 from common.model.model_config import ModelConfig
 from common.sampling.grammar import AT_ONCE, KEPT, GrammarError
 from router.callers.fair_threads import FairThreads
-from router.errors import CallError
+from router.errors import Exhausted
 from router.grammars.grammar_check import GrammarCheck
 
 # Grammars of one caller that wait to be compiled. Most take a millisecond, none takes much more than
@@ -35,13 +33,12 @@ class GrammarChecks:
         # By caller and grammar. Callers don't share a check: one would wait for all that the other had asked for
         # before.
         self._begun: dict[tuple[str, str], asyncio.Task[GrammarError | None]] = {}
-        self._waiting: Counter[str] = Counter()  # of these, how many each caller has
 
     async def check(self, grammar: str, caller: str) -> None:
         """
         Raises:
             GrammarError: the grammar can't be compiled.
-            CallError: RESOURCE_EXHAUSTED if too many of the caller's grammars wait.
+            Exhausted: too many of the caller's grammars wait.
             RuntimeError: the process that compiles can't be started, whatever the grammar.
         """
         if grammar in self._known:
@@ -50,12 +47,12 @@ class GrammarChecks:
         else:
             problem = await asyncio.shield(self._begun.get((caller, grammar)) or self._begin(caller, grammar))
         if problem is not None:
-            raise problem.with_traceback(None)  # which would grow each time that it is raised
+            # Anew: an error holds the frames that it was raised through, and they the message of the call.
+            raise type(problem)(*problem.args)
 
     def _begin(self, caller: str, grammar: str) -> "asyncio.Task[GrammarError | None]":
-        if self._waiting[caller] >= MAX_WAITING:
-            raise CallError(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many guides wait to be compiled; try again later")
-        self._waiting[caller] += 1
+        if sum(other == caller for other, _ in self._begun) >= MAX_WAITING:
+            raise Exhausted("too many guides wait to be compiled")
         task = self._begun[caller, grammar] = asyncio.create_task(self._check(caller, grammar))
         return task
 
@@ -64,7 +61,6 @@ class GrammarChecks:
             return await self._threads.submit(caller, partial(self._problem, grammar))
         finally:
             del self._begun[caller, grammar]
-            self._waiting[caller] -= 1
             if len(self._known) > KEPT:
                 self._known.popitem(last=False)
 

@@ -8,7 +8,7 @@ from llguidance import LLMatcher
 from common.model.model_config import ModelConfig
 from common.sampling.grammar import GrammarError
 from router.callers.limits import CALLER
-from router.errors import InvalidArgument
+from router.errors import InvalidArgument, at_most
 from router.grammars import json_guide, lark, tool_choice
 from router.grammars.grammar_check import NoGuidesError
 from router.grammars.grammar_checks import GrammarChecks
@@ -39,7 +39,7 @@ class Guides:
 
         Raises:
             InvalidArgument: the guide can't be compiled, or this model does not support any.
-            CallError: RESOURCE_EXHAUSTED if too many of the caller's guides wait to be compiled.
+            Exhausted: too many of the caller's guides wait to be compiled.
         """
         grammar = grammar_of(guide)
         try:
@@ -53,7 +53,7 @@ class Guides:
 
         Raises:
             InvalidArgument: names the tool or the field for which that is not possible.
-            CallError: as `grammar`.
+            Exhausted: as `grammar`.
         """
         tools, grammar = call_of(chat, prompt)
         try:
@@ -78,7 +78,7 @@ class Guides:
         Raises:
             GrammarError: the grammar can't be compiled.
             InvalidArgument: this model does not support grammars.
-            CallError: as `grammar`.
+            Exhausted: as `grammar`.
         """
         try:
             await self._checks.check(grammar, CALLER.get().name)
@@ -115,24 +115,18 @@ def grammar_of(guide: pb.Guide) -> str:
                 raise InvalidArgument("guide.json_object", "must be true where it is set")
             return json_guide.grammar_of(ANY_OBJECT, {})
         case "regex":
-            _check_size("guide.regex", guide.regex)
+            at_most("guide.regex", MAX_BYTES, len(guide.regex.encode()))
             return LLMatcher.grammar_from_regex(guide.regex)
         case "choices":
             texts = guide.choices.texts
             if not 0 < len(texts) <= MAX_CHOICES:
                 raise InvalidArgument("guide.choices", f"has {len(texts)} texts; 1 to {MAX_CHOICES} are allowed")
-            _check_size("guide.choices", *texts)
+            at_most("guide.choices", MAX_BYTES, sum(len(text.encode()) for text in texts))
             either = " | ".join(map(lark.text, texts))
             return LLMatcher.grammar_from_lark(f"start: {either}")
         case "grammar":
-            _check_size("guide.grammar", guide.grammar)
+            at_most("guide.grammar", MAX_BYTES, len(guide.grammar.encode()))
             return LLMatcher.grammar_from_lark(guide.grammar)
         case _:
             kinds = ", ".join(field.name for field in pb.Guide.DESCRIPTOR.oneofs_by_name["kind"].fields)
             raise InvalidArgument("guide", f"one of {kinds} must be set")
-
-
-def _check_size(field: str, *texts: str) -> None:
-    size = sum(len(text.encode()) for text in texts)
-    if size > MAX_BYTES:
-        raise InvalidArgument(field, f"has {size} bytes; at most {MAX_BYTES} are allowed")

@@ -4,7 +4,7 @@ import json
 import math
 from typing import Any
 
-from router.errors import InvalidArgument
+from router.errors import InvalidArgument, at_most
 
 # Parsing blocks the event loop: for the worst objects of this size some ten milliseconds.
 MAX_BYTES = 256 * 1024
@@ -19,9 +19,7 @@ def parse(field: str, text: str) -> dict[str, Any]:
     Raises:
         InvalidArgument: names `field`, and its limit.
     """
-    size = len(text.encode())
-    if size > MAX_BYTES:
-        raise InvalidArgument(field, f"has {size} bytes; at most {MAX_BYTES} are allowed")
+    at_most(field, MAX_BYTES, len(text.encode()))
     try:
         value = json.loads(text)
         if not isinstance(value, dict):

@@ -3,9 +3,9 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from router.errors import InvalidArgument
+from router.errors import InvalidArgument, at_most
 from router.prompts import json_object
 from twostroke.v1 import inference_pb2 as pb
 
@@ -15,7 +15,7 @@ MAX_TOOL_CALLS = 4_096  # of all messages together
 MAX_JSON_BYTES = 1024 * 1024  # of the tools, the variables, and the arguments of all tool calls
 
 _Optional = Literal["content", "reasoning_content", "tool_call_id", "name"]
-_OPTIONAL: tuple[_Optional, ...] = ("content", "reasoning_content", "tool_call_id", "name")
+_OPTIONAL: tuple[_Optional, ...] = get_args(_Optional)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,11 +27,11 @@ class TemplateInput:
 
 
 def read(chat: pb.Chat) -> TemplateInput:
-    """
+    """The chat's sizes must have been checked.
+
     Raises:
         InvalidArgument: names the first field that is wrong, and its limit.
     """
-    check_sizes(chat)
     _check_choice(chat.tool_choice)
     tools = [json_object.parse(f"chat.tools[{place}]", tool) for place, tool in enumerate(shown_tools(chat))]
     return TemplateInput(
@@ -73,10 +73,8 @@ def check_sizes(chat: pb.Chat) -> None:
     """
     if not chat.messages:
         raise InvalidArgument("chat.messages", "must not be empty")
-    if len(chat.messages) > MAX_MESSAGES:
-        raise InvalidArgument("chat.messages", f"has {len(chat.messages)} messages; at most {MAX_MESSAGES} are allowed")
-    if len(chat.tools) > MAX_TOOLS:
-        raise InvalidArgument("chat.tools", f"has {len(chat.tools)} tools; at most {MAX_TOOLS} are allowed")
+    at_most("chat.messages", MAX_MESSAGES, len(chat.messages), "messages")
+    at_most("chat.tools", MAX_TOOLS, len(chat.tools), "tools")
     calls = sum(len(message.tool_calls) for message in chat.messages)
     if calls > MAX_TOOL_CALLS:
         raise InvalidArgument("chat.messages", f"have {calls} tool calls; at most {MAX_TOOL_CALLS} are allowed")

@@ -56,24 +56,18 @@ class Tokenizer:
         self._tokenizer.no_truncation()
         self.vocabulary = vocabulary.digest(directory)
         self._template = chat_template.load(directory)
-        self._bytes = token_bytes.read(self._tokenizer, model.vocab_size)
-        self._visible = self._bytes.without_special()
+        self.token_bytes = token_bytes.read(self._tokenizer, model.vocab_size)
+        self._visible = self.token_bytes.without_special()
         self.answer_format = answer_format.of(
-            "" if self._template is None else self._template.source, self._tokenizer.token_to_id, self._bytes.special
+            "" if self._template is None else self._template.source,
+            self._tokenizer.token_to_id,
+            self.token_bytes.special,
         )
         self._context_length = model.context_length
         # A longer text has too many tokens for the context in any case, and may take seconds per megabyte to tokenize.
-        self._most_bytes = model.context_length * max(map(len, self._bytes.table))
+        self._most_bytes = model.context_length * max(map(len, self.token_bytes.table))
         self._waiting = WaitingBytes("too much text waits to be made into tokens")
         self._threads = FairThreads(THREADS, "tokenizer")
-
-    @property
-    def token_bytes(self) -> Sequence[bytes]:
-        return self._bytes.table
-
-    @property
-    def special_ids(self) -> frozenset[int]:
-        return self._bytes.special
 
     def decode(self, token_ids: Sequence[int], *, special_tokens: bool) -> str:
         detokenizer = self.detokenizer(special_tokens=special_tokens)
@@ -83,20 +77,20 @@ class Tokenizer:
         """
         Raises:
             InvalidArgument: the text has more bytes than any that fits the model's context.
-            CallError: RESOURCE_EXHAUSTED if too much text waits already.
+            Exhausted: too much text waits already.
         """
         size = len(text.encode())
         self._check_size(size)
         return await self._on_a_thread(size, lambda: self._encode(text, add_special_tokens))
 
     async def encode_chat(self, chat: pb.Chat) -> Tokenized:
-        """
+        """The chat's sizes must have been checked: see `template_input.check_sizes`.
+
         Raises:
             InvalidArgument: the model has no chat template, or that refuses the chat, or the chat has more bytes than
                 any that fits the model's context.
-            CallError: RESOURCE_EXHAUSTED if too much text waits already.
+            Exhausted: too much text waits already.
         """
-        template_input.check_sizes(chat)
         template = self._template
         if template is None:
             raise InvalidArgument("chat", "this model has no chat template; send text or token_ids")
@@ -121,9 +115,13 @@ class Tokenizer:
                 begin every text.
             signs: what stands for some of the special tokens.
         """
-        table = self._bytes.table if special_tokens else self._visible
-        strip, opening = self._bytes.strip_leading_space, self._bytes.opening
-        return Detokenizer(table, strip and begins_text, opening if begins_text else None, signs)
+        known = self.token_bytes
+        return Detokenizer(
+            known.table if special_tokens else self._visible,
+            known.strip_leading_space and begins_text,
+            known.opening if begins_text else None,
+            signs,
+        )
 
     def spells(self, token_ids: Sequence[int]) -> bool:
         """Whether the tokens have any text, special tokens aside."""
@@ -148,15 +146,8 @@ class Tokenizer:
         caller = CALLER.get().name
         self._waiting.add(caller, size)
         wanted = True
-
-        def work_if_wanted() -> T | None:
-            return work() if wanted else None
-
-        def done(_: asyncio.Future[T | None]) -> None:
-            self._waiting.remove(caller, size)
-
-        working = self._threads.submit(caller, work_if_wanted)
-        working.add_done_callback(done)
+        working = self._threads.submit(caller, lambda: work() if wanted else None)
+        working.add_done_callback(lambda _: self._waiting.remove(caller, size))
         try:
             # Shielded: if the caller leaves, its text is kept, and counted, until a thread has come to it.
             return cast(T, await asyncio.shield(working))

@@ -7,6 +7,7 @@ import structlog
 from common.worker.attempts import Attempts
 from common.worker.worker_service import WorkerService
 from decode_worker.metrics import DecodeMetrics
+from decode_worker.scheduler import Sequence
 from tests.one_worker import ROUTER, Wire
 from tests.specs import spec
 from twostroke.v1 import worker_pb2 as pb
@@ -20,7 +21,7 @@ class Refusing:
 
 
 def attempts(wire: Wire) -> Attempts:
-    return Attempts(cast(Any, Refusing()), cast(WorkerService, cast(Any, wire)), DecodeMetrics())
+    return Attempts(cast(Any, Refusing()), cast(WorkerService, cast(Any, wire)), DecodeMetrics(), length=lambda _: 1)
 
 
 def test_an_odd_end_is_logged_with_the_client_s_request_id() -> None:
@@ -28,8 +29,8 @@ def test_an_odd_end_is_logged_with_the_client_s_request_id() -> None:
     asked = pb.Prefill(attempt_id=7)
     asked.sequence.MergeFrom(pb.Sequence(token_ids=[1], prompt_length=1, max_length=2, request_id="ask-1"))
     with structlog.testing.capture_logs() as lines:
-        assert attempts(wire).accept(ROUTER, asked, lambda _: 1, None, under_way=False) is None
-        assert attempts(wire).accept(ROUTER, asked, lambda _: 1, pb.Ended.CAUSE_DRAINING, under_way=False) is None
+        assert attempts(wire).accept(ROUTER, asked, None, under_way=False) is None
+        assert attempts(wire).accept(ROUTER, asked, pb.Ended.CAUSE_DRAINING, under_way=False) is None
     assert [(line["request_id"], line["cause"], line["detail"]) for line in lines] == [
         ("ask-1", "rejected", "too long"),
         ("ask-1", "draining", ""),
@@ -41,5 +42,5 @@ def test_usual_ends_are_counted_and_not_logged() -> None:
     wire = Wire()
     with structlog.testing.capture_logs() as lines:
         for cause in (pb.Ended.CAUSE_FINISHED, pb.Ended.CAUSE_PREEMPTED):
-            attempts(wire).end(ROUTER, 1, cause, request_id=spec([1], 4).request_id)
+            attempts(wire).end(Sequence(1, ROUTER, spec([1], 4), [1]), cause)
     assert lines == []

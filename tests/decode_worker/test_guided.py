@@ -17,6 +17,8 @@ from benchmarks.parts import LoadedModel, worker_parts
 from common.sampling.guided_sampling import AllowedTokens, GrammarState, GuidedSampling
 from common.sampling.parameters import SamplingParams
 from common.worker.sequence import SequenceSpec
+from decode_worker.engine import PULL_POLL_SECONDS
+from decode_worker.pulls import Puller
 from prefill_worker.loop import GRAMMAR_POLL_SECONDS
 from tests import guided
 from tests.one_worker import OneWorker
@@ -206,6 +208,10 @@ def test_a_prompt_whose_grammar_is_not_compiled_yet_spins_no_loop(
     for _ in range(3):
         one.turn()
     assert one._wire.timeouts[-1] == GRAMMAR_POLL_SECONDS
+    with monkeypatch.context() as meanwhile:
+        meanwhile.setattr(Puller, "busy", True)  # of another prompt's KV
+        one.turn()
+    assert one._wire.timeouts[-1] == PULL_POLL_SECONDS
     plain = one.ask(asked(3, None))
     for _ in range(3):
         one.turn()

@@ -12,11 +12,10 @@ if not torch.cuda.is_available():
     pytest.skip("no CUDA device: torch.cuda.is_available() is False", allow_module_level=True)
 
 from common.device.graph_capture import capture
-from common.model.weights import LayerWeights
 from kernels import attention, linear, step
 from kernels.cuda.persistent_layers import fuse_layers
 from kernels.hidden import Hidden
-from kernels.ops import LayersOfOneToken
+from kernels.ops import LayersOfOneToken, LayerWeights
 from kernels.rope import Rotation
 from tests.kernels.inputs import DEVICE, assert_close
 

@@ -9,7 +9,7 @@ from common.model.model_config import load_config
 from router import validate
 from router.answers import answer
 from router.answers.answer import Answer
-from router.dispatch.request import Prompt, Request, State
+from router.dispatch.request import Prompt, Request
 from router.mailbox import Mailbox
 from router.metrics import Metrics
 from router.prompts.tokenizer import Tokenizer
@@ -50,7 +50,7 @@ def test_a_reader_that_is_far_behind_catches_up_in_several_steps(model: Path, st
     for token in tokens:
         choice.add_logprobs(worker_pb2.Logprobs(logprob=-token))
         choice.add(token)
-    choice.end(State.FINISHED)
+    choice.end()
     deltas = []
     while not reader.over:
         delta, finish = reader.advance()

@@ -1,7 +1,6 @@
 """Who is served: API keys, certificates and the cluster's secret at the router's port."""
 
 import asyncio
-import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -251,7 +250,6 @@ async def test_a_wrong_secret_is_told_of_where_something_else_was_wrong_before(
         async with cluster(model, prefills=[], decodes=[], ready=False) as it:
             address = f"127.0.0.1:{free_port()}"
             it.router.registry._keep_link((address, DECODE))
-            it.router.registry._heard_of[address, DECODE] = time.monotonic()
             await eventually(lambda: told(logs, "onnection refused"))
             await asyncio.to_thread(worker, DECODE, listen=address, cluster_secret_file=secret)
             await eventually(lambda: told(logs, "set --cluster-secret-file on the router"), seconds=10)

@@ -242,6 +242,11 @@ def message(**fields: Any) -> pb.ChatMessage:
     return pb.ChatMessage(role="assistant", **fields)
 
 
+def check_and_render(chat: pb.Chat) -> None:
+    template_input.check_sizes(chat)
+    ChatTemplate(QWEN, SPECIAL).render(chat, MOST)
+
+
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
@@ -277,7 +282,7 @@ def message(**fields: Any) -> pb.ChatMessage:
 def test_fields_that_are_wrong(fields: dict[str, Any], sentence: str) -> None:
     chat = pb.Chat(**{"messages": [message()], **fields})
     with pytest.raises(InvalidArgument) as refused:
-        ChatTemplate(QWEN, SPECIAL).render(chat, MOST)
+        check_and_render(chat)
     assert refused.value.message.startswith(sentence)
 
 

@@ -37,57 +37,57 @@ def worker(role: Any, cached: int = 0, pending: int = 0, free: int = 100, **hell
 
 def test_prefill_goes_where_the_prefix_is() -> None:
     workers = [worker(PREFILL, cached=2), worker(PREFILL, cached=6), worker(PREFILL)]
-    assert choose.prefill_worker(request(), workers) is workers[1]
+    assert choose.best_prefill(request(), workers) is workers[1]
 
 
 def test_prefill_goes_elsewhere_where_waiting_costs_more_than_computing() -> None:
     holder, idle = worker(PREFILL, cached=6, pending=6 * BLOCK - 1), worker(PREFILL)
-    assert choose.prefill_worker(request(), [idle, holder]) is holder
+    assert choose.best_prefill(request(), [idle, holder]) is holder
     holder.pending_tokens += 2
-    assert choose.prefill_worker(request(), [holder, idle]) is idle
+    assert choose.best_prefill(request(), [holder, idle]) is idle
 
 
 def test_prefill_goes_where_other_routers_have_less_waiting() -> None:
     shared, quiet = worker(PREFILL, pending=100), worker(PREFILL, pending=150)
-    assert choose.prefill_worker(request(), [quiet, shared]) is shared
+    assert choose.best_prefill(request(), [quiet, shared]) is shared
     shared.take_load(inference_pb2.WorkerLoad(ready=True, pending_tokens=151))  # 51 of them are of others
-    assert choose.prefill_worker(request(), [shared, quiet]) is quiet
+    assert choose.best_prefill(request(), [shared, quiet]) is quiet
     shared.pending_tokens -= 2
-    assert choose.prefill_worker(request(), [quiet, shared]) is shared, "of its own there are fewer now"
+    assert choose.best_prefill(request(), [quiet, shared]) is shared, "of its own there are fewer now"
     shared.take_load(inference_pb2.WorkerLoad(ready=True, pending_tokens=50))  # what was sent is still on its way
-    assert choose.prefill_worker(request(), [quiet, shared]) is shared
+    assert choose.best_prefill(request(), [quiet, shared]) is shared
     shared.take_load(inference_pb2.WorkerLoad(ready=True, pending_tokens=10**9))
-    assert choose.prefill_worker(request(), [shared]) is shared, "others may not keep this router out"
+    assert choose.best_prefill(request(), [shared]) is shared, "others may not keep this router out"
 
 
 def test_a_hole_in_the_cache_ends_what_is_found() -> None:
     holey, whole = worker(PREFILL, cached=8), worker(PREFILL, cached=2)
     holey.cache.apply(worker_pb2.CacheChanges(dropped=HASHES[1]))
-    assert choose.prefill_worker(request(), [holey, whole]) is whole
+    assert choose.best_prefill(request(), [holey, whole]) is whole
 
 
 def test_new_prefixes_go_where_the_cache_holds_less() -> None:
     full, empty = worker(PREFILL, cached=8), worker(PREFILL)
     unknown = request()
     unknown.block_hashes = [b"\xff" * 16]
-    assert choose.prefill_worker(unknown, [full, empty]) is empty
+    assert choose.best_prefill(unknown, [full, empty]) is empty
 
 
 def test_prefill_avoids_who_failed_and_who_has_enough_to_do() -> None:
     holder, other = worker(PREFILL, cached=8), worker(PREFILL, pending=1000)
     failed = request()
     failed.avoid.add(holder.instance)
-    assert choose.prefill_worker(failed, [holder, other]) is other
-    assert choose.prefill_worker(failed, [holder]) is holder
-    assert choose.prefill_worker(request(), [worker(PREFILL, cached=8, pending=100, max_batch=50)]) is None
+    assert choose.best_prefill(failed, [holder, other]) is other
+    assert choose.best_prefill(failed, [holder]) is holder
+    assert choose.best_prefill(request(), [worker(PREFILL, cached=8, pending=100, max_batch=50)]) is None
 
 
 # ------------------------------------------------------------ decode
 
 
 def decode_worker(request: Request, workers: list[Worker], prefills: tuple[Worker, ...] = ()) -> Worker | None:
-    able = choose.decode_workers(request, workers, 9 * BLOCK)
-    return choose.decode_worker(request, able, choose.prefill_workers(request, prefills, able)) if able else None
+    able = choose.with_room(request, workers, 9 * BLOCK)
+    return choose.best_decode(request, able, choose.best_prefills(request, prefills, able)) if able else None
 
 
 def test_decode_goes_where_the_prefix_is_unless_the_other_has_much_more_room() -> None:
@@ -144,7 +144,7 @@ def test_a_prompt_is_computed_by_who_is_a_pair_with_the_decode_worker() -> None:
         paired(worker(DECODE), loaded),
         worker(DECODE),
     )
-    found = choose.prefill_workers(request(), [idle, loaded], [with_both, with_one, with_none])
+    found = choose.best_prefills(request(), [idle, loaded], [with_both, with_one, with_none])
     assert found == {with_both.reads: idle, with_one.reads: None}
 
 

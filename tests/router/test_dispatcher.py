@@ -1,6 +1,7 @@
 """How the dispatcher shares the event loop with everything else."""
 
 import asyncio
+import gc
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from router.config import RouterConfig
 from router.dispatch import dispatcher
 from router.dispatch.dispatcher import Dispatcher
 from router.dispatch.request import Prompt, Request
+from router.errors import InvalidArgument
 from router.mailbox import Mailbox
 from router.metrics import Metrics
 from router.turnstile import Turnstile
@@ -42,6 +44,25 @@ async def test_the_blocks_of_a_request_that_waits_are_hashed_in_the_turn_in_whic
     assert (made.running, made.queued) == (1, 2)
     assert [len(request.block_hashes) for request in asked] == [2, 2, 2]
     made.drop(asked)
+
+
+async def test_a_request_that_does_not_fit_the_workers_that_come_is_not_held_by_its_failure() -> None:
+    def too_long(_held_by_all: int | None) -> int:
+        raise InvalidArgument("input", "is too long")
+
+    made = Dispatcher(RouterConfig(), Metrics())
+    asked = requests(1)
+    asked[0].recheck_length = too_long
+    made.submit(asked)
+    gc.collect()
+    gc.disable()
+    try:
+        connected(made)
+        assert [request.failure for request in await asked[0].mailbox.take()]
+        asked.clear()
+        assert not any(isinstance(held, Request) for held in gc.get_objects())
+    finally:
+        gc.enable()
 
 
 async def test_requests_that_are_sent_out_together_let_the_event_loop_turn_in_between(

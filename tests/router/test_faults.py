@@ -556,7 +556,7 @@ async def test_many_at_once_with_everything_going_wrong(model: Path) -> None:
             assert list(answer.choices[0].token_ids) == expected(30, prompt)
 
 
-@pytest.mark.parametrize("at", ["decode_worker", "sequence_of", "Reserve"])
+@pytest.mark.parametrize("at", ["best_decode", "sequence_of", "Reserve"])
 async def test_a_fault_of_the_router_costs_one_request_and_no_block(
     model: Path, at: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -564,7 +564,7 @@ async def test_a_fault_of_the_router_costs_one_request_and_no_block(
         raise ValueError("a fault")
 
     async with cluster(model, decodes=[Script(step_seconds=0.05)]) as it:
-        where = {"decode_worker": choose, "sequence_of": dispatcher, "Reserve": worker_pb2}[at]
+        where = {"best_decode": choose, "sequence_of": dispatcher, "Reserve": worker_pb2}[at]
         with monkeypatch.context() as patch:
             patch.setattr(where, at, fault)
             error = await failing(it, n=2, max_tokens=500)

@@ -15,6 +15,7 @@ import pytest
 
 from router.answers.answer import MOST_TOKENS
 from router.dispatch.request import MAX_UNREAD_TOKENS, Request
+from router.prompts.tokenizer import INLINE_BYTES
 from router.validate import MAX_MESSAGE_BYTES
 from tests.router import models
 from tests.router.cluster import Cluster, cluster, eventually, expected, request
@@ -26,6 +27,7 @@ from twostroke.v1 import inference_pb2_grpc, worker_pb2
 OPTIONS = [("grpc.use_local_subchannel_pool", 1), ("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 16_384)]
 
 Code = grpc.StatusCode
+REFUSED = pb.Chat(messages=[pb.ChatMessage(role="boss", content="x" * INLINE_BYTES)])  # by the template, on a thread
 LONG = 32_000  # tokens of an answer: more than gRPC's windows and the router together hold for who does not read
 
 
@@ -171,6 +173,28 @@ async def test_streams_that_nobody_reads_end_and_give_back_what_they_hold(long_m
             await channel.close()
 
 
+@pytest.mark.parametrize("leaves", [False, True])
+async def test_a_stream_that_nobody_reads_leaves_no_tokens_behind(long_model: Path, leaves: bool) -> None:
+    async with cluster(long_model, **workers(stop_after=3000 if leaves else None)) as it:
+        [channel] = [channel async for channel in new_channels(it, 1)]
+        stub: Any = inference_pb2_grpc.InferenceStub(channel)
+        gc.collect()
+        gc.disable()
+        try:
+            call = stub.GenerateStream(request(max_tokens=LONG, response=pb.ResponseOptions(logprobs=20)))
+            await call.read()
+            if leaves:
+                (attempt,) = it.router.dispatcher.workers.all()[0].attempts.values()
+                await eventually(lambda: attempt.request.posted and len(attempt.request.output) == 3001)
+                del attempt
+                call.cancel()
+            await eventually(it.nothing_held, seconds=20)
+            await eventually(lambda: not any(isinstance(held, Request) for held in gc.get_objects()))
+        finally:
+            gc.enable()
+        await channel.close()
+
+
 async def test_a_stream_that_nobody_reads_does_not_hold_up_the_routers_stop(long_model: Path) -> None:
     async with cluster(long_model, **workers(stop_after=3000)) as it:
         [channel] = [channel async for channel in new_channels(it, 1)]
@@ -223,6 +247,10 @@ async def test_who_is_behind_when_an_answer_fails_gets_what_came_before(long_mod
         ("Generate", request(max_tokens=2), Code.OK),
         ("Generate", request(n=99), Code.INVALID_ARGUMENT),
         ("GenerateStream", request(n=99), Code.INVALID_ARGUMENT),
+        ("Generate", request(guide=pb.Guide(regex="(")), Code.INVALID_ARGUMENT),
+        ("Generate", request(chat=REFUSED), Code.INVALID_ARGUMENT),
+        ("Generate", request(), Code.UNAVAILABLE),
+        ("GenerateStream", request(), Code.UNAVAILABLE),
         ("Generate", request(max_tokens=2_000), Code.DEADLINE_EXCEEDED),
         ("GenerateStream", request(max_tokens=2_000), Code.DEADLINE_EXCEEDED),
     ],
@@ -231,19 +259,45 @@ async def test_a_call_that_is_over_leaves_no_message_behind(
     model: Path, method: str, asked: pb.GenerateRequest, ends: grpc.StatusCode
 ) -> None:
     """Not until the garbage collector comes either: it may be long in coming, and a message may take 240 MB."""
-    sent, kind = asked.SerializeToString(), pb.GenerateRequest
-    async with cluster(model, decodes=[Script(step_seconds=0.01)]) as it:
+    sent, kinds = asked.SerializeToString(), (pb.GenerateRequest, pb.Guide, pb.Chat, Request)
+    fails = {3: [worker_pb2.Ended.CAUSE_FAILED]} if ends is Code.UNAVAILABLE else {}
+    async with cluster(model, decodes=[Script(step_seconds=0.01, end_after=fails)], max_resumes=0) as it:
         gc.collect()
-        before = sum(isinstance(held, kind) for held in gc.get_objects())
+        before = sum(isinstance(held, kinds) for held in gc.get_objects())
         gc.disable()
         try:
             path, channel = f"/twostroke.v1.Inference/{method}", it.channel
             kind_of_call: Any = channel.unary_unary if method == "Generate" else channel.unary_stream
-            call = kind_of_call(path)(sent, timeout=0.5)
+            call = kind_of_call(path)(sent, timeout=0.5 if ends is Code.DEADLINE_EXCEEDED else 10)
             assert await code_of(call if method == "Generate" else read_all(call)) is ends
             await eventually(it.nothing_held)
-            await eventually(lambda: sum(isinstance(held, kind) for held in gc.get_objects()) == before)
+            await eventually(lambda: sum(isinstance(held, kinds) for held in gc.get_objects()) == before)
         finally:
+            gc.enable()
+
+
+@pytest.mark.parametrize(
+    "refused", [request(n=99, text="x" * 1_000_000), b"\xff" * 1_000_000], ids=["field", "garbage"]
+)
+@pytest.mark.parametrize("too_many", [False, True])
+async def test_a_call_that_is_refused_leaves_none_of_its_bytes_behind(
+    model: Path, refused: pb.GenerateRequest | bytes, too_many: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if too_many:
+        monkeypatch.setattr("router.callers.waiting_bytes.MOST", 0)
+    sent = refused if isinstance(refused, bytes) else refused.SerializeToString()
+    async with cluster(model) as it:
+        call: Any = it.channel.unary_unary("/twostroke.v1.Inference/Generate")
+        gc.collect()
+        gc.disable()
+        tracemalloc.start()
+        try:
+            for _ in range(3):
+                code = await code_of(call(sent))
+                assert code is (Code.RESOURCE_EXHAUSTED if too_many else Code.INVALID_ARGUMENT)
+            await eventually(lambda: tracemalloc.get_traced_memory()[0] < len(sent))
+        finally:
+            tracemalloc.stop()
             gc.enable()
 
 

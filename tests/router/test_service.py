@@ -19,7 +19,7 @@ from structlog.testing import capture_logs
 from common.kv.prefix_hash import block_hashes, cache_root
 from common.model.model_config import load_config
 from router.callers.limits import CALLER, EVERYONE, Caller
-from router.errors import CallError, InvalidArgument
+from router.errors import CallError
 from router.prompts.tokenizer import Tokenizer
 from router.service import gather
 from tests import health
@@ -389,16 +389,19 @@ async def test_text_counts_until_a_thread_has_come_to_it_though_its_caller_left(
 async def test_a_chat_that_is_too_large_does_not_wait_to_be_told_so(model: Path) -> None:
     """Its message takes far more memory than it has bytes."""
     chat = pb.Chat(messages=[pb.ChatMessage()] * 16_385)
-    tokenizer = Tokenizer(model, load_config(model))
     go_on = threading.Event()
-    for _ in range(3):
-        tokenizer._threads.submit(EVERYONE.name, go_on.wait)
-    try:
-        with pytest.raises(InvalidArgument, match=r"chat\.messages: has 16385 messages; at most 16384 are allowed"):
-            async with asyncio.timeout(5):
-                await tokenizer.encode_chat(chat)
-    finally:
-        go_on.set()
+    async with cluster(model) as it:
+        for _ in range(3):
+            it.router.service._tokenizer._threads.submit(EVERYONE.name, go_on.wait)
+        try:
+            for call in (
+                it.stub.Generate(pb.GenerateRequest(chat=chat), timeout=5),
+                it.stub.Tokenize(pb.TokenizeRequest(chat=chat), timeout=5),
+            ):
+                with pytest.raises(grpc.aio.AioRpcError, match="has 16385 messages; at most 16384 are allowed"):
+                    await call
+        finally:
+            go_on.set()
 
 
 async def test_one_callers_texts_hold_up_nobody_else(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

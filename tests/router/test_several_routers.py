@@ -71,12 +71,12 @@ class OneForSeveral:
         self.routers = [Connected(connection, fake.hello) for connection in range(routers)]
         self.wires.connections = tuple(router.connection for router in self.routers)
         engine = self.one._engine
-        measure = lambda: engine._load(ready=True)  # noqa: E731
-        self._load = LoadReport(cast(Any, self.wires), engine._metrics, measure, engine._claims.kept_from)
+        self._load = LoadReport(cast(Any, self.wires), engine._metrics, engine._load, engine._claims.kept_from)
         self._tell()
 
     async def turn(self) -> None:
-        await asyncio.sleep(0)  # a router gives away what a request leaves in the next turn of its event loop
+        # There a dispatcher gives away what requests leave, and goes on where it took long, on a busy machine.
+        await asyncio.sleep(0)
         for router in self.routers:
             while router.worker.outbox._has_messages.is_set():
                 self.wires.to_worker.append(Received(router.connection, await router.worker.outbox.next_message()))
@@ -84,7 +84,7 @@ class OneForSeveral:
         self._tell()
 
     def _tell(self) -> None:
-        self._load.send_if_due()
+        self._load.send_if_due(ready=True)
         self.wires.flush()
         flushed, self.wires.flushed = self.wires.flushed, []
         for connection, message in flushed:
@@ -114,7 +114,7 @@ async def test_one_routers_large_request_gets_its_turn_beside_the_small_ones_of_
             small.append(many.ask(5, 12))
         small = deque(asked for asked in small if asked.state is not State.FINISHED)
     assert (large.state, behind.state) == (State.FINISHED, State.FINISHED)
-    assert many._serial > 40, "the small ones went on, too"
+    assert many._serial > 20, "the small ones went on, too"
     many.dispatcher.drop(small)
     while two.one.scheduler.count:
         await two.turn()

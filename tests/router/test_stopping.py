@@ -106,13 +106,13 @@ async def test_a_fault_of_the_router_while_it_stops_costs_one_request(
         dispatcher = it.router.dispatcher
         calls = [it.stub.Generate(request(max_tokens=100)) for _ in range(3)]
         await eventually(lambda: dispatcher.running == 3)
-        end, count = dispatcher._end_as_stopped, itertools.count()
+        close, count = dispatcher._attempts.close, itertools.count()
 
-        def faulty(attempt: Attempt) -> None:
+        def faulty(attempt: Attempt, outcome: str, problem: str) -> None:
             assert next(count), "the first fails"
-            end(attempt)
+            close(attempt, outcome, problem)
 
-        monkeypatch.setattr(dispatcher, "_end_as_stopped", faulty)
+        monkeypatch.setattr(dispatcher._attempts, "close", faulty)
         await it.router.stop(0)
         codes = sorted([(await call.code()).name for call in calls])
         assert codes == ["INTERNAL", "UNAVAILABLE", "UNAVAILABLE"]

@@ -92,17 +92,19 @@ def test_sweep_removes_what_the_killed_left_and_nothing_else(owner: Owner, lasti
 
 
 def test_sweep_leaves_what_only_has_such_a_name() -> None:
-    folder, file, half = (
-        segment.DIRECTORY / f"{segment.PREFIX}test-{os.getpid()}-{kind}" for kind in ("folder", "file", "half")
+    folder, pipe, file, half = (
+        segment.DIRECTORY / f"{segment.PREFIX}test-{os.getpid()}-{kind}" for kind in ("folder", "pipe", "file", "half")
     )
     try:
         folder.mkdir()
+        os.mkfifo(pipe)
         file.write_text("somebody's")
         half.write_bytes(bytes(segment.HEADER_BYTES))  # left by a worker that was killed before it had written a header
         transport.sweep()
-        assert (folder.exists(), file.exists(), half.exists()) == (True, True, False)
+        assert (folder.exists(), pipe.exists(), file.exists(), half.exists()) == (True, True, True, False)
     finally:
         folder.rmdir()
+        pipe.unlink(missing_ok=True)
         file.unlink(missing_ok=True)
         half.unlink(missing_ok=True)
 
@@ -126,6 +128,17 @@ def test_a_later_worker_of_the_same_name_is_not_mistaken(owner: Owner) -> None:
             transport.open_peer(owner.descriptor, "shm", LAYOUT, CPU)
     finally:
         later.kill()
+
+
+@pytest.mark.timeout(20)
+def test_a_pipe_in_the_place_of_one_that_is_gone_is_not_waited_for(owner: Owner) -> None:
+    assert owner.ask("close") == "closed"
+    os.mkfifo(owner.path)
+    try:
+        with pytest.raises(TransportError, match="is no segment"):
+            transport.open_peer(owner.descriptor, "shm", LAYOUT, CPU)
+    finally:
+        owner.path.unlink()
 
 
 @pytest.mark.parametrize(

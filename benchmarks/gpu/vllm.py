@@ -103,7 +103,7 @@ def engines(setup: Setup, gpus: Sequence[int]) -> Iterator[Ask]:
 
 @dataclass(frozen=True, slots=True)
 class _Process:
-    loop: asyncio.AbstractEventLoop
+    runner: asyncio.Runner
     engine: Any
     model: pb.GetModelResponse
 
@@ -125,12 +125,14 @@ def _start(setup: Setup, gpu: int) -> None:
     async def engine() -> Any:
         return importlib.import_module("vllm.v1.engine.async_llm").AsyncLLM.from_engine_args(arguments, True, context)
 
-    loop = asyncio.new_event_loop()
-    _processes.append(_Process(loop, loop.run_until_complete(engine()), model))
+    runner = asyncio.Runner()
+    _processes.append(_Process(runner, runner.run(engine()), model))
 
 
 def _stop() -> None:
-    _processes.pop().engine.shutdown()
+    process = _processes.pop()
+    process.engine.shutdown()
+    process.runner.close()
 
 
 def _load(configs: Sequence[LoadConfig], timeout: float) -> list[Record]:
@@ -141,7 +143,7 @@ def _load(configs: Sequence[LoadConfig], timeout: float) -> list[Record]:
         loads = (run(client, config, lambda _: None) for client, config in zip(clients, configs, strict=True))
         return [record for records in await asyncio.gather(*loads) for record in records]
 
-    return process.loop.run_until_complete(load())
+    return process.runner.run(load())
 
 
 class _Client:

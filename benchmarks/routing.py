@@ -68,14 +68,14 @@ def round_robin() -> Iterator[None]:
     """In a `with` block, workers take turns, as far as they have room."""
     prefill_turns, decode_turns = count(), count()
 
-    def prefill_worker(request: Request, workers: Iterable[Worker]) -> Worker | None:
+    def best_prefill(request: Request, workers: Iterable[Worker]) -> Worker | None:
         able = [worker for worker in workers if worker.can_hold(request.length + 1) and worker.accepts_prefill]
         return able[next(prefill_turns) % len(able)] if able else None
 
-    def decode_worker(request: Request, able: list[Worker], prefill_of: choose.PrefillOf) -> Worker:
+    def best_decode(request: Request, able: list[Worker], prefill_of: choose.PrefillOf) -> Worker:
         return able[next(decode_turns) % len(able)]
 
-    with patch.object(choose, "prefill_worker", prefill_worker), patch.object(choose, "decode_worker", decode_worker):
+    with patch.object(choose, "best_prefill", best_prefill), patch.object(choose, "best_decode", best_decode):
         yield
 
 

@@ -52,6 +52,11 @@ class Metrics:
             "twostroke_resumes", "Attempts cut short and resumed, by cause", ("cause",), registry=self.registry
         )
         self.queued = Gauge("twostroke_queued", "Choices that no worker has yet", registry=self.registry)
+        self.queued_prompt_tokens = Gauge(
+            "twostroke_queued_prompt_tokens",
+            "Tokens in the prompts of choices that no worker has yet",
+            registry=self.registry,
+        )
         self.running = Gauge("twostroke_running", "Choices that workers hold", registry=self.registry)
         self.workers = Gauge(
             "twostroke_workers",

@@ -135,6 +135,7 @@ class Router:
         dispatcher.workers.ready_changed = lambda ready: self._spawn(self._set_health(ready))
         dispatcher.workers.watch()
         metrics.queued.set_function(lambda: dispatcher.queued)
+        metrics.queued_prompt_tokens.set_function(lambda: dispatcher.queued_prompt_tokens)
         metrics.running.set_function(lambda: dispatcher.running)
         for role in (PREFILL, DECODE):
             metrics.workers.labels(ROLE_NAMES[role]).set_function(partial(dispatcher.workers.count, role))

@@ -73,6 +73,10 @@ class Dispatcher:
         return len(self._queue)
 
     @property
+    def queued_prompt_tokens(self) -> int:
+        return self._queue.prompt_tokens
+
+    @property
     def running(self) -> int:
         return len(self._attempts)
 

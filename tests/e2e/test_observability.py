@@ -85,7 +85,7 @@ def test_every_part_tells_what_it_does(cluster: Cluster) -> None:
     assert value("router", "twostroke_resumes_total", cause="preempted") == preempted
     assert value("router", "twostroke_prompt_tokens_total") == 4 * 20
     assert value("router", "twostroke_output_tokens_total") == 4 * OUTPUT
-    for gauge in ("twostroke_queued", "twostroke_running"):
+    for gauge in ("twostroke_queued", "twostroke_queued_prompt_tokens", "twostroke_running"):
         assert value("router", gauge) == 0
     for role in ("prefill", "decode"):
         assert value("router", "twostroke_workers", role=role) == 1

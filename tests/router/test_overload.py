@@ -117,6 +117,7 @@ async def test_a_queue_of_long_prompts_is_full_before_its_last_place(long_model:
         await eventually(lambda: it.router.dispatcher.running == 1)
         calls.append(it.stub.Generate(long))
         await eventually(lambda: it.router.dispatcher.queued == 1)
+        assert it.router.metrics.registry.get_sample_value("twostroke_queued_prompt_tokens") == 12_000
         with pytest.raises(
             grpc.aio.AioRpcError, match=r"prompts of 12000 tokens wait, and of at most 16384 may"
         ) as full:

@@ -68,14 +68,14 @@ def seconds_of(
     vllm = importlib.import_module("vllm")
     engine = vllm.LLM(**setup.arguments())
     seconds = []
-    for run_ in range(runs + 1):
-        some = workload[:: WARM_UP if run_ == 0 else 1]
+    for turn in range(runs + 1):
+        some = workload[:: WARM_UP if turn == 0 else 1]
         # Other tokens in each run, so that no prefix is in its cache.
-        prompts = [{"prompt_token_ids": [token + run_ for token in prompt]} for prompt, _ in some]
+        prompts = [{"prompt_token_ids": [token + turn for token in prompt]} for prompt, _ in some]
         settings = [_sampling(vllm, tokens, temperature) for _, tokens in some]
         began = time.perf_counter()
         outputs = engine.generate(prompts, settings, use_tqdm=False)
-        if run_ > 0:
+        if turn > 0:
             seconds.append(time.perf_counter() - began)
         assert [len(output.outputs[0].token_ids) for output in outputs] == [tokens for _, tokens in some]
     return seconds

@@ -190,14 +190,16 @@ def test_a_killed_worker_is_a_failed_attempt_and_a_second_one(cluster: Cluster, 
     trace_id = "3" * 32
     request = pb.GenerateRequest(token_ids=pb.TokenIds(ids=prompt(40)), sampling=pb.Sampling(temperature=0.0))
     request.stopping.MergeFrom(pb.Stopping(max_tokens=1_500, ignore_eos=True))
+
+    def busy() -> list[str]:
+        working = {worker.address for worker in cluster.workers("decode") if worker.running}
+        return [name for name, address in cluster.addresses("decode").items() if address in working]
+
+    cluster.wait_for(lambda: not busy())  # what the last test asked for may still be reported
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(ask, cluster, request, f"00-{trace_id}-{CALLER_SPAN_ID}-01")
-
-        def busy() -> list[str]:
-            return [worker.address for worker in cluster.workers("decode") if worker.running]
-
         cluster.wait_for(lambda: bool(busy()))
-        (name,) = [name for name, address in cluster.addresses("decode").items() if address in busy()]
+        (name,) = busy()
         cluster.kill(name)
         answer = asked.result()
     assert answer.choices[0].finish.usage.resumes == 1

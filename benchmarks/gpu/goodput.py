@@ -27,7 +27,7 @@ from benchmarks.cluster import Cluster, Flags
 from benchmarks.gpu import models, vllm
 from benchmarks.load.bisection import Bisection
 from benchmarks.load.config import Limits, LoadConfig
-from benchmarks.load.processes import Ask, split, start
+from benchmarks.load.processes import StartLoads, split, start
 from benchmarks.load.summary import Distribution, Summary, summarize
 from benchmarks.report import Figure, Report
 
@@ -50,7 +50,7 @@ class Layout:
 
     name: str
     settings: list[str]
-    serving: AbstractContextManager[Ask]
+    serving: AbstractContextManager[StartLoads]
 
 
 def _cluster(name: str, router: Flags, workers: Sequence[tuple[str, Flags]], clients: int, logs: Path) -> Layout:
@@ -63,7 +63,7 @@ def _cluster(name: str, router: Flags, workers: Sequence[tuple[str, Flags]], cli
 
 
 @contextmanager
-def _clients(cluster: Cluster, count: int) -> Iterator[Ask]:
+def _clients(cluster: Cluster, count: int) -> Iterator[StartLoads]:
     with cluster, ProcessPoolExecutor(count, multiprocessing.get_context("spawn")) as pool:
         yield partial(start, pool, cluster.target)
 
@@ -229,9 +229,9 @@ def _goodput(layout: Layout, search: Search, goodput: dict[LayoutName, float], k
     for settings in layout.settings:
         yield Figure(layout.name, settings)
     began = time.perf_counter()
-    with layout.serving as ask:
+    with layout.serving as start_loads:
         yield Figure(f"{layout.name}: ready after", f"{time.perf_counter() - began:.0f} s")
-        for warmed in ask([search.warmup] * search.clients, 120):
+        for warmed in start_loads([search.warmup] * search.clients, 120):
             warmed.result()
         bisection = Bisection(search.low, search.high)
         for trial in range(search.trials):
@@ -239,7 +239,7 @@ def _goodput(layout: Layout, search: Search, goodput: dict[LayoutName, float], k
             load = split(search.load(rate, trial), search.clients)
             records = [
                 record
-                for client in ask(load, search.timeout)
+                for client in start_loads(load, search.timeout)
                 for record in client.result()
                 if record.due >= search.settle_seconds
             ]
@@ -275,8 +275,9 @@ def _percentiles(distribution: Distribution | None) -> str:
 
 
 def _ratio(goodput: dict[LayoutName, float], search: Search) -> Iterator[Figure]:
-    for reference in ("both", "vllm"):
-        for key in goodput.keys() - {reference, "vllm"} if reference in goodput else ():
+    references: list[LayoutName] = ["both", "vllm"]
+    for reference in filter(goodput.__contains__, references):
+        for key in goodput.keys() - {reference, "vllm"}:
             wanted = (key, reference) == ("apart", "both") and search.prompt_tokens > search.output_tokens
             yield Figure(
                 f"goodput per GPU, {key} / {reference}, {search.prompt_tokens} in, {search.output_tokens} out",

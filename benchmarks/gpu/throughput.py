@@ -24,7 +24,7 @@ from cyclopts import App
 from benchmarks.cluster import Cluster, Flags
 from benchmarks.gpu import floors, models, nano_vllm, vllm
 from benchmarks.gpu.timing import copy_bytes_per_second, gemm_operations_per_second
-from benchmarks.gpu.workload import MAX_LENGTH, TEMPERATURE, Ask, ask_all, does_both, split, workload
+from benchmarks.gpu.workload import MAX_LENGTH, TEMPERATURE, WARM_UP, Ask, ask_all, does_both, split, workload
 from benchmarks.report import Figure, Report
 from common.model.model_config import load_config
 from twostroke import AsyncClient, event_loop
@@ -108,10 +108,11 @@ def main(
         directory = models.write(name, Path(folder))
         references: dict[str, float] = {}
         if "nano-vllm" not in skip and nano_vllm.installed():
-            report.section("nano-vLLM", lambda: _nano_vllm(directory, asks, references))
+            nano = partial(nano_vllm.seconds_of, directory, MAX_LENGTH)
+            report.section("nano-vLLM", lambda: _reference(NANO_VLLM, nano, asks, references))
         if "vllm" not in skip and vllm.installed():
-            setup = vllm.Setup(directory, MAX_LENGTH, max_batch)
-            report.section("vLLM", lambda: _vllm(setup, asks, references))
+            other = partial(vllm.seconds_of, vllm.Setup(directory, MAX_LENGTH, max_batch))
+            report.section("vLLM", lambda: _reference(VLLM, other, asks, references))
         if "process" not in skip:
             report.section("in process", lambda: _apart(directory, device, asks, sizes, references))
         if "cluster" not in skip:
@@ -126,21 +127,12 @@ def main(
 # ------------------------------------------------------------ in one process
 
 
-def _nano_vllm(directory: Path, asks: list[Ask], references: dict[str, float]) -> Iterator[Figure]:
-    return _reference(NANO_VLLM, partial(nano_vllm.seconds_of, directory, max_length=MAX_LENGTH), asks, references)
-
-
-def _vllm(setup: vllm.Setup, asks: list[Ask], references: dict[str, float]) -> Iterator[Figure]:
-    return _reference(VLLM, partial(vllm.seconds_of, setup), asks, references)
-
-
 def _reference(
-    name: str, seconds_of: Callable[..., list[float]], asks: list[Ask], references: dict[str, float]
+    name: str, seconds_of: Callable[[list[Ask], float], list[float]], asks: list[Ask], references: dict[str, float]
 ) -> Iterator[Figure]:
     """Figures of another engine, each run; puts the better one's rate into `references[name]`."""
-    workload = [(ask.prompt, ask.output_tokens) for ask in asks]
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        runs = pool.submit(seconds_of, workload=workload, temperature=TEMPERATURE).result()
+        runs = pool.submit(seconds_of, asks, TEMPERATURE).result()
     tokens = sum(ask.output_tokens for ask in asks)
     references[name] = tokens / min(runs)
     for seconds in runs:
@@ -179,7 +171,7 @@ def _run_in_process(directory: Path, device: str, asks: list[Ask], sizes: Sizes)
     )
     runs = []
     for run in range(3):  # the first is the warm-up, with a few requests
-        some = asks[:: 16 if run == 0 else 1]
+        some = asks[:: WARM_UP if run == 0 else 1]
         specs = [
             spec(
                 ask.prompt,

@@ -11,22 +11,21 @@ import importlib.util
 import itertools
 import multiprocessing
 import os
-import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu.workload import Ask, timed_runs
 from benchmarks.load.config import LoadConfig
-from benchmarks.load.processes import Ask
+from benchmarks.load.processes import StartLoads
 from benchmarks.load.record import Record
 from benchmarks.load.run import run
 from twostroke import DeadlineExceeded, Finish, Piece
 from twostroke.v1 import inference_pb2 as pb
-
-WARM_UP = 16  # of so many requests one is run before
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,32 +56,19 @@ def version() -> str:
     return importlib.metadata.version("vllm")
 
 
-def seconds_of(
-    setup: Setup, workload: Sequence[tuple[Sequence[int], int]], temperature: float, runs: int = 2
-) -> list[float]:
-    """How long each run takes. To be called in a process of its own, which keeps the GPU's memory until it ends.
+def seconds_of(setup: Setup, asks: Sequence[Ask], temperature: float) -> list[float]:
+    """How long each run takes. To be called in a process of its own, which keeps the GPU's memory until it ends."""
+    engine = importlib.import_module("vllm").LLM(**setup.arguments())
 
-    Args:
-        workload: token ids of each prompt, all below the vocabulary's size less `runs`, and tokens to generate.
-    """
-    vllm = importlib.import_module("vllm")
-    engine = vllm.LLM(**setup.arguments())
-    seconds = []
-    for turn in range(runs + 1):
-        some = workload[:: WARM_UP if turn == 0 else 1]
-        # Other tokens in each run, so that no prefix is in its cache.
-        prompts = [{"prompt_token_ids": [token + turn for token in prompt]} for prompt, _ in some]
-        settings = [_sampling(vllm, tokens, temperature) for _, tokens in some]
-        began = time.perf_counter()
-        outputs = engine.generate(prompts, settings, use_tqdm=False)
-        if turn > 0:
-            seconds.append(time.perf_counter() - began)
-        assert [len(output.outputs[0].token_ids) for output in outputs] == [tokens for _, tokens in some]
-    return seconds
+    def generate(prompts: list[list[int]], settings: list[Any]) -> list[int]:
+        outputs = engine.generate([{"prompt_token_ids": prompt} for prompt in prompts], settings, use_tqdm=False)
+        return [len(output.outputs[0].token_ids) for output in outputs]
+
+    return timed_runs(generate, partial(_sampling, temperature, "FINAL_ONLY"), asks)
 
 
 @contextmanager
-def engines(setup: Setup, gpus: Sequence[int]) -> Iterator[Ask]:
+def engines(setup: Setup, gpus: Sequence[int]) -> Iterator[StartLoads]:
     """An engine on each of these GPUs, in a process of its own. They share a load's clients evenly."""
     with ExitStack() as stack:
         spawn = multiprocessing.get_context("spawn")
@@ -91,11 +77,11 @@ def engines(setup: Setup, gpus: Sequence[int]) -> Iterator[Ask]:
             started.result()
         stack.callback(lambda: [pool.submit(_stop).result() for pool in pools])
 
-        def ask(configs: Sequence[LoadConfig], timeout: float) -> list[Future[list[Record]]]:
+        def start(configs: Sequence[LoadConfig], timeout: float) -> list[Future[list[Record]]]:
             shares = (configs[first :: len(pools)] for first in range(len(pools)))
             return [pool.submit(_load, share, timeout) for pool, share in zip(pools, shares, strict=True)]
 
-        yield ask
+        yield start
 
 
 # ------------------------------------------------------------ in an engine's process
@@ -105,7 +91,6 @@ def engines(setup: Setup, gpus: Sequence[int]) -> Iterator[Ask]:
 class _Process:
     runner: asyncio.Runner
     engine: Any
-    model: pb.GetModelResponse
 
 
 _processes: list[_Process] = []  # one, from _start to _stop
@@ -115,18 +100,12 @@ def _start(setup: Setup, gpu: int) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)
     arguments = importlib.import_module("vllm.engine.arg_utils").AsyncEngineArgs(**setup.arguments())
     context = importlib.import_module("vllm.usage.usage_lib").UsageContext.OPENAI_API_SERVER
-    config = arguments.create_engine_config(context)
-    model = pb.GetModelResponse(
-        vocab_size=config.model_config.get_vocab_size(),
-        context_length=setup.max_length,
-        limits=pb.Limits(max_total_tokens=setup.max_length),
-    )
 
     async def engine() -> Any:
         return importlib.import_module("vllm.v1.engine.async_llm").AsyncLLM.from_engine_args(arguments, True, context)
 
     runner = asyncio.Runner()
-    _processes.append(_Process(runner, runner.run(engine()), model))
+    _processes.append(_Process(runner, runner.run(engine())))
 
 
 def _stop() -> None:
@@ -139,8 +118,8 @@ def _load(configs: Sequence[LoadConfig], timeout: float) -> list[Record]:
     (process,) = _processes
 
     async def load() -> list[Record]:
-        clients = (_Client(process, timeout) for _ in configs)
-        loads = (run(client, config, lambda _: None) for client, config in zip(clients, configs, strict=True))
+        client = _Client(process.engine, timeout)
+        loads = (run(client, config, lambda _: None) for config in configs)
         return [record for records in await asyncio.gather(*loads) for record in records]
 
     return process.runner.run(load())
@@ -151,24 +130,23 @@ class _Client:
 
     _ids = itertools.count()
 
-    def __init__(self, process: _Process, timeout: float) -> None:
-        self._process = process
+    def __init__(self, engine: Any, timeout: float) -> None:
+        self._engine = engine
         self._timeout = timeout
-        self._vllm = importlib.import_module("vllm")
 
     async def model(self) -> pb.GetModelResponse:
-        return self._process.model
+        config = self._engine.model_config
+        return pb.GetModelResponse(vocab_size=config.get_vocab_size(), context_length=config.max_model_len)
 
     async def stream(
         self, prompt: Sequence[int], *, max_tokens: int, ignore_eos: bool, temperature: float
     ) -> AsyncGenerator[Piece, None]:
         assert ignore_eos
-        settings = _sampling(self._vllm, max_tokens, temperature)
-        settings.output_kind = importlib.import_module("vllm.sampling_params").RequestOutputKind.DELTA
+        settings = _sampling(temperature, "DELTA", max_tokens)
         given = {"prompt_token_ids": list(prompt)}
         try:
             async with asyncio.timeout(self._timeout):
-                async for output in self._process.engine.generate(given, settings, str(next(self._ids))):
+                async for output in self._engine.generate(given, settings, str(next(self._ids))):
                     tokens = tuple(output.outputs[0].token_ids)
                     usage = pb.Usage(prefill_cached_tokens=output.num_cached_tokens or 0)
                     finish = Finish("length", "", None, usage, pb.Timing()) if output.finished else None
@@ -177,5 +155,12 @@ class _Client:
             raise DeadlineExceeded(f"not answered within {self._timeout} s") from error
 
 
-def _sampling(vllm: Any, tokens: int, temperature: float) -> Any:
-    return vllm.SamplingParams(temperature=temperature, ignore_eos=True, max_tokens=tokens, detokenize=False)
+def _sampling(temperature: float, output_kind: str, tokens: int) -> Any:
+    parameters = importlib.import_module("vllm.sampling_params")
+    return parameters.SamplingParams(
+        temperature=temperature,
+        ignore_eos=True,
+        max_tokens=tokens,
+        detokenize=False,
+        output_kind=parameters.RequestOutputKind[output_kind],
+    )

@@ -3,16 +3,18 @@
 import asyncio
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from benchmarks.cluster import Flags
 from twostroke import AsyncClient, event_loop
 
 TEMPERATURE = 0.6
 MAX_LENGTH = 4096
+WARM_UP = 16  # of so many requests one is run before
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +35,32 @@ def does_both(worker: Flags, blocks: int, max_batch: int, max_batch_tokens: int)
     nothing is handed over."""
     own = {"prefill-tokens": MAX_LENGTH, "prefill-chunk-tokens": max_batch_tokens}
     return {**worker, "num-blocks": blocks, "max-batch": max_batch, **own}
+
+
+def timed_runs(
+    generate: Callable[[list[list[int]], list[Any]], list[int]], settings_of: Callable[[int], Any], asks: Sequence[Ask]
+) -> list[float]:
+    """Seconds that another engine takes for `asks`, in two runs after a short one.
+
+    Args:
+        generate: answers the prompts, each with its settings. Returns how many tokens it made for each. Token ids of
+            prompts are up to 2 above those of `asks`: they are others in each run, so that no prefix is in a cache.
+        settings_of: what `generate` takes for an answer of so many tokens.
+
+    Raises:
+        AssertionError: an answer is not as long as it should be.
+    """
+    seconds = []
+    for turn in range(3):
+        some = asks[:: WARM_UP if turn == 0 else 1]
+        prompts = [[token + turn for token in ask.prompt] for ask in some]
+        settings = [settings_of(ask.output_tokens) for ask in some]
+        began = time.perf_counter()
+        made = generate(prompts, settings)
+        if turn > 0:
+            seconds.append(time.perf_counter() - began)
+        assert made == [ask.output_tokens for ask in some]
+    return seconds
 
 
 def split(asks: Sequence[Ask], clients: int) -> list[list[Ask]]:

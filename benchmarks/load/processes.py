@@ -10,8 +10,8 @@ from benchmarks.load.record import Record
 from benchmarks.load.run import run
 from twostroke import AsyncClient, event_loop
 
-Ask: TypeAlias = Callable[[Sequence[LoadConfig], float], list[Future[list[Record]]]]
-"""Starts loads. A request that takes longer than so many seconds fails."""
+StartLoads: TypeAlias = Callable[[Sequence[LoadConfig], float], list[Future[list[Record]]]]
+"""Starts the load of each config. A request that takes longer than so many seconds fails."""
 
 
 def split(config: LoadConfig, clients: int) -> list[LoadConfig]:

@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -53,20 +55,25 @@ main(sys.argv.pop(1))
 """
 
 
-def started(program: str, *arguments: str, stderr: int) -> subprocess.Popen[str]:
-    return subprocess.Popen(
+@contextmanager
+def started(program: str, *arguments: str, stderr: int) -> Iterator[subprocess.Popen[str]]:
+    worker = subprocess.Popen(
         [sys.executable, "-c", program, *arguments],
         env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'protos'}"},
         stdout=subprocess.PIPE,
         stderr=stderr,
         text=True,
     )
+    try:
+        yield worker
+    finally:
+        worker.kill()
+        worker.communicate()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_a_worker_that_is_logging(number: signal.Signals) -> None:
-    worker = started(LOGS_WITHOUT_END, stderr=subprocess.PIPE)
-    try:
+    with started(LOGS_WITHOUT_END, stderr=subprocess.PIPE) as worker:
         assert worker.stdout is not None
         assert worker.stdout.readline() == "ready\n"
         time.sleep(0.3)  # nobody reads the log: by now it waits inside of a line for the full pipe
@@ -75,15 +82,11 @@ def test_a_signal_ends_a_worker_that_is_logging(number: signal.Signals) -> None:
         log = worker.communicate(timeout=30)[1]
         assert '"event": "draining"' in log.splitlines()[-1]
         assert worker.returncode == 0
-    finally:
-        worker.kill()
-        worker.communicate()
 
 
 @pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGHUP])
 def test_a_second_hangup_does_not_hurry_it_and_a_second_signal_to_end_does(first: signal.Signals) -> None:
-    worker = started(DRAINS, stderr=subprocess.DEVNULL)
-    try:
+    with started(DRAINS, stderr=subprocess.DEVNULL) as worker:
         assert worker.stdout is not None
         assert worker.stdout.readline() == "ready\n"
         worker.send_signal(first)
@@ -93,9 +96,6 @@ def test_a_second_hangup_does_not_hurry_it_and_a_second_signal_to_end_does(first
             worker.wait(timeout=0.5)
         worker.send_signal(signal.SIGTERM)
         assert worker.wait(timeout=30) == 0
-    finally:
-        worker.kill()
-        worker.communicate()
 
 
 @pytest.mark.parametrize(
@@ -112,14 +112,10 @@ def test_a_worker_that_is_stopped_while_it_starts_leaves_no_pool(
 ) -> None:
     models.write(tmp_path, models.byte_level())
     flags = [f"--model={tmp_path}", "--load-format=dummy", "--device=cpu", "--num-blocks=64", "--threads=1"]
-    worker = started(STARTS_WITHOUT_END, role, *flags, stderr=subprocess.DEVNULL)
-    try:
+    with started(STARTS_WITHOUT_END, role, *flags, stderr=subprocess.DEVNULL) as worker:
         assert worker.stdout is not None
         assert "has its pool\n" in worker.stdout
         (pool,) = mapped_segments(worker.pid)
         worker.send_signal(number)
         assert worker.wait(timeout=30) == 128 + number
         assert not (segment.DIRECTORY / pool).exists()
-    finally:
-        worker.kill()
-        worker.communicate()

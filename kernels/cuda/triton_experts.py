@@ -2,7 +2,7 @@
 """A mixture of experts on CUDA; `kernels.experts` holds the references.
 
 Tokens are sorted by expert, so that each expert's are neighbours, and one kernel multiplies all of them: a program has
-some rows and some outputs of one expert (a grouped GEMM, as in "MegaBlocks", Gale et al., 2022). How many rows an
+some rows and some outputs of one expert (a grouped GEMM; "MegaBlocks", Gale et al., 2022). How many rows an
 expert has is known on the GPU only. The grid has as many programs as there could ever be work for, and those without
 work end at once; so all of it runs in CUDA graphs.
 """

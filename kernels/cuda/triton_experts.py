@@ -141,12 +141,12 @@ def _expert_kernel(
     first_output = tl.program_id(0) * BLOCK_N
     tile = tl.program_id(1)
     candidate = tl.arange(0, BLOCK_E)
-    exists = candidate < EXPERTS
+    known = candidate < EXPERTS
     wait_for_previous(DEPENDENT)
-    start = tl.load(starts + candidate, mask=exists, other=0)
-    end = tl.load(starts + candidate + 1, mask=exists, other=0)
+    start = tl.load(starts + candidate, mask=known, other=0)
+    end = tl.load(starts + candidate + 1, mask=known, other=0)
     tiles = (end - start + BLOCK_M - 1) // BLOCK_M
-    expert = tl.sum((exists & (tl.cumsum(tiles) <= tile)).to(tl.int32))
+    expert = tl.sum((known & (tl.cumsum(tiles) <= tile)).to(tl.int32))
     if expert < EXPERTS:
         place = tile - tl.sum(tl.where(candidate < expert, tiles, 0))
         row = tl.load(starts + expert) + place * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -161,24 +161,19 @@ def _expert_kernel(
         matrix = weight + expert.to(tl.int64) * (OUTPUTS * INPUTS * (2 if GATED else 1))
         weight_at = matrix + tl.where(inside, output, 0)[None, :] * INPUTS + column[:, None]
 
+        whole: tl.constexpr = INPUTS % BLOCK_K == 0
         precision: tl.constexpr = "ieee" if EXACT else "tf32"
         sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         up_sums = sums
         for offset in tl.range(0, INPUTS, BLOCK_K, num_stages=STAGES):
-            if INPUTS % BLOCK_K == 0:
-                value = tl.load(value_at + offset, mask=valid[:, None], other=0.0)
-                gate = tl.load(weight_at + offset)
-            else:
-                left = column < INPUTS - offset
-                value = tl.load(value_at + offset, mask=valid[:, None] & left[None, :], other=0.0)
-                gate = tl.load(weight_at + offset, mask=left[:, None], other=0.0)
+            exists = column < INPUTS - offset
+            here = valid[:, None] if whole else valid[:, None] & exists[None, :]
+            value = tl.load(value_at + offset, mask=here, other=0.0)
+            gate_at, up_at = weight_at + offset, weight_at + OUTPUTS * INPUTS + offset
+            gate = tl.load(gate_at) if whole else tl.load(gate_at, mask=exists[:, None], other=0.0)
             sums = tl.dot(value, gate, sums, input_precision=precision)
             if GATED:
-                if INPUTS % BLOCK_K == 0:
-                    up = tl.load(weight_at + OUTPUTS * INPUTS + offset)
-                else:
-                    left = column < INPUTS - offset
-                    up = tl.load(weight_at + OUTPUTS * INPUTS + offset, mask=left[:, None], other=0.0)
+                up = tl.load(up_at) if whole else tl.load(up_at, mask=exists[:, None], other=0.0)
                 up_sums = tl.dot(value, up, up_sums, input_precision=precision)
         if GATED:
             sums = sums / (1.0 + tl.exp(-sums)) * up_sums

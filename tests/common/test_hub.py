@@ -179,9 +179,12 @@ def test_an_interrupted_download_ends_at_once_and_is_taken_up_again(
     with subprocess.Popen(
         [sys.executable, *arguments], env=environment(served, tmp_path), cwd=tmp_path, stderr=subprocess.PIPE, text=True
     ) as process:
-        assert served.half_sent.wait(30)
-        process.send_signal(number)
-        assert process.wait(5) == code
+        try:
+            assert served.half_sent.wait(30)
+            process.send_signal(number)
+            assert process.wait(5) == code
+        finally:
+            process.kill()
         assert process.stderr is not None
         assert "Traceback" not in process.stderr.read()
     assert not list((tmp_path / "home").rglob("*.incomplete"))

@@ -8,8 +8,9 @@ import structlog
 import torch
 from torch import Tensor
 
-from kernels import attention, linear, rope, sampling, step
+from kernels import attention, experts, linear, rope, sampling, step
 from kernels.attention import DecodeAttention, PrefillAttention
+from kernels.experts import Experts
 from kernels.hidden import Hidden
 from kernels.rope import Rotation
 
@@ -28,9 +29,15 @@ class Sample(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Mlp:
+    gate_up: Tensor  # [2 I, H]: gate, up; I: intermediate size
+    down: Tensor  # [H, I]
+
+
+@dataclass(frozen=True, slots=True)
 class LayerWeights:
     """Weights of one layer, laid out as F.linear takes them: [out, in]. H: hidden size; Hq, Hkv: query and KV heads;
-    D: head_dim; I: intermediate size."""
+    D: head_dim."""
 
     attention_norm: Tensor  # [H]
     qkv: Tensor  # [(Hq + 2 Hkv) * D, H]: q, k, v
@@ -40,8 +47,7 @@ class LayerWeights:
     output: Tensor  # [H, Hq * D]
     output_bias: Tensor | None  # [H]
     mlp_norm: Tensor  # [H]
-    gate_up: Tensor  # [2 I, H]: gate, up
-    down: Tensor  # [H, I]
+    mlp: Mlp | Experts
 
 
 class LayersOfOneToken(Protocol):
@@ -63,6 +69,7 @@ class Ops:
     norm_linear: Callable[[Hidden, Tensor, float, Tensor, Tensor | None], Tensor]
     norm_gated_linear: Callable[[Hidden, Tensor, float, Tensor], Tensor]
     add_linear: Callable[[Hidden, Tensor, Tensor, Tensor | None, Tensor | None], Hidden]
+    add_experts: Callable[[Hidden, Tensor, float, Experts], Hidden]
     rope_write_kv: Callable[[Tensor, Rotation, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
     prefill_attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, PrefillAttention, float], Tensor]
     plan_decode: Callable[[Tensor, Tensor, Tensor], DecodeAttention]
@@ -89,6 +96,7 @@ REFERENCE = Ops(
     norm_linear=linear.norm_linear,
     norm_gated_linear=linear.norm_gated_linear,
     add_linear=linear.add_linear,
+    add_experts=experts.add_experts,
     rope_write_kv=rope.rope_write_kv,
     prefill_attention=attention.prefill_attention,
     plan_decode=attention.plan_decode,
@@ -116,6 +124,7 @@ def _cuda(device: torch.device) -> Ops:
         flash_attention_3,
         persistent_layers,
         triton_decode_attention,
+        triton_experts,
         triton_prefill_attention,
         triton_rope,
         triton_sampling,
@@ -126,6 +135,7 @@ def _cuda(device: torch.device) -> Ops:
         norm_linear=fastest_linear.norm_linear,
         norm_gated_linear=fastest_linear.norm_gated_linear,
         add_linear=fastest_linear.add_linear,
+        add_experts=triton_experts.add_experts,
         rope_write_kv=triton_rope.rope_write_kv,
         prefill_attention=(
             flash_attention_3 if flash_attention_3.usable(device) else triton_prefill_attention

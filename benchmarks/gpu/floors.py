@@ -7,17 +7,23 @@ from common.model.model_config import ModelConfig
 VALUE_BYTES = 2  # bfloat16
 
 
-def layer_parameters(config: ModelConfig) -> int:
-    """Weights of all layers' matrices."""
+def layer_parameters(config: ModelConfig, tokens: int = 1) -> float:
+    """Weights of all layers' matrices that so many tokens go through. Of experts, those that are chosen at least once
+    if every one is as likely as any other."""
     heads = config.num_heads * config.head_dim
     kv_heads = config.num_kv_heads * config.head_dim
     attention = config.hidden_size * (heads + 2 * kv_heads) + heads * config.hidden_size
-    return config.num_layers * (attention + 3 * config.hidden_size * config.intermediate_size)
+    mlp: float = 3 * config.hidden_size * config.intermediate_size
+    if (routing := config.routing) is not None:
+        chosen = routing.experts * (1 - (1 - routing.per_token / routing.experts) ** tokens)
+        mlp = chosen * mlp + routing.experts * config.hidden_size
+    return config.num_layers * (attention + mlp)
 
 
-def weight_bytes(config: ModelConfig) -> int:
-    """What one step reads of the weights: every matrix once, of an untied embedding only a few rows."""
-    return VALUE_BYTES * (layer_parameters(config) + config.vocab_size * config.hidden_size)
+def weight_bytes(config: ModelConfig, tokens: int = 1) -> float:
+    """What one step of so many tokens reads of the weights: every matrix once, of an untied embedding only a few
+    rows."""
+    return VALUE_BYTES * (layer_parameters(config, tokens) + config.vocab_size * config.hidden_size)
 
 
 def kv_bytes(config: ModelConfig) -> int:
@@ -25,9 +31,9 @@ def kv_bytes(config: ModelConfig) -> int:
     return VALUE_BYTES * 2 * config.num_layers * config.num_kv_heads * config.head_dim
 
 
-def decode_step_bytes(config: ModelConfig, contexts: Sequence[int]) -> int:
+def decode_step_bytes(config: ModelConfig, contexts: Sequence[int]) -> float:
     """Bytes that a step of sequences with so many tokens each must read."""
-    return weight_bytes(config) + sum(contexts) * kv_bytes(config)
+    return weight_bytes(config, len(contexts)) + sum(contexts) * kv_bytes(config)
 
 
 def prefill_operations(config: ModelConfig, lengths: Sequence[int]) -> float:

@@ -55,6 +55,21 @@ SHAPES: dict[str, dict[str, Any]] = {
         "eos_token_id": 128001,
     },
     "qwen3-1.7b": _QWEN3_0_6B | {"hidden_size": 2048, "intermediate_size": 6144},
+    "qwen3-30b-a3b": _QWEN3_0_6B
+    | {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": False,
+    },
     "qwen2.5-0.5b": {
         "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",

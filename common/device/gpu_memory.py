@@ -28,6 +28,9 @@ def bytes_for(passes: Passes, model: ModelConfig, dtype: str) -> int:
     """
     # q and the output count twice: attention that is split over a sequence keeps partial results in float32
     attention = (4 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim
-    activations = passes.tokens * (4 * model.hidden_size + attention + 3 * model.intermediate_size)
+    mlp = 3 * model.intermediate_size
+    if (routing := model.routing) is not None:
+        mlp = routing.per_token * (model.intermediate_size + model.hidden_size)
+    activations = passes.tokens * (4 * model.hidden_size + attention + mlp)
     logits = passes.rows * model.vocab_size
     return 2 * (activations + logits) * torch_dtype(dtype).itemsize + passes.graphs * GRAPH_BYTES

@@ -14,6 +14,8 @@ _ARCHITECTURES = {
     "MistralForCausalLM": "mistral",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
+    "MixtralForCausalLM": "mixtral",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
 }
 
 # Largest size and largest number in a config.json: far above those of any model, and small enough to do no harm.
@@ -39,6 +41,15 @@ class Llama3Scaling:
 
 
 @dataclass(frozen=True, slots=True)
+class Routing:
+    """How a mixture of experts chooses, for each token, the MLPs that it goes through."""
+
+    experts: int
+    per_token: int
+    normalized: bool  # whether the shares of a token's experts add up to 1
+
+
+@dataclass(frozen=True, slots=True)
 class ModelConfig:
     """One decoder-only transformer of Llama's family."""
 
@@ -46,7 +57,7 @@ class ModelConfig:
     dtype: str  # that the weights are stored in
     vocab_size: int
     hidden_size: int
-    intermediate_size: int
+    intermediate_size: int  # of the MLP, or of one expert
     num_layers: int
     num_heads: int
     num_kv_heads: int
@@ -59,6 +70,7 @@ class ModelConfig:
     qkv_bias: bool
     output_bias: bool  # of the attention's output projection
     qk_norm: bool
+    routing: Routing | None  # None: every layer has one MLP
     eos_token_ids: tuple[int, ...]
 
 
@@ -108,26 +120,28 @@ def parse_config(
     if to_run:
         _refuse_sliding_window(raw, family, context_length)
 
-    rope_theta, rope_scaling = _rope(raw)
-    attention_bias = bool(raw.get("attention_bias", False)) and family in ("llama", "qwen3")
+    rope_theta, rope_scaling = _rope(raw, 1e6 if family == "mixtral" else 1e4)
+    attention_bias = bool(raw.get("attention_bias", False)) and family in ("llama", "qwen3", "qwen3_moe")
+    routing = _routing(raw, family)
     return ModelConfig(
         architecture=architecture,
         dtype=_dtype(raw),
         vocab_size=vocab_size,
         hidden_size=hidden_size,
-        intermediate_size=_positive(raw, "intermediate_size"),
+        intermediate_size=_positive(raw, "moe_intermediate_size" if family == "qwen3_moe" else "intermediate_size"),
         num_layers=_positive(raw, "num_hidden_layers"),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         context_length=context_length,
-        rms_norm_eps=_number(raw, "rms_norm_eps", 1e-6),
+        rms_norm_eps=_number(raw, "rms_norm_eps", 1e-5 if family == "mixtral" else 1e-6),
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
         qkv_bias=family == "qwen2" or attention_bias,
         output_bias=attention_bias,
-        qk_norm=family == "qwen3",
+        qk_norm=family in ("qwen3", "qwen3_moe"),
+        routing=routing,
         eos_token_ids=_eos_token_ids(raw, generation or {}, vocab_size),
     )
 
@@ -174,6 +188,19 @@ def _refuse_unsupported(raw: dict[str, Any]) -> None:
         raise ModelError(f"quantized weights ({method}) are not supported; use a float32, bfloat16 or float16 model")
 
 
+def _routing(raw: dict[str, Any], family: str) -> Routing | None:
+    if family not in ("mixtral", "qwen3_moe"):
+        return None
+    if raw.get("mlp_only_layers") or raw.get("decoder_sparse_step", 1) != 1:
+        raise ModelError("mlp_only_layers and decoder_sparse_step are not supported: every layer must have experts")
+    # transformers writes either name for either model
+    experts = _positive(raw, "num_local_experts" if raw.get("num_experts") is None else "num_experts")
+    per_token = _positive(raw, "num_experts_per_tok")
+    if per_token > experts:
+        raise ModelError(f"num_experts_per_tok ({per_token}) is more than there are experts ({experts})")
+    return Routing(experts, per_token, normalized=family == "mixtral" or bool(raw.get("norm_topk_prob", False)))
+
+
 def _dtype(raw: dict[str, Any]) -> str:
     dtype = str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
     if dtype not in DTYPES:
@@ -181,10 +208,10 @@ def _dtype(raw: dict[str, Any]) -> str:
     return dtype
 
 
-def _rope(raw: dict[str, Any]) -> tuple[float, Llama3Scaling | None]:
+def _rope(raw: dict[str, Any], usual_theta: float) -> tuple[float, Llama3Scaling | None]:
     # Where there are both, transformers takes rope_scaling: the one that people add to what it has written.
     parameters = _object(raw, "rope_scaling") or _object(raw, "rope_parameters")
-    theta = _number(raw if parameters.get("rope_theta") is None else parameters, "rope_theta", 10000.0)
+    theta = _number(raw if parameters.get("rope_theta") is None else parameters, "rope_theta", usual_theta)
     partial = parameters.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
     if partial not in (None, 1):
         raise ModelError(f"partial_rotary_factor {partial} is not supported: whole heads must be rotated")
@@ -209,10 +236,9 @@ def _rope(raw: dict[str, Any]) -> tuple[float, Llama3Scaling | None]:
 
 def _refuse_sliding_window(raw: dict[str, Any], family: str, context_length: int) -> None:
     """Refuses windows that are shorter than the context; longer ones change nothing."""
-    window = (
-        None if raw.get("sliding_window", _USUAL_WINDOW) is None else _positive(raw, "sliding_window", _USUAL_WINDOW)
-    )
-    in_use = family == "mistral" or bool(raw.get("use_sliding_window", False))
+    usual = None if family == "mixtral" else _USUAL_WINDOW
+    window = None if raw.get("sliding_window", usual) is None else _positive(raw, "sliding_window", usual)
+    in_use = family in ("mistral", "mixtral") or bool(raw.get("use_sliding_window", False))
     if family != "llama" and in_use and window is not None and window < context_length:
         raise ModelError(
             f"sliding-window attention ({window} tokens) is not supported; "

@@ -1,4 +1,4 @@
-"""One model for Llama, Mistral, Qwen2 and Qwen3: packed tokens in, hidden states out, K and V into a paged pool."""
+"""One model for Llama's family, with MLPs or experts: packed tokens in, hidden states out, K and V into paged pools."""
 
 import math
 from collections.abc import Callable
@@ -10,6 +10,7 @@ from torch import Tensor
 from common.kv.kv_pool import KvPool
 from common.model.model_config import ModelConfig
 from common.model.weights import Weights
+from kernels.experts import Experts
 from kernels.hidden import Hidden
 from kernels.ops import LayersOfOneToken, Ops
 from kernels.rope import Rotation
@@ -44,9 +45,13 @@ class Model:
             qkv = ops.norm_linear(hidden, layer.attention_norm, eps, layer.qkv, layer.qkv_bias)
             rotation = Rotation(positions, self._cos_sin, slots, layer.q_norm, layer.k_norm, eps)
             attended = attend(qkv, rotation, key_cache, value_cache).flatten(1)
-            hidden = ops.add_linear(hidden, attended, layer.output, layer.output_bias, layer.mlp_norm)
-            activated = ops.norm_gated_linear(hidden, layer.mlp_norm, eps, layer.gate_up)
-            hidden = ops.add_linear(hidden, activated, layer.down, None, next_norm)
+            if isinstance(layer.mlp, Experts):
+                hidden = ops.add_linear(hidden, attended, layer.output, layer.output_bias, None)
+                hidden = ops.add_experts(hidden, layer.mlp_norm, eps, layer.mlp)
+            else:
+                hidden = ops.add_linear(hidden, attended, layer.output, layer.output_bias, layer.mlp_norm)
+                activated = ops.norm_gated_linear(hidden, layer.mlp_norm, eps, layer.mlp.gate_up)
+                hidden = ops.add_linear(hidden, activated, layer.mlp.down, None, next_norm)
         return hidden.states
 
     def fused_layers(self, pool: KvPool) -> LayersOfOneToken | None:

@@ -10,9 +10,10 @@ from tqdm import tqdm
 
 from common.model import checkpoint
 from common.model.dtypes import torch_dtype
-from common.model.model_config import ModelConfig, ModelError
+from common.model.model_config import ModelConfig, ModelError, Routing
 from common.model.safetensors_files import map_tensors
-from kernels.ops import LayerWeights
+from kernels.experts import Experts
+from kernels.ops import LayerWeights, Mlp
 
 _PROGRESS_AFTER_SECONDS = 1.0
 
@@ -35,7 +36,7 @@ def load(directory: Path, config: ModelConfig, dtype: str, device: torch.device)
 
     On a CPU, weights that are stored in `dtype` stay in the mapped file: they are read as they are used, and workers of
     one host share the memory. So the file must not be changed while it is served. Parts of a fused matrix are copied if
-    they are not neighbours in the file.
+    they are not neighbours in the file, and experts always are.
 
     Args:
         directory: where the files are.
@@ -104,9 +105,31 @@ def _assemble(config: ModelConfig, take: _Source) -> Weights:
     hidden, intermediate, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
     q_size, kv_size = config.num_heads * head_dim, config.num_kv_heads * head_dim
 
+    def mlp(prefix: str) -> Mlp:
+        gate_up = [take(f"{prefix}.mlp.{part}_proj.weight", (intermediate, hidden)) for part in ("gate", "up")]
+        return Mlp(_joined(gate_up), take(f"{prefix}.mlp.down_proj.weight", (hidden, intermediate)))
+
+    def experts(prefix: str, routing: Routing) -> Experts:
+        if config.architecture == "MixtralForCausalLM":
+            block, (gate, up, down) = f"{prefix}.block_sparse_moe", ("w1", "w3", "w2")
+        else:
+            block, (gate, up, down) = f"{prefix}.mlp", ("gate_proj", "up_proj", "down_proj")
+
+        def stacked(*parts: str, shape: tuple[int, int]) -> Tensor:
+            names = [f"{block}.experts.{expert}.{part}.weight" for expert in range(routing.experts) for part in parts]
+            return torch.cat([take(name, shape) for name in names]).view(routing.experts, -1, shape[1])
+
+        return Experts(
+            router=take(f"{block}.gate.weight", (routing.experts, hidden)),
+            gate_up=stacked(gate, up, shape=(intermediate, hidden)),
+            down=stacked(down, shape=(hidden, intermediate)),
+            per_token=routing.per_token,
+            normalized=routing.normalized,
+        )
+
     def layer(index: int) -> LayerWeights:
         prefix = f"model.layers.{index}"
-        attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
+        attention = f"{prefix}.self_attn"
         qkv = [("q", q_size), ("k", kv_size), ("v", kv_size)]
         return LayerWeights(
             attention_norm=take(f"{prefix}.input_layernorm.weight", (hidden,)),
@@ -119,8 +142,7 @@ def _assemble(config: ModelConfig, take: _Source) -> Weights:
             output=take(f"{attention}.o_proj.weight", (hidden, q_size)),
             output_bias=take(f"{attention}.o_proj.bias", (hidden,)) if config.output_bias else None,
             mlp_norm=take(f"{prefix}.post_attention_layernorm.weight", (hidden,)),
-            gate_up=_joined([take(f"{mlp}.{part}_proj.weight", (intermediate, hidden)) for part in ("gate", "up")]),
-            down=take(f"{mlp}.down_proj.weight", (hidden, intermediate)),
+            mlp=mlp(prefix) if config.routing is None else experts(prefix, config.routing),
         )
 
     embedding = take(_EMBEDDING, (config.vocab_size, hidden))

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from kernels.cuda import cuda_source
 from kernels.cuda.triton_launch import is_hopper_or_later, multiprocessors, shared_bytes
-from kernels.ops import LayerWeights
+from kernels.experts import Experts
+from kernels.ops import LayerWeights, Mlp
 
 _THREADS = 288
 _TILE_BYTES = 16 << 10
@@ -71,13 +72,15 @@ class _Shape:
 def fuse_layers(
     layers: Sequence[LayerWeights], embedding: Tensor, cos_sin: Tensor, eps: float, pool: Tensor
 ) -> "PersistentLayers | None":
-    """`kernels.ops.fuse_layers` for CUDA tensors. None if the kernel does not support the GPU, the model's shape or its
-    dtype, or would be slower than kernels one by one."""
+    """`kernels.ops.fuse_layers` for CUDA tensors. None if the layers have experts, if the kernel does not support the
+    GPU, the model's shape or its dtype, or if it would be slower than kernels one by one."""
     device, first = pool.device, layers[0]
+    if isinstance(first.mlp, Experts):
+        return None
     kv_heads, head_dim = pool.shape[4:]
     shape = _Shape(
         hidden=embedding.shape[1],
-        intermediate=first.down.shape[1],
+        intermediate=first.mlp.down.shape[1],
         kv_heads=kv_heads,
         group=first.output.shape[1] // (kv_heads * head_dim),
         head_dim=head_dim,
@@ -174,8 +177,10 @@ def _compiled(shape: _Shape, layer: LayerWeights, device: torch.device) -> cupy.
 
 def _addresses(layer: LayerWeights) -> list[int]:
     """In the order of the kernel's enum WEIGHTS."""
+    mlp = layer.mlp
+    assert isinstance(mlp, Mlp)
     tensors = (
-        layer.qkv, layer.output, layer.gate_up, layer.down, layer.attention_norm, layer.mlp_norm,
+        layer.qkv, layer.output, mlp.gate_up, mlp.down, layer.attention_norm, layer.mlp_norm,
         layer.q_norm, layer.k_norm, layer.qkv_bias, layer.output_bias,
     )  # fmt: skip
     return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]

@@ -27,6 +27,14 @@ def test_shapes_have_the_parameters_of_their_names(name: str, parameters: float)
     assert total == pytest.approx(parameters, rel=0.002)
 
 
+def test_a_step_of_a_mixture_reads_the_experts_that_its_tokens_choose() -> None:
+    config = parse_config(models.SHAPES["qwen3-30b-a3b"])
+    embeddings = 2 * config.vocab_size * config.hidden_size
+    assert floors.layer_parameters(config) + embeddings == pytest.approx(3.35e9, rel=0.005)
+    assert floors.layer_parameters(config, 10_000) + embeddings == pytest.approx(30.5e9, rel=0.005)
+    assert floors.weight_bytes(config, 64) == pytest.approx(59e9, rel=0.02)  # 126 of 128 experts
+
+
 def test_a_decode_step_reads_weights_and_kv() -> None:
     config = parse_config(models.SHAPES["qwen3-0.6b"])
     assert floors.kv_bytes(config) * 16 == 1.75 * 2**20

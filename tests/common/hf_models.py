@@ -4,7 +4,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from common.model import weights
 from common.model.model_config import load_config
@@ -64,6 +73,37 @@ CONFIGS = {
     "qwen3-tied": Qwen3Config(
         **_SMALL, hidden_size=64, num_attention_heads=4, num_key_value_heads=4, head_dim=80, tie_word_embeddings=True
     ),
+    "mixtral": MixtralConfig(
+        **_SMALL,
+        hidden_size=96,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=64,
+        num_local_experts=5,
+        num_experts_per_tok=2,
+    ),
+    "qwen3-moe": Qwen3MoeConfig(
+        **_SMALL | {"head_dim": 80},
+        hidden_size=88,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        moe_intermediate_size=40,
+        num_experts=11,
+        num_experts_per_tok=3,
+        norm_topk_prob=True,
+    ),
+    "qwen3-moe-shares": Qwen3MoeConfig(
+        **_SMALL,
+        hidden_size=64,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        moe_intermediate_size=72,
+        num_experts=4,
+        num_experts_per_tok=4,
+        norm_topk_prob=False,
+        attention_bias=True,
+        tie_word_embeddings=True,
+    ),
 }
 
 
@@ -75,7 +115,7 @@ def save(name: str, directory: Path, max_shard_size: str = "5GB") -> PreTrainedM
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             offset = 1.0 if parameter_name.endswith("norm.weight") else 0.0
-            parameter.normal_(offset, 0.3 if parameter.dim() == 1 else 2 * parameter.shape[1] ** -0.5)
+            parameter.normal_(offset, 0.3 if parameter.dim() == 1 else 2 * parameter.shape[-1] ** -0.5)
     model.save_pretrained(directory, max_shard_size=max_shard_size)
     return model
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig, MistralConfig
+from transformers import LlamaConfig, MistralConfig, MixtralConfig, Qwen3MoeConfig
 
-from common.model.model_config import Llama3Scaling, ModelError, load_config, parse_config
+from common.model.model_config import Llama3Scaling, ModelError, Routing, load_config, parse_config
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -68,6 +68,54 @@ def test_features_follow_the_architecture() -> None:
     assert features("MistralForCausalLM") == (False, False, False)
     assert features("Qwen2ForCausalLM") == (True, False, False)
     assert features("Qwen3ForCausalLM") == (False, False, True)
+
+
+MIXTRAL = LLAMA | {"architectures": ["MixtralForCausalLM"], "num_local_experts": 8, "num_experts_per_tok": 2}
+QWEN3_MOE = LLAMA | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "num_experts": 16,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 24,
+    "norm_topk_prob": True,
+}
+
+
+def test_mixtures_of_experts() -> None:
+    mixtral, qwen = parse_config(MIXTRAL), parse_config(QWEN3_MOE)
+    assert (mixtral.routing, mixtral.intermediate_size, mixtral.qk_norm) == (Routing(8, 2, True), 128, False)
+    assert (qwen.routing, qwen.intermediate_size, qwen.qk_norm) == (Routing(16, 4, True), 24, True)
+    as_written = {key: value for key, value in QWEN3_MOE.items() if key != "num_experts"} | {"num_local_experts": 16}
+    assert parse_config(as_written | {"norm_topk_prob": False}).routing == Routing(16, 4, False)
+    assert parse_config(LLAMA).routing is None
+
+
+def test_what_a_mixtral_does_not_say_is_what_transformers_takes() -> None:
+    config, theirs = (
+        parse_config({key: value for key, value in MIXTRAL.items() if key != "rms_norm_eps"}),
+        MixtralConfig(),
+    )
+    assert isinstance(theirs.rope_parameters, dict)
+    assert config.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert config.rms_norm_eps == theirs.rms_norm_eps
+    assert theirs.sliding_window is None
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"decoder_sparse_step": 2}, "mlp_only_layers and decoder_sparse_step are not supported"),
+        ({"mlp_only_layers": [0]}, "mlp_only_layers and decoder_sparse_step are not supported"),
+        ({"num_experts_per_tok": 17}, r"num_experts_per_tok \(17\) is more than there are experts \(16\)"),
+        ({"num_experts": 0}, "must give num_experts as a positive whole number"),
+        ({"num_experts": None}, "must give num_local_experts as a positive whole number"),
+        ({"num_experts_per_tok": None}, "must give num_experts_per_tok"),
+        ({"moe_intermediate_size": "wide"}, "must give moe_intermediate_size"),
+    ],
+)
+def test_mixtures_that_are_refused(changed: dict[str, Any], words: str) -> None:
+    assert parse_config(QWEN3_MOE | {"decoder_sparse_step": Qwen3MoeConfig().decoder_sparse_step})
+    with pytest.raises(ModelError, match=words):
+        parse_config(QWEN3_MOE | changed)
 
 
 def test_a_model_type_of_another_architecture_is_refused() -> None:

@@ -27,8 +27,8 @@ def _load(directory: Path, dtype: str = "float32") -> weights.Weights:
 def _flat(loaded: weights.Weights) -> dict[str, Tensor]:
     named = {"embedding": loaded.embedding, "norm": loaded.norm, "lm_head": loaded.lm_head}
     for index, layer in enumerate(loaded.layers):
-        values = {field.name: getattr(layer, field.name) for field in fields(layer)}
-        named |= {f"{index}.{name}": value for name, value in values.items() if value is not None}
+        values = {field.name: getattr(part, field.name) for part in (layer, layer.mlp) for field in fields(part)}
+        named |= {f"{index}.{name}": value for name, value in values.items() if isinstance(value, Tensor)}
     return named
 
 
@@ -107,6 +107,34 @@ def test_a_checkpoint_of_another_model_is_refused(
     save_file(tensors, file)
     with pytest.raises(ModelError, match=words):
         _load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "missing"),
+    [
+        ("mixtral", "model.layers.1.block_sparse_moe.experts.4.w3.weight"),
+        ("qwen3-moe", "model.layers.2.mlp.experts.10.down_proj.weight"),
+        ("qwen3-moe", "model.layers.0.mlp.gate.weight"),
+    ],
+)
+def test_a_missing_part_of_a_mixture_is_named(name: str, missing: str, tmp_path: Path) -> None:
+    hf_models.save(name, tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(file).items() if name != missing}
+    save_file(tensors, file)
+    with pytest.raises(ModelError, match=f"lacks the tensor {missing}"):
+        _load(tmp_path)
+
+
+def test_experts_and_shards(tmp_path: Path) -> None:
+    one, many = tmp_path / "one", tmp_path / "many"
+    hf_models.save("qwen3-moe", one)
+    hf_models.save("qwen3-moe", many, max_shard_size="200KB")
+    assert len(list(many.glob("*.safetensors"))) > 2
+    expected, loaded = _flat(_load(one)), _flat(_load(many))
+    assert expected["0.router"].shape == (11, 88)
+    assert expected["0.gate_up"].shape == (11, 80, 88)
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
 
 
 def test_tensors_that_checkpoints_carry_for_nothing_are_passed_over(tmp_path: Path) -> None:

@@ -22,11 +22,11 @@ BLOCK = 4
 LENGTHS = (1, 3, 4, 5, 8, 13, 16, 40, 61)
 
 
-@pytest.fixture(scope="module")
-def theirs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+@pytest.fixture(scope="module", params=["qwen3", "qwen3-moe"])
+def theirs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     torch.set_num_threads(1)
     directory = tmp_path_factory.mktemp("model")
-    return hf_models.save("qwen3", directory), directory
+    return hf_models.save(request.param, directory), directory
 
 
 @pytest.fixture(scope="module")

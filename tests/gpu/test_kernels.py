@@ -56,6 +56,16 @@ def test_odd_tiles(rows: int, outputs: int, inputs: int) -> None:
     checks.check_norm_gated_linear(rows, outputs, inputs, torch.float16)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 16, 64, 256, 1500])
+@pytest.mark.parametrize(("hidden", "intermediate", "count", "per_token"), [(2048, 768, 32, 8), (1024, 3584, 8, 2)])
+def test_experts(tokens: int, hidden: int, intermediate: int, count: int, per_token: int, dtype: torch.dtype) -> None:
+    checks.check_choose(tokens, 128, per_token, True, dtype)
+    checks.check_sort(tokens, count, per_token)
+    checks.check_mix(tokens, hidden, intermediate, count, per_token, dtype)
+    checks.check_add_experts(tokens, dtype)
+
+
 def test_logits_of_many_tokens() -> None:
     checks.check_linear(1, VOCAB, 1024, False, torch.bfloat16)
 

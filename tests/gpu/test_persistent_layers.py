@@ -15,7 +15,7 @@ from common.device.graph_capture import capture
 from kernels import attention, linear, step
 from kernels.cuda.persistent_layers import fuse_layers
 from kernels.hidden import Hidden
-from kernels.ops import LayersOfOneToken, LayerWeights
+from kernels.ops import LayersOfOneToken, LayerWeights, Mlp
 from kernels.rope import Rotation
 from tests.kernels.inputs import DEVICE, assert_close
 
@@ -71,8 +71,7 @@ def layer_weights(shape: Shape, seed: int, dtype: torch.dtype) -> LayerWeights:
         output=make(5, shape.hidden, shape.group * heads),
         output_bias=make(6, shape.hidden) if shape.with_bias else None,
         mlp_norm=norm(7, shape.hidden),
-        gate_up=make(8, 2 * shape.intermediate, shape.hidden),
-        down=make(9, shape.hidden, shape.intermediate),
+        mlp=Mlp(make(8, 2 * shape.intermediate, shape.hidden), make(9, shape.hidden, shape.intermediate)),
     )
 
 
@@ -133,8 +132,9 @@ def expected(case: Case, pool: Tensor, lengths: Tensor) -> Tensor:
         plan = attention.plan_decode(case.block_table, seq_lens, keys)
         attended = attention.decode_attention(qkv, rotation, keys, values, plan, pool.shape[-1] ** -0.5).flatten(1)
         hidden = linear.add_linear(hidden, attended, layer.output.double(), wide(layer.output_bias), None)
-        activated = linear.norm_gated_linear(hidden, layer.mlp_norm.double(), EPS, layer.gate_up.double())
-        hidden = linear.add_linear(hidden, activated, layer.down.double(), None, None)
+        assert isinstance(layer.mlp, Mlp)
+        activated = linear.norm_gated_linear(hidden, layer.mlp_norm.double(), EPS, layer.mlp.gate_up.double())
+        hidden = linear.add_linear(hidden, activated, layer.mlp.down.double(), None, None)
     return hidden.states
 
 

@@ -9,10 +9,14 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 VOCAB_SIZE = 503
@@ -25,6 +29,9 @@ _LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 128,
 }
+
+
+_EXPERTS = {"num_experts": 24, "num_experts_per_tok": 4, "moe_intermediate_size": 72, "norm_topk_prob": True}
 
 
 def _shape(heads: int, kv_heads: int, head_dim: int, *, tied: bool) -> dict[str, Any]:
@@ -45,6 +52,8 @@ MODELS: dict[str, tuple[type, type, dict[str, Any]]] = {
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, _shape(7, 1, 64, tied=True)),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, _shape(6, 2, 128, tied=False)),
     "qwen3-96": (Qwen3Config, Qwen3ForCausalLM, _shape(5, 5, 96, tied=True)),
+    "mixtral": (MixtralConfig, MixtralForCausalLM, _shape(3, 1, 64, tied=False)),
+    "qwen3-moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM, _shape(4, 2, 64, tied=True) | _EXPERTS),
 }
 
 

@@ -12,11 +12,12 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels import activation, linear, norm, rope, sampling, step
+from kernels import activation, experts, linear, norm, rope, sampling, step
 from kernels.cuda import (
     fastest_linear,
     triton_activation,
     triton_decode_attention,
+    triton_experts,
     triton_norm,
     triton_prefill_attention,
     triton_rope,
@@ -70,6 +71,56 @@ def check_norm_gated_linear(rows: int, intermediate: int, inputs: int, dtype: to
     poison(rows * intermediate, dtype)
     actual = fastest_linear.norm_gated_linear(Hidden(x), scale, 1e-5, gate_up)
     assert_close(actual, linear.norm_gated_linear(Hidden(x.double()), scale.double(), 1e-5, gate_up.double()))
+
+
+def check_choose(tokens: int, count: int, per_token: int, normalized: bool, dtype: torch.dtype) -> None:
+    order = [torch.randperm(count, generator=torch.Generator().manual_seed(token)) for token in range(tokens)]
+    scores = ((torch.stack(order) - count // 2) / 32).to(dtype).to(DEVICE)  # no two are equal
+    shares, chosen = triton_experts.choose(scores, per_token, normalized)
+    expected_shares, expected = experts.choose(scores, per_token, normalized)
+    assert torch.equal(chosen.long(), expected)
+    assert_close(shares, expected_shares)
+
+
+def check_sort(tokens: int, count: int, per_token: int) -> None:
+    chosen = torch.randint(count, (tokens, per_token), generator=torch.Generator().manual_seed(0)).int().to(DEVICE)
+    order, starts = triton_experts.sort(chosen, count)
+    assert torch.equal(order.long(), chosen.flatten().argsort(stable=True))
+    sizes = chosen.flatten().long().bincount(minlength=count)
+    assert starts.tolist() == [0, *sizes.cumsum(0).tolist()]
+
+
+def check_mix(
+    tokens: int, hidden: int, intermediate: int, count: int, per_token: int, dtype: torch.dtype, used: int | None = None
+) -> None:
+    """used: only so many of the experts are chosen."""
+    gate_up = randn(count, 2 * intermediate, hidden, dtype=dtype, seed=1).div_(hidden**0.5)
+    down = randn(count, hidden, intermediate, dtype=dtype, seed=2).div_(intermediate**0.5)
+    router = randn(count, hidden, dtype=dtype, seed=3)
+    x, states = (randn(tokens, hidden, dtype=dtype, seed=seed) for seed in (4, 5))
+    scores = randn(tokens, count, seed=6)
+    scores[:, used or count :] = -torch.inf
+    shares, chosen = experts.choose(scores, per_token, True)
+    expected = states.double() + experts.mix(x.double(), shares.double(), chosen, gate_up.double(), down.double())
+    poison(tokens * per_token * hidden, dtype)
+    weights = experts.Experts(router, gate_up, down, per_token, True)
+    triton_experts.add_mix(states, x, shares, chosen.int(), weights)
+    assert_close(states, expected)
+
+
+def check_add_experts(tokens: int, dtype: torch.dtype) -> None:
+    """With every expert chosen, no rounding of scores can choose another."""
+    count, hidden, intermediate = 4, 192, 72
+    gate_up = randn(count, 2 * intermediate, hidden, dtype=dtype, seed=1).div_(hidden**0.5)
+    down = randn(count, hidden, intermediate, dtype=dtype, seed=2).div_(intermediate**0.5)
+    router = randn(count, hidden, dtype=dtype, seed=3).div_(hidden**0.5)
+    norm_weight, states = randn(hidden, dtype=dtype, seed=4), randn(tokens, hidden, dtype=dtype, seed=5)
+    wide = experts.Experts(router.double(), gate_up.double(), down.double(), count, False)
+    expected = experts.add_experts(Hidden(states.double()), norm_weight.double(), 1e-5, wide)
+    weights = experts.Experts(router, gate_up, down, count, False)
+    added = triton_experts.add_experts(Hidden(states), norm_weight, 1e-5, weights)
+    assert added.states.data_ptr() == states.data_ptr()
+    assert_close(added.states, expected.states)
 
 
 def check_step(rows: int, block_size: int) -> None:

@@ -1,0 +1,286 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+"""A mixture of experts on CUDA; `kernels.experts` holds the references.
+
+Tokens are sorted by expert, so that each expert's are neighbours, and one kernel multiplies all of them: a program has
+some rows and some outputs of one expert (a grouped GEMM; "MegaBlocks", Gale et al., 2022). How many rows an
+expert has is known on the GPU only. The grid has as many programs as there could ever be work for, and those without
+work end at once; so all of it runs in CUDA graphs.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.cuda.triton_launch import dependent, wait_for_previous
+from kernels.cuda.triton_norm import rms_norm
+from kernels.cuda.triton_tiled_linear import suits_tiles, tiled_linear
+from kernels.experts import Experts
+from kernels.hidden import Hidden
+
+_SORT_BLOCK = 4096
+_SUM_BLOCK = 1024
+
+
+@triton.jit
+def _choose_kernel(
+    scores,
+    shares,
+    chosen,
+    EXPERTS: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
+    NORMALIZED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PLACES: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """One token."""
+    token = tl.program_id(0)
+    expert = tl.arange(0, BLOCK)
+    place = tl.arange(0, PLACES)
+    wait_for_previous(DEPENDENT)
+    score = tl.load(scores + token * EXPERTS + expert, mask=expert < EXPERTS, other=-float("inf")).to(tl.float32)
+    weight = tl.exp(score - tl.max(score))
+    total = tl.sum(weight)
+    share = tl.zeros((PLACES,), tl.float32)
+    best = tl.zeros((PLACES,), tl.int32)
+    for index in tl.static_range(PER_TOKEN):
+        number = tl.argmax(weight, axis=0)
+        share = tl.where(place == index, tl.max(weight), share)
+        best = tl.where(place == index, number, best)
+        weight = tl.where(expert == number, -1.0, weight)
+    share /= tl.sum(share) if NORMALIZED else total
+    tl.store(shares + token * PER_TOKEN + place, share, mask=place < PER_TOKEN)
+    tl.store(chosen + token * PER_TOKEN + place, best, mask=place < PER_TOKEN)
+
+
+def choose(scores: Tensor, per_token: int, normalized: bool) -> tuple[Tensor, Tensor]:
+    """`kernels.experts.choose` for contiguous CUDA scores [T, E]; the experts are int32."""
+    tokens, experts = scores.shape
+    shares = torch.empty((tokens, per_token), dtype=torch.float32, device=scores.device)
+    chosen = torch.empty((tokens, per_token), dtype=torch.int32, device=scores.device)
+    _choose_kernel[(tokens,)](
+        scores,
+        shares,
+        chosen,
+        EXPERTS=experts,
+        PER_TOKEN=per_token,
+        NORMALIZED=normalized,
+        BLOCK=triton.next_power_of_2(experts),
+        PLACES=triton.next_power_of_2(per_token),
+        num_warps=1 if experts <= 256 else 4,
+        **dependent(scores.device),
+    )
+    return shares, chosen
+
+
+@triton.jit(do_not_specialize=["count"])
+def _sort_kernel(chosen, order, starts, count, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr):
+    """One expert: finds where its rows start, which is how many choices fell on experts before it, and lists them."""
+    expert = tl.program_id(0)
+    index = tl.arange(0, BLOCK)
+    wait_for_previous(DEPENDENT)
+    before = tl.zeros((BLOCK,), tl.int32)
+    for offset in range(0, count, BLOCK):
+        choice = tl.load(chosen + offset + index, mask=offset + index < count, other=expert)
+        before += (choice < expert).to(tl.int32)
+    start = tl.sum(before)
+    tl.store(starts + expert, start)
+    for offset in range(0, count, BLOCK):
+        mine = (tl.load(chosen + offset + index, mask=offset + index < count, other=-1) == expert).to(tl.int32)
+        tl.store(order + start + tl.cumsum(mine) - 1, offset + index, mask=mine > 0)
+        start += tl.sum(mine)
+    if expert == tl.num_programs(0) - 1:
+        tl.store(starts + expert + 1, start)
+
+
+def sort(chosen: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """Sorts choices by expert; those of one expert keep their order.
+
+    chosen [T, k] int32, contiguous, each less than `experts`. Returns (order [T * k] int32: numbers of choices, starts
+    [experts + 1] int32: which part of `order` is an expert's).
+    """
+    order = torch.empty(chosen.numel(), dtype=torch.int32, device=chosen.device)
+    starts = torch.empty(experts + 1, dtype=torch.int32, device=chosen.device)
+    block = min(_SORT_BLOCK, max(triton.next_power_of_2(chosen.numel()), 32))
+    _sort_kernel[(experts,)](
+        chosen, order, starts, chosen.numel(), BLOCK=block, num_warps=4, **dependent(chosen.device)
+    )
+    return order, starts
+
+
+@triton.jit
+def _expert_kernel(
+    x,
+    weight,
+    shares,
+    order,
+    starts,
+    out,
+    EXPERTS: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    INPUTS: tl.constexpr,
+    GATED: tl.constexpr,
+    EXACT: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """BLOCK_M rows and BLOCK_N outputs of one expert.
+
+    If GATED, rows of x are tokens, and those of `out` choices in sorted order. If not, rows of x are choices in sorted
+    order, and those of `out` choices in their own order, each times its share.
+    """
+    first_output = tl.program_id(0) * BLOCK_N
+    tile = tl.program_id(1)
+    candidate = tl.arange(0, BLOCK_E)
+    exists = candidate < EXPERTS
+    wait_for_previous(DEPENDENT)
+    start = tl.load(starts + candidate, mask=exists, other=0)
+    end = tl.load(starts + candidate + 1, mask=exists, other=0)
+    tiles = (end - start + BLOCK_M - 1) // BLOCK_M
+    expert = tl.sum((exists & (tl.cumsum(tiles) <= tile)).to(tl.int32))
+    if expert < EXPERTS:
+        place = tile - tl.sum(tl.where(candidate < expert, tiles, 0))
+        row = tl.load(starts + expert) + place * BLOCK_M + tl.arange(0, BLOCK_M)
+        valid = row < tl.load(starts + expert + 1)
+        choice = tl.load(order + row, mask=valid, other=0)
+        output = first_output + tl.arange(0, BLOCK_N)
+        column = tl.arange(0, BLOCK_K)
+        source = choice // PER_TOKEN if GATED else row
+        value_at = x + source.to(tl.int64)[:, None] * INPUTS + column[None, :]
+        inside = output < OUTPUTS
+        # beyond the last output, the first is read again and not stored
+        matrix = weight + expert.to(tl.int64) * (OUTPUTS * INPUTS * (2 if GATED else 1))
+        weight_at = matrix + tl.where(inside, output, 0)[None, :] * INPUTS + column[:, None]
+
+        precision: tl.constexpr = "ieee" if EXACT else "tf32"
+        sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        up_sums = sums
+        for offset in tl.range(0, INPUTS, BLOCK_K, num_stages=STAGES):
+            if INPUTS % BLOCK_K == 0:
+                value = tl.load(value_at + offset, mask=valid[:, None], other=0.0)
+                gate = tl.load(weight_at + offset)
+            else:
+                left = column < INPUTS - offset
+                value = tl.load(value_at + offset, mask=valid[:, None] & left[None, :], other=0.0)
+                gate = tl.load(weight_at + offset, mask=left[:, None], other=0.0)
+            sums = tl.dot(value, gate, sums, input_precision=precision)
+            if GATED:
+                if INPUTS % BLOCK_K == 0:
+                    up = tl.load(weight_at + OUTPUTS * INPUTS + offset)
+                else:
+                    left = column < INPUTS - offset
+                    up = tl.load(weight_at + OUTPUTS * INPUTS + offset, mask=left[:, None], other=0.0)
+                up_sums = tl.dot(value, up, up_sums, input_precision=precision)
+        if GATED:
+            sums = sums / (1.0 + tl.exp(-sums)) * up_sums
+            target = row
+        else:
+            sums *= tl.load(shares + choice, mask=valid, other=0.0)[:, None]
+            target = choice
+        at = target.to(tl.int64)[:, None] * OUTPUTS + output[None, :]
+        tl.store(out + at, sums.to(out.dtype.element_ty), mask=valid[:, None] & inside[None, :])
+
+
+@triton.jit
+def _sum_kernel(
+    parts, states, WIDTH: tl.constexpr, PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr
+):
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < WIDTH
+    wait_for_previous(DEPENDENT)
+    total = tl.load(states + token * WIDTH + column, mask=inside, other=0.0).to(tl.float32)
+    for index in tl.static_range(PER_TOKEN):
+        total += tl.load(parts + (token * PER_TOKEN + index) * WIDTH + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(states + token * WIDTH + column, total.to(states.dtype.element_ty), mask=inside)
+
+
+@dataclass(frozen=True, slots=True)
+class _Tile:
+    rows: int
+    outputs: int
+    inputs: int
+    stages: int
+    warps: int
+
+
+def _tile(choices: int, experts: int, gated: bool, dtype: torch.dtype) -> _Tile:
+    """Few rows for each expert take as long as reading its weights, and many as long as multiplying. The fastest of
+    some that were measured on an H100, with Qwen3-30B-A3B's shapes (docs/kernels.md)."""
+    if dtype == torch.float32:
+        return _Tile(16, 32, 32, 2, 4)
+    rows = choices / experts
+    if rows <= 24:
+        return _Tile(16, 32, 128, 4, 4) if gated else _Tile(16, 64, 128, 3, 4)
+    if rows <= 96:
+        return _Tile(64, 64 if gated else 128, 64, 4, 4)
+    return _Tile(128, 128, 64, 4 if gated else 3, 8)
+
+
+def _grouped(
+    x: Tensor, weight: Tensor, shares: Tensor, order: Tensor, starts: Tensor, out: Tensor, per_token: int, gated: bool
+) -> Tensor:
+    experts, outputs = weight.shape[0], out.shape[1]
+    choices = order.numel()
+    tile = _tile(choices, experts, gated, x.dtype)
+    # each expert that has any rows may leave one tile partly empty
+    most_tiles = min(choices, triton.cdiv(choices, tile.rows) + min(choices, experts))
+    _expert_kernel[(triton.cdiv(outputs, tile.outputs), most_tiles)](
+        x,
+        weight,
+        shares,
+        order,
+        starts,
+        out,
+        EXPERTS=experts,
+        PER_TOKEN=per_token,
+        OUTPUTS=outputs,
+        INPUTS=x.shape[1],
+        GATED=gated,
+        EXACT=x.dtype == torch.float32,
+        BLOCK_E=triton.next_power_of_2(experts),
+        BLOCK_M=tile.rows,
+        BLOCK_N=tile.outputs,
+        BLOCK_K=tile.inputs,
+        STAGES=tile.stages,
+        num_warps=tile.warps,
+        **dependent(x.device),
+    )
+    return out
+
+
+def add_experts(hidden: Hidden, norm: Tensor, eps: float, experts: Experts) -> Hidden:
+    """`kernels.experts.add_experts` for contiguous CUDA tensors."""
+    states = hidden.states
+    if states.shape[0] == 0:
+        return hidden
+    normed = rms_norm(states, norm, eps)
+    if suits_tiles(normed, experts.router):
+        scores = tiled_linear(normed, experts.router)
+    else:
+        scores = F.linear(normed, experts.router)
+    shares, chosen = choose(scores, experts.per_token, experts.normalized)
+    add_mix(states, normed, shares, chosen, experts)
+    return Hidden(states)
+
+
+def add_mix(states: Tensor, x: Tensor, shares: Tensor, chosen: Tensor, experts: Experts) -> None:
+    """Adds `kernels.experts.mix` to states [T, H], in place; chosen [T, k] int32."""
+    (tokens, width), (choices, per_token) = x.shape, (chosen.numel(), chosen.shape[1])
+    order, starts = sort(chosen, experts.router.shape[0])
+    activated = torch.empty((choices, experts.down.shape[2]), dtype=x.dtype, device=x.device)
+    parts = torch.empty((choices, width), dtype=x.dtype, device=x.device)
+    _grouped(x, experts.gate_up, shares, order, starts, activated, per_token, gated=True)
+    _grouped(activated, experts.down, shares, order, starts, parts, per_token, gated=False)
+    _sum_kernel[(tokens, triton.cdiv(width, _SUM_BLOCK))](
+        parts, states, WIDTH=width, PER_TOKEN=per_token, BLOCK=_SUM_BLOCK, num_warps=4, **dependent(x.device)
+    )

@@ -21,6 +21,9 @@ from cli.children import Child
 from cli.readiness import Readiness
 from cli.serve_config import ServeConfig
 from cli.stopping import STOP_SECONDS, end_command, stop, stop_signals
+from common import lifecycle
+from common.model import hub_name, model_files
+from common.model.hub_name import HubName
 from common.network import listening
 from common.network.addresses import ANY_HOST
 from common.network.free_port import free_port
@@ -29,6 +32,7 @@ from common.security import cluster_secret, pem
 from common.security.security_config import SettingsError, TlsConfig
 from common.security.tls import channel_credentials
 from common.start_error import AddressError
+from common.telemetry import logs
 from decode_worker.config import DecodeConfig
 from prefill_worker.config import PrefillConfig
 from router.config import RouterConfig
@@ -62,6 +66,7 @@ def serve(
         and config.metrics_port + config.prefill_workers + config.decode_workers > 65_535
     ):
         raise SettingsError(f"--metrics-port {config.metrics_port}: the workers take the ports after it, up to 65535")
+    config = _downloaded(config)
     listen = _with_port(config.listen)
     target = _reachable(listen)
     with (
@@ -175,6 +180,18 @@ def part(module: str, settings: type[Any], config: ServeConfig, own: dict[str, o
     flags = {name: value for name, value in (passed_on | own).items() if value is not None}
     arguments = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
     return Child(module.replace("_", " "), [sys.executable, "-m", module, *arguments])
+
+
+def _downloaded(config: ServeConfig) -> ServeConfig:
+    """Downloads a model of the hub for all parts, before they start, and names its commit to them: one that dies and is
+    started again serves the same, even if there is a newer commit by then."""
+    name = hub_name.parse(config.model) if config.model else None
+    if name is None:
+        return config
+    logs.configure(config.log_format or "people")
+    lifecycle.end_in_order()  # so that no half of a file is left behind
+    directory = model_files.resolve(str(name), weights=config.load_format != "dummy")
+    return replace(config, model=str(HubName(name.repository, directory.name)))
 
 
 @contextmanager

@@ -33,7 +33,8 @@ class ServeConfig(SecurityConfig):
     """File of the callers' API keys, as `twostroke key` makes them. Set: nobody is served without one."""
 
     model: str | None = None
-    """Model to serve: a local Hugging Face directory. Not set: the embedded SmolLM2-135M-Instruct."""
+    """Model to serve: a local Hugging Face directory, or ORG/NAME or ORG/NAME@REVISION on Hugging Face's hub. Not set:
+    the embedded SmolLM2-135M-Instruct."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
     """Type of weights and KV. auto: the model's own on a GPU, float32 on a CPU."""

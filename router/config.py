@@ -20,7 +20,8 @@ class RouterConfig(SecurityConfig):
     """Settings of a router. Workers are given as addresses, or make themselves known at the router."""
 
     model: str = "SmolLM2-135M-Instruct"
-    """Model whose tokenizer and chat template are used: the embedded one's name, or a local Hugging Face directory."""
+    """Model whose tokenizer and chat template are used: the embedded one's name, a local Hugging Face directory, or
+    ORG/NAME or ORG/NAME@REVISION on Hugging Face's hub."""
 
     listen: Listen = "127.0.0.1:8600"
     """Address to serve at, host:port. Port 0 picks a free one."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import signal
+from pathlib import Path
 
 import structlog
 
@@ -26,11 +27,11 @@ def main(config: RouterConfig) -> None:
     """Serves until SIGTERM, SIGHUP or Ctrl-C; a second SIGTERM or Ctrl-C does not wait for running requests."""
     logs.configure(config.log_format)
     open_files.allow_all()
-    event_loop.run(_serve(config))
+    directory = resolve(config.model, weights=False)  # not on the event loop, which would hold Ctrl-C back
+    event_loop.run(_serve(config, directory))
 
 
-async def _serve(config: RouterConfig) -> None:
-    directory = resolve(config.model)
+async def _serve(config: RouterConfig, directory: Path) -> None:
     model = load_config(directory, to_run=False)
     router = Router(config, model, Tokenizer(directory, model), Guides(directory, model))
     port = await router.start()

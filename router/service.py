@@ -14,6 +14,7 @@ import grpc
 import structlog
 
 import twostroke
+from common.model import hub_name
 from common.model.model_config import ModelConfig
 from common.security.cluster_secret import metadata_value
 from common.telemetry.tracing import OFF, Span, Tracing
@@ -65,6 +66,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         tracing: Tracing,
     ) -> None:
         self._config = config
+        self._name = hub_name.public_name(config.model)
         self._model = model
         self._tokenizer = tokenizer
         self._guides = guides
@@ -126,7 +128,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             prompt, grammar = await self._prompt_and_grammar(request, job)
             prompt_tokens = len(prompt.token_ids)
             requests = self._requests(job, grammar, prompt.token_ids, mailbox, trace, arrived_at)
-            trace.note(request_trace.of_request(request, job, self._config.model, prompt_tokens))
+            trace.note(request_trace.of_request(request, job, self._name, prompt_tokens))
             answers = self._answers(request, job, prompt, requests)
             del prompt  # its tokens take ten times as much memory here as in the requests
             finishes: list[pb.Finish] = []
@@ -292,7 +294,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         model, dispatcher = self._model, self._dispatcher
         longest = min(model.context_length, dispatcher.workers.max_length() or model.context_length)
         response = pb.GetModelResponse(
-            name=self._config.model,
+            name=self._name,
             architecture=model.architecture,
             context_length=model.context_length,
             vocab_size=model.vocab_size,

@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 
 from common.kv.kv_pool import KvLayout
-from common.model.safetensors_files import checkpoint_files, read_header
+from common.model import checkpoint
+from common.model.safetensors_files import read_header
 
 _SAMPLE_BYTES = 1024
 
@@ -27,7 +28,7 @@ def compute(directory: Path, load_format: str, dtype: str, layout: KvLayout) -> 
     block = (layout.dtype, layout.num_layers, layout.block_size, layout.num_kv_heads, layout.head_dim)
     digest.update(repr((load_format, dtype, block)).encode())
     if load_format != "dummy":
-        for file in checkpoint_files(directory):
+        for file in checkpoint.files(directory):
             _add_weights(digest, file)
     return digest.hexdigest()
 

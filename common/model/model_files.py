@@ -1,4 +1,4 @@
-"""Where a model's files are: a local Hugging Face directory, or the embedded model, unpacked once per user."""
+"""Where a model's files are: a local Hugging Face directory, the hub's cache, or the embedded model, unpacked once."""
 
 import os
 import shutil
@@ -9,6 +9,7 @@ from pathlib import Path
 from filelock import FileLock
 from platformdirs import user_cache_path
 
+from common.model import hub_name
 from common.model.model_config import ModelError
 
 EMBEDDED = "SmolLM2-135M-Instruct"
@@ -19,11 +20,16 @@ _PACKAGE_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _FORMAT = 1  # version of what gguf_import writes, so that old directories are not taken for new ones
 
 
-def resolve(model: str) -> Path:
-    """The Hugging Face directory of `model`: the embedded model's name, or a path. The first call for the embedded
-    model writes it to the user's cache directory. Raises ModelError."""
+def resolve(model: str, *, weights: bool = True) -> Path:
+    """The Hugging Face directory of `model`: the embedded model's name, a path, or a name on the hub. The first call
+    for the embedded model writes it to the user's cache directory; for one on the hub, whatever is missing in the hub's
+    cache is downloaded, without `weights` only what a router reads. Raises ModelError."""
     if model == EMBEDDED:
         return _embedded()
+    if (name := hub_name.parse(model)) is not None:
+        from common.model import hub  # takes 0.5 s
+
+        return hub.download(name, weights=weights)
     try:
         directory = Path(model).expanduser()
         found = stat.S_ISREG((directory / "config.json").stat().st_mode)  # is_file() hides errors from Python 3.14 on
@@ -35,8 +41,8 @@ def resolve(model: str) -> Path:
         raise ModelError(f"there is no user that {model!r} could mean") from error
     if not found:
         raise ModelError(
-            f"{model!r} is neither the embedded model {EMBEDDED} nor a directory that holds a config.json; "
-            "`hf download ORGANIZATION/NAME --local-dir DIRECTORY` makes one of a model on Hugging Face"
+            f"{model!r} is neither the embedded model {EMBEDDED} nor a directory that holds a config.json, nor has it "
+            "the form of a name on Hugging Face, such as Qwen/Qwen3-0.6B"
         )
     return directory.resolve()
 

@@ -15,30 +15,6 @@ HEADER_LENGTH = struct.Struct("<Q")
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
-def checkpoint_files(directory: Path) -> list[Path]:
-    """The files that hold a model's weights, in order of their names: model.safetensors, or else the shards that
-    model.safetensors.index.json names. Raises ModelError where one is missing.
-
-    Both may be there. Where transformers saves a model over a sharded one it leaves the older's index, and when it
-    loads, it takes the single file first.
-    """
-    index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
-    if index.exists() and not single.exists():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            files = [directory / name for name in names]
-        except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-            raise ModelError(f"{index} is not a valid index of safetensors files") from error
-        if any(file.parent != directory for file in files):
-            raise ModelError(f"{index} names files outside its directory")
-    else:
-        files = [single]
-    for file in files:
-        if not file.is_file():
-            raise ModelError(f"{file} does not exist; weights must be safetensors")
-    return files
-
-
 def read_header(file: Path) -> tuple[dict[str, dict[str, Any]], int]:
     """({name: {"dtype", "shape", "data_offsets"}}, byte at which the data starts). Raises ModelError for a damaged
     file."""

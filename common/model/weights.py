@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from common.model import checkpoint
 from common.model.dtypes import torch_dtype
 from common.model.model_config import ModelConfig, ModelError, Routing
-from common.model.safetensors_files import checkpoint_files, map_tensors
+from common.model.safetensors_files import map_tensors
 from kernels.experts import Experts
 from kernels.ops import LayerWeights, Mlp
 
@@ -47,7 +48,7 @@ def load(directory: Path, config: ModelConfig, dtype: str, device: torch.device)
         ModelError: a file is damaged, or a tensor is missing, unknown, or of a wrong shape or dtype; it names both.
     """
     stored: dict[str, Tensor] = {}
-    for file in checkpoint_files(directory):
+    for file in checkpoint.files(directory):
         stored |= map_tensors(file)
     if config.tie_word_embeddings and _EMBEDDING not in stored and _HEAD in stored:
         stored[_EMBEDDING] = stored.pop(_HEAD)  # of the two that are one, some savers keep the other

@@ -23,7 +23,8 @@ class WorkerConfig(SecurityConfig):
     """Settings of a worker, fixed at its start."""
 
     model: str = "SmolLM2-135M-Instruct"
-    """Model to serve: the embedded one's name, or a local Hugging Face directory."""
+    """Model to serve: the embedded one's name, a local Hugging Face directory, or ORG/NAME or ORG/NAME@REVISION on
+    Hugging Face's hub."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of weights and KV. auto: the model's own on a GPU, float32 on a CPU."""

@@ -103,7 +103,7 @@ def load(
     device = choose_device(config.device)
     if device.type == "cpu":
         keep_freed_memory()
-    directory = model_files.resolve(config.model)
+    directory = model_files.resolve(config.model, weights=config.load_format != "dummy")
     model = model_config.load_config(directory, config.max_length)
     dtype = choose_dtype(config.dtype, model, device)
     if config.load_format == "dummy":

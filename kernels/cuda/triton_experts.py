@@ -21,7 +21,7 @@ from kernels.cuda.triton_tiled_linear import suits_tiles, tiled_linear
 from kernels.experts import Experts
 from kernels.hidden import Hidden
 
-_SORT_BLOCK = 4096
+_SORT_BLOCK = 8192
 _SUM_BLOCK = 1024
 
 
@@ -107,7 +107,7 @@ def sort(chosen: Tensor, experts: int) -> tuple[Tensor, Tensor]:
     starts = torch.empty(experts + 1, dtype=torch.int32, device=chosen.device)
     block = min(_SORT_BLOCK, max(triton.next_power_of_2(chosen.numel()), 32))
     _sort_kernel[(experts,)](
-        chosen, order, starts, chosen.numel(), BLOCK=block, num_warps=4, **dependent(chosen.device)
+        chosen, order, starts, chosen.numel(), BLOCK=block, num_warps=8, **dependent(chosen.device)
     )
     return order, starts
 
@@ -218,7 +218,7 @@ def _tile(choices: int, experts: int, gated: bool, dtype: torch.dtype) -> _Tile:
         return _Tile(16, 32, 128, 4, 4) if gated else _Tile(16, 64, 128, 3, 4)
     if rows <= 96:
         return _Tile(64, 64 if gated else 128, 64, 4, 4)
-    return _Tile(128, 128, 64, 4 if gated else 3, 8)
+    return _Tile(128, 128, 64, 4, 8) if gated else _Tile(128, 256, 64, 3, 8)
 
 
 def _grouped(

@@ -106,4 +106,7 @@ class PeerPools:
 def problem_of(opening: Future[PeerPool]) -> str:
     """Why the pool could not be opened; empty if it could."""
     error = opening.exception()
-    return "" if error is None else (str(error) or repr(error))[:MAX_PROBLEM]
+    if error is None:
+        return ""
+    # JSON may hold halves of characters, and so what is quoted of a descriptor; a message takes none.
+    return (str(error) or repr(error))[:MAX_PROBLEM].encode(errors="replace").decode()

@@ -103,9 +103,11 @@ def _without_forcing(grammar: str) -> str:
         whole = json.loads(grammar)
         first, *others = whole["grammars"]
         grammars = [{"lark_grammar": f"{_NO_FORCING}\nstart: @guide"}, {**first, "name": "guide"}, *others]
+        return json.dumps({**whole, "grammars": grammars})
+    except RecursionError as error:
+        raise GrammarError("it is too deeply nested") from error
     except (ValueError, LookupError, TypeError):
         return grammar  # the library says what is wrong with it
-    return json.dumps({**whole, "grammars": grammars})
 
 
 def problem_of(matcher: LLMatcher) -> str:

@@ -39,7 +39,7 @@ class AdjustedRows:
     bias_ids: Tensor  # [A, S] int64, padded with 0
     biases: Tensor  # [A, S] float32, padded with 0
     stop_ids: Tensor  # [A, E] int64, padded with the row's first one (with 0 where there is none)
-    min_lengths: Tensor  # [A] int32, 0 where there are no stop ids
+    min_lengths: Tensor  # [A] int64, 0 where there are no stop ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +103,7 @@ class TokenCounts:
             bias_ids=self._padded([[token for token, _ in p.logit_bias] for p in params], np.int64),
             biases=self._padded([[bias for _, bias in p.logit_bias] for p in params], np.float32),
             stop_ids=self._padded([ids + ids[:1] * (most_stops - len(ids)) for ids in stops], np.int64),
-            min_lengths=to_device(np.asarray(min_lengths, dtype=np.int32), self._device),
+            min_lengths=to_device(np.asarray(min_lengths, dtype=np.int64), self._device),
         )
 
     def adjust(self, logits: Tensor, positions: Tensor, adjusted: AdjustedRows) -> Tensor:

@@ -14,6 +14,7 @@ import structlog
 from common.model.model_config import ModelConfig
 from common.network.addresses import check_target, is_unix
 from common.network.peers import Peers
+from common.worker.message_size import FULL_BYTES
 from router.cluster.worker import Worker
 from router.cluster.worker_faults import check
 from router.cluster.worker_link import WorkerLink
@@ -113,6 +114,8 @@ class Registry:
         layout = hello.pool.layout
         if not layout.block_size or not hello.max_length:
             return "its hello names no KV layout or length"
+        if (size := hello.pool.ByteSize()) > FULL_BYTES:  # decode workers are sent it
+            return f"the handle of its pool has {size} bytes; at most {FULL_BYTES} are allowed"
         if hello.max_length > layout.num_blocks * layout.block_size:
             return f"by its hello {hello.max_length} tokens fit {layout.num_blocks} blocks of {layout.block_size}"
         if (reason := self._other_model(hello)) is not None:

@@ -43,6 +43,20 @@ def check(message: worker_pb2.WorkerMessage, vocab_size: int) -> None:
             raise WorkerFault(f"hashes of {HASH_BYTES} bytes came as {len(hashes)} bytes")
 
 
+def check_location(kv: worker_pb2.KvLocation, pool: worker_pb2.PoolHandle, blocks: int) -> None:
+    """Of KV that a worker with this pool says it has in so many blocks. That is passed on: what a decode worker cannot
+    use, or its stream cannot carry, would be taken for that worker's fault.
+
+    Raises:
+        WorkerFault: it is elsewhere, or in more or fewer blocks.
+    """
+    named, generations = len(kv.block_ids), len(kv.generations)
+    if named != blocks or generations != blocks:
+        raise WorkerFault(f"KV of {blocks} blocks came as {named} blocks with {generations} generations")
+    if kv.pool != pool:
+        raise WorkerFault("the KV that it names is not in its own pool")
+
+
 def _check_logprobs(logprobs: worker_pb2.Logprobs, vocab_size: int) -> None:
     top = logprobs.top_ids
     if len(top) != len(logprobs.top_logprobs) or len(top) > MAX_LOGPROBS:

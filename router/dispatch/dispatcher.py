@@ -14,7 +14,7 @@ from common.worker import causes
 from router import request_trace
 from router.cluster.fan_out import fan_out
 from router.cluster.worker import REFUSAL_PAUSE, Worker
-from router.cluster.worker_faults import NO_LOGPROBS, WorkerFault
+from router.cluster.worker_faults import NO_LOGPROBS, WorkerFault, check_location
 from router.cluster.workers import DECODE, PREFILL, ROLE_NAMES, Role, Workers
 from router.config import RouterConfig
 from router.dispatch import attempts, blame, choose
@@ -366,6 +366,8 @@ class Dispatcher:
         request = attempt.request
         if request.wants_logprobs and not prefilled.HasField("logprobs"):
             raise WorkerFault(NO_LOGPROBS)
+        if not attempt.in_place:
+            check_location(prefilled.kv, worker.hello.pool, worker.blocks(attempt.length))
         now = time.monotonic()
         attempt.prefilled = prefilled
         worker.prefilled(attempt)

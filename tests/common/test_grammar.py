@@ -55,6 +55,7 @@ def test_what_a_model_lacks_is_named(directory: Path, tmp_path: Path) -> None:
         ("anything else", "Expected token"),
         ("{<|im_end|>", "key must be a string"),
         ('{"<|im_end|>": 1}', "missing field"),
+        (f'{{"<|im_end|>": {"[" * 5_000}', "too deeply nested"),
         ("", "Empty grammar"),
     ],
 )

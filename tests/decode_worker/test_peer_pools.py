@@ -115,6 +115,19 @@ def test_what_is_no_pool_has_a_reason_too(peers: Peers, descriptor: bytes) -> No
     assert peers.answer()[1].problem
 
 
+def test_a_reason_that_quotes_half_a_character_is_said_all_the_same(
+    peers: Peers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A descriptor is JSON, which may have such in what is quoted of it."""
+
+    def refuse(*_: object) -> None:
+        raise TransportError("blocks of worker \ud800 are laid out differently")
+
+    monkeypatch.setattr(peer_pools, "open_peer", refuse)
+    peers.pools.prove(CONNECTION, pb.PoolHandle(instance="half"))
+    assert peers.answer()[1].problem == "blocks of worker ? are laid out differently"
+
+
 def test_the_pool_of_a_worker_that_is_gone_is_closed_unless_it_is_still_read(owners: Owners, peers: Peers) -> None:
     handle = owners.start("three")
     peers.pools.prove(CONNECTION, handle)

@@ -60,6 +60,14 @@ def test_prompts_beyond_what_may_wait_are_answered_so(one: OnePrefillWorker, mon
     assert one.parts.blocks.in_use_count == 0
 
 
+def test_a_sequence_may_become_longer_than_any_that_this_worker_holds(one: OnePrefillWorker) -> None:
+    asked = prefill(1)
+    asked.sequence.max_length = asked.sequence.min_length = 2**32 - 1
+    asked.sequence.stop_token_ids.append(7)
+    one.send(pb.RouterMessage(prefills=[asked]))
+    assert [prefilled.attempt_id for prefilled in one.turn().prefilled] == [1]
+
+
 def test_what_is_to_be_computed_counts_until_it_is_complete_or_dropped(one: OnePrefillWorker) -> None:
     one.send(pb.RouterMessage(prefills=[prefill(attempt) for attempt in (1, 2, 4, 8, 16)]))
     pending = []

@@ -255,7 +255,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         return True
 
     async def _prefill(self, prefill: worker_pb2.Prefill) -> None:
-        blocks = -(-len(prefill.sequence.token_ids) // 16)
+        blocks = -(-len(prefill.sequence.token_ids) // self.hello.pool.layout.block_size)
         kv = worker_pb2.KvLocation(pool=self.hello.pool, block_ids=range(blocks), generations=[1] * blocks)
         await self._first_token(prefill, cached_tokens=3, kv=kv)
 

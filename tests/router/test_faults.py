@@ -713,6 +713,32 @@ async def test_a_first_token_without_the_logprobs_that_were_asked_for_breaks_the
     assert lost == ["it broke the protocol: a token came without the log-probabilities that were asked for"]
 
 
+@pytest.mark.parametrize(
+    "odd",
+    [{"block_ids": [0] * 200_000}, {"generations": [1]}, {"pool": worker_pb2.PoolHandle(descriptor=b"x" * 1_000_000)}],
+    ids=["blocks", "generations", "pool"],
+)
+async def test_kv_that_is_nowhere_is_the_fault_of_the_worker_that_names_it(model: Path, odd: dict[str, Any]) -> None:
+    """Not of the decode worker that it would be passed on to."""
+    odd = dict(odd)
+
+    class Odd(FakeWorker):
+        async def _first_token(self, asked: worker_pb2.Prefill | worker_pb2.Reserve, **where: Any) -> int | None:
+            for name, value in odd.items():
+                where["kv"].ClearField(name)
+                where["kv"].MergeFrom(worker_pb2.KvLocation(**{name: value}))
+            odd.clear()
+            return await super()._first_token(asked, **where)
+
+    with capture_logs() as logs:
+        async with cluster(model, prefills=[Odd(PREFILL), Odd(PREFILL)]) as it:
+            assert list((await it.generate()).choices[0].token_ids) == expected(8)
+            assert len(it.decodes[0].starts) == 1
+            assert not any(worker.circuit._failures for worker in it.router.dispatcher.workers.of(DECODE))
+    (lost,) = [entry for entry in logs if entry["event"] == "worker lost"]
+    assert lost["reason"].startswith("it broke the protocol: ")
+
+
 @pytest.mark.parametrize("hello", [{"fingerprint": "e" * 32}, {"block_size": 32}])
 async def test_workers_that_come_back_as_another_kind_serve_what_has_no_output_yet(
     model: Path, hello: dict[str, Any]

@@ -15,6 +15,10 @@ from tests.router.fake_worker import DECODE, PREFILL, FakeWorker, Script
 from twostroke.v1 import inference_pb2 as pb
 from twostroke.v1 import worker_pb2, worker_pb2_grpc
 
+LARGE_POOL = worker_pb2.PoolHandle(
+    descriptor=b"x" * 5_000_000, layout=worker_pb2.KvLayout(num_blocks=4096, block_size=16)
+)
+
 
 async def test_workers_are_not_called_through_a_proxy(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
@@ -31,6 +35,10 @@ async def test_workers_are_not_called_through_a_proxy(model: Path, monkeypatch: 
         ({"block_size": 32}, "its block_size is 32, and that of"),
         ({"vocab_size": 151936}, "the vocab_size of its model 'fake' is 151936, and that of the router's '"),
         ({"eos_token_ids": [7]}, "the eos_token_ids of its model 'fake' is [7], and that of the router's '"),
+        (
+            {"pool": LARGE_POOL},
+            f"the handle of its pool has {LARGE_POOL.ByteSize()} bytes; at most 4194304 are allowed",
+        ),
         ({"vocabulary": "0" * 32}, f"the vocabulary of its model 'fake' is '{'0' * 32}', and that of the router's '"),
     ],
 )

@@ -45,6 +45,8 @@ def _choose_kernel(
     score = tl.load(scores + token * EXPERTS + expert, mask=expert < EXPERTS, other=-float("inf")).to(tl.float32)
     weight = tl.exp(score - tl.max(score))
     total = tl.sum(weight)
+    # Of scores that are NaN or infinite, argmax might choose one past the last expert. By `total` their shares are NaN.
+    weight = tl.where(weight >= 0.0, weight, 0.0)
     share = tl.zeros((PLACES,), tl.float32)
     best = tl.zeros((PLACES,), tl.int32)
     for index in tl.static_range(PER_TOKEN):
@@ -52,7 +54,9 @@ def _choose_kernel(
         share = tl.where(place == index, tl.max(weight), share)
         best = tl.where(place == index, number, best)
         weight = tl.where(expert == number, -1.0, weight)
-    share /= tl.sum(share) if NORMALIZED else total
+    share /= total
+    if NORMALIZED:
+        share /= tl.sum(share)
     tl.store(shares + token * PER_TOKEN + place, share, mask=place < PER_TOKEN)
     tl.store(chosen + token * PER_TOKEN + place, best, mask=place < PER_TOKEN)
 

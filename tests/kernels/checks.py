@@ -82,6 +82,17 @@ def check_choose(tokens: int, count: int, per_token: int, normalized: bool, dtyp
     assert_close(shares, expected_shares)
 
 
+def check_choose_of_bad_scores(bad: float, normalized: bool) -> None:
+    scores = randn(4, 11)
+    scores[0, 10] = scores[1, 0] = scores[2] = bad
+    shares, chosen = triton_experts.choose(scores, 3, normalized)
+    expected_shares, expected = experts.choose(scores, 3, normalized)
+    torch.testing.assert_close(shares, expected_shares, equal_nan=True)
+    sound = ~expected_shares.isnan()
+    assert torch.equal(chosen[sound].long(), expected[sound])
+    assert all(len({*row}) == 3 and {*row} <= {*range(11)} for row in chosen.tolist())
+
+
 def check_sort(tokens: int, count: int, per_token: int) -> None:
     chosen = torch.randint(count, (tokens, per_token), generator=torch.Generator().manual_seed(0)).int().to(DEVICE)
     order, starts = triton_experts.sort(chosen, count)

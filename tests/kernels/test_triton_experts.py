@@ -17,6 +17,12 @@ def test_choose(count: int, per_token: int, normalized: bool, dtype: torch.dtype
     checks.check_choose(5, count, per_token, normalized, dtype)
 
 
+@pytest.mark.parametrize("normalized", [False, True])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_choose_where_a_model_overflows(bad: float, normalized: bool) -> None:
+    checks.check_choose_of_bad_scores(bad, normalized)
+
+
 @pytest.mark.parametrize(("tokens", "count", "per_token"), [(1, 8, 2), (40, 11, 3), (700, 16, 8)])
 def test_sort(tokens: int, count: int, per_token: int) -> None:
     checks.check_sort(tokens, count, per_token)

@@ -46,7 +46,7 @@ def test_mix(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tokens", [1, 5])
-def test_norm_router_and_experts(tokens: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("tokens", "normalized"), [(1, True), (5, False)])
+def test_norm_router_and_experts(tokens: int, normalized: bool, dtype: torch.dtype) -> None:
     require_dot(dtype)
-    checks.check_add_experts(tokens, dtype)
+    checks.check_add_experts(tokens, normalized, dtype)

@@ -200,7 +200,22 @@ def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert hub_name.parse("Qwen/Qwen3-0.6B@refs/pr/1") == HubName("Qwen/Qwen3-0.6B", "refs/pr/1")
     assert str(HubName("a/b", "v1")) == "a/b@v1"
     assert hub_name.public_name("a/b@v1") == "a/b"
-    for other in ("a", "a/b/c", "/a/b", "./a", "../a", "~a/b", "a/b@", "a/b@../c", "a b/c", "é/b", "a/b\n", ""):
+    for other in (
+        "a",
+        "a/b/c",
+        "/a/b",
+        "./a",
+        "../a",
+        "~a/b",
+        "a/b@",
+        "a/b@../c",
+        "a/b@c/../d",
+        "a/b@c//d",
+        "a b/c",
+        "é/b",
+        "a/b\n",
+        "",
+    ):
         assert hub_name.parse(other) is None, other
         assert hub_name.public_name(other) == other
 

@@ -111,11 +111,16 @@ def test_what_is_not_supported_is_refused_before_its_weights_come(served: Hub, t
     assert not {*SHARDS} & {*served.given}
 
 
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json"])
+def test_a_missing_file_is_named_before_the_weights_come(file: str, served: Hub, tmp_path: Path) -> None:
+    (served.folder / file).unlink()
+    assert f"org/tiny has no {file}" in (start(served, tmp_path) or "")
+    assert not {*SHARDS} & {*served.given}
+
+
 def test_pickled_weights_are_not_read(served: Hub, tmp_path: Path) -> None:
     (served.folder / "model.safetensors.index.json").unlink()
     assert "org/tiny lacks files of weights in the safetensors format" in (start(served, tmp_path) or "")
-    (served.folder / "config.json").unlink()
-    assert "org/tiny has no config.json" in (start(served, tmp_path, HF_HOME=str(tmp_path / "new")) or "")
     assert "pytorch_model.bin" not in served.given
 
 

@@ -175,14 +175,21 @@ def test_a_download_that_breaks_off(error: Exception, words: str, monkeypatch: p
         model_files.resolve("a/b")
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("arguments", "number", "code"),
+    [
+        (["cli.main", "serve", "--listen=127.0.0.1:0"], signal.SIGINT, 130),
+        (["cli.main", "serve", "--listen=127.0.0.1:0"], signal.SIGTERM, 143),
+        (["common.model.download"], signal.SIGTERM, 143),
+    ],
+)
 def test_an_interrupted_download_ends_at_once_and_is_taken_up_again(
-    number: signal.Signals, code: int, served: Hub, tmp_path: Path
+    arguments: list[str], number: signal.Signals, code: int, served: Hub, tmp_path: Path
 ) -> None:
     served.stuck = SHARDS[1]
-    arguments = ["-m", "cli.main", "serve", "--model=org/tiny", "--listen=127.0.0.1:0"]
+    variables = environment(served, tmp_path, TWOSTROKE_MODEL="org/tiny")
     with subprocess.Popen(
-        [sys.executable, *arguments], env=environment(served, tmp_path), cwd=tmp_path, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", *arguments], env=variables, cwd=tmp_path, stderr=subprocess.PIPE, text=True
     ) as process:
         try:
             assert served.half_sent.wait(30)

@@ -3,11 +3,13 @@
 import os
 import sys
 
+from common import lifecycle
 from common.model.model_files import EMBEDDED, resolve
 from common.start_error import StartError
 
 
 def main() -> None:
+    lifecycle.end_in_order()  # so that no half of a file is left behind
     try:
         resolve(os.environ.get("TWOSTROKE_MODEL", EMBEDDED))
     except StartError as error:

@@ -52,8 +52,9 @@ def download(name: HubName, *, weights: bool) -> Path:
         directory = Path(
             snapshot_download(name.repository, revision=name.revision, allow_patterns=_SMALL_FILES, tqdm_class=_NoBar)
         )
-    if not (directory / "config.json").exists():
-        raise ModelError(f"{name} has no config.json, which every model that can be served has")
+    for file in ("config.json", "tokenizer.json"):
+        if not (directory / file).exists():
+            raise ModelError(f"{name} has no {file}, which every model that can be served has")
     load_config(directory, to_run=False)
     for file in _missing_weights(name, directory) if weights else []:
         log.info("downloading weights", model=str(name), file=file)

@@ -4,7 +4,7 @@ import os
 import re
 from dataclasses import dataclass
 
-_FORM = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>\w[\w./-]*))?", re.ASCII)
+_FORM = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>\w[\w.-]*(/\w[\w.-]*)*))?", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)

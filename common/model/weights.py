@@ -116,8 +116,15 @@ def _assemble(config: ModelConfig, take: _Source) -> Weights:
             block, (gate, up, down) = f"{prefix}.mlp", ("gate_proj", "up_proj", "down_proj")
 
         def stacked(*parts: str, shape: tuple[int, int]) -> Tensor:
-            names = [f"{block}.experts.{expert}.{part}.weight" for expert in range(routing.experts) for part in parts]
-            return torch.cat([take(name, shape) for name in names]).view(routing.experts, -1, shape[1])
+            # each to its place at once: a GPU's allocator keeps what was freed, here a second copy of a layer's experts
+            numbers = range(routing.experts)
+            names = (f"{block}.experts.{number}.{part}.weight" for number in numbers for part in parts)
+            first = take(next(names), shape)
+            stack = first.new_empty((routing.experts * len(parts), *shape))
+            stack[0] = first
+            for place, name in enumerate(names, start=1):
+                stack[place] = take(name, shape)
+            return stack.view(routing.experts, -1, shape[1])
 
         return Experts(
             router=take(f"{block}.gate.weight", (routing.experts, hidden)),

@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.cuda.triton_launch import dependent, wait_for_previous
+from kernels.cuda.triton_launch import dependent, shared_bytes, wait_for_previous
 from kernels.cuda.triton_norm import rms_norm
-from kernels.cuda.triton_tiled_linear import suits_tiles, tiled_linear
+from kernels.cuda.triton_tiled_linear import OTHER_SHARED_BYTES, suits_tiles, tiled_linear
 from kernels.experts import Experts
 from kernels.hidden import Hidden
 
@@ -45,6 +45,8 @@ def _choose_kernel(
     score = tl.load(scores + token * EXPERTS + expert, mask=expert < EXPERTS, other=-float("inf")).to(tl.float32)
     weight = tl.exp(score - tl.max(score))
     total = tl.sum(weight)
+    # Of scores that are NaN or infinite, argmax might choose one past the last expert. By `total` their shares are NaN.
+    weight = tl.where(weight >= 0.0, weight, 0.0)
     share = tl.zeros((PLACES,), tl.float32)
     best = tl.zeros((PLACES,), tl.int32)
     for index in tl.static_range(PER_TOKEN):
@@ -52,7 +54,9 @@ def _choose_kernel(
         share = tl.where(place == index, tl.max(weight), share)
         best = tl.where(place == index, number, best)
         weight = tl.where(expert == number, -1.0, weight)
-    share /= tl.sum(share) if NORMALIZED else total
+    share /= total
+    if NORMALIZED:
+        share /= tl.sum(share)
     tl.store(shares + token * PER_TOKEN + place, share, mask=place < PER_TOKEN)
     tl.store(chosen + token * PER_TOKEN + place, best, mask=place < PER_TOKEN)
 
@@ -221,6 +225,12 @@ def _tile(choices: int, experts: int, gated: bool, dtype: torch.dtype) -> _Tile:
     return _Tile(128, 128, 64, 4, 8) if gated else _Tile(128, 256, 64, 3, 8)
 
 
+def _stages(tile: _Tile, gated: bool, dtype: torch.dtype, device: torch.device) -> int:
+    """Those of the tile, or as many as fit: most GPUs have less shared memory than an H100."""
+    stage_bytes = (tile.rows + tile.outputs * (2 if gated else 1)) * tile.inputs * dtype.itemsize
+    return min(tile.stages, (shared_bytes(device) - OTHER_SHARED_BYTES) // stage_bytes)
+
+
 def _grouped(
     x: Tensor, weight: Tensor, shares: Tensor, order: Tensor, starts: Tensor, out: Tensor, per_token: int, gated: bool
 ) -> Tensor:
@@ -246,7 +256,7 @@ def _grouped(
         BLOCK_M=tile.rows,
         BLOCK_N=tile.outputs,
         BLOCK_K=tile.inputs,
-        STAGES=tile.stages,
+        STAGES=_stages(tile, gated, x.dtype, x.device),
         num_warps=tile.warps,
         **dependent(x.device),
     )

@@ -54,6 +54,12 @@ def test_the_estimate_is_above_what_was_measured(
     )
 
 
+def test_a_token_needs_room_for_each_of_its_experts(tmp_path_factory: pytest.TempPathFactory) -> None:
+    model = _shape("qwen3-30b-a3b", tmp_path_factory)
+    activated_and_parts = 8192 * 8 * (768 + 2048) * 2
+    assert 2 * activated_and_parts < bytes_for(Passes(8192, 0, 0), model, "bfloat16") < 5 * activated_and_parts
+
+
 def _shape(name: str, folder: pytest.TempPathFactory) -> ModelConfig:
     return load_config(models.write(name, folder.mktemp(name)), None)
 

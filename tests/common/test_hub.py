@@ -111,11 +111,16 @@ def test_what_is_not_supported_is_refused_before_its_weights_come(served: Hub, t
     assert not {*SHARDS} & {*served.given}
 
 
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json"])
+def test_a_missing_file_is_named_before_the_weights_come(file: str, served: Hub, tmp_path: Path) -> None:
+    (served.folder / file).unlink()
+    assert f"org/tiny has no {file}" in (start(served, tmp_path) or "")
+    assert not {*SHARDS} & {*served.given}
+
+
 def test_pickled_weights_are_not_read(served: Hub, tmp_path: Path) -> None:
     (served.folder / "model.safetensors.index.json").unlink()
     assert "org/tiny lacks files of weights in the safetensors format" in (start(served, tmp_path) or "")
-    (served.folder / "config.json").unlink()
-    assert "org/tiny has no config.json" in (start(served, tmp_path, HF_HOME=str(tmp_path / "new")) or "")
     assert "pytorch_model.bin" not in served.given
 
 
@@ -170,14 +175,21 @@ def test_a_download_that_breaks_off(error: Exception, words: str, monkeypatch: p
         model_files.resolve("a/b")
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("arguments", "number", "code"),
+    [
+        (["cli.main", "serve", "--listen=127.0.0.1:0"], signal.SIGINT, 130),
+        (["cli.main", "serve", "--listen=127.0.0.1:0"], signal.SIGTERM, 143),
+        (["common.model.download"], signal.SIGTERM, 143),
+    ],
+)
 def test_an_interrupted_download_ends_at_once_and_is_taken_up_again(
-    number: signal.Signals, code: int, served: Hub, tmp_path: Path
+    arguments: list[str], number: signal.Signals, code: int, served: Hub, tmp_path: Path
 ) -> None:
     served.stuck = SHARDS[1]
-    arguments = ["-m", "cli.main", "serve", "--model=org/tiny", "--listen=127.0.0.1:0"]
+    variables = environment(served, tmp_path, TWOSTROKE_MODEL="org/tiny")
     with subprocess.Popen(
-        [sys.executable, *arguments], env=environment(served, tmp_path), cwd=tmp_path, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", *arguments], env=variables, cwd=tmp_path, stderr=subprocess.PIPE, text=True
     ) as process:
         try:
             assert served.half_sent.wait(30)
@@ -200,7 +212,22 @@ def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert hub_name.parse("Qwen/Qwen3-0.6B@refs/pr/1") == HubName("Qwen/Qwen3-0.6B", "refs/pr/1")
     assert str(HubName("a/b", "v1")) == "a/b@v1"
     assert hub_name.public_name("a/b@v1") == "a/b"
-    for other in ("a", "a/b/c", "/a/b", "./a", "../a", "~a/b", "a/b@", "a/b@../c", "a b/c", "é/b", "a/b\n", ""):
+    for other in (
+        "a",
+        "a/b/c",
+        "/a/b",
+        "./a",
+        "../a",
+        "~a/b",
+        "a/b@",
+        "a/b@../c",
+        "a/b@c/../d",
+        "a/b@c//d",
+        "a b/c",
+        "é/b",
+        "a/b\n",
+        "",
+    ):
         assert hub_name.parse(other) is None, other
         assert hub_name.public_name(other) == other
 

@@ -82,6 +82,17 @@ def check_choose(tokens: int, count: int, per_token: int, normalized: bool, dtyp
     assert_close(shares, expected_shares)
 
 
+def check_choose_of_bad_scores(bad: float, normalized: bool) -> None:
+    scores = randn(4, 11)
+    scores[0, 10] = scores[1, 0] = scores[2] = bad
+    shares, chosen = triton_experts.choose(scores, 3, normalized)
+    expected_shares, expected = experts.choose(scores, 3, normalized)
+    torch.testing.assert_close(shares, expected_shares, equal_nan=True)
+    sound = ~expected_shares.isnan()
+    assert torch.equal(chosen[sound].long(), expected[sound])
+    assert all(len({*row}) == 3 and {*row} <= {*range(11)} for row in chosen.tolist())
+
+
 def check_sort(tokens: int, count: int, per_token: int) -> None:
     chosen = torch.randint(count, (tokens, per_token), generator=torch.Generator().manual_seed(0)).int().to(DEVICE)
     order, starts = triton_experts.sort(chosen, count)
@@ -108,16 +119,18 @@ def check_mix(
     assert_close(states, expected)
 
 
-def check_add_experts(tokens: int, dtype: torch.dtype) -> None:
-    """With every expert chosen, no rounding of scores can choose another."""
+def check_add_experts(tokens: int, normalized: bool, dtype: torch.dtype) -> None:
+    """The first feature makes two experts the best ones, so that no rounding of scores can choose others."""
     count, hidden, intermediate = 4, 192, 72
     gate_up = randn(count, 2 * intermediate, hidden, dtype=dtype, seed=1).div_(hidden**0.5)
     down = randn(count, hidden, intermediate, dtype=dtype, seed=2).div_(intermediate**0.5)
-    router = randn(count, hidden, dtype=dtype, seed=3).div_(hidden**0.5)
+    router = randn(count, hidden, dtype=dtype, seed=3).div_(8 * hidden**0.5)
     norm_weight, states = randn(hidden, dtype=dtype, seed=4), randn(tokens, hidden, dtype=dtype, seed=5)
-    wide = experts.Experts(router.double(), gate_up.double(), down.double(), count, False)
+    router[1:3, 0] = norm_weight[0] = states[:, 0] = 1
+    wide = experts.Experts(router.double(), gate_up.double(), down.double(), 2, normalized)
     expected = experts.add_experts(Hidden(states.double()), norm_weight.double(), 1e-5, wide)
-    weights = experts.Experts(router, gate_up, down, count, False)
+    poison(tokens * 2 * intermediate, dtype)
+    weights = experts.Experts(router, gate_up, down, 2, normalized)
     added = triton_experts.add_experts(Hidden(states), norm_weight, 1e-5, weights)
     assert added.states.data_ptr() == states.data_ptr()
     assert_close(added.states, expected.states)

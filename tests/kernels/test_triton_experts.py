@@ -17,6 +17,12 @@ def test_choose(count: int, per_token: int, normalized: bool, dtype: torch.dtype
     checks.check_choose(5, count, per_token, normalized, dtype)
 
 
+@pytest.mark.parametrize("normalized", [False, True])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_choose_where_a_model_overflows(bad: float, normalized: bool) -> None:
+    checks.check_choose_of_bad_scores(bad, normalized)
+
+
 @pytest.mark.parametrize(("tokens", "count", "per_token"), [(1, 8, 2), (40, 11, 3), (700, 16, 8)])
 def test_sort(tokens: int, count: int, per_token: int) -> None:
     checks.check_sort(tokens, count, per_token)
@@ -40,7 +46,24 @@ def test_mix(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tokens", [1, 5])
-def test_norm_router_and_experts(tokens: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("choices", [8, 1024, 8192, 65_536])
+def test_stages_fit_into_shared_memory(
+    choices: int, gated: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experts, device = checks.triton_experts, torch.device("cpu")
+    tile = experts._tile(choices, 128, gated, dtype)
+    for kib, whole in ((227, True), (99, False)):  # an H100, and Ada or a small Blackwell
+        monkeypatch.setattr(experts, "shared_bytes", lambda _, size=kib << 10: size)
+        stages = experts._stages(tile, gated, dtype, device)
+        loaded = (tile.rows + tile.outputs * (1 + gated)) * tile.inputs * dtype.itemsize
+        assert 1 <= stages <= tile.stages
+        assert stages * loaded < kib << 10
+        assert stages == tile.stages or not whole
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "normalized"), [(1, True), (5, False)])
+def test_norm_router_and_experts(tokens: int, normalized: bool, dtype: torch.dtype) -> None:
     require_dot(dtype)
-    checks.check_add_experts(tokens, dtype)
+    checks.check_add_experts(tokens, normalized, dtype)

@@ -66,8 +66,9 @@ def serve(
         and config.metrics_port + config.prefill_workers + config.decode_workers > 65_535
     ):
         raise SettingsError(f"--metrics-port {config.metrics_port}: the workers take the ports after it, up to 65535")
-    config = _downloaded(config)
     listen = _with_port(config.listen)
+    listening.check(listen)  # before the model comes, which may take minutes
+    config = _downloaded(config)
     target = _reachable(listen)
     with (
         _secret(config) as config,

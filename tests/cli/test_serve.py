@@ -13,10 +13,12 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import pytest
 
+from cli import serve as serve_command
 from cli.readiness import Readiness
 from cli.serve import _reachable, _with_port, part
 from cli.serve_config import ServeConfig
 from common.probe import probe, service_of_process
+from common.start_error import AddressError
 from decode_worker.config import DecodeConfig
 from prefill_worker.config import PrefillConfig
 from router.config import RouterConfig
@@ -112,6 +114,12 @@ def test_an_address_that_another_router_has_is_not_used(tmp_path: Path, command:
     assert (process.returncode, output) == (1, "")
     assert errors == f"twostroke serve: cannot listen on {other.address}: the port is taken\n"
     assert list(tmp_path.iterdir()) == []  # no part was started
+
+
+def test_a_taken_address_is_told_before_the_model_is_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cli.serve._downloaded", lambda _: pytest.fail("downloaded"))
+    with serving(FakeRouter()) as other, pytest.raises(AddressError, match="the port is taken"):
+        serve_command.serve(config=ServeConfig(model="org/name", listen=other.address))
 
 
 def test_no_other_router_tells_that_it_is_ready() -> None:

@@ -6,9 +6,11 @@ import sys
 from common import lifecycle
 from common.model.model_files import EMBEDDED, resolve
 from common.start_error import StartError
+from common.telemetry import logs
 
 
 def main() -> None:
+    logs.configure("json" if os.environ.get("TWOSTROKE_LOG_FORMAT") == "json" else "people")
     lifecycle.end_in_order()  # so that no half of a file is left behind
     try:
         resolve(os.environ.get("TWOSTROKE_MODEL", EMBEDDED))

@@ -1,0 +1,203 @@
+"""A cluster with its callers and its mishaps: all of it in one thread and in virtual time, drawn from one seed."""
+
+import asyncio
+import itertools
+import random
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TypeVar
+from unittest import mock
+
+import torch
+
+from router.cluster.workers import PREFILL, ROLE_NAMES
+from router.dispatch.request import Request
+from tests.simulation import faults, invariants, load, logs, setting
+from tests.simulation.clock import Clock
+from tests.simulation.host import DecodeHost, Host, Model, PrefillHost
+from tests.simulation.link import Link
+from tests.simulation.reads import Pools
+from tests.simulation.reference import Reference
+from tests.simulation.router_side import RouterSide
+from tests.simulation.tasks import Tasks
+from tests.simulation.traffic import Traffic
+
+T = TypeVar("T")
+
+BUSY_TICKS = 360  # in which callers ask, and things go wrong
+MOST_TICKS = 20_000  # until all are answered, and nothing is held
+LAST_TICKS, LAST_TICK_SECONDS = 200, 0.05  # for what is let go of after a time, and must not be needed
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    counts: Counter[str]
+    digest: str  # of all that parts said to each other
+
+
+def run(seed: int, model: Model) -> Report:
+    """The same for the same seed, always and everywhere.
+
+    Raises:
+        AssertionError: something did not hold.
+        Exception: a part could not go on.
+    """
+    rng, clock = random.Random(seed), Clock()
+    with ExitStack() as stack:
+        stack.enter_context(clock.in_charge())
+        stack.enter_context(logs.only_exceptions())
+        stack.enter_context(mock.patch("router.dispatch.attempts.random", rng))  # the ids of attempts
+        stack.enter_context(torch.random.fork_rng(devices=[]))  # what is in pools at first
+        torch.manual_seed(seed)
+        return asyncio.run(_simulate(rng, clock, model))
+
+
+async def _simulate(rng: random.Random, clock: Clock, model: Model) -> Report:
+    world = World(rng, clock, model)
+    with (
+        mock.patch("decode_worker.peer_pools.ThreadPoolExecutor", lambda **_: world.tasks),
+        mock.patch("decode_worker.peer_pools.open_peer", world.pools.open),
+    ):
+        await world.run()
+    return Report(world.traffic.counts, world.traffic.digest)
+
+
+class World:
+    """To be made while its event loop runs."""
+
+    def __init__(self, rng: random.Random, clock: Clock, model: Model) -> None:
+        self._rng = rng
+        self._clock = clock
+        self._model = model
+        self._setting = setting.draw(rng)
+        self._serials = itertools.count()
+        self._hosts: dict[str, Host] = {}  # by address
+        self._links: list[Link] = []
+        self._routers = [RouterSide(self._setting, rng) for _ in range(self._setting.routers)]
+        self._reference = Reference(model)
+        self.tasks = Tasks(rng)
+        self.pools = Pools(self._setting.failing_reads, rng)
+        self.traffic = Traffic()
+
+    async def run(self) -> None:
+        for _ in range(BUSY_TICKS):
+            self._ask()
+            if self._setting.faults:
+                faults.strike([*self._hosts.values()], self._links, self.traffic.counts, self._rng)
+            await self._tick(restart=0.2)
+        await self._come_to_rest()
+        for _ in range(LAST_TICKS):
+            self._clock.go_on(LAST_TICK_SECONDS)
+            await self._tick()
+        self._check_rest()
+        self._count_ends()
+
+    # ------------------------------------------------------------ callers
+
+    def _requests(self) -> Iterator[Request]:
+        return (request for router in self._routers for request in router.requests)
+
+    def _ask(self) -> None:
+        if self._likely(0.25):
+            choices = load.draw(self._rng, self._serials)
+            self._reference.ask(choices)
+            asked = self._rng.choice(self._routers).ask(choices)
+            self.traffic.counts["asked" if asked else "turned away"] += len(choices)
+
+    def _leave(self) -> None:
+        """Callers do, or a stop string has ended one choice of theirs."""
+        router = self._rng.choice(self._routers)
+        if router.requests and self._likely(0.05):
+            one = self._rng.choice(router.requests)
+            all_choices = [request for request in router.requests if request.id == one.id]
+            router.dispatcher.drop(all_choices if self._likely(0.5) else [one])
+
+    # ------------------------------------------------------------ parts
+
+    def _start_hosts(self, restart: float) -> None:
+        for role, slot in self._setting.slots:
+            address = f"{ROLE_NAMES[role]}-{slot}"
+            if address not in self._hosts and self._likely(restart):
+                kind = PrefillHost if role == PREFILL else DecodeHost
+                guided = self._model.guided(self.tasks)
+                host = kind(address, next(self._serials), self._setting, guided, self._rng)
+                self._hosts[address] = host
+                self.pools.add(host)
+
+    def _connect(self, host: Host) -> None:
+        for router in self._routers:
+            links = (link for link in self._links if link.router is router and link.host.address == host.address)
+            if not any(link.router_open for link in links):
+                self._links.append(Link(router, host, self.traffic, self._rng))
+
+    def _sometimes_connect(self, host: Host) -> None:
+        if self._likely(0.1):
+            self._connect(host)
+
+    async def _tick(self, restart: float = 1.0) -> None:
+        """Everybody may do something, in any order."""
+        self._clock.go_on(self._rng.choice([0, 0.0005, 0.005, 0.03]))
+        self._start_hosts(restart)
+        self._leave()
+        await asyncio.sleep(0)  # what routers have put off, and their timers
+        self.tasks.go_on()
+        self.pools.go_on()
+        for host in self._shuffled(self._hosts.values()):
+            if not host.dead and self._likely(0.7):
+                host.turn(lambda host=host: self._sometimes_connect(host))
+                invariants.blocks_add_up(host)
+            host.dead = host.dead or (host.draining and host.idle and self._likely(0.3))
+        self._hosts = {address: host for address, host in self._hosts.items() if not host.dead}
+        for link in self._shuffled(self._links):
+            await link.go_on()
+            invariants.accounts_are_possible(link)
+        self._links = [link for link in self._links if not link.over]
+        if self._likely(0.05):
+            self._check_contents()
+
+    def _check_contents(self) -> None:
+        for host in self._hosts.values():
+            invariants.hashes_tell_the_truth(host, self._reference)
+        invariants.answers_are_right(self._requests(), self._reference)
+
+    # ------------------------------------------------------------ the end
+
+    async def _come_to_rest(self) -> None:
+        for _ in range(MOST_TICKS):
+            if self._at_rest():
+                return
+            await self._tick()
+        waiting = [f"{it.id}.{it.index}" for router in self._routers for it in router.unanswered]
+        busy = [host.address for host in self._hosts.values() if not host.idle]
+        raise AssertionError(f"it does not come to rest: requests {waiting[:9]}, workers {busy}")
+
+    def _at_rest(self) -> bool:
+        idle = all(host.idle for host in self._hosts.values()) and all(link.at_rest for link in self._links)
+        return idle and not any(router.unanswered for router in self._routers)
+
+    def _check_rest(self) -> None:
+        self._check_contents()
+        for host in self._hosts.values():
+            invariants.nothing_is_held(host)
+        for router in self._routers:
+            invariants.router_is_empty(router)
+        for link in self._links:
+            invariants.accounts_are_even(link)
+        invariants.nobody_failed_without_need(self._requests(), self._setting.patient)
+
+    def _count_ends(self) -> None:
+        counts = self.traffic.counts
+        for request in self._requests():
+            counts[request.state.name.lower()] += 1
+            counts["resumed"] += request.resumes > 0
+            counts["guided"] += request.prompt.grammar != ""
+
+    def _likely(self, chance: float) -> bool:
+        return self._rng.random() < chance
+
+    def _shuffled(self, items: Iterable[T]) -> list[T]:
+        shuffled = list(items)
+        self._rng.shuffle(shuffled)
+        return shuffled

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import cyclopts
 
-from tests.simulation.host import Model
+from tests.simulation import model
 from tests.simulation.world import run
 
 BATCH = 10  # seeds
@@ -31,14 +31,14 @@ def main(*, seeds: str = "1:100") -> int:
     """
     first, last = map(int, seeds.split(":"))
     with tempfile.TemporaryDirectory() as directory:
-        model = Model.load(Path(directory))
+        tiny = model.load(Path(directory))
     for start in range(first, last + 1, BATCH):
         batch = range(start, min(start + BATCH, last + 1))
         counts: Counter[str] = Counter()
         digest, began = sha256(), time.monotonic()
         for seed in batch:
             try:
-                report = run(seed, model)
+                report = run(seed, tiny)
             except Exception as error:
                 traceback.print_exc()
                 print(f"seed {seed}: {type(error).__name__}: {error}")

@@ -1,7 +1,6 @@
 """What one worker answers that nobody disturbs, one call after the other; and the KV of every block on the way."""
 
 import random
-from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -9,59 +8,41 @@ from benchmarks.parts import worker_parts
 from common.kv.prefix_hash import block_hashes, cache_root
 from common.sampling.parameters import sampling_from_proto
 from common.worker.sequence import SequenceSpec
-from common.worker.worker_parts import WorkerParts
 from router.dispatch.request import Request
 from tests.one_worker import OneWorker
-from tests.simulation.host import Model
+from tests.simulation.model import Model
 from tests.simulation.setting import BLOCK, FINGERPRINT
-from tests.simulation.tasks import AtOnce
+from tests.simulation.tasks import Tasks
 from twostroke.v1 import worker_pb2 as pb
 
-_BLOCKS = 400
 
+class Reference(OneWorker):
+    def __init__(self, model: Model) -> None:
+        super().__init__(worker_parts(model.with_grammars(Tasks(1.0, random.Random())), 400, BLOCK))
+        self.kv: dict[bytes, Tensor] = {}  # by the block's hash
+        self._logprobs: dict[int, list[pb.Logprobs]] = {}  # by attempt; empty where it wants none
+        self._attempt_at: dict[Request, int] = {}
 
-@dataclass(frozen=True, slots=True)
-class Answer:
-    tokens: list[int]
-    logprobs: list[pb.Logprobs] = field(default_factory=list)
+    def answer_first(self, choices: list[Request]) -> None:
+        """Before anybody else is asked."""
+        self._attempt_at |= {request: self.ask(_spec(request)) for request in choices}
+        self.finish()
+        for block_hash, block in self.parts.blocks._by_hash.items():
+            if block_hash not in self.kv:
+                self.kv[block_hash] = self.parts.pool.tensor[block].clone()
 
+    def tokens(self, request: Request) -> list[int]:
+        return self.outputs[self._attempt_at[request]]
 
-class _Worker(OneWorker):
-    """Keeps log-probabilities, too: empty ones for those that want none."""
-
-    def __init__(self, parts: WorkerParts) -> None:
-        super().__init__(parts)
-        self.logprobs: dict[int, list[pb.Logprobs]] = {}  # by attempt
+    def logprobs(self, request: Request) -> list[pb.Logprobs]:
+        return self._logprobs[self._attempt_at[request]]
 
     def _read(self, message: pb.WorkerMessage) -> None:
         super()._read(message)
-        for prefilled in message.prefilled:
-            self.logprobs[prefilled.attempt_id] = [prefilled.logprobs]
-        if message.tokens.logprobs:
-            for attempt, logprobs in zip(message.tokens.attempt_ids, message.tokens.logprobs, strict=True):
-                self.logprobs[attempt].append(logprobs)
-
-
-class Reference:
-    def __init__(self, model: Model) -> None:
-        self.kv: dict[bytes, Tensor] = {}  # by the block's hash
-        self._worker = _Worker(worker_parts(model.guided(AtOnce(random.Random())), _BLOCKS, BLOCK))
-        self._answers: dict[Request, Answer] = {}
-
-    def ask(self, choices: list[Request]) -> None:
-        """To be called before anybody else is asked."""
-        attempts = [(request, self._worker.ask(_spec(request))) for request in choices]
-        self._worker.finish()
-        for request, attempt in attempts:
-            assert self._worker.ended[attempt] == pb.Ended.CAUSE_FINISHED
-            self._answers[request] = Answer(self._worker.outputs[attempt], self._worker.logprobs[attempt])
-        parts = self._worker.parts
-        for block_hash, block in parts.blocks._by_hash.items():
-            if block_hash not in self.kv:
-                self.kv[block_hash] = parts.pool.tensor[block].clone()
-
-    def answer(self, request: Request) -> Answer:
-        return self._answers[request]
+        self._logprobs |= {prefilled.attempt_id: [prefilled.logprobs] for prefilled in message.prefilled}
+        for attempt, logprobs in zip(message.tokens.attempt_ids, message.tokens.logprobs, strict=False):
+            self._logprobs[attempt].append(logprobs)
+        assert all(ended.cause == pb.Ended.CAUSE_FINISHED for ended in message.ended)
 
 
 def _spec(request: Request) -> SequenceSpec:

@@ -1,4 +1,4 @@
-"""Routers: a real dispatcher each, the requests that it was asked, and the circuit breakers of its workers."""
+"""Routers: a real dispatcher each, the requests that it took, and the circuit breakers of its workers."""
 
 import random
 from collections import defaultdict
@@ -6,7 +6,6 @@ from collections import defaultdict
 from router.cluster.circuit import Circuit
 from router.dispatch.dispatcher import Dispatcher
 from router.dispatch.request import Request, State
-from router.errors import CallError
 from router.metrics import Metrics
 from tests.simulation.setting import Setting
 
@@ -20,15 +19,8 @@ class RouterSide:
         self.circuits: defaultdict[str, Circuit] = defaultdict(Circuit)  # by address
         self.requests: list[Request] = []
 
-    def ask(self, choices: list[Request]) -> bool:
-        """False: they were turned away."""
-        try:
-            self.dispatcher.submit(choices)
-        except CallError:
-            return False
-        self.requests += choices
-        return True
-
     @property
-    def unanswered(self) -> list[Request]:
-        return [request for request in self.requests if request.state in (State.QUEUED, State.DISPATCHED)]
+    def at_rest(self) -> bool:
+        """All are answered, and it knows it."""
+        waiting = self.dispatcher.queued or self.dispatcher.running or self.dispatcher.queued_prompt_tokens
+        return not waiting and not any(it.state in (State.QUEUED, State.DISPATCHED) for it in self.requests)

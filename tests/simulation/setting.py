@@ -33,9 +33,9 @@ class Setting:
     def router(self, rng: random.Random) -> RouterConfig:
         return RouterConfig(
             headroom_tokens=rng.choice([0, 1, 4, 8, 256]),
-            max_queue=rng.choice([40, 1_000]),
+            max_queue=rng.choice([40, 1_000, 1_000]),
             max_resumes=FOREVER if self.patient else rng.choice([0, 1, 3]),
-            worker_grace=FOREVER if self.patient else 0.3,
+            worker_grace=FOREVER if self.patient else 1.0,
         )
 
 

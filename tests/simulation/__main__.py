@@ -8,13 +8,12 @@ It fails at the first seed whose cluster did what it must not; that seed alone d
 import tempfile
 import time
 import traceback
-from collections import Counter
-from hashlib import sha256
 from pathlib import Path
 
 import cyclopts
 
-from tests.simulation import model
+from tests.simulation import logs, model
+from tests.simulation.traffic import Traffic
 from tests.simulation.world import run
 
 BATCH = 10  # seeds
@@ -24,30 +23,27 @@ app = cyclopts.App(help=__doc__)
 
 @app.default
 def main(*, seeds: str = "1:100") -> int:
-    """Simulates a cluster for each seed, and prints what happened in every ten of them.
+    """Simulates a cluster for each seed. Prints a line for every ten of them: a digest of what the parts said to each
+    other, and how often what happened.
 
     Args:
         seeds: the first and the last, as 1:100.
     """
     first, last = map(int, seeds.split(":"))
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory() as directory, logs.only_exceptions():
         tiny = model.load(Path(directory))
     for start in range(first, last + 1, BATCH):
         batch = range(start, min(start + BATCH, last + 1))
-        counts: Counter[str] = Counter()
-        digest, began = sha256(), time.monotonic()
+        traffic, began = Traffic(), time.monotonic()
         for seed in batch:
             try:
-                report = run(seed, tiny)
+                run(seed, tiny, traffic)
             except Exception as error:
                 traceback.print_exc()
                 print(f"seed {seed}: {type(error).__name__}: {error}")
                 return 1
-            counts += report.counts
-            digest.update(report.digest.encode())
-        happened = ", ".join(f"{what} {count:,}" for what, count in sorted(counts.items()))
-        seconds = time.monotonic() - began
-        print(f"seeds {start}:{batch[-1]}, {seconds:.0f} s, {digest.hexdigest()[:12]}: {happened}", flush=True)
+        happened = ", ".join(f"{what} {count:,}" for what, count in sorted(traffic.counts.items()))
+        print(f"seeds {start}:{batch[-1]}, {time.monotonic() - began:.0f} s, {traffic.digest}: {happened}", flush=True)
     return 0
 
 

@@ -29,6 +29,7 @@ def blocks_add_up(host: Host) -> None:
 def hashes_are_true(host: Host, reference: Reference) -> None:
     """A block that can be found holds the KV that its hash stands for."""
     found = host.parts.blocks._by_hash
+    assert found.keys() <= reference.kv.keys(), f"{host.address} has a hash of tokens that nobody answers alone"
     if found:
         held = host.parts.pool.tensor[list(found.values())]
         true = torch.stack([reference.kv[block_hash] for block_hash in found])

@@ -19,10 +19,10 @@ class Pools:
     """
 
     def __init__(self, failing: float, rng: random.Random) -> None:
-        self._failing = failing
-        self._rng = rng
+        self.failing = failing
+        self.rng = rng
+        self.under_way: list[_Read] = []
         self._owners: dict[bytes, Host] = {}  # by descriptor
-        self._under_way: list[_Read] = []
 
     def add(self, owner: Host) -> None:
         self._owners[owner.parts.hello.pool.descriptor] = owner
@@ -30,21 +30,13 @@ class Pools:
     def open(self, descriptor: bytes, _transport: str, _layout: KvLayout, _device: torch.device) -> PeerPool:
         """As `common.transport.open_peer`."""
         owner = self._owners[descriptor]
-        if owner.dead or self._rng.random() < self._failing / 10:
+        if owner.dead or self.rng.random() < self.failing / 10:
             raise TransportError("it cannot be opened")
         return _Peer(self, owner)
 
-    def read(self, owner: Host, blocks: Sequence[int], target: KvPool, target_blocks: Sequence[int]) -> "_Read":
-        if self._rng.random() < self._failing:
-            raise TransferFailed("it cannot be read")
-        pairs = list(zip(blocks, target_blocks, strict=True))
-        self._rng.shuffle(pairs)
-        self._under_way.append(read := _Read(owner, target, pairs, self._rng))
-        return read
-
     def go_on(self) -> None:
-        self._under_way = [read for read in self._under_way if read.left]
-        for read in self._under_way:
+        self.under_way = [read for read in self.under_way if read.left]
+        for read in self.under_way:
             read.copy_some()
 
 
@@ -60,7 +52,13 @@ class _Peer:
 
     def read(self, src_blocks: Sequence[int], dst: KvPool, dst_blocks: Sequence[int]) -> "_Read":
         assert not self._closed
-        return self._pools.read(self._owner, src_blocks, dst, dst_blocks)
+        pools = self._pools
+        if pools.rng.random() < pools.failing:
+            raise TransferFailed("it cannot be read")
+        pairs = list(zip(src_blocks, dst_blocks, strict=True))
+        pools.rng.shuffle(pairs)
+        pools.under_way.append(read := _Read(self._owner, dst, pairs, pools.rng))
+        return read
 
     def generations_hold(self, blocks: Sequence[int], expected: Sequence[int]) -> bool:
         assert not self._closed

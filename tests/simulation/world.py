@@ -3,12 +3,8 @@
 import asyncio
 import itertools
 import random
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import partial
-from typing import TypeVar
 from unittest import mock
 
 import torch
@@ -27,68 +23,60 @@ from tests.simulation.router_side import RouterSide
 from tests.simulation.tasks import Tasks
 from tests.simulation.traffic import Traffic
 
-T = TypeVar("T")
-
 BUSY_TICKS = 360  # in which callers ask, and things go wrong
 MOST_TICKS = 20_000  # until all are answered, and nothing is held
 LAST_TICKS, LAST_TICK_SECONDS = 200, 0.05  # for what is let go of after a time, and must not be needed
 
 
-@dataclass(frozen=True, slots=True)
-class Report:
-    counts: Counter[str]
-    digest: str  # of all that parts said to each other
-
-
-def run(seed: int, model: Model) -> Report:
+def run(seed: int, model: Model, traffic: Traffic) -> None:
     """The same for the same seed, always and everywhere.
+
+    Args:
+        seed: what everything is drawn from.
+        model: of the workers.
+        traffic: is told what was said and done.
 
     Raises:
         AssertionError: something did not hold.
         Exception: a part could not go on.
     """
     rng, clock = random.Random(seed), Clock()
-    with ExitStack() as stack:
-        stack.enter_context(clock.in_charge())
-        stack.enter_context(logs.only_exceptions())
-        stack.enter_context(mock.patch("router.dispatch.attempts.random", rng))  # the ids of attempts
-        stack.enter_context(torch.random.fork_rng(devices=[]))  # what is in pools at first
-        torch.manual_seed(seed)
-        return asyncio.run(_simulate(rng, clock, model))
-
-
-async def _simulate(rng: random.Random, clock: Clock, model: Model) -> Report:
-    world = World(rng, clock, model)
     with (
-        mock.patch("decode_worker.peer_pools.ThreadPoolExecutor", return_value=world.tasks),
-        mock.patch("decode_worker.peer_pools.open_peer", world.pools.open),
+        clock.in_charge(),
+        logs.only_exceptions(),
+        torch.random.fork_rng(devices=[]),
+        mock.patch("router.dispatch.attempts.random", rng),  # makes their ids
     ):
-        await world.run()
-    return Report(world.traffic.counts, world.traffic.digest)
+        torch.manual_seed(seed)  # for what is in pools at first
+        world = World(rng, clock, model, traffic)
+        with (
+            mock.patch("decode_worker.peer_pools.ThreadPoolExecutor", return_value=world.tasks),
+            mock.patch("decode_worker.peer_pools.open_peer", world.pools.open),
+        ):
+            asyncio.run(world.run())
 
 
 class World:
-    """To be made while its event loop runs."""
-
-    def __init__(self, rng: random.Random, clock: Clock, model: Model) -> None:
+    def __init__(self, rng: random.Random, clock: Clock, model: Model, traffic: Traffic) -> None:
         self._rng = rng
         self._clock = clock
         self._model = model
+        self._traffic = traffic
         self._setting = setting.draw(rng)
         self._serials = itertools.count()
         self._hosts: dict[str, Host] = {}  # by address
         self._links: list[Link] = []
-        self._routers = [RouterSide(self._setting, rng) for _ in range(self._setting.routers)]
+        self._routers: list[RouterSide] = []
         self._reference = Reference(model)
         self.tasks = Tasks(0.5, rng)
         self.pools = Pools(self._setting.failing_reads, rng)
-        self.traffic = Traffic()
 
     async def run(self) -> None:
+        self._routers = [RouterSide(self._setting, self._rng) for _ in range(self._setting.routers)]
         for _ in range(BUSY_TICKS):
             self._ask()
             if self._setting.faults:
-                faults.strike([*self._hosts.values()], self._links, self.traffic.counts, self._rng)
+                faults.strike([*self._hosts.values()], self._links, self._traffic.counts, self._rng)
             await self._tick(restart=0.2)
         await self._come_to_rest()
         for _ in range(LAST_TICKS):
@@ -111,7 +99,7 @@ class World:
                 router.dispatcher.submit(choices)
                 router.requests += choices
             except CallError:
-                self.traffic.counts["requests turned away"] += len(choices)
+                self._traffic.counts["requests turned away"] += len(choices)
 
     def _leave(self) -> None:
         """Callers do, or a stop string has ended one choice of theirs."""
@@ -138,7 +126,7 @@ class World:
         connected = [link.router for link in self._links if link.router_open and link.host.address == host.address]
         for router in self._routers:
             if router not in connected and self._likely(0.1):
-                self._links.append(Link(router, host, self.traffic, self._rng))
+                self._links.append(Link(router, host, self._traffic, self._rng))
 
     async def _tick(self, restart: float = 1.0) -> None:
         """Everybody may do something, in any order."""
@@ -148,13 +136,13 @@ class World:
         await asyncio.sleep(0)  # what routers have put off, and their timers
         self.tasks.go_on()
         self.pools.go_on()
-        for host in self._shuffled(self._hosts.values()):
+        for host in self._rng.sample([*self._hosts.values()], len(self._hosts)):
             if not host.dead and self._likely(0.7):
                 host.turn(partial(self._connect, host))
                 invariants.blocks_add_up(host)
             host.dead = host.dead or (host.draining and host.idle and self._likely(0.3))
         self._hosts = {address: host for address, host in self._hosts.items() if not host.dead}
-        for link in self._shuffled(self._links):
+        for link in self._rng.sample(self._links, len(self._links)):
             await link.go_on()
             invariants.account_is_possible(link)
         self._links = [link for link in self._links if not link.over]
@@ -187,7 +175,7 @@ class World:
         invariants.failures_are_due(self._requests(), self._setting.patient)
 
     def _count_ends(self) -> None:
-        counts = self.traffic.counts
+        counts = self._traffic.counts
         for request in self._requests():
             counts[f"requests {request.state.name.lower()}"] += 1
             counts["requests resumed"] += request.resumes > 0
@@ -196,8 +184,3 @@ class World:
 
     def _likely(self, chance: float) -> bool:
         return self._rng.random() < chance
-
-    def _shuffled(self, items: Iterable[T]) -> list[T]:
-        shuffled = list(items)
-        self._rng.shuffle(shuffled)
-        return shuffled

@@ -16,7 +16,7 @@ def strike(hosts: Sequence[Host], links: Sequence[Link], counts: Counter[str], r
     if hosts and rng.random() < 0.006:
         rng.choice(hosts).draining = True
         counts["workers drained"] += 1
-    if links and rng.random() < 0.01:
+    if links and rng.random() < 0.02:
         link = rng.choice(links)
         link.close_router() if rng.random() < 0.5 else link.close_worker()
         counts["streams cut"] += 1

@@ -14,7 +14,7 @@ class Pools:
     """The pools of all workers that there ever were. A dead one's can still be read for a while.
 
     Args:
-        failing: share of reads that fail. Far fewer pools can't be opened: routers ask again only after seconds.
+        failing: share of reads that fail. Fewer pools can't be opened, as routers ask again only after seconds.
         rng: decides which.
     """
 
@@ -30,7 +30,7 @@ class Pools:
     def open(self, descriptor: bytes, _transport: str, _layout: KvLayout, _device: torch.device) -> PeerPool:
         """As `common.transport.open_peer`."""
         owner = self._owners[descriptor]
-        if owner.dead or self.rng.random() < self.failing / 10:
+        if owner.dead or self.rng.random() < self.failing / 4:
             raise TransportError("it cannot be opened")
         return _Peer(self, owner)
 

@@ -64,9 +64,14 @@ class Link:
         while self.router_open and self._outbox_ready and self._rng.random() < 0.7:
             self._to_worker.append((await self.worker.outbox.next_message()).SerializeToString())
         while self.router_open and self._to_router and self._rng.random() < 0.6:
-            self._reach_router(pb.WorkerMessage.FromString(self._to_router.popleft()))
+            to_router = pb.WorkerMessage.FromString(self._to_router.popleft())
+            self._traffic.to_router(to_router)
+            check(to_router, VOCAB_SIZE)
+            self.router.dispatcher.received(self.worker, to_router)
         while self.worker_open and self._to_worker and self._rng.random() < 0.6:
-            self._reach_worker(pb.RouterMessage.FromString(self._to_worker.popleft()))
+            to_worker = pb.RouterMessage.FromString(self._to_worker.popleft())
+            self._traffic.to_worker(to_worker)
+            self.host.wire.put(self._connection, to_worker)
         if not (self.worker_open or self._to_router) and self._rng.random() < 0.5:
             self.close_router()
         if not self.router_open and self._rng.random() < 0.3:
@@ -75,12 +80,3 @@ class Link:
     @property
     def _outbox_ready(self) -> bool:
         return self.worker.outbox._has_messages.is_set()
-
-    def _reach_router(self, message: pb.WorkerMessage) -> None:
-        self._traffic.to_router(message)
-        check(message, VOCAB_SIZE)
-        self.router.dispatcher.received(self.worker, message)
-
-    def _reach_worker(self, message: pb.RouterMessage) -> None:
-        self._traffic.to_worker(message)
-        self.host.wire.put(self._connection, message)

@@ -29,7 +29,7 @@ LAST_TICKS, LAST_TICK_SECONDS = 200, 0.05  # for what is let go of after a time,
 
 
 def run(seed: int, model: Model, traffic: Traffic) -> None:
-    """The same for the same seed, always and everywhere.
+    """The same seed gives the same run, in every process.
 
     Args:
         seed: what everything is drawn from.

@@ -16,7 +16,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check -qq
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow soak lint format protos docs lock gpu-check compose-test clean
+.PHONY: help demo test test-slow soak simulate lint format protos docs lock gpu-check compose-test clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  ##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -47,6 +47,9 @@ test-slow: $(VENV)/.installed-dev  ## long fault tests, and a soak of minutes
 
 soak: $(VENV)/.installed-dev  ## half an hour of mixed load and random faults; ARGS="--minutes 5 --seed 2"
 	$(BIN)/python -m tests.e2e.soak $(ARGS)
+
+simulate: $(VENV)/.installed-dev  ## whole clusters in virtual time, drawn from seeds; ARGS="--seeds 1:1000"
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.simulation $(ARGS)
 
 lint: $(VENV)/.installed-dev  ## ruff, mypy, stub drift
 	$(BIN)/ruff check .

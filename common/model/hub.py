@@ -76,8 +76,7 @@ def _missing_weights(name: HubName, directory: Path) -> list[str]:
         listed = {file.path for file in get_cached_repo_tree(name.repository, revision=directory.name)}
     except CachedRepoTreeNotFoundError:  # offline, and an older client has left no list: what is there must do
         return []
-    sharded = checkpoint.INDEX in listed and checkpoint.SINGLE not in listed
-    files = checkpoint.shards(directory) if sharded else [checkpoint.SINGLE]
+    files = checkpoint.names(directory, listed.__contains__)
     if not listed.issuperset(files):
         raise ModelError(f"{name} lacks files of weights in the safetensors format, and no other is read")
     return [file for file in files if not (directory / file).exists()]

@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.cuda.triton_launch import dependent, shared_bytes, wait_for_previous
+from kernels.cuda.triton_launch import dependent, stages_that_fit, wait_for_previous
 from kernels.cuda.triton_norm import rms_norm
-from kernels.cuda.triton_tiled_linear import OTHER_SHARED_BYTES, suits_tiles, tiled_linear
+from kernels.cuda.triton_tiled_linear import suits_tiles, tiled_linear
 from kernels.experts import Experts
 from kernels.hidden import Hidden
 
@@ -228,7 +228,7 @@ def _tile(choices: int, experts: int, gated: bool, dtype: torch.dtype) -> _Tile:
 def _stages(tile: _Tile, gated: bool, dtype: torch.dtype, device: torch.device) -> int:
     """Those of the tile, or as many as fit: most GPUs have less shared memory than an H100."""
     stage_bytes = (tile.rows + tile.outputs * (2 if gated else 1)) * tile.inputs * dtype.itemsize
-    return min(tile.stages, (shared_bytes(device) - OTHER_SHARED_BYTES) // stage_bytes)
+    return stages_that_fit(tile.stages, stage_bytes, device)
 
 
 def _grouped(

@@ -60,6 +60,14 @@ def shared_bytes(device: torch.device) -> int:
     return int(properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]  # torch's stubs lack it
 
 
+_OTHER_SHARED_BYTES = 27 << 10  # left for anything but pipeline stages
+
+
+def stages_that_fit(most: int, stage_bytes: int, device: torch.device) -> int:
+    """How many pipeline stages of this size a thread block's shared memory holds, up to `most`."""
+    return min(most, (shared_bytes(device) - _OTHER_SHARED_BYTES) // stage_bytes)
+
+
 MAX_ARRIVALS = 1 << 15
 
 

@@ -23,12 +23,11 @@ from kernels.cuda.triton_launch import (
     is_hopper_or_later,
     is_last_to_arrive,
     multiprocessors,
-    shared_bytes,
+    stages_that_fit,
     wait_for_previous,
 )
 
 MAX_ROWS = 256
-OTHER_SHARED_BYTES = 27 << 10  # shared memory left for anything but pipeline stages
 _DTYPES = (torch.bfloat16, torch.float16)
 _TILE_ROWS = 64  # the M of wgmma
 _ALIGNED = 16  # bytes, required by TMA
@@ -150,7 +149,7 @@ def _tile(rows: int, outputs: int, inputs: int, gated: bool, device: torch.devic
         splits *= 2
     stages = 4 if steps <= 8 or tiles() > room else 6
     stage_bytes = (height + width * matrices) * step * 2
-    return Tile(height, width, step, splits, min(stages, (shared_bytes(device) - OTHER_SHARED_BYTES) // stage_bytes))
+    return Tile(height, width, step, splits, stages_that_fit(stages, stage_bytes, device))
 
 
 def suits_tiles(x: Tensor, weight: Tensor) -> bool:

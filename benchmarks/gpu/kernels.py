@@ -389,7 +389,7 @@ def mixtures(ceilings: Ceilings) -> Iterator[Result]:
 
 
 def mixture_case(ceilings: Ceilings, case: str, tokens: int, weights: experts.Experts) -> Iterator[Result]:
-    """All from the normed hidden states on, beside the same with torch's grouped product. The floor is the time to read
+    """All from the norm to the residual, beside the same with torch's grouped product. The floor is the time to read
     the experts chosen, or to multiply with them, whichever is longer."""
     hidden = weights.router.shape[1]
     sets = 8

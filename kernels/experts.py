@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.activation import silu_mul
+from kernels.fp8 import Weight
 from kernels.hidden import Hidden
+from kernels.linear import product
 from kernels.norm import rms_norm
 
 
@@ -17,8 +19,8 @@ class Experts:
     """Weights of E experts, each an MLP with I intermediate values, and of the router that chooses among them."""
 
     router: Tensor  # [E, H]
-    gate_up: Tensor  # [E, 2 I, H]: gate, up
-    down: Tensor  # [E, H, I]
+    gate_up: Weight  # [E, 2 I, H]: gate, up
+    down: Weight  # [E, H, I]
     per_token: int  # how many each token goes through
     normalized: bool  # whether the shares of a token's experts add up to 1
 
@@ -44,7 +46,7 @@ def choose(scores: Tensor, per_token: int, normalized: bool) -> tuple[Tensor, Te
     return shares, chosen
 
 
-def mix(x: Tensor, shares: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def mix(x: Tensor, shares: Tensor, chosen: Tensor, gate_up: Weight, down: Weight) -> Tensor:
     """Each token's sum of share * down(silu(gate(x)) * up(x)) over the experts chosen for it.
 
     x [T, H]; shares, chosen [T, k]; gate_up [E, 2 I, H]; down [E, H, I]. Returns [T, H] in x's dtype, summed in that of
@@ -53,6 +55,6 @@ def mix(x: Tensor, shares: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor
     mixed = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, shares.dtype))
     for expert in sorted(set(chosen.flatten().tolist())):
         token, place = (chosen == expert).nonzero(as_tuple=True)
-        output = F.linear(silu_mul(F.linear(x[token], gate_up[expert])), down[expert])
+        output = product(silu_mul(product(x[token], gate_up[expert])), down[expert])
         mixed.index_add_(0, token, (output * shares[token, place, None]).to(mixed.dtype))
     return mixed.to(x.dtype)

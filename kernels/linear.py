@@ -1,54 +1,58 @@
 """The linear layers of a transformer block, each with the norm, bias, gated activation or residual next to it, so that
-a device may fuse them. Weights have the layout of F.linear, [out, in]."""
+a device may fuse them. Weights have the layout of F.linear, [out, in], and may be 8-bit floats (`kernels.fp8`)."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import fp8
 from kernels.activation import silu_mul
+from kernels.fp8 import Fp8Weight, Weight
 from kernels.hidden import Hidden
 from kernels.norm import rms_norm
 
 
-def norm_linear(hidden: Hidden, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None) -> Tensor:
+def norm_linear(hidden: Hidden, norm: Tensor, eps: float, weight: Weight, bias: Tensor | None) -> Tensor:
     """linear(rms_norm(hidden)).
 
     hidden [T, H]; norm [H]; weight [N, H]; bias [N] or None; one dtype. Returns [T, N].
     """
-    return _linear(rms_norm(hidden.states, norm, eps), weight, bias)
+    return product(rms_norm(hidden.states, norm, eps), weight, bias)
 
 
-def norm_gated_linear(hidden: Hidden, norm: Tensor, eps: float, gate_up: Tensor) -> Tensor:
+def norm_gated_linear(hidden: Hidden, norm: Tensor, eps: float, gate_up: Weight) -> Tensor:
     """silu(gate(rms_norm(hidden))) * up(rms_norm(hidden)).
 
     hidden [T, H]; norm [H]; gate_up [2 I, H]: gate in the first half, up in the second; one dtype. Returns [T, I].
     """
     normed = rms_norm(hidden.states, norm, eps)
-    if normed.device.type == "cpu" and not _is_quicker_transposed(normed, gate_up):
+    if isinstance(gate_up, Tensor) and normed.device.type == "cpu" and not _is_quicker_transposed(normed, gate_up):
         # two products of half the width are a little faster than one
-        gate, up = (_linear(normed, half, None) for half in gate_up.chunk(2))
+        gate, up = (product(normed, half) for half in gate_up.chunk(2))
         return F.silu(gate, inplace=True).mul_(up)
-    return silu_mul(_linear(normed, gate_up, None))
+    return silu_mul(product(normed, gate_up))
 
 
-def add_linear(hidden: Hidden, x: Tensor, weight: Tensor, bias: Tensor | None, next_norm: Tensor | None) -> Hidden:
+def add_linear(hidden: Hidden, x: Tensor, weight: Weight, bias: Tensor | None, next_norm: Tensor | None) -> Hidden:
     """Adds linear(x) to the hidden states, in place.
 
     hidden [T, H]; x [T, K]; weight [H, K]; bias and next_norm [H] or None; one dtype. next_norm: weight of the norm
     that comes next, which an implementation may begin (`kernels.hidden.BegunNorm`). None: no norm follows.
     """
-    return Hidden(hidden.states.add_(_linear(x, weight, bias)))
+    return Hidden(hidden.states.add_(product(x, weight, bias)))
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """F.linear(x, weight, bias), by the function of MKL that is fastest for this shape."""
+def product(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias, by the function that is fastest for this shape."""
+    if isinstance(weight, Fp8Weight):
+        return fp8.linear(x, weight, bias)
     if x.shape[0] == 1 and _is_float32_on_cpu(x):
         # F.linear would take the matrix product, which for one row takes up to twice as long.
         row = weight.mv(x[0]) if bias is None else torch.addmv(bias, weight, x[0])
         return row.unsqueeze(0)
     if _is_quicker_transposed(x, weight):
-        product = (weight @ x.t()).t().contiguous()
-        return product if bias is None else product.add_(bias)
+        transposed = (weight @ x.t()).t().contiguous()
+        return transposed if bias is None else transposed.add_(bias)
     return F.linear(x, weight, bias)
 
 

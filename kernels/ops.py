@@ -11,6 +11,7 @@ from torch import Tensor
 from kernels import attention, experts, linear, rope, sampling, step
 from kernels.attention import DecodeAttention, PrefillAttention
 from kernels.experts import Experts
+from kernels.fp8 import Weight
 from kernels.hidden import Hidden
 from kernels.rope import Rotation
 
@@ -30,8 +31,8 @@ class Sample(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Mlp:
-    gate_up: Tensor  # [2 I, H]: gate, up; I: intermediate size
-    down: Tensor  # [H, I]
+    gate_up: Weight  # [2 I, H]: gate, up; I: intermediate size
+    down: Weight  # [H, I]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +41,11 @@ class LayerWeights:
     D: head_dim."""
 
     attention_norm: Tensor  # [H]
-    qkv: Tensor  # [(Hq + 2 Hkv) * D, H]: q, k, v
+    qkv: Weight  # [(Hq + 2 Hkv) * D, H]: q, k, v
     qkv_bias: Tensor | None  # [(Hq + 2 Hkv) * D]
     q_norm: Tensor | None  # [D]
     k_norm: Tensor | None  # [D]
-    output: Tensor  # [H, Hq * D]
+    output: Weight  # [H, Hq * D]
     output_bias: Tensor | None  # [H]
     mlp_norm: Tensor  # [H]
     mlp: Mlp | Experts
@@ -66,9 +67,9 @@ class Ops:
     """One function per operation, with the same signature and meaning on every device. The torch references say
     what each does."""
 
-    norm_linear: Callable[[Hidden, Tensor, float, Tensor, Tensor | None], Tensor]
-    norm_gated_linear: Callable[[Hidden, Tensor, float, Tensor], Tensor]
-    add_linear: Callable[[Hidden, Tensor, Tensor, Tensor | None, Tensor | None], Hidden]
+    norm_linear: Callable[[Hidden, Tensor, float, Weight, Tensor | None], Tensor]
+    norm_gated_linear: Callable[[Hidden, Tensor, float, Weight], Tensor]
+    add_linear: Callable[[Hidden, Tensor, Weight, Tensor | None, Tensor | None], Hidden]
     add_experts: Callable[[Hidden, Tensor, float, Experts], Hidden]
     rope_write_kv: Callable[[Tensor, Rotation, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
     prefill_attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, PrefillAttention, float], Tensor]

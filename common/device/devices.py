@@ -2,7 +2,8 @@
 
 import torch
 
-from common.model.model_config import ModelConfig, ModelError
+from common.model.model_config import ModelConfig
+from common.model.model_error import ModelError
 
 
 def choose_device(name: str) -> torch.device:

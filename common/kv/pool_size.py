@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from common.kv.kv_pool import KvLayout
-from common.model.model_config import ModelError
+from common.model.model_error import ModelError
 
 # Share that the pool takes of the memory that is free once the weights are loaded.
 GPU_POOL_SHARE = 0.85

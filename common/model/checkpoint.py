@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from common.model.model_config import ModelError
+from common.model.model_error import ModelError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

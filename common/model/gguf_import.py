@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 
-from common.model.model_config import ModelError, parse_config
+from common.model.model_config import parse_config
+from common.model.model_error import ModelError
 
 _CACHE_LINE = 64
 _LAYER_TENSORS = {

@@ -20,7 +20,8 @@ from tqdm.auto import tqdm
 
 from common.model import checkpoint
 from common.model.hub_name import HubName
-from common.model.model_config import ModelError, load_config
+from common.model.model_config import load_config
+from common.model.model_error import ModelError
 
 log = structlog.get_logger(__name__)
 

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.start_error import StartError
+from common.model import quantization
+from common.model.model_error import ModelError
+from common.model.quantization import Quantization
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -24,10 +26,6 @@ _LARGEST = 1e30
 
 # What transformers takes for a sliding window that config.json does not mention; null is none.
 _USUAL_WINDOW = 4096
-
-
-class ModelError(StartError, ValueError):
-    """A model that cannot be served; the message says why in a sentence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +52,7 @@ class ModelConfig:
     """One decoder-only transformer of Llama's family."""
 
     architecture: str  # as in config.json, "LlamaForCausalLM"
-    dtype: str  # that the weights are stored in
+    dtype: str  # that the weights are stored in, or those that are not quantized
     vocab_size: int
     hidden_size: int
     intermediate_size: int  # of the MLP, or of one expert
@@ -71,6 +69,7 @@ class ModelConfig:
     output_bias: bool  # of the attention's output projection
     qk_norm: bool
     routing: Routing | None  # None: every layer has one MLP
+    quantization: Quantization | None  # None: all weights are of `dtype`
     eos_token_ids: tuple[int, ...]
 
 
@@ -123,6 +122,7 @@ def parse_config(
     rope_theta, rope_scaling = _rope(raw, 1e6 if family == "mixtral" else 1e4)
     attention_bias = bool(raw.get("attention_bias", False)) and family in ("llama", "qwen3", "qwen3_moe")
     routing = _routing(raw, family)
+    quantized = _object(raw, "quantization_config")
     return ModelConfig(
         architecture=architecture,
         dtype=_dtype(raw),
@@ -142,6 +142,7 @@ def parse_config(
         output_bias=attention_bias,
         qk_norm=family in ("qwen3", "qwen3_moe"),
         routing=routing,
+        quantization=quantization.parse(quantized) if quantized else None,
         eos_token_ids=_eos_token_ids(raw, generation or {}, vocab_size),
     )
 
@@ -183,9 +184,6 @@ def _refuse_unsupported(raw: dict[str, Any]) -> None:
         raise ModelError(f"hidden_act {activation!r} is not supported; supported is 'silu'")
     if raw.get("mlp_bias"):
         raise ModelError("mlp_bias is not supported: the MLP's projections must have no biases")
-    if raw.get("quantization_config"):
-        method = _object(raw, "quantization_config").get("quant_method", "unknown")
-        raise ModelError(f"quantized weights ({method}) are not supported; use a float32, bfloat16 or float16 model")
 
 
 def _routing(raw: dict[str, Any], family: str) -> Routing | None:

@@ -10,7 +10,7 @@ from filelock import FileLock
 from platformdirs import user_cache_path
 
 from common.model import hub_name
-from common.model.model_config import ModelError
+from common.model.model_error import ModelError
 
 EMBEDDED = "SmolLM2-135M-Instruct"
 

@@ -9,10 +9,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from common.model.model_config import ModelError
+from common.model.model_error import ModelError
 
 HEADER_LENGTH = struct.Struct("<Q")
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F8_E4M3": torch.float8_e4m3fn}
 
 
 def read_header(file: Path) -> tuple[dict[str, dict[str, Any]], int]:

@@ -4,7 +4,8 @@ import hashlib
 import json
 from pathlib import Path
 
-from common.model.model_config import ModelError, read_json
+from common.model.model_config import read_json
+from common.model.model_error import ModelError
 
 
 def digest(directory: Path) -> str:

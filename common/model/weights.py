@@ -1,7 +1,8 @@
 """A model's weights, laid out as the model takes them: read from safetensors files, or random."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -10,17 +11,21 @@ from tqdm import tqdm
 
 from common.model import checkpoint
 from common.model.dtypes import torch_dtype
-from common.model.model_config import ModelConfig, ModelError, Routing
+from common.model.model_config import ModelConfig, Routing
+from common.model.model_error import ModelError
 from common.model.safetensors_files import map_tensors
 from kernels.experts import Experts
+from kernels.fp8 import E4M3, LARGEST, Fp8Weight, Weight
 from kernels.ops import LayerWeights, Mlp
 
 _PROGRESS_AFTER_SECONDS = 1.0
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
-# (name in a Hugging Face checkpoint, shape) -> the tensor, of the wanted dtype, on the wanted device
-_Source = Callable[[str, tuple[int, ...]], Tensor]
+# (name in a Hugging Face checkpoint, shape, dtype) -> the tensor, on the wanted device
+_Source = Callable[[str, tuple[int, ...], torch.dtype], Tensor]
+
+_DUMMY_SCALE = 2.0**-9  # of 8-bit floats, so that their values are far from the smallest and the largest
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +68,7 @@ def load(directory: Path, config: ModelConfig, dtype: str, device: torch.device)
         disable=None,  # but on a terminal, as in gguf_import.py
     ) as progress:
 
-        def take(name: str, shape: tuple[int, ...]) -> Tensor:
+        def take(name: str, shape: tuple[int, ...], wanted: torch.dtype) -> Tensor:
             tensor = stored.pop(name, None)
             if tensor is None:
                 raise ModelError(f"{directory} lacks the tensor {name}")
@@ -71,10 +76,15 @@ def load(directory: Path, config: ModelConfig, dtype: str, device: torch.device)
                 raise ModelError(
                     f"{name} in {directory} has shape {list(tensor.shape)}; config.json asks for {list(shape)}"
                 )
+            if E4M3 in (tensor.dtype, wanted) and tensor.dtype != wanted:
+                raise ModelError(
+                    f"{name} in {directory} is stored as {tensor.dtype}; only projections of the layers may be 8-bit "
+                    "floats, and where config.json has a quantization_config, all of them must be"
+                )
             progress.update(tensor.nbytes)
-            return tensor.to(device, torch_dtype(dtype))
+            return tensor.to(device, wanted)
 
-        weights = _assemble(replace(config, tie_word_embeddings=tied), take)
+        weights = _assemble(replace(config, tie_word_embeddings=tied), torch_dtype(dtype), take)
     _refuse_leftovers(stored, directory, config)
     return weights
 
@@ -87,27 +97,42 @@ def dummy(config: ModelConfig, dtype: str, device: torch.device, seed: int = 0) 
     """
     generator = torch.Generator(device).manual_seed(seed)
 
-    def make(name: str, shape: tuple[int, ...]) -> Tensor:
+    def make(name: str, shape: tuple[int, ...], wanted: torch.dtype) -> Tensor:
         try:
-            tensor = torch.empty(shape, dtype=torch_dtype(dtype), device=device)
+            tensor = torch.empty(shape, dtype=torch.float32 if wanted == E4M3 else wanted, device=device)
         except RuntimeError as error:
             raise ModelError(f"there is no room for {name} of shape {list(shape)}") from error
         if name.endswith("norm.weight"):
             return tensor.fill_(1.0)
         if name.endswith(".bias"):
             return tensor.zero_()
-        return tensor.normal_(0.0, shape[1] ** -0.5, generator=generator)
+        if config.quantization is not None and name.endswith(config.quantization.scales):
+            return tensor.fill_(_DUMMY_SCALE)
+        tensor.normal_(0.0, shape[1] ** -0.5, generator=generator)
+        return tensor.div_(_DUMMY_SCALE).clamp_(-LARGEST, LARGEST).to(E4M3) if wanted == E4M3 else tensor
 
-    return _assemble(config, make)
+    return _assemble(config, torch_dtype(dtype), make)
 
 
-def _assemble(config: ModelConfig, take: _Source) -> Weights:
+def _assemble(config: ModelConfig, dtype: torch.dtype, source: _Source) -> Weights:
     hidden, intermediate, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
     q_size, kv_size = config.num_heads * head_dim, config.num_kv_heads * head_dim
 
+    def take(name: str, shape: tuple[int, ...]) -> Tensor:
+        return source(name, shape, dtype)
+
+    def projection(name: str, rows: int, columns: int) -> Weight:
+        if (quantization := config.quantization) is None:
+            return take(f"{name}.weight", (rows, columns))
+        scales_shape = quantization.scales_shape(name, rows, columns)
+        return Fp8Weight(
+            source(f"{name}.weight", (rows, columns), E4M3),
+            source(f"{name}.{quantization.scales}", scales_shape, torch.float32),
+        )
+
     def mlp(prefix: str) -> Mlp:
-        gate_up = [take(f"{prefix}.mlp.{part}_proj.weight", (intermediate, hidden)) for part in ("gate", "up")]
-        return Mlp(_joined(gate_up), take(f"{prefix}.mlp.down_proj.weight", (hidden, intermediate)))
+        gate_up = [projection(f"{prefix}.mlp.{part}_proj", intermediate, hidden) for part in ("gate", "up")]
+        return Mlp(_joined(gate_up), projection(f"{prefix}.mlp.down_proj", hidden, intermediate))
 
     def experts(prefix: str, routing: Routing) -> Experts:
         if config.architecture == "MixtralForCausalLM":
@@ -115,21 +140,15 @@ def _assemble(config: ModelConfig, take: _Source) -> Weights:
         else:
             block, (gate, up, down) = f"{prefix}.mlp", ("gate_proj", "up_proj", "down_proj")
 
-        def stacked(*parts: str, shape: tuple[int, int]) -> Tensor:
-            # each to its place at once: a GPU's allocator keeps what was freed, here a second copy of a layer's experts
+        def stacked(*parts: str, rows: int, columns: int) -> Weight:
             numbers = range(routing.experts)
-            names = (f"{block}.experts.{number}.{part}.weight" for number in numbers for part in parts)
-            first = take(next(names), shape)
-            stack = first.new_empty((routing.experts * len(parts), *shape))
-            stack[0] = first
-            for place, name in enumerate(names, start=1):
-                stack[place] = take(name, shape)
-            return stack.view(routing.experts, -1, shape[1])
+            names = [f"{block}.experts.{number}.{part}" for number in numbers for part in parts]
+            return _stacked((projection(name, rows, columns) for name in names), len(names), routing.experts)
 
         return Experts(
             router=take(f"{block}.gate.weight", (routing.experts, hidden)),
-            gate_up=stacked(gate, up, shape=(intermediate, hidden)),
-            down=stacked(down, shape=(hidden, intermediate)),
+            gate_up=stacked(gate, up, rows=intermediate, columns=hidden),
+            down=stacked(down, rows=hidden, columns=intermediate),
             per_token=routing.per_token,
             normalized=routing.normalized,
         )
@@ -140,13 +159,13 @@ def _assemble(config: ModelConfig, take: _Source) -> Weights:
         qkv = [("q", q_size), ("k", kv_size), ("v", kv_size)]
         return LayerWeights(
             attention_norm=take(f"{prefix}.input_layernorm.weight", (hidden,)),
-            qkv=_joined([take(f"{attention}.{part}_proj.weight", (size, hidden)) for part, size in qkv]),
-            qkv_bias=_joined([take(f"{attention}.{part}_proj.bias", (size,)) for part, size in qkv])
+            qkv=_joined([projection(f"{attention}.{part}_proj", size, hidden) for part, size in qkv]),
+            qkv_bias=_end_to_end([take(f"{attention}.{part}_proj.bias", (size,)) for part, size in qkv])
             if config.qkv_bias
             else None,
             q_norm=take(f"{attention}.q_norm.weight", (head_dim,)) if config.qk_norm else None,
             k_norm=take(f"{attention}.k_norm.weight", (head_dim,)) if config.qk_norm else None,
-            output=take(f"{attention}.o_proj.weight", (hidden, q_size)),
+            output=projection(f"{attention}.o_proj", hidden, q_size),
             output_bias=take(f"{attention}.o_proj.bias", (hidden,)) if config.output_bias else None,
             mlp_norm=take(f"{prefix}.post_attention_layernorm.weight", (hidden,)),
             mlp=mlp(prefix) if config.routing is None else experts(prefix, config.routing),
@@ -168,13 +187,39 @@ def _has_own_head(stored: Mapping[str, Tensor]) -> bool:
     return head is not None and embedding is not None and not torch.equal(head.to(embedding.dtype), embedding)
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
+def _joined(parts: Sequence[Weight]) -> Weight:
+    """`parts` as one matrix, with the outputs of one after those of the other."""
+    return _weight(_end_to_end(tensors) for tensors in zip(*map(_tensors, parts), strict=True))
+
+
+def _stacked(parts: Iterator[Weight], count: int, experts: int) -> Weight:
+    """`count` parts as a stack of `experts` matrices, each of which has as many of them, one after the other."""
+    first = next(parts)
+    stacks = [tensor.new_empty((count, *tensor.shape)) for tensor in _tensors(first)]
+    # each to its place at once: a GPU's allocator keeps what was freed, here a second copy of a layer's experts
+    for place, part in enumerate(chain([first], parts)):
+        for stack, tensor in zip(stacks, _tensors(part), strict=True):
+            stack[place] = tensor
+    return _weight(stack.view(experts, -1, stack.shape[-1]) for stack in stacks)
+
+
+def _tensors(weight: Weight) -> tuple[Tensor, ...]:
+    return (weight.values, weight.scales) if isinstance(weight, Fp8Weight) else (weight,)
+
+
+def _weight(tensors: Iterable[Tensor]) -> Weight:
+    """The one that `_tensors` takes apart."""
+    first, *scales = tensors
+    return Fp8Weight(first, *scales) if scales else first
+
+
+def _end_to_end(parts: Sequence[Tensor]) -> Tensor:
     """`parts` joined along their first dimension, without a copy if they already lie end to end in memory."""
     first = parts[0]
     end = first.data_ptr()
     for part in parts:
         if part.data_ptr() != end or part.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
-            return torch.cat(parts)
+            return torch.cat(list(parts))
         end += part.nbytes
     rows = sum(part.shape[0] for part in parts)
     return first.as_strided((rows, *first.shape[1:]), first.stride())

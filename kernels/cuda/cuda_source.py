@@ -28,8 +28,8 @@ def _multiply(columns: int) -> str:
     sums = ", ".join(f'"+f"(sums[{i}])' for i in range(count))
     return f"""
 __device__ __forceinline__ void multiply(float* sums, u64 rows, u64 columns) {{
-    asm volatile("wgmma.mma_async.sync.aligned.m64n{columns}k16.f32." TYPE "." TYPE
-                 " {{{registers}}}, %{count}, %{count + 1}, 1, 1, 1, 0, 0;"
+    asm volatile("wgmma.mma_async.sync.aligned.m64n{columns}" FACTORS
+                 " {{{registers}}}, %{count}, %{count + 1}, 1, 1, 1" NOT_TRANSPOSED ";"
                  : {sums}
                  : "l"(rows), "l"(columns));
 }}

@@ -1,14 +1,26 @@
 // Shared by the linear layers for Hopper GPUs (cuda_source.py puts it in front of each, after mbarrier.cuh): clusters,
 // programmatic dependent launch, TMA and wgmma.
 //
-// Macro, 0 or 1: FLOAT16 (else bfloat16).
+// Macros, 0 or 1: FLOAT16 (else bfloat16), and FP8 if the factors of a product are not of that type but e4m3.
 
-constexpr int STEP = 64;  // inputs (K) of a pipeline stage: 128 bytes of a row, the width of the swizzle
+#ifndef FP8
+#define FP8 0
+#endif
+
+constexpr int STEP_BYTES = 128;                // of a row, that a pipeline stage has: the width of the swizzle
+constexpr int STEP = FP8 ? 128 : 64;  // inputs (K), as many as that are
 
 #if FLOAT16
 #define TYPE "f16"
 #else
 #define TYPE "bf16"
+#endif
+#if FP8
+#define FACTORS "k32.f32.e4m3.e4m3"
+#define NOT_TRANSPOSED ""  // e4m3 cannot be
+#else
+#define FACTORS "k16.f32." TYPE "." TYPE
+#define NOT_TRANSPOSED ", 0, 0"
 #endif
 
 struct alignas(64) TensorMap {
@@ -39,18 +51,18 @@ __device__ __forceinline__ void load_weight(void* to, const TensorMap& weight, i
         : "memory");
 }
 
-// The wgmma descriptor of rows of STEP inputs in shared memory, as TMA swizzles them: in groups of eight rows.
+// The wgmma descriptor of rows of a stage in shared memory, as TMA swizzles them: in groups of eight rows.
 __device__ __forceinline__ u64 descriptor(const void* rows) {
-    return (u64)((shared_address(rows) & 0x3ffff) >> 4) | 1ull << 16 | (u64)(8 * STEP * 2 >> 4) << 32 | 1ull << 62;
+    return (u64)((shared_address(rows) & 0x3ffff) >> 4) | 1ull << 16 | (u64)(8 * STEP_BYTES >> 4) << 32 | 1ull << 62;
 }
-// One wgmma: sums += 64 rows of one factor times N rows of the other, 16 inputs of each. cuda_source.py defines it for
+// One wgmma: sums += 64 rows of one factor times N rows of the other, 32 bytes of each. cuda_source.py defines it for
 // the kernel's N.
 __device__ __forceinline__ void multiply(float* sums, u64 rows, u64 columns);
 // Multiplies all inputs of a stage. Asynchronous: see wait_for_stages_but.
 __device__ __forceinline__ void multiply_stage(float* sums, u64 rows, u64 columns) {
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
-    for (int part = 0; part < STEP / 16; ++part)  // of 32 bytes
+    for (int part = 0; part < STEP_BYTES / 32; ++part)
         multiply(sums, rows + part * 2, columns + part * 2);
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }

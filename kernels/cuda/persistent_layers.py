@@ -19,6 +19,7 @@ from torch import Tensor
 from kernels.cuda import cuda_source
 from kernels.cuda.triton_launch import is_hopper_or_later, multiprocessors, shared_bytes
 from kernels.experts import Experts
+from kernels.fp8 import Fp8Weight
 from kernels.ops import LayerWeights, Mlp
 
 _THREADS = 288
@@ -72,10 +73,10 @@ class _Shape:
 def fuse_layers(
     layers: Sequence[LayerWeights], embedding: Tensor, cos_sin: Tensor, eps: float, pool: Tensor
 ) -> "PersistentLayers | None":
-    """`kernels.ops.fuse_layers` for CUDA tensors. None if the layers have experts, if the kernel does not support the
-    GPU, the model's shape or its dtype, or if it would be slower than kernels one by one."""
+    """`kernels.ops.fuse_layers` for CUDA tensors. None if the layers have experts or 8-bit weights, if the kernel does
+    not support the GPU, the model's shape or its dtype, or if it would be slower than kernels one by one."""
     device, first = pool.device, layers[0]
-    if isinstance(first.mlp, Experts):
+    if isinstance(first.mlp, Experts) or isinstance(first.qkv, Fp8Weight):
         return None
     kv_heads, head_dim = pool.shape[4:]
     shape = _Shape(
@@ -183,7 +184,8 @@ def _addresses(layer: LayerWeights) -> list[int]:
         layer.qkv, layer.output, mlp.gate_up, mlp.down, layer.attention_norm, layer.mlp_norm,
         layer.q_norm, layer.k_norm, layer.qkv_bias, layer.output_bias,
     )  # fmt: skip
-    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+    assert not any(isinstance(tensor, Fp8Weight) for tensor in tensors)
+    return [tensor.data_ptr() if isinstance(tensor, Tensor) else 0 for tensor in tensors]
 
 
 def _exchanged(shape: _Shape, device: torch.device) -> dict[str, Tensor]:

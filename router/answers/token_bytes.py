@@ -7,7 +7,7 @@ from typing import Any, cast
 from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 
-from common.model.model_config import ModelError
+from common.model.model_error import ModelError
 
 SPACE = "\u2581"  # as SentencePiece-like vocabularies write it
 

@@ -7,7 +7,8 @@ from typing import Any, Self
 import jinja2
 from jinja2 import meta
 
-from common.model.model_config import ModelError, read_json
+from common.model.model_config import read_json
+from common.model.model_error import ModelError
 from router.errors import InvalidArgument
 from router.prompts import template_environment, template_input
 from router.prompts.template_input import TemplateInput

@@ -9,7 +9,8 @@ from typing import TypeVar, cast
 import tokenizers
 
 from common.model import vocabulary
-from common.model.model_config import ModelConfig, ModelError
+from common.model.model_config import ModelConfig
+from common.model.model_error import ModelError
 from router.answers import answer_format, token_bytes
 from router.answers.answer_format import AnswerFormat
 from router.answers.detokenizer import NO_SIGNS, Detokenizer

@@ -19,7 +19,8 @@ from safetensors.torch import save
 
 from common.kv.kv_pool import KvLayout
 from common.model import fingerprint, gguf_import, weights
-from common.model.model_config import ModelError, load_config, parse_config
+from common.model.model_config import load_config, parse_config
+from common.model.model_error import ModelError
 from tests.damage import JSON, altered, damaged
 from tests.messages import fuzz
 

@@ -9,7 +9,8 @@ from benchmarks.gpu import models
 from common.device.gpu_memory import Passes, bytes_for
 from common.kv.kv_pool import KvLayout
 from common.kv.pool_size import GPU_POOL_SHARE, blocks_that_fit
-from common.model.model_config import ModelConfig, ModelError, load_config
+from common.model.model_config import ModelConfig, load_config
+from common.model.model_error import ModelError
 from decode_worker import graphs as decode_graphs
 from prefill_worker import graphs as prefill_graphs
 

@@ -13,7 +13,7 @@ import pytest
 
 from common.model import hub, hub_name, model_files
 from common.model.hub_name import HubName
-from common.model.model_config import ModelError
+from common.model.model_error import ModelError
 from tests.hub_server import COMMIT, TOKEN, Hub
 from tests.router import models
 

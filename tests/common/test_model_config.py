@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig, MistralConfig, MixtralConfig, Qwen3MoeConfig
 
-from common.model.model_config import Llama3Scaling, ModelError, Routing, load_config, parse_config
+from common.model.model_config import Llama3Scaling, Routing, load_config, parse_config
+from common.model.model_error import ModelError
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from common.model import model_files
-from common.model.model_config import ModelError
+from common.model.model_error import ModelError
 from kernels.ops import REFERENCE
 from tests.common import hf_models
 from tests.paged import PagedSequences

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from common.model import vocabulary
-from common.model.model_config import ModelError
+from common.model.model_error import ModelError
 
 
 def written(directory: Path, **tokenizer: object) -> Path:

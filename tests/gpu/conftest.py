@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from common.model import gguf_import, model_files
-from common.model.model_config import ModelError
+from common.model.model_error import ModelError
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

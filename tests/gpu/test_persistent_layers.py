@@ -14,6 +14,7 @@ if not torch.cuda.is_available():
 from common.device.graph_capture import capture
 from kernels import attention, linear, step
 from kernels.cuda.persistent_layers import fuse_layers
+from kernels.fp8 import Weight
 from kernels.hidden import Hidden
 from kernels.ops import LayersOfOneToken, LayerWeights, Mlp
 from kernels.rope import Rotation
@@ -121,20 +122,26 @@ def expected(case: Case, pool: Tensor, lengths: Tensor) -> Tensor:
     """In float64, and K and V into `pool`, of float64 as well."""
     positions, slots, seq_lens = step.locate(lengths, case.block_table, pool.shape[3])
 
-    def wide(tensor: Tensor | None) -> Tensor | None:
+    def wide(weight: Weight) -> Tensor:
+        assert isinstance(weight, Tensor)
+        return weight.double()
+
+    def optional(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.double()
 
     hidden = Hidden(case.embedding.double()[case.tokens.long()])
     for index, layer in enumerate(case.layers):
         keys, values = pool[:, index, 0], pool[:, index, 1]
-        qkv = linear.norm_linear(hidden, layer.attention_norm.double(), EPS, layer.qkv.double(), wide(layer.qkv_bias))
-        rotation = Rotation(positions, case.cos_sin.double(), slots, wide(layer.q_norm), wide(layer.k_norm), EPS)
+        qkv = linear.norm_linear(hidden, layer.attention_norm.double(), EPS, wide(layer.qkv), optional(layer.qkv_bias))
+        rotation = Rotation(
+            positions, case.cos_sin.double(), slots, optional(layer.q_norm), optional(layer.k_norm), EPS
+        )
         plan = attention.plan_decode(case.block_table, seq_lens, keys)
         attended = attention.decode_attention(qkv, rotation, keys, values, plan, pool.shape[-1] ** -0.5).flatten(1)
-        hidden = linear.add_linear(hidden, attended, layer.output.double(), wide(layer.output_bias), None)
+        hidden = linear.add_linear(hidden, attended, wide(layer.output), optional(layer.output_bias), None)
         assert isinstance(layer.mlp, Mlp)
-        activated = linear.norm_gated_linear(hidden, layer.mlp_norm.double(), EPS, layer.mlp.gate_up.double())
-        hidden = linear.add_linear(hidden, activated, layer.mlp.down.double(), None, None)
+        activated = linear.norm_gated_linear(hidden, layer.mlp_norm.double(), EPS, wide(layer.mlp.gate_up))
+        hidden = linear.add_linear(hidden, activated, wide(layer.mlp.down), None, None)
     return hidden.states
 
 

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.model.model_config import ModelError, parse_config
+from common.model.model_config import parse_config
+from common.model.model_error import ModelError
 from router.prompts.tokenizer import Tokenizer
 from tests.damage import JSON, altered, damaged
 from tests.messages import fuzz

@@ -33,6 +33,10 @@ class Fp8Weight:
         return self.values.shape
 
     @property
+    def in_blocks(self) -> bool:
+        return self.scales.shape[-2] != self.values.shape[-2]
+
+    @property
     def group(self) -> int:
         """How many inputs share a scale, of the weight and of what it is multiplied by."""
         return self.values.shape[-1] // self.scales.shape[-1]

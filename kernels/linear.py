@@ -1,6 +1,8 @@
 """The linear layers of a transformer block, each with the norm, bias, gated activation or residual next to it, so that
 a device may fuse them. Weights have the layout of F.linear, [out, in], and may be 8-bit floats (`kernels.fp8`)."""
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,6 +12,12 @@ from kernels.activation import silu_mul
 from kernels.fp8 import Fp8Weight, Weight
 from kernels.hidden import Hidden
 from kernels.norm import rms_norm
+
+
+@dataclass(frozen=True, slots=True)
+class Mlp:
+    gate_up: Weight  # [2 I, H]: gate, up; I: intermediate size
+    down: Weight  # [H, I]
 
 
 def norm_linear(hidden: Hidden, norm: Tensor, eps: float, weight: Weight, bias: Tensor | None) -> Tensor:
@@ -40,6 +48,14 @@ def add_linear(hidden: Hidden, x: Tensor, weight: Weight, bias: Tensor | None, n
     that comes next, which an implementation may begin (`kernels.hidden.BegunNorm`). None: no norm follows.
     """
     return Hidden(hidden.states.add_(product(x, weight, bias)))
+
+
+def add_mlp(hidden: Hidden, norm: Tensor, eps: float, mlp: Mlp, next_norm: Tensor | None) -> Hidden:
+    """Adds down(silu(gate(rms_norm(hidden))) * up(rms_norm(hidden))) to the hidden states, in place.
+
+    hidden [T, H]; norm [H]; next_norm: as in `add_linear`.
+    """
+    return add_linear(hidden, norm_gated_linear(hidden, norm, eps, mlp.gate_up), mlp.down, None, next_norm)
 
 
 def product(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:

@@ -13,6 +13,7 @@ from kernels.attention import DecodeAttention, PrefillAttention
 from kernels.experts import Experts
 from kernels.fp8 import Weight
 from kernels.hidden import Hidden
+from kernels.linear import Mlp
 from kernels.rope import Rotation
 
 
@@ -27,12 +28,6 @@ class Sample(Protocol):
         seeds: Tensor,
         positions: Tensor,
     ) -> Tensor: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Mlp:
-    gate_up: Weight  # [2 I, H]: gate, up; I: intermediate size
-    down: Weight  # [H, I]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +63,8 @@ class Ops:
     what each does."""
 
     norm_linear: Callable[[Hidden, Tensor, float, Weight, Tensor | None], Tensor]
-    norm_gated_linear: Callable[[Hidden, Tensor, float, Weight], Tensor]
     add_linear: Callable[[Hidden, Tensor, Weight, Tensor | None, Tensor | None], Hidden]
+    add_mlp: Callable[[Hidden, Tensor, float, Mlp, Tensor | None], Hidden]
     add_experts: Callable[[Hidden, Tensor, float, Experts], Hidden]
     rope_write_kv: Callable[[Tensor, Rotation, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
     prefill_attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, PrefillAttention, float], Tensor]
@@ -95,8 +90,8 @@ def fuse_layers(
 
 REFERENCE = Ops(
     norm_linear=linear.norm_linear,
-    norm_gated_linear=linear.norm_gated_linear,
     add_linear=linear.add_linear,
+    add_mlp=linear.add_mlp,
     add_experts=experts.add_experts,
     rope_write_kv=rope.rope_write_kv,
     prefill_attention=attention.prefill_attention,
@@ -134,8 +129,8 @@ def _cuda(device: torch.device) -> Ops:
 
     return Ops(
         norm_linear=fastest_linear.norm_linear,
-        norm_gated_linear=fastest_linear.norm_gated_linear,
         add_linear=fastest_linear.add_linear,
+        add_mlp=fastest_linear.add_mlp,
         add_experts=triton_experts.add_experts,
         rope_write_kv=triton_rope.rope_write_kv,
         prefill_attention=(

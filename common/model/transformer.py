@@ -50,8 +50,7 @@ class Model:
                 hidden = ops.add_experts(hidden, layer.mlp_norm, eps, layer.mlp)
             else:
                 hidden = ops.add_linear(hidden, attended, layer.output, layer.output_bias, layer.mlp_norm)
-                activated = ops.norm_gated_linear(hidden, layer.mlp_norm, eps, layer.mlp.gate_up)
-                hidden = ops.add_linear(hidden, activated, layer.mlp.down, None, next_norm)
+                hidden = ops.add_mlp(hidden, layer.mlp_norm, eps, layer.mlp, next_norm)
         return hidden.states
 
     def fused_layers(self, pool: KvPool) -> LayersOfOneToken | None:

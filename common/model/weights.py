@@ -16,7 +16,8 @@ from common.model.model_error import ModelError
 from common.model.safetensors_files import map_tensors
 from kernels.experts import Experts
 from kernels.fp8 import E4M3, LARGEST, Fp8Weight, Weight
-from kernels.ops import LayerWeights, Mlp
+from kernels.linear import Mlp
+from kernels.ops import LayerWeights
 
 _PROGRESS_AFTER_SECONDS = 1.0
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kernels.cuda import cuda_source, triton_launch
 
-HOPPER_STEP = 64  # inputs (K) of a pipeline stage
+HOPPER_STEP_BYTES = 128  # of a row, that a pipeline stage has
 HOPPER_ALIGNMENT = 16  # bytes, required by TMA
 
 
@@ -36,7 +36,7 @@ class CudaKernel:
             columns: N of the kernel's wgmma instructions.
             macros: preprocessor definitions of the kernel.
             shared_bytes: dynamic shared memory of a thread block.
-            dtype: torch.bfloat16 or torch.float16.
+            dtype: of outputs, torch.bfloat16 or torch.float16.
             device: where it is to run.
 
         Raises:
@@ -78,20 +78,25 @@ class CudaKernel:
         _checked(driver.cuLaunchKernelEx(config, self._function, ctypes.addressof(addresses), 0))
 
 
+def hopper_step(dtype: torch.dtype) -> int:
+    """Inputs (K) of a pipeline stage, of factors of this dtype."""
+    return HOPPER_STEP_BYTES // dtype.itemsize
+
+
 def suits_hopper(x: Tensor, weight: Tensor) -> bool:
     """Whether x [rows, inputs] and weight [outputs, inputs] meet what all linear layers for Hopper require. Each has
-    requirements of its own beside these."""
+    requirements of its own beside these. If the weight has 8-bit floats, x is what is yet to be quantized."""
     addresses = (x.data_ptr(), weight.data_ptr(), x.stride(0) * x.itemsize)
     return (
         triton_launch.is_hopper(x.device)  # later architectures have no wgmma
         and x.dtype in (torch.bfloat16, torch.float16)
-        and x.shape[1] % HOPPER_STEP == 0
+        and x.shape[1] % hopper_step(weight.dtype) == 0
         and all(address % HOPPER_ALIGNMENT == 0 for address in addresses)
     )
 
 
 def tensor_map(tensor: Tensor, sizes: Sequence[int], strides: Sequence[int], box: Sequence[int]) -> driver.CUtensorMap:
-    """The TMA descriptor of a 16-bit tensor, with the 128-byte swizzle.
+    """The TMA descriptor of a tensor of 16-bit or 8-bit floats, with the 128-byte swizzle.
 
     Args:
         sizes: of its dimensions, the contiguous one first.
@@ -114,6 +119,7 @@ def _tensor_map(
             {
                 torch.bfloat16: types.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
                 torch.float16: types.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+                torch.float8_e4m3fn: types.CU_TENSOR_MAP_DATA_TYPE_UINT8,
             }[dtype],
             len(sizes),
             address,

@@ -1,6 +1,6 @@
 """Linear layers on CUDA, each by the fastest of five ways for its shape: `triton_few_rows`, `streamed_linear`,
 `gated_linear`, `triton_tiled_linear`, or cuBLAS with norm and activation as kernels of their own. `kernels.linear`
-holds the references."""
+holds the references. Weights of 8-bit floats are for `fp8_linear`."""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,7 +11,9 @@ from kernels.cuda.triton_few_rows import few_rows_linear
 from kernels.cuda.triton_launch import is_hopper
 from kernels.cuda.triton_norm import rms_norm
 from kernels.cuda.triton_tiled_linear import suits_tiles, tiled_linear
+from kernels.fp8 import Fp8Weight, Weight
 from kernels.hidden import Hidden
+from kernels.linear import Mlp
 
 # All measured on an H100 (docs/kernels.md).
 _SMALL_WEIGHT = 1 << 23  # elements; up to here our kernels beat cuBLAS at every number of rows that they support
@@ -67,8 +69,12 @@ def _tiles(x: Tensor, weight: Tensor) -> bool:
     return _is_small(weight) and suits_tiles(x, weight)
 
 
-def norm_linear(hidden: Hidden, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None) -> Tensor:
+def norm_linear(hidden: Hidden, norm: Tensor, eps: float, weight: Weight, bias: Tensor | None) -> Tensor:
     """`kernels.linear.norm_linear` for CUDA tensors whose last dimensions are contiguous."""
+    if isinstance(weight, Fp8Weight):
+        from kernels.cuda import fp8_linear
+
+        return fp8_linear.norm_linear(hidden, norm, eps, weight, bias)
     x = hidden.states
     if _few(x, weight):
         return few_rows_linear(x, weight, norm=norm, eps=eps, bias=bias)
@@ -98,8 +104,12 @@ def norm_gated_linear(hidden: Hidden, norm: Tensor, eps: float, gate_up: Tensor)
     return silu_mul(F.linear(normed, gate_up))
 
 
-def add_linear(hidden: Hidden, x: Tensor, weight: Tensor, bias: Tensor | None, next_norm: Tensor | None) -> Hidden:
+def add_linear(hidden: Hidden, x: Tensor, weight: Weight, bias: Tensor | None, next_norm: Tensor | None) -> Hidden:
     """`kernels.linear.add_linear` for CUDA tensors whose last dimensions are contiguous."""
+    if isinstance(weight, Fp8Weight):
+        from kernels.cuda import fp8_linear
+
+        return fp8_linear.add_linear(hidden, x, weight, bias)
     states = hidden.states
     if _few(x, weight):
         return Hidden(few_rows_linear(x, weight, bias=bias, residual=states))
@@ -113,6 +123,17 @@ def add_linear(hidden: Hidden, x: Tensor, weight: Tensor, bias: Tensor | None, n
     if bias is not None:
         states.add_(bias)
     return Hidden(states)
+
+
+def add_mlp(hidden: Hidden, norm: Tensor, eps: float, mlp: Mlp, next_norm: Tensor | None) -> Hidden:
+    """`kernels.linear.add_mlp` for CUDA tensors whose last dimensions are contiguous."""
+    gate_up, down = mlp.gate_up, mlp.down
+    if isinstance(gate_up, Fp8Weight):
+        from kernels.cuda import fp8_linear
+
+        assert isinstance(down, Fp8Weight)
+        return fp8_linear.add_mlp(hidden, norm, eps, gate_up, down)
+    return add_linear(hidden, norm_gated_linear(hidden, norm, eps, gate_up), down, None, next_norm)
 
 
 def _normed_stream(

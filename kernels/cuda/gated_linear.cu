@@ -14,7 +14,7 @@
 // 16 for each thread block of the cluster) STAGES.
 
 constexpr int WARPGROUPS = 2, TOKENS = 64 * WARPGROUPS, OUTPUTS = ROWS / 2;
-constexpr int WEIGHT_BYTES = ROWS * STEP * 2, X_BYTES = TOKENS * STEP * 2, STAGE_BYTES = WEIGHT_BYTES + X_BYTES;
+constexpr int WEIGHT_BYTES = ROWS * STEP_BYTES, X_BYTES = TOKENS * STEP_BYTES, STAGE_BYTES = WEIGHT_BYTES + X_BYTES;
 constexpr int CONSUMERS = 128 * WARPGROUPS, THREADS = CONSUMERS + 32;
 
 __device__ __forceinline__ void arrive_at(u64* barrier, int program) {

@@ -15,9 +15,10 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.cuda.cuda_kernel import HOPPER_STEP, CudaKernel, suits_hopper, tensor_map
+from kernels.cuda.cuda_kernel import HOPPER_STEP_BYTES, CudaKernel, suits_hopper, tensor_map
 from kernels.cuda.triton_launch import multiprocessors, shared_bytes
 
+_STEP = HOPPER_STEP_BYTES // 2  # inputs, of 16 bits
 _TOKENS = 128  # of a thread block
 MAX_ROWS = 2 * _TOKENS
 _THREADS = 2 * 128 + 32
@@ -38,7 +39,7 @@ class _Plan:
 
 
 def _stage_bytes(tile_rows: int) -> int:
-    return (tile_rows + _TOKENS) * HOPPER_STEP * 2
+    return (tile_rows + _TOKENS) * HOPPER_STEP_BYTES
 
 
 @cache
@@ -51,7 +52,7 @@ def _plan(tokens: int, rows: int, inputs: int, device: torch.device) -> _Plan:
         return triton.cdiv(tiles, at_once) * tile_rows, -tile_rows
 
     tile_rows = min(range(_UNIT * sharing, _MAX_TILE + 1, _UNIT * sharing), key=rounds_of_rows)
-    stages = min(inputs // HOPPER_STEP, shared_bytes(device) // (_stage_bytes(tile_rows) + 2 * 8))
+    stages = min(inputs // _STEP, shared_bytes(device) // (_stage_bytes(tile_rows) + 2 * 8))
     programs = min(at_once, triton.cdiv(rows, tile_rows)) * sharing
     return _Plan(sharing, tile_rows, stages, programs)
 
@@ -77,12 +78,12 @@ def gated_linear(x: Tensor, weight: Tensor) -> Tensor:
     outputs = weight.shape[0] // 2
     plan = _plan(tokens, weight.shape[0], inputs, x.device)
     out = torch.empty((tokens, outputs), dtype=x.dtype, device=x.device)
-    x_map = tensor_map(x, (inputs, tokens), (x.stride(0),), (HOPPER_STEP, _TOKENS))
+    x_map = tensor_map(x, (inputs, tokens), (x.stride(0),), (_STEP, _TOKENS))
     weight_map = tensor_map(
         weight,
         (inputs, 8, 2, outputs // 8),
         (inputs, outputs * inputs, 8 * inputs),
-        (HOPPER_STEP, 8, 2, plan.tile_rows // _UNIT // plan.sharing),
+        (_STEP, 8, 2, plan.tile_rows // _UNIT // plan.sharing),
     )
     numbers = (ctypes.c_int(number) for number in (tokens, inputs, outputs))
     arguments = (x_map, weight_map, ctypes.c_void_p(out.data_ptr()), *numbers)

@@ -7,7 +7,7 @@
 #define FP8 0
 #endif
 
-constexpr int STEP_BYTES = 128;                // of a row, that a pipeline stage has: the width of the swizzle
+constexpr int STEP_BYTES = 128;       // of a row, that a pipeline stage has: the width of the swizzle
 constexpr int STEP = FP8 ? 128 : 64;  // inputs (K), as many as that are
 
 #if FLOAT16

@@ -20,7 +20,8 @@ from kernels.cuda import cuda_source
 from kernels.cuda.triton_launch import is_hopper_or_later, multiprocessors, shared_bytes
 from kernels.experts import Experts
 from kernels.fp8 import Fp8Weight
-from kernels.ops import LayerWeights, Mlp
+from kernels.linear import Mlp
+from kernels.ops import LayerWeights
 
 _THREADS = 288
 _TILE_BYTES = 16 << 10

@@ -12,14 +12,21 @@
 // - A norm between two layers has no launch of its own. The first layer's epilogue also writes its outputs times the
 //   norm's weight, and, for each token and tile, their sum of squares. The second divides its sums by the root.
 //
-// Macros beside hopper.cuh's, all numbers: TOKENS (8, 16, 32 or 64) WARPGROUPS SPLITS WEIGHT_STAGES X_STAGES (at most
-// WEIGHT_STAGES), and 0 or 1: GATED.
+// - FP8: x and weight are 8-bit floats, to be multiplied by scales. Either there is one for each token and one for each
+//   output, and the epilogue multiplies by both. Or IN_BLOCKS: one for each 128 inputs of a token, and one for each
+//   block of 128 x 128 of the weight. A pipeline stage has 128 inputs, so its sums are scaled before they are added up.
+//
+// Macros beside hopper.cuh's, all numbers: TOKENS (8, 16, 32, 64 or 128) WARPGROUPS SPLITS WEIGHT_STAGES X_STAGES (at most
+// WEIGHT_STAGES), and 0 or 1: GATED, IN_BLOCKS.
 
 constexpr int larger(int a, int b) { return a > b ? a : b; }
 constexpr int ROWS = 64 * WARPGROUPS, OUTPUTS = GATED ? ROWS / 2 : ROWS;
-constexpr int WEIGHT_BYTES = ROWS * STEP * 2, X_BYTES = TOKENS * STEP * 2;  // of a stage
+constexpr int WEIGHT_BYTES = ROWS * STEP_BYTES, X_BYTES = TOKENS * STEP_BYTES;  // of a stage
+constexpr int BLOCK = 128;                      // rows and inputs of a weight that share a scale
 constexpr int PITCH = ROWS + 4;                 // floats of a token's sums, padded against bank conflicts
 constexpr int RING_BYTES = larger(WEIGHT_STAGES * WEIGHT_BYTES + X_STAGES * X_BYTES, (TOKENS * PITCH * 4 + 15) / 16 * 16);
+constexpr bool IN_EPILOGUE = FP8 && !IN_BLOCKS;  // are sums multiplied by their scales
+constexpr int ARRIVALS = IN_BLOCKS ? 4 * WARPGROUPS : WARPGROUPS;  // that free a stage of x
 constexpr int CONSUMERS = 128 * WARPGROUPS, THREADS = CONSUMERS + 32;
 constexpr int VALUES = 8;                       // outputs that a thread writes at once
 constexpr int VECTORS = OUTPUTS / VALUES;
@@ -93,23 +100,52 @@ __device__ __forceinline__ void scale_tokens(float* scales, const float* squares
     if (token < TOKENS && lane == 0) scales[token] = rsqrtf(sum / inputs + eps);
 }
 
+// ---- scales of 8-bit floats
+
+// Loads as many of a group's scales as there are tokens, and the padding behind them.
+__device__ __forceinline__ void load_scales(float* to, const float* from, u32 bytes, u64* barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                     shared_address(to)),
+                 "l"(from), "r"(bytes), "r"(shared_address(barrier))
+                 : "memory");
+}
+// The scales of eight neighbouring outputs.
+__device__ __forceinline__ void read_scales(float* to, const float* from) {
+    *(float4*)to = *(const float4*)from, *(float4*)(to + 4) = *(const float4*)(from + 4);
+}
+// Adds a stage's sums, times their scales, to the others. A thread has the sums of two rows, eight apart, for every
+// eighth pair of tokens.
+__device__ __forceinline__ void add_scaled(float* sums, const float* part, const float* token_scales, float first_row,
+                                           float second_row) {
+#pragma unroll
+    for (int i = 0; i < TOKENS / 8; ++i) {
+        const float2 scale = *(const float2*)(token_scales + threadIdx.x % 4 * 2 + 8 * i);
+        sums[4 * i] += part[4 * i] * scale.x * first_row, sums[4 * i + 1] += part[4 * i + 1] * scale.y * first_row;
+        sums[4 * i + 2] += part[4 * i + 2] * scale.x * second_row;
+        sums[4 * i + 3] += part[4 * i + 3] * scale.y * second_row;
+    }
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #if SPLITS > 1
 __cluster_dims__(SPLITS, 1, 1)
 #endif
 streamed_linear(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight, const float* squares,
                 const u16* bias, const u16* residual, u16* out, const u16* next_norm, u16* next_x, float* next_squares,
-                int tokens, int inputs, int outputs, int parts, float eps) {
+                const float* x_scales, const float* weight_scales, int tokens, int inputs, int outputs, int parts,
+                int padded, float eps) {
     extern __shared__ __align__(1024) unsigned char ring[];
     unsigned char* x_ring = ring + WEIGHT_STAGES * WEIGHT_BYTES;
-    u64 *full = (u64*)(ring + RING_BYTES), *x_full = full + WEIGHT_STAGES, *empty = x_full + X_STAGES;
+    float* scale_ring = (float*)(ring + RING_BYTES);  // [X_STAGES, TOKENS]
+    u64 *full = (u64*)(scale_ring + IN_BLOCKS * X_STAGES * TOKENS), *x_full = full + WEIGHT_STAGES;
+    u64* empty = x_full + X_STAGES;
     float* scales = (float*)(empty + X_STAGES);  // [TOKENS]
     const int tile = blockIdx.x / SPLITS, split = blockIdx.x % SPLITS;
     const int all_steps = inputs / STEP, most_steps = (all_steps + SPLITS - 1) / SPLITS;
     const int first_step = split * most_steps, steps = max(0, min(most_steps, all_steps - first_step));
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < WEIGHT_STAGES; ++stage) init(full + stage, 1);
-        for (int stage = 0; stage < X_STAGES; ++stage) init(x_full + stage, 1), init(empty + stage, WARPGROUPS);
+        for (int stage = 0; stage < X_STAGES; ++stage) init(x_full + stage, 1), init(empty + stage, ARRIVALS);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     let_next_start();
@@ -128,7 +164,11 @@ streamed_linear(const __grid_constant__ TensorMap x, const __grid_constant__ Ten
             for (int step = 0; step < steps; ++step) {
                 const int stage = step % X_STAGES, next = step - X_STAGES + WEIGHT_STAGES;
                 if (step >= X_STAGES) wait(empty + stage, (step / X_STAGES - 1) & 1);
-                expect(x_full + stage, X_BYTES);
+                const u32 scale_bytes = IN_BLOCKS ? min(TOKENS, padded) * 4 : 0;
+                expect(x_full + stage, X_BYTES + scale_bytes);
+                if constexpr (IN_BLOCKS)
+                    load_scales(scale_ring + stage * TOKENS, x_scales + (first_step + step) * padded, scale_bytes,
+                                x_full + stage);
                 load(x_ring + stage * X_BYTES, x, input(step), 0, x_full + stage);
                 if (step >= X_STAGES && next < steps) begin(next);
             }
@@ -145,7 +185,11 @@ streamed_linear(const __grid_constant__ TensorMap x, const __grid_constant__ Ten
     uint4 biases = {}, norms = {}, residuals[ITEMS] = {};
     if (inside && bias) biases = *(const uint4*)(bias + output);
     if (inside && next_norm) norms = *(const uint4*)(next_norm + output);
+    float output_scales[VALUES] = {}, up_scales[VALUES] = {};
+    if (IN_EPILOGUE && inside) read_scales(output_scales, weight_scales + output);
+    if (IN_EPILOGUE && inside && GATED) read_scales(up_scales, weight_scales + outputs + output);
     wait_for_previous();
+    if (IN_EPILOGUE && threadIdx.x < tokens) scales[threadIdx.x] = x_scales[threadIdx.x];
 #pragma unroll
     for (int item = 0; item < ITEMS; ++item) {
         const int token = first_token + item * TOKENS_AT_ONCE;
@@ -156,16 +200,36 @@ streamed_linear(const __grid_constant__ TensorMap x, const __grid_constant__ Ten
 
     const int warpgroup = threadIdx.x / 128, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
     float sums[TOKENS / 2] = {};
+    // The scales of a step are read one step ahead. All rows of a warpgroup are of one block of the weight; if GATED,
+    // of one block of gate and one of up.
+    const int groups = inputs / BLOCK, block = (tile * OUTPUTS + warpgroup * (OUTPUTS / WARPGROUPS)) / BLOCK;
+    const float* first_scales = weight_scales + block * groups + first_step;
+    const float* second_scales = first_scales + (GATED ? outputs / BLOCK * groups : 0);
+    float first_scale = 0, second_scale = 0;
+    if (IN_BLOCKS && steps) first_scale = first_scales[0], second_scale = second_scales[0];
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
         const int stage = step % WEIGHT_STAGES, x_stage = step % X_STAGES;
         wait(full + stage, step / WEIGHT_STAGES & 1);
         wait(x_full + x_stage, step / X_STAGES & 1);
-        multiply_stage(sums, descriptor(ring + stage * WEIGHT_BYTES + warpgroup * 64 * STEP * 2),
-                       descriptor(x_ring + x_stage * X_BYTES));
-        if (step) {
-            wait_for_stages_but<1>();
-            if (threadIdx.x % 128 == 0) arrive(empty + (step - 1) % X_STAGES);
+        const u64 rows = descriptor(ring + stage * WEIGHT_BYTES + warpgroup * 64 * STEP_BYTES);
+        const u64 columns = descriptor(x_ring + x_stage * X_BYTES);
+        if constexpr (IN_BLOCKS) {
+            const int next = min(step + 1, steps - 1);
+            const float next_first = first_scales[next], next_second = second_scales[next];
+            float part[TOKENS / 2] = {};
+            multiply_stage(part, rows, columns);
+            wait_for_stages_but<0>();
+            add_scaled(sums, part, scale_ring + x_stage * TOKENS, first_scale, second_scale);
+            __syncwarp();
+            if (lane == 0) arrive(empty + x_stage);
+            first_scale = next_first, second_scale = next_second;
+        } else {
+            multiply_stage(sums, rows, columns);
+            if (step) {
+                wait_for_stages_but<1>();
+                if (threadIdx.x % 128 == 0) arrive(empty + (step - 1) % X_STAGES);
+            }
         }
     }
     wait_for_stages_but<0>();
@@ -188,14 +252,15 @@ streamed_linear(const __grid_constant__ TensorMap x, const __grid_constant__ Ten
         float square = 0;
         if (inside) {
             const float* at = staged + token * PITCH + vector * VALUES * (GATED ? 2 : 1);
-            const float scale = squares ? scales[token] : 1;
+            const float scale = IN_EPILOGUE || squares ? scales[token] : 1;
             float total[VALUES];
             gather(total, at);
-            for (int i = 0; i < VALUES; ++i) total[i] *= scale;
+            for (int i = 0; i < VALUES; ++i) total[i] *= IN_EPILOGUE ? scale * output_scales[i] : scale;
             if (GATED) {
                 float up[VALUES];
                 gather(up, at + VALUES);
-                for (int i = 0; i < VALUES; ++i) total[i] = silu(total[i]) * up[i] * scale;
+                for (int i = 0; i < VALUES; ++i) up[i] *= IN_EPILOGUE ? scale * up_scales[i] : scale;
+                for (int i = 0; i < VALUES; ++i) total[i] = silu(total[i]) * up[i];
             } else {
                 add(total, biases), add(total, residuals[item]);
             }

@@ -18,11 +18,21 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.cuda.cuda_kernel import HOPPER_ALIGNMENT, HOPPER_STEP, CudaKernel, suits_hopper, tensor_map
+from kernels.cuda.cuda_kernel import (
+    HOPPER_ALIGNMENT,
+    HOPPER_STEP_BYTES,
+    CudaKernel,
+    hopper_step,
+    suits_hopper,
+    tensor_map,
+)
+from kernels.cuda.triton_fp8 import Quantized
 from kernels.cuda.triton_launch import multiprocessors, shared_bytes
+from kernels.fp8 import Fp8Weight, Weight
 from kernels.hidden import BegunNorm, Hidden
 
 MAX_ROWS = 64
+MAX_FP8_ROWS = 128  # where the weight has 8-bit floats
 _TILE = 64  # rows of the weight for each warpgroup: the M of wgmma
 _MAX_STAGES = 16
 _SHORT_RING = 8  # stages of x, enough since x comes from L2
@@ -30,6 +40,7 @@ _RING_BYTES = 192 << 10  # a larger ring would only keep the next kernel's threa
 _RESERVED_BYTES = 1 << 10  # of shared memory, which the system takes for each thread block
 _MAX_PARTS = 16  # most partial sums of a token's squares
 _VALUES = 8  # outputs that a thread writes at once
+_SCALE_BYTES = 4  # float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +51,7 @@ class _Plan:
     weight_stages: int
     x_stages: int
     tiles: int
+    in_blocks: bool  # whether scales come with each stage of x
 
     @property
     def tile_rows(self) -> int:
@@ -56,23 +68,20 @@ class _Plan:
     @property
     def shared_bytes(self) -> int:
         sums = self.tokens * (self.tile_rows + 4) * 4
-        ring = self.weight_stages * _stage_bytes(self.tile_rows) + self.x_stages * _stage_bytes(self.tokens)
-        return max(ring, sums) + 8 * (self.weight_stages + 2 * self.x_stages) + 4 * self.tokens
-
-
-def _stage_bytes(rows: int) -> int:
-    return rows * HOPPER_STEP * 2
+        ring = (self.weight_stages * self.tile_rows + self.x_stages * self.tokens) * HOPPER_STEP_BYTES
+        scales = self.x_stages * self.tokens * _SCALE_BYTES if self.in_blocks else 0
+        barriers = 8 * (self.weight_stages + 2 * self.x_stages)
+        return max(ring, sums) + scales + barriers + 4 * self.tokens
 
 
 @cache
-def _plan(tokens: int, rows: int, inputs: int, device: torch.device) -> _Plan | None:
-    """The plan for a weight of so many rows and inputs. None if its thread blocks do not all fit on the GPU at once:
-    then a persistent kernel is faster."""
+def _plan(tokens: int, rows: int, steps: int, in_blocks: bool, device: torch.device) -> _Plan | None:
+    """The plan for a weight of so many rows, whose inputs take so many pipeline steps. None if its thread blocks do not
+    all fit on the GPU at once: then a persistent kernel is faster."""
     tokens = max(8, triton.next_power_of_2(tokens))
     processors = multiprocessors(device)
     warpgroups = 2 if rows > 2 * processors * _TILE else 1
     tiles = triton.cdiv(rows, warpgroups * _TILE)
-    steps = inputs // HOPPER_STEP
     splits, most = 1, 8 if tokens <= 16 else 4  # the cost of adding up the splits grows with the tokens
     while 2 * splits <= most and 2 * splits * tiles <= processors and steps >= 8 * splits:
         splits *= 2
@@ -81,23 +90,23 @@ def _plan(tokens: int, rows: int, inputs: int, device: torch.device) -> _Plan | 
         return None
     room = min(_RING_BYTES, (shared_bytes(device) + _RESERVED_BYTES) // on_a_processor - 2048)
     own_steps = triton.cdiv(steps, splits)
-    weight_bytes, x_bytes = _stage_bytes(warpgroups * _TILE), _stage_bytes(tokens)
+    weight_bytes = warpgroups * _TILE * HOPPER_STEP_BYTES
+    x_bytes = tokens * (HOPPER_STEP_BYTES + (_SCALE_BYTES if in_blocks else 0))
     weight_stages = x_stages = min(own_steps, room // (weight_bytes + x_bytes), _MAX_STAGES)
     if weight_stages < own_steps <= (room - _SHORT_RING * x_bytes) // weight_bytes:
         weight_stages, x_stages = own_steps, _SHORT_RING  # its whole part of the weight is loaded ahead of x
     assert x_stages >= min(own_steps, 2)  # a stage is released while the next one is multiplied
-    return _Plan(tokens, warpgroups, splits, weight_stages, x_stages, tiles)
+    return _Plan(tokens, warpgroups, splits, weight_stages, x_stages, tiles, in_blocks)
 
 
-def suits_stream(x: Tensor, weight: Tensor, *, gated: bool = False) -> bool:
-    """Whether `streamed_linear` supports this x and weight."""
-    tokens, inputs = x.shape
-    rows = weight.shape[0]
+def suits_stream(x: Tensor, weight: Weight, *, gated: bool = False) -> bool:
+    """Whether `streamed_linear` supports this x, which is yet to be quantized if the weight is, and weight."""
+    values = _values(weight)
     return (
-        0 < tokens <= MAX_ROWS
-        and suits_hopper(x, weight)
-        and rows % (_VALUES * (2 if gated else 1)) == 0
-        and _plan(tokens, rows, inputs, x.device) is not None
+        0 < x.shape[0] <= (MAX_FP8_ROWS if isinstance(weight, Fp8Weight) else MAX_ROWS)
+        and suits_hopper(x, values)
+        and values.shape[0] % (_VALUES * (2 if gated else 1)) == 0
+        and _find_plan(x.shape[0], weight) is not None
     )
 
 
@@ -106,17 +115,19 @@ def splits(x: Tensor, weight: Tensor) -> int:
     return _planned(x, weight).splits
 
 
-def begins_norm(x: Tensor, weight: Tensor, next_norm: Tensor | None) -> bool:
+def begins_norm(x: Tensor | Quantized, weight: Weight, next_norm: Tensor | None) -> bool:
     """Whether `add_streamed_linear` begins the next norm.
 
-    With many partial sums to add up in each thread block, a norm kernel of its own takes no longer. And a state times
-    its norm weight may overflow float16.
+    With many partial sums to add up in each thread block, a norm kernel of its own takes no longer. A state times its
+    norm weight may overflow float16. And before 8-bit floats, the norm's kernel is needed to quantize.
     """
-    return next_norm is not None and x.dtype == torch.bfloat16 and _planned(x, weight).tiles <= _MAX_PARTS
+    if next_norm is None or isinstance(x, Quantized) or x.dtype != torch.bfloat16:
+        return False
+    return _planned(x, weight).tiles <= _MAX_PARTS
 
 
 @cache
-def _kernel(plan: _Plan, gated: bool, dtype: torch.dtype, device: torch.device) -> CudaKernel:
+def _kernel(plan: _Plan, gated: bool, fp8: bool, dtype: torch.dtype, device: torch.device) -> CudaKernel:
     macros = {
         "TOKENS": plan.tokens,
         "WARPGROUPS": plan.warpgroups,
@@ -124,13 +135,15 @@ def _kernel(plan: _Plan, gated: bool, dtype: torch.dtype, device: torch.device) 
         "WEIGHT_STAGES": plan.weight_stages,
         "X_STAGES": plan.x_stages,
         "GATED": int(gated),
+        "FP8": int(fp8),
+        "IN_BLOCKS": int(plan.in_blocks),
     }
     return CudaKernel("streamed_linear", plan.tokens, macros, plan.shared_bytes, dtype, device)
 
 
 def streamed_linear(
-    x: Tensor,
-    weight: Tensor,
+    x: Tensor | Quantized,
+    weight: Weight,
     *,
     squares: Tensor | None = None,
     eps: float = 0.0,
@@ -139,19 +152,20 @@ def streamed_linear(
 ) -> Tensor:
     """x @ weight.T + bias, for inputs that `suits_stream` accepts.
 
-    x [1 to MAX_ROWS, inputs]; weight [outputs, inputs]; bias [outputs] or None. Returns [rows, outputs].
+    x [1 to MAX_ROWS, inputs], quantized if the weight is; weight [outputs, inputs]; bias [outputs] or None. Returns
+    [rows, outputs].
 
     squares: x and squares are those of a begun norm (`kernels.hidden.BegunNorm`), which is finished here with `eps`.
     gated: returns [rows, outputs / 2], SiLU of the first half of the outputs times the second.
     """
     outputs = weight.shape[0] // (2 if gated else 1)
-    out = torch.empty((x.shape[0], outputs), dtype=x.dtype, device=x.device)
+    out = torch.empty((_tokens(x), outputs), dtype=x.dtype, device=_values(x).device)
     _launch(x, weight, out, squares=squares, eps=eps, bias=bias, gated=gated)
     return out
 
 
 def add_streamed_linear(
-    states: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, next_norm: Tensor | None
+    states: Tensor, x: Tensor | Quantized, weight: Weight, bias: Tensor | None, next_norm: Tensor | None
 ) -> Hidden:
     """`kernels.linear.add_linear` to `states`, contiguous, for inputs that `suits_stream` accepts."""
     if not begins_norm(x, weight, next_norm):
@@ -159,21 +173,36 @@ def add_streamed_linear(
         return Hidden(states)
     begun = BegunNorm(
         torch.empty_like(states),
-        torch.empty((x.shape[0], _planned(x, weight).tiles), dtype=torch.float32, device=x.device),
+        torch.empty((states.shape[0], _planned(x, weight).tiles), dtype=torch.float32, device=states.device),
     )
     _launch(x, weight, states, bias=bias, residual=states, next_norm=next_norm, begun=begun)
     return Hidden(states, begun)
 
 
-def _planned(x: Tensor, weight: Tensor) -> _Plan:
-    plan = _plan(x.shape[0], *weight.shape, x.device)
+def _values(factor: Tensor | Quantized | Fp8Weight) -> Tensor:
+    return factor if isinstance(factor, Tensor) else factor.values
+
+
+def _tokens(x: Tensor | Quantized) -> int:
+    return x.tokens if isinstance(x, Quantized) else x.shape[0]
+
+
+def _find_plan(tokens: int, weight: Weight) -> _Plan | None:
+    values = _values(weight)
+    rows, inputs = values.shape
+    in_blocks = isinstance(weight, Fp8Weight) and weight.in_blocks
+    return _plan(tokens, rows, inputs // hopper_step(values.dtype), in_blocks, values.device)
+
+
+def _planned(x: Tensor | Quantized, weight: Weight) -> _Plan:
+    plan = _find_plan(_tokens(x), weight)
     assert plan is not None
     return plan
 
 
 def _launch(
-    x: Tensor,
-    weight: Tensor,
+    x: Tensor | Quantized,
+    weight: Weight,
     out: Tensor,
     *,
     squares: Tensor | None = None,
@@ -186,20 +215,25 @@ def _launch(
 ) -> None:
     assert all(t is None or t.data_ptr() % HOPPER_ALIGNMENT == 0 for t in (bias, residual, next_norm))
     plan = _planned(x, weight)
-    tokens, inputs = x.shape
+    values, matrix, tokens = _values(x), _values(weight), _tokens(x)
+    inputs, step = matrix.shape[1], hopper_step(matrix.dtype)
     halves = 2 if gated else 1
-    outputs = weight.shape[0] // halves
-    x_map = tensor_map(x, (inputs, tokens), (x.stride(0),), (HOPPER_STEP, plan.tokens))
+    outputs = matrix.shape[0] // halves
+    x_map = tensor_map(values, (inputs, tokens), (values.stride(0),), (step, plan.tokens))
     weight_map = tensor_map(
-        weight,
+        matrix,
         (inputs, 8, halves, outputs // 8),
         (inputs, outputs * inputs, 8 * inputs),
-        (HOPPER_STEP, 8, halves, plan.tile_rows // 8 // halves),
+        (step, 8, halves, plan.tile_rows // 8 // halves),
     )
     next_x, next_squares = (None, None) if begun is None else (begun.x, begun.squares)
-    pointers = (squares, bias, residual, out, next_norm, next_x, next_squares)
-    numbers = (tokens, inputs, outputs, 0 if squares is None else squares.shape[1])
-    _kernel(plan, gated, x.dtype, x.device)(
+    x_scales, weight_scales = (
+        (x.scales, weight.scales) if isinstance(x, Quantized) and isinstance(weight, Fp8Weight) else (None, None)
+    )
+    pointers = (squares, bias, residual, out, next_norm, next_x, next_squares, x_scales, weight_scales)
+    parts, padded = 0 if squares is None else squares.shape[1], values.shape[0]
+    numbers = (tokens, inputs, outputs, parts, padded)
+    _kernel(plan, gated, x_scales is not None, x.dtype, values.device)(
         plan.programs,
         plan.threads,
         (

@@ -1,6 +1,6 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
-"""Quantizing to 8-bit floats on CUDA, by itself or with the RMS norm before it; `kernels.fp8` and `kernels.norm` hold
-the references and the formulas."""
+"""Quantizing to 8-bit floats on CUDA, by itself or with the RMS norm or the gated activation before it; `kernels.fp8`,
+`kernels.norm` and `kernels.activation` hold the references and the formulas."""
 
 from dataclasses import dataclass
 
@@ -23,6 +23,7 @@ class Quantized:
     values: Tensor  # [rows, K] E4M3
     scales: Tensor  # [rows, K / group] float32, with the scales of a group next to each other in memory
     tokens: int  # T
+    dtype: torch.dtype  # of x
 
 
 @triton.jit
@@ -40,6 +41,7 @@ def _quantize_kernel(
     LARGEST: tl.constexpr,
     SMALLEST: tl.constexpr,
     NORM: tl.constexpr,
+    GATED: tl.constexpr,
     EARLY: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
@@ -53,8 +55,12 @@ def _quantize_kernel(
         weight = tl.load(norm + column, mask=inside, other=0.0).to(tl.float32)
     wait_for_previous(DEPENDENT, LET_NEXT_START=not EARLY)
     value = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
+    dtype = x.dtype.element_ty
+    if GATED:
+        up = tl.load(x + row * x_stride + WIDTH + column, mask=inside, other=0.0).to(tl.float32)
+        activated = (value / (1.0 + tl.exp(-value))).to(dtype)
+        value = (activated.to(tl.float32) * up).to(dtype).to(tl.float32)
     if NORM:
-        dtype = x.dtype.element_ty
         normed = value * tl.rsqrt(tl.sum(value * value) / WIDTH + eps)
         value = (normed.to(dtype).to(tl.float32) * weight).to(dtype).to(tl.float32)
     size: tl.constexpr = GROUP if GROUP < WIDTH else PART
@@ -66,13 +72,16 @@ def _quantize_kernel(
     tl.store(scales + group * pitch + row, scale, mask=group < WIDTH // GROUP)
 
 
-def quantize(x: Tensor, group: int, norm: Tensor | None = None, eps: float = 0.0, *, early: bool = False) -> Quantized:
+def quantize(
+    x: Tensor, group: int, norm: Tensor | None = None, eps: float = 0.0, *, gated: bool = False, early: bool = False
+) -> Quantized:
     """`kernels.fp8.quantize` of x, or of rms_norm(x, norm, eps), for a CUDA tensor [T, K] whose last dimension is
     contiguous.
 
+    gated: of silu_mul(x), for x [T, 2 K].
     early: the next kernel may start at once, since it has much to load before it waits (`kernels.cuda.triton_launch`).
     """
-    tokens, width = x.shape
+    tokens, width = x.shape[0], x.shape[1] // (2 if gated else 1)
     rows = triton.cdiv(tokens, _ALIGNED) * _ALIGNED
     values = torch.empty((rows, width), dtype=E4M3, device=x.device)
     scales = torch.empty((width // group, rows), dtype=torch.float32, device=x.device)
@@ -93,8 +102,9 @@ def quantize(x: Tensor, group: int, norm: Tensor | None = None, eps: float = 0.0
             LARGEST=LARGEST,
             SMALLEST=SMALLEST,
             NORM=norm is not None,
+            GATED=gated,
             EARLY=early,
             num_warps=min(max(part // 256, 1), 16),
             **dependent(x.device),
         )
-    return Quantized(values, scales.t(), tokens)
+    return Quantized(values, scales.t(), tokens, x.dtype)

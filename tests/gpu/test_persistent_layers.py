@@ -16,7 +16,8 @@ from kernels import attention, linear, step
 from kernels.cuda.persistent_layers import fuse_layers
 from kernels.fp8 import Weight
 from kernels.hidden import Hidden
-from kernels.ops import LayersOfOneToken, LayerWeights, Mlp
+from kernels.linear import Mlp
+from kernels.ops import LayersOfOneToken, LayerWeights
 from kernels.rope import Rotation
 from tests.kernels.inputs import DEVICE, assert_close
 

@@ -21,6 +21,7 @@ def _calls() -> dict[str, Callable[[], object]]:
     import torch
 
     from kernels.cuda import triton_norm
+    from tests.gpu import test_fp8_linear as quantized
     from tests.gpu import test_gated_linear as gated
     from tests.gpu import test_persistent_layers as persistent
     from tests.gpu import test_streamed_linear as streamed
@@ -62,6 +63,9 @@ def _calls() -> dict[str, Callable[[], object]]:
             streamed.check(streamed.randn(5, 192), streamed.weight(200, 192)),
             streamed.check_gated(streamed.randn(33, 576), streamed.weight(2 * 104, 576)),
             streamed.check_begun_norm(5, 576),
+            quantized.check_norm_linear(5, (256, 384), in_blocks=True, biased=True),
+            quantized.check_add_linear(70, (384, 2176), in_blocks=True, biased=False),
+            quantized.check_add_mlp(33, (384, 256), in_blocks=False),
         ),
         "gated_linear": lambda: (
             gated.check(streamed.randn(70, 192), streamed.weight(2 * 104, 192)),

@@ -64,44 +64,49 @@ def assert_near(actual: Tensor, expected: Tensor, tolerance: float = 0.004) -> N
     assert errors.max() < tolerance, f"relative errors up to {errors.max():.2e}"  # NaN fails too
 
 
-@pytest.mark.parametrize("in_blocks", [False, True])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_norm_linear(shape: tuple[int, int], in_blocks: bool) -> None:
-    matrix, norm = weight(*shape, in_blocks), randn(shape[1]).bfloat16()
-    for tokens in TOKENS:
-        for bias in (None, randn(shape[0], seed=4).bfloat16()):
-            x = states(tokens, shape[1])
-            expected = exact(quantize(x, matrix.group, norm, EPS), matrix)
-            actual = fastest_linear.norm_linear(Hidden(x), norm, EPS, matrix, bias)
-            assert_near(actual, expected if bias is None else expected + bias)
+def check_norm_linear(tokens: int, shape: tuple[int, int], in_blocks: bool, biased: bool) -> None:
+    matrix, norm = weight(*shape, in_blocks), randn(shape[1], seed=4).bfloat16()
+    bias = randn(shape[0], seed=5).bfloat16() if biased else None
+    x = states(tokens, shape[1])
+    expected = exact(quantize(x, matrix.group, norm, EPS), matrix)
+    actual = fastest_linear.norm_linear(Hidden(x), norm, EPS, matrix, bias)
+    assert_near(actual, expected if bias is None else expected + bias)
 
 
-@pytest.mark.parametrize("in_blocks", [False, True])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_add_linear(shape: tuple[int, int], in_blocks: bool) -> None:
-    matrix = weight(*shape, in_blocks)
-    for tokens in TOKENS:
-        for bias in (None, randn(shape[0], seed=4).bfloat16()):
-            x, before = states(tokens, shape[1]), randn(tokens, shape[0], seed=5).bfloat16()
-            expected = before + exact(quantize(x, matrix.group), matrix)
-            added = fastest_linear.add_linear(Hidden(before), x, matrix, bias, None).states
-            assert added is before
-            assert_near(added, expected if bias is None else expected + bias)
+def check_add_linear(tokens: int, shape: tuple[int, int], in_blocks: bool, biased: bool) -> None:
+    matrix, x, before = weight(*shape, in_blocks), states(tokens, shape[1]), randn(tokens, shape[0], seed=6).bfloat16()
+    bias = randn(shape[0], seed=5).bfloat16() if biased else None
+    expected = before + exact(quantize(x, matrix.group), matrix)
+    added = fastest_linear.add_linear(Hidden(before), x, matrix, bias, None).states
+    assert added is before
+    assert_near(added, expected if bias is None else expected + bias)
 
 
-@pytest.mark.parametrize("in_blocks", [False, True])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_add_mlp(shape: tuple[int, int], in_blocks: bool) -> None:
+def check_add_mlp(tokens: int, shape: tuple[int, int], in_blocks: bool) -> None:
     intermediate, size = shape
     mlp = Mlp(weight(2 * intermediate, size, in_blocks), weight(size, intermediate, in_blocks))
-    norm = randn(size).bfloat16()
+    norm, x = randn(size, seed=4).bfloat16(), states(tokens, size)
+    expected = linear.add_mlp(Hidden(x.clone()), norm, EPS, mlp, None).states
+    added = fastest_linear.add_mlp(Hidden(x), norm, EPS, mlp, None).states
+    assert added is x
+    # Beside roundings, an input next to the middle between two 8-bit floats may become either.
+    assert_near(added, expected, 0.05)
+
+
+@pytest.mark.parametrize("in_blocks", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_products(shape: tuple[int, int], in_blocks: bool) -> None:
     for tokens in TOKENS:
-        x = states(tokens, size)
-        expected = linear.add_mlp(Hidden(x.clone()), norm, EPS, mlp, None).states
-        added = fastest_linear.add_mlp(Hidden(x), norm, EPS, mlp, None).states
-        assert added is x
-        # Beside roundings, an input next to the middle between two 8-bit floats may become either.
-        assert_near(added, expected, 0.05)
+        for biased in (False, True):
+            check_norm_linear(tokens, shape, in_blocks, biased)
+            check_add_linear(tokens, shape, in_blocks, biased)
+
+
+@pytest.mark.parametrize("in_blocks", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_mlps(shape: tuple[int, int], in_blocks: bool) -> None:
+    for tokens in TOKENS:
+        check_add_mlp(tokens, shape, in_blocks)
 
 
 @pytest.mark.parametrize("in_blocks", [False, True])

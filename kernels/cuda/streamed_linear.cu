@@ -1,4 +1,4 @@
-// A linear layer of up to 64 tokens, at the memory bandwidth of its weight: see streamed_linear.py for when and why.
+// A linear layer of up to 128 tokens, at the memory bandwidth of its weight: see streamed_linear.py for when and why.
 //
 // out [tokens, outputs] = x [tokens, inputs] @ weight [outputs, inputs]^T
 //
@@ -11,13 +11,12 @@
 //   outputs, interleaved in groups of eight.
 // - A norm between two layers has no launch of its own. The first layer's epilogue also writes its outputs times the
 //   norm's weight, and, for each token and tile, their sum of squares. The second divides its sums by the root.
-//
 // - FP8: x and weight are 8-bit floats, to be multiplied by scales. Either there is one for each token and one for each
 //   output, and the epilogue multiplies by both. Or IN_BLOCKS: one for each 128 inputs of a token, and one for each
 //   block of 128 x 128 of the weight. A pipeline stage has 128 inputs, so its sums are scaled before they are added up.
 //
-// Macros beside hopper.cuh's, all numbers: TOKENS (8, 16, 32, 64 or 128) WARPGROUPS SPLITS WEIGHT_STAGES X_STAGES (at most
-// WEIGHT_STAGES), and 0 or 1: GATED, IN_BLOCKS.
+// Macros beside hopper.cuh's, all numbers: TOKENS (8, 16, 32, 64 or 128) WARPGROUPS SPLITS WEIGHT_STAGES X_STAGES (at
+// most WEIGHT_STAGES), and 0 or 1: GATED, IN_BLOCKS.
 
 constexpr int larger(int a, int b) { return a > b ? a : b; }
 constexpr int ROWS = 64 * WARPGROUPS, OUTPUTS = GATED ? ROWS / 2 : ROWS;

@@ -1,5 +1,5 @@
-"""Linear layers of decode batches of up to 64 tokens on Hopper GPUs, at the memory bandwidth of their weights. The
-kernel is in streamed_linear.cu; `kernels.linear` holds the references.
+"""Linear layers of decode batches of up to 64 tokens on Hopper GPUs (128 with weights of 8-bit floats), at the memory
+bandwidth of their weights. The kernel is in streamed_linear.cu; `kernels.linear` holds the references.
 
 With few tokens, a product takes as long as reading its weight. A library's kernel begins to read when the kernel before
 it has ended. This one uses programmatic dependent launch: while the kernel before it still runs, it fills shared memory
@@ -152,11 +152,11 @@ def streamed_linear(
 ) -> Tensor:
     """x @ weight.T + bias, for inputs that `suits_stream` accepts.
 
-    x [1 to MAX_ROWS, inputs], quantized if the weight is; weight [outputs, inputs]; bias [outputs] or None. Returns
-    [rows, outputs].
+    x [tokens, inputs], quantized if the weight is; weight [outputs, inputs]; bias [outputs] or None. Returns
+    [tokens, outputs].
 
     squares: x and squares are those of a begun norm (`kernels.hidden.BegunNorm`), which is finished here with `eps`.
-    gated: returns [rows, outputs / 2], SiLU of the first half of the outputs times the second.
+    gated: returns [tokens, outputs / 2], SiLU of the first half of the outputs times the second.
     """
     outputs = weight.shape[0] // (2 if gated else 1)
     out = torch.empty((_tokens(x), outputs), dtype=x.dtype, device=_values(x).device)
@@ -181,6 +181,10 @@ def add_streamed_linear(
 
 def _values(factor: Tensor | Quantized | Fp8Weight) -> Tensor:
     return factor if isinstance(factor, Tensor) else factor.values
+
+
+def _scales(factor: Tensor | Quantized | Fp8Weight) -> Tensor | None:
+    return None if isinstance(factor, Tensor) else factor.scales
 
 
 def _tokens(x: Tensor | Quantized) -> int:
@@ -227,13 +231,10 @@ def _launch(
         (step, 8, halves, plan.tile_rows // 8 // halves),
     )
     next_x, next_squares = (None, None) if begun is None else (begun.x, begun.squares)
-    x_scales, weight_scales = (
-        (x.scales, weight.scales) if isinstance(x, Quantized) and isinstance(weight, Fp8Weight) else (None, None)
-    )
-    pointers = (squares, bias, residual, out, next_norm, next_x, next_squares, x_scales, weight_scales)
+    pointers = (squares, bias, residual, out, next_norm, next_x, next_squares, _scales(x), _scales(weight))
     parts, padded = 0 if squares is None else squares.shape[1], values.shape[0]
     numbers = (tokens, inputs, outputs, parts, padded)
-    _kernel(plan, gated, x_scales is not None, x.dtype, values.device)(
+    _kernel(plan, gated, isinstance(weight, Fp8Weight), x.dtype, values.device)(
         plan.programs,
         plan.threads,
         (

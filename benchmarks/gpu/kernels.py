@@ -18,31 +18,26 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from benchmarks.gpu import experts
 from benchmarks.gpu.graph_timing import graph_microseconds, launch_microseconds
+from benchmarks.gpu.results import DEVICE, DTYPE, Ceilings, Result, randn, relative_error, sets_for
 from benchmarks.gpu.timing import copy_bytes_per_second, gemm_operations_per_second
-from kernels import activation, attention, experts, norm, rope, sampling, step
+from kernels import activation, attention, norm, rope, sampling, step
 from kernels.attention import PrefillAttention
 from kernels.cuda import (
     triton_activation,
     triton_decode_attention,
-    triton_experts,
     triton_norm,
     triton_prefill_attention,
     triton_rope,
     triton_sampling,
 )
-from kernels.hidden import Hidden
 
-DTYPE = torch.bfloat16
-DEVICE = torch.device("cuda")
 BLOCK_SIZE = 16
-ROTATED_BYTES = 128 << 20  # inputs are rotated through at least this much, more than the L2 cache holds
 VOCAB = 151_936
-TOLERANCE = 1e-2  # of the relative error in bfloat16
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,41 +61,6 @@ LLAMA = Shape("8B", 32, 8, 128, 4096, 14_336, False)
 SMOL = Shape("135M", 9, 3, 64, 576, 1536, False)
 
 
-@dataclass(frozen=True, slots=True)
-class Result:
-    kernel: str
-    case: str
-    error: float | None  # relative, against the reference; None: another's kernel, for comparison
-    microseconds: float
-    floor: float  # microseconds
-
-    def line(self) -> str:
-        error = "" if self.error is None else f"{self.error:.1e}"
-        share = self.floor / self.microseconds
-        return f"{self.kernel:26} {self.case:24} {error:>8} {self.microseconds:9.1f} {self.floor:9.1f} {share:7.1%}"
-
-
-@dataclass(frozen=True, slots=True)
-class Ceilings:
-    bandwidth: float  # bytes/s
-    gemm: float  # operations/s
-
-    def moving(self, count: float) -> float:
-        """Microseconds to move so many bytes."""
-        return count / self.bandwidth * 1e6
-
-    def computing(self, operations: float) -> float:
-        return operations / self.gemm * 1e6
-
-
-def randn(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=DTYPE, device=DEVICE)
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    return float((actual.float() - expected.float()).norm() / expected.float().norm())
-
-
 def optional(module: str) -> ModuleType | None:
     try:
         return importlib.import_module(module)
@@ -110,10 +70,6 @@ def optional(module: str) -> ModuleType | None:
 
 FA2 = optional("flash_attn")
 FA3 = optional("flash_attn_interface")
-
-
-def sets_for(set_bytes: int) -> int:
-    return max(1, min(32, -(-ROTATED_BYTES // set_bytes)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -375,53 +331,6 @@ def rows_case(ceilings: Ceilings, shape: Shape, tokens: int) -> Iterator[Result]
     )
 
 
-def mixtures(ceilings: Ceilings) -> Iterator[Result]:
-    hidden, intermediate, count, per_token = 2048, 768, 128, 8
-    weights = experts.Experts(
-        router=randn(count, hidden) * hidden**-0.5,
-        gate_up=randn(count, 2 * intermediate, hidden) * hidden**-0.5,
-        down=randn(count, hidden, intermediate) * intermediate**-0.5,
-        per_token=per_token,
-        normalized=True,
-    )
-    for tokens in (1, 16, 64, 256, 1024, 8192):
-        yield from mixture_case(ceilings, f"30B-A3B {tokens} tokens", tokens, weights)
-
-
-def mixture_case(ceilings: Ceilings, case: str, tokens: int, weights: experts.Experts) -> Iterator[Result]:
-    """All from the norm to the residual, beside the same with torch's grouped product. The floor is the time to read
-    the experts chosen, or to multiply with them, whichever is longer."""
-    hidden = weights.router.shape[1]
-    sets = 8
-    x, states, scale = randn(sets, tokens, hidden), randn(sets, tokens, hidden), torch.ones_like(weights.router[0])
-    shares, chosen = experts.choose(F.linear(norm.rms_norm(x, scale, 1e-6), weights.router), weights.per_token, True)
-    expert_values = weights.gate_up[0].numel() + weights.down[0].numel()
-    used = sum(len(set(part.flatten().tolist())) for part in chosen) / sets
-    reading = ceilings.moving(used * expert_values * DTYPE.itemsize)
-    floor = max(reading, ceilings.computing(2 * tokens * weights.per_token * expert_values))
-
-    mixed = torch.zeros_like(states[0])
-    triton_experts.add_mix(mixed, x[0], shares[0], chosen[0].int(), weights)
-    expected = experts.mix(x[0].float(), shares[0], chosen[0], weights.gate_up.float(), weights.down.float())
-    error = relative_error(mixed, expected)
-    ours = [partial(triton_experts.add_experts, Hidden(part), scale, 1e-6, weights) for part in x.clone()]
-    yield Result("norm, router and experts", case, error, graph_microseconds(ours), floor)
-
-    def grouped(part: Tensor, added: Tensor) -> Tensor:
-        normed = triton_norm.rms_norm(part, scale, 1e-6)
-        shares, chosen = experts.choose(F.linear(normed, weights.router), weights.per_token, True)
-        ordered, order = chosen.flatten().sort(stable=True)
-        ends = torch.searchsorted(ordered, torch.arange(len(weights.router), device=DEVICE), right=True).int()
-        token = order // weights.per_token
-        gate_up = F.grouped_mm(normed[token], weights.gate_up.transpose(1, 2), offs=ends)
-        activated = triton_activation.silu_mul(gate_up)
-        parts = F.grouped_mm(activated, weights.down.transpose(1, 2), offs=ends)
-        return added.index_add_(0, token, (parts * shares.flatten()[order, None]).to(DTYPE))
-
-    theirs = [partial(grouped, part, added) for part, added in zip(x, states, strict=True)]
-    yield Result("  torch's grouped_mm", case, None, graph_microseconds(theirs), floor)
-
-
 SAMPLING = [  # name, spread of the logits, temperature, top-k, top-p, min-p
     ("greedy", 1.0, 0.0, 0, 1.0, 0.0),
     ("temperature", 1.0, 0.6, 0, 1.0, 0.0),
@@ -469,7 +378,7 @@ PARTS: dict[str, Callable[[Ceilings], Iterator[Result]]] = {
     "decode": decode,
     "prefill": prefill,
     "rows": rows,
-    "experts": mixtures,
+    "experts": experts.mixtures,
     "sampling": sample,
 }
 
@@ -501,7 +410,7 @@ def main() -> int:
             results.append(result)
         torch.cuda.empty_cache()
     arguments.out.write_text(json.dumps({**machine, "results": [asdict(result) for result in results]}, indent=1))
-    wrong = [result for result in results if result.error is not None and not result.error <= TOLERANCE]
+    wrong = [result for result in results if result.error is not None and not result.error <= result.tolerance]
     print(f"{len(wrong)} wrong" if wrong else "all outputs agree with the references")
     return 1 if wrong else 0
 

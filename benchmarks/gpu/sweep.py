@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.graph_timing import graph_microseconds
-from benchmarks.gpu.kernels import BLOCK_SIZE, DEVICE, DTYPE, LLAMA, QWEN, Caches, Shape, new_tokens, randn, sets_for
+from benchmarks.gpu.kernels import BLOCK_SIZE, LLAMA, QWEN, Caches, Shape, new_tokens
+from benchmarks.gpu.results import DEVICE, DTYPE, randn, sets_for
 from benchmarks.gpu.timing import copy_bytes_per_second, gemm_operations_per_second
 from kernels.attention import DecodeAttention, PrefillAttention
 from kernels.cuda import (

@@ -7,18 +7,20 @@ expert has is known on the GPU only. The grid has as many programs as there coul
 work end at once; so all of it runs in CUDA graphs.
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.cuda import triton_fp8_experts
+from kernels.cuda.triton_fp8 import quantize
+from kernels.cuda.triton_grouped import Choices, Tile, finish, locate
 from kernels.cuda.triton_launch import dependent, stages_that_fit, wait_for_previous
 from kernels.cuda.triton_norm import rms_norm
 from kernels.cuda.triton_tiled_linear import suits_tiles, tiled_linear
 from kernels.experts import Experts
+from kernels.fp8 import Fp8Weight, Weight
 from kernels.hidden import Hidden
 
 _SORT_BLOCK = 8192
@@ -142,28 +144,19 @@ def _expert_kernel(
     If GATED, rows of x are tokens, and those of `out` choices in sorted order. If not, rows of x are choices in sorted
     order, and those of `out` choices in their own order, each times its share.
     """
-    first_output = tl.program_id(0) * BLOCK_N
-    tile = tl.program_id(1)
-    candidate = tl.arange(0, BLOCK_E)
-    known = candidate < EXPERTS
     wait_for_previous(DEPENDENT)
-    start = tl.load(starts + candidate, mask=known, other=0)
-    end = tl.load(starts + candidate + 1, mask=known, other=0)
-    tiles = (end - start + BLOCK_M - 1) // BLOCK_M
-    expert = tl.sum((known & (tl.cumsum(tiles) <= tile)).to(tl.int32))
+    expert, place = locate(starts, EXPERTS, BLOCK_E, BLOCK_M)
     if expert < EXPERTS:
-        place = tile - tl.sum(tl.where(candidate < expert, tiles, 0))
         row = tl.load(starts + expert) + place * BLOCK_M + tl.arange(0, BLOCK_M)
         valid = row < tl.load(starts + expert + 1)
         choice = tl.load(order + row, mask=valid, other=0)
-        output = first_output + tl.arange(0, BLOCK_N)
+        output = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
         column = tl.arange(0, BLOCK_K)
         source = choice // PER_TOKEN if GATED else row
         value_at = x + source.to(tl.int64)[:, None] * INPUTS + column[None, :]
-        inside = output < OUTPUTS
         # beyond the last output, the first is read again and not stored
         matrix = weight + expert.to(tl.int64) * (OUTPUTS * INPUTS * (2 if GATED else 1))
-        weight_at = matrix + tl.where(inside, output, 0)[None, :] * INPUTS + column[:, None]
+        weight_at = matrix + tl.where(output < OUTPUTS, output, 0)[None, :] * INPUTS + column[:, None]
 
         whole: tl.constexpr = INPUTS % BLOCK_K == 0
         precision: tl.constexpr = "ieee" if EXACT else "tf32"
@@ -179,14 +172,7 @@ def _expert_kernel(
             if GATED:
                 up = tl.load(up_at) if whole else tl.load(up_at, mask=exists[:, None], other=0.0)
                 up_sums = tl.dot(value, up, up_sums, input_precision=precision)
-        if GATED:
-            sums = sums / (1.0 + tl.exp(-sums)) * up_sums
-            target = row
-        else:
-            sums *= tl.load(shares + choice, mask=valid, other=0.0)[:, None]
-            target = choice
-        at = target.to(tl.int64)[:, None] * OUTPUTS + output[None, :]
-        tl.store(out + at, sums.to(out.dtype.element_ty), mask=valid[:, None] & inside[None, :])
+        finish(sums, up_sums, shares, out, row, choice, valid, output, OUTPUTS, GATED)
 
 
 @triton.jit
@@ -203,51 +189,38 @@ def _sum_kernel(
     tl.store(states + token * WIDTH + column, total.to(states.dtype.element_ty), mask=inside)
 
 
-@dataclass(frozen=True, slots=True)
-class _Tile:
-    rows: int
-    outputs: int
-    inputs: int
-    stages: int
-    warps: int
-
-
-def _tile(choices: int, experts: int, gated: bool, dtype: torch.dtype) -> _Tile:
+def _tile(choices: int, experts: int, gated: bool, dtype: torch.dtype) -> Tile:
     """Few rows for each expert take as long as reading its weights, and many as long as multiplying. The fastest of
     some that were measured on an H100, with Qwen3-30B-A3B's shapes (docs/kernels.md)."""
     if dtype == torch.float32:
-        return _Tile(16, 32, 32, 2, 4)
+        return Tile(16, 32, 32, 2, 4)
     rows = choices / experts
     if rows <= 24:
-        return _Tile(16, 32, 128, 4, 4) if gated else _Tile(16, 64, 128, 3, 4)
+        return Tile(16, 32, 128, 4, 4) if gated else Tile(16, 64, 128, 3, 4)
     if rows <= 96:
-        return _Tile(64, 64 if gated else 128, 64, 4, 4)
-    return _Tile(128, 128, 64, 4, 8) if gated else _Tile(128, 256, 64, 3, 8)
+        return Tile(64, 64 if gated else 128, 64, 4, 4)
+    return Tile(128, 128, 64, 4, 8) if gated else Tile(128, 256, 64, 3, 8)
 
 
-def _stages(tile: _Tile, gated: bool, dtype: torch.dtype, device: torch.device) -> int:
+def _stages(tile: Tile, gated: bool, dtype: torch.dtype, device: torch.device) -> int:
     """Those of the tile, or as many as fit: most GPUs have less shared memory than an H100."""
-    stage_bytes = (tile.rows + tile.outputs * (2 if gated else 1)) * tile.inputs * dtype.itemsize
-    return stages_that_fit(tile.stages, stage_bytes, device)
+    return stages_that_fit(tile.stages, tile.stage_bytes(gated, dtype.itemsize), device)
 
 
-def _grouped(
-    x: Tensor, weight: Tensor, shares: Tensor, order: Tensor, starts: Tensor, out: Tensor, per_token: int, gated: bool
-) -> Tensor:
-    experts, outputs = weight.shape[0], out.shape[1]
-    choices = order.numel()
-    tile = _tile(choices, experts, gated, x.dtype)
-    # each expert that has any rows may leave one tile partly empty
-    most_tiles = min(choices, triton.cdiv(choices, tile.rows) + min(choices, experts))
-    _expert_kernel[(triton.cdiv(outputs, tile.outputs), most_tiles)](
+def grouped(x: Tensor, weight: Tensor, choices: Choices, out: Tensor, gated: bool) -> Tensor:
+    """The product of one row for each choice with its expert's matrix, as `_expert_kernel` says, written to `out`
+    [T * k, outputs]."""
+    experts, outputs, count = weight.shape[0], out.shape[1], choices.order.numel()
+    tile = _tile(count, experts, gated, x.dtype)
+    _expert_kernel[tile.grid(count, experts, outputs)](
         x,
         weight,
-        shares,
-        order,
-        starts,
+        choices.shares,
+        choices.order,
+        choices.starts,
         out,
         EXPERTS=experts,
-        PER_TOKEN=per_token,
+        PER_TOKEN=choices.shares.shape[1],
         OUTPUTS=outputs,
         INPUTS=x.shape[1],
         GATED=gated,
@@ -280,12 +253,25 @@ def add_experts(hidden: Hidden, norm: Tensor, eps: float, experts: Experts) -> H
 
 def add_mix(states: Tensor, x: Tensor, shares: Tensor, chosen: Tensor, experts: Experts) -> None:
     """Adds `kernels.experts.mix` to states [T, H], in place; chosen [T, k] int32."""
-    (tokens, width), (choices, per_token) = x.shape, (chosen.numel(), chosen.shape[1])
-    order, starts = sort(chosen, experts.router.shape[0])
-    activated = torch.empty((choices, experts.down.shape[2]), dtype=x.dtype, device=x.device)
-    parts = torch.empty((choices, width), dtype=x.dtype, device=x.device)
-    _grouped(x, experts.gate_up, shares, order, starts, activated, per_token, gated=True)
-    _grouped(activated, experts.down, shares, order, starts, parts, per_token, gated=False)
+    tokens, width = x.shape
+    choices = Choices(shares, *sort(chosen, experts.router.shape[0]))
+    activated = torch.empty((chosen.numel(), experts.down.shape[2]), dtype=x.dtype, device=x.device)
+    parts = torch.empty((chosen.numel(), width), dtype=x.dtype, device=x.device)
+    _product(x, experts.gate_up, choices, activated, gated=True)
+    _product(activated, experts.down, choices, parts, gated=False)
     _sum_kernel[(tokens, triton.cdiv(width, _SUM_BLOCK))](
-        parts, states, WIDTH=width, PER_TOKEN=per_token, BLOCK=_SUM_BLOCK, num_warps=4, **dependent(x.device)
+        parts,
+        states,
+        WIDTH=width,
+        PER_TOKEN=chosen.shape[1],
+        BLOCK=_SUM_BLOCK,
+        num_warps=4,
+        **dependent(x.device),
     )
+
+
+def _product(x: Tensor, weight: Weight, choices: Choices, out: Tensor, gated: bool) -> None:
+    if isinstance(weight, Fp8Weight):
+        triton_fp8_experts.grouped(quantize(x, weight.group), weight, choices, out, gated)
+    else:
+        grouped(x, weight, choices, out, gated)

@@ -25,7 +25,7 @@ def _calls() -> dict[str, Callable[[], object]]:
     from tests.gpu import test_gated_linear as gated
     from tests.gpu import test_persistent_layers as persistent
     from tests.gpu import test_streamed_linear as streamed
-    from tests.kernels import checks
+    from tests.kernels import checks, fp8_checks
     from tests.kernels.inputs import DEVICE, randn
 
     dtype = torch.float16
@@ -74,6 +74,15 @@ def _calls() -> dict[str, Callable[[], object]]:
         "_choose_kernel": lambda: checks.check_choose(5, 11, 3, True, dtype),
         "_sort_kernel": lambda: checks.check_sort(40, 11, 3),
         "_expert_kernel": lambda: checks.check_mix(37, 88, 40, 11, 3, dtype),
+        "_fp8_expert_kernel": lambda: (
+            fp8_checks.check_grouped(37, 128, 384, 11, 3, True, dtype),
+            fp8_checks.check_grouped(37, 40, 88, 11, 3, False, dtype),
+            fp8_checks.check_grouped(300, 72, 176, 4, 2, False, dtype),
+        ),
+        "_quantize_kernel": lambda: (
+            fp8_checks.check_quantize(5, 576, 576, True, dtype),
+            fp8_checks.check_quantize(3, 1152, 128, False, dtype),
+        ),
         "_sum_kernel": lambda: checks.check_mix(5, 1096, 40, 4, 2, dtype),
         "_rope_write_kernel": lambda: checks.check_rope_write_kv(37, 8, 2, 64, 16, True, dtype),
         "_rms_norm_kernel": lambda: checks.check_rms_norm(5, 576, dtype),

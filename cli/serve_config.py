@@ -37,7 +37,8 @@ class ServeConfig(SecurityConfig):
     the embedded SmolLM2-135M-Instruct."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
-    """Type of weights and KV. auto: the model's own on a GPU, float32 on a CPU."""
+    """Type of weights, but for 8-bit ones, and of KV. auto: the model's own on a GPU, bfloat16 beside 8-bit weights,
+    float32 on a CPU."""
 
     load_format: Literal["auto", "dummy"] | None = None
     """dummy: random weights for the model's config.json, for benchmarks."""

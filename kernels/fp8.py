@@ -51,7 +51,7 @@ Weight = Tensor | Fp8Weight
 
 def quantize(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
     """x [T, K] as (values [T, K] E4M3, scales [T, K / group] float32), of which x is about the product."""
-    groups = x.float().view(x.shape[0], -1, group)
+    groups = x.float().reshape(x.shape[0], x.shape[1] // group, group)
     scales = groups.abs().amax(-1).clamp(min=SMALLEST) / LARGEST
     return (groups / scales.unsqueeze(-1)).to(E4M3).flatten(1), scales
 

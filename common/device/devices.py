@@ -5,6 +5,8 @@ import torch
 from common.model.model_config import ModelConfig
 from common.model.model_error import ModelError
 
+HOPPER = 9  # its GPUs' compute capability is 9.x
+
 
 def choose_device(name: str) -> torch.device:
     """The device that `name` stands for: auto, cpu, cuda or cuda:N. A GPU becomes torch's current device.
@@ -30,9 +32,31 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(name: str, model: ModelConfig, device: torch.device) -> str:
-    """`name`, or for auto the dtype that suits the model on this device: "float32", "bfloat16" or "float16"."""
+    """`name`, or for auto the dtype that suits the model on this device: "float32", "bfloat16" or "float16". Of a model
+    with 8-bit weights it is the dtype of all else.
+
+    Raises:
+        ModelError: the model has 8-bit weights, and this GPU has no kernels for them, or none for this dtype.
+    """
+    if model.quantization is not None and device.type == "cuda":
+        return _beside_8_bits(name, device)
     if name != "auto":
         return name
     if device.type == "cpu":
         return "float32"
     return "bfloat16" if model.dtype == "float32" else model.dtype
+
+
+def _beside_8_bits(name: str, device: torch.device) -> str:
+    major, minor = torch.cuda.get_device_capability(device)
+    if major != HOPPER:
+        raise ModelError(
+            f"8-bit weights need a Hopper GPU (H100, H200), and {device} is {torch.cuda.get_device_name(device)}, of "
+            f"compute capability {major}.{minor}; serve the model's 16-bit original there"
+        )
+    if name not in ("auto", "bfloat16"):
+        raise ModelError(
+            f"a model with 8-bit weights is served in bfloat16 on a GPU, not in {name}; leave --dtype out, or set it "
+            "to bfloat16"
+        )
+    return "bfloat16"

@@ -40,41 +40,44 @@ def parse(raw: Mapping[str, Any]) -> Quantization:
 
 def _fine_grained(raw: Mapping[str, Any]) -> Quantization:
     """As Qwen and DeepSeek publish them."""
-    _require(raw, "quantization_config", fmt=("e4m3", None), activation_scheme=("dynamic",))
-    _require(raw, "quantization_config", weight_block_size=([BLOCK, BLOCK],))
+    _require(raw, fmt=("e4m3", None), activation_scheme=("dynamic",), weight_block_size=([BLOCK, BLOCK],))
     return Quantization(in_blocks=True, scales="weight_scale_inv")
 
 
 def _compressed(raw: Mapping[str, Any]) -> Quantization:
     """As vLLM's llm-compressor writes them."""
-    _require(raw, "quantization_config", format=("float-quantized",), kv_cache_scheme=(None,))
-    groups = raw.get("config_groups")
-    if not isinstance(groups, dict) or len(groups) != 1:
-        raise ModelError("quantization_config must have one group in config_groups, for all layers")
-    (group,) = groups.values()
-    weights, activations = (_part(group, name) for name in ("weights", "input_activations"))
+    _require(raw, format=("float-quantized",), kv_cache_scheme=(None,), transform_config=(None, {}))
+    groups = _object(raw, "config_groups")
+    if len(groups) != 1:
+        raise ModelError(
+            f"quantization_config has {len(groups)} config_groups; supported is one, for all projections of the layers"
+        )
+    (name,) = groups
+    group = _object(groups, name)
+    weights, activations = (_object(group, part) for part in ("weights", "input_activations"))
     eight_bits: dict[str, tuple[Any, ...]] = {"num_bits": (8,), "type": ("float",), "symmetric": (True,)}
-    _require(weights, "weights", **eight_bits, strategy=("channel", "block"), dynamic=(False, None))
-    _require(activations, "input_activations", **eight_bits, dynamic=(True,))
+    _require(weights, "weights.", **eight_bits, strategy=("channel", "block"), dynamic=(False, None))
+    _require(activations, "input_activations.", **eight_bits, dynamic=(True,))
     if in_blocks := weights["strategy"] == "block":
-        _require(weights, "weights", block_structure=([BLOCK, BLOCK],))
-        _require(activations, "input_activations", strategy=("group",), group_size=(BLOCK,))
+        _require(weights, "weights.", block_structure=([BLOCK, BLOCK],))
+        _require(activations, "input_activations.", strategy=("group",), group_size=(BLOCK,))
     else:
-        _require(activations, "input_activations", strategy=("token",))
+        _require(activations, "input_activations.", strategy=("token",))
+    _require(group, output_activations=(None,))
     return Quantization(in_blocks=in_blocks, scales="weight_scale")
 
 
-def _part(group: object, name: str) -> dict[str, Any]:
-    part = group.get(name) if isinstance(group, dict) else None
-    if not isinstance(part, dict):
-        raise ModelError(f"quantization_config must give {name} as an object; it gives {part!r}")
-    return part
+def _object(raw: Mapping[str, Any], key: str) -> dict[str, Any]:
+    value = raw.get(key)
+    if not isinstance(value, dict):
+        raise ModelError(f"quantization_config must give {key} as an object; it gives {value!r}")
+    return value
 
 
-def _require(raw: Mapping[str, Any], where: str, **supported: tuple[Any, ...]) -> None:
+def _require(raw: Mapping[str, Any], within: str = "", **supported: tuple[Any, ...]) -> None:
     for key, values in supported.items():
         if raw.get(key) not in values:
             raise ModelError(
-                f"quantized weights with {key} {raw.get(key)!r} in {where} are not supported; supported is "
+                f"quantization_config gives {within}{key} as {raw.get(key)!r}, which is not supported; supported is "
                 + " or ".join(map(repr, values))
             )

@@ -40,9 +40,9 @@ class Weights:
 def load(directory: Path, config: ModelConfig, dtype: str, device: torch.device) -> Weights:
     """Reads the safetensors files of a Hugging Face directory.
 
-    On a CPU, weights that are stored in `dtype` stay in the mapped file: they are read as they are used, and workers of
-    one host share the memory. So the file must not be changed while it is served. Parts of a fused matrix are copied if
-    they are not neighbours in the file, and experts always are.
+    On a CPU, weights that are stored in `dtype` stay in the mapped file, as 8-bit ones do: they are read as they are
+    used, and workers of one host share the memory. So the file must not be changed while it is served. Parts of a fused
+    matrix are copied if they are not neighbours in the file, and experts always are.
 
     Args:
         directory: where the files are.
@@ -79,8 +79,10 @@ def load(directory: Path, config: ModelConfig, dtype: str, device: torch.device)
                 )
             if E4M3 in (tensor.dtype, wanted) and tensor.dtype != wanted:
                 raise ModelError(
-                    f"{name} in {directory} is stored as {tensor.dtype}; only projections of the layers may be 8-bit "
-                    "floats, and where config.json has a quantization_config, all of them must be"
+                    f"{name} in {directory} is {tensor.dtype}, and must "
+                    + ("not be" if wanted != E4M3 else f"be {wanted}")
+                    + ": where config.json has a quantization_config, the projections of all layers are 8-bit floats, "
+                    "and nothing else is"
                 )
             progress.update(tensor.nbytes)
             return tensor.to(device, wanted)

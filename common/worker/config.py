@@ -27,7 +27,8 @@ class WorkerConfig(SecurityConfig):
     Hugging Face's hub."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of weights and KV. auto: the model's own on a GPU, float32 on a CPU."""
+    """Type of weights, but for 8-bit ones, and of KV. auto: the model's own on a GPU, bfloat16 beside 8-bit weights,
+    float32 on a CPU."""
 
     device: Annotated[str, Parameter(validator=_is_device)] = "auto"
     """cpu, cuda or cuda:N. auto: cuda where there is one."""

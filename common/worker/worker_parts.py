@@ -106,6 +106,8 @@ def load(
     directory = model_files.resolve(config.model, weights=config.load_format != "dummy")
     model = model_config.load_config(directory, config.max_length)
     dtype = choose_dtype(config.dtype, model, device)
+    if model.quantization is not None and device.type == "cpu":
+        log.warning("8-bit weights are slow on a CPU: each is made a float32 every time it is used")
     if config.load_format == "dummy":
         loaded = weights.dummy(model, dtype, device)
     else:

@@ -9,6 +9,7 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
@@ -108,15 +109,20 @@ CONFIGS = {
 
 
 def save(name: str, directory: Path, max_shard_size: str = "5GB") -> PreTrainedModel:
-    """Writes a random model to `directory`. Every parameter is random, norms and biases too, and large enough that
-    greedy answers do not repeat one token."""
-    torch.manual_seed(list(CONFIGS).index(name))
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(CONFIGS[name], dtype=torch.float32).eval()
-    with torch.no_grad():
-        for parameter_name, parameter in model.named_parameters():
-            offset = 1.0 if parameter_name.endswith("norm.weight") else 0.0
-            parameter.normal_(offset, 0.3 if parameter.dim() == 1 else 2 * parameter.shape[-1] ** -0.5)
+    """Writes a random model to `directory`."""
+    model = random_model(CONFIGS[name], seed=list(CONFIGS).index(name))
     model.save_pretrained(directory, max_shard_size=max_shard_size)
+    return model
+
+
+def random_model(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
+    """Every parameter is random, norms and biases too, and large enough that greedy answers do not repeat one token."""
+    torch.manual_seed(seed)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            offset = 1.0 if name.endswith("norm.weight") else 0.0
+            parameter.normal_(offset, 0.3 if parameter.dim() == 1 else 2 * parameter.shape[-1] ** -0.5)
     return model
 
 

@@ -21,6 +21,8 @@ from common.kv.kv_pool import KvLayout
 from common.model import fingerprint, gguf_import, weights
 from common.model.model_config import load_config, parse_config
 from common.model.model_error import ModelError
+from common.model.safetensors_files import DTYPES
+from tests.common.hf_quantized import FORMATS
 from tests.damage import JSON, altered, damaged
 from tests.messages import fuzz
 
@@ -106,6 +108,20 @@ def test_any_configuration(architecture: str, examples: int) -> None:
     any_configuration()
 
 
+@pytest.mark.parametrize("examples", EXAMPLES)
+@pytest.mark.parametrize("form", list(FORMATS))
+def test_any_description_of_8_bit_weights(form: str, examples: int) -> None:
+    valid = FORMATS[form].config
+    assert not refused_with_a_sentence(lambda: parse_config(CONFIG | {"quantization_config": valid}))
+
+    @fuzz(2 * examples)
+    @given(altered(valid))
+    def any_description(raw: Any) -> None:
+        refused_with_a_sentence(lambda: parse_config(CONFIG | {"quantization_config": raw}))
+
+    any_description()
+
+
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
 def test_any_bytes_of_a_configuration(tmp_path: Path, name: str) -> None:
     for file in ("config.json", "generation_config.json"):
@@ -134,10 +150,16 @@ def test_sizes_that_no_machine_has_room_for() -> None:
 # ---------------------------------------------------------------- safetensors
 
 
-def write_safetensors(directory: Path) -> Path:
-    (directory / "config.json").write_text(json.dumps(CONFIG))
+def write_safetensors(directory: Path, *, quantized: bool = False) -> Path:
+    tensors = {name: torch.ones(shape) for name, shape in SHAPES.items()}
+    if quantized:
+        for name in [name for name in tensors if "_proj" in name]:
+            tensors[f"{name}_scale"] = torch.ones(len(tensors[name]), 1, dtype=torch.bfloat16)
+            tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    described = {"quantization_config": FORMATS["channels"].config if quantized else None}
+    (directory / "config.json").write_text(json.dumps(CONFIG | described))
     file = directory / "model.safetensors"
-    file.write_bytes(save({name: torch.ones(shape) for name, shape in SHAPES.items()}))
+    file.write_bytes(save(tensors))
     return file
 
 
@@ -163,15 +185,24 @@ def test_any_bytes_of_a_checkpoint(tmp_path: Path, examples: int) -> None:
     any_bytes()
 
 
+TYPES = st.sampled_from([*DTYPES, "F8_E5M2", "F8_E8M0", "U8"])
+
+
+def _with_dtype(header: dict[str, Any], name: str, dtype: str) -> dict[str, Any]:
+    return header | {name: header[name] | {"dtype": dtype}}
+
+
 @pytest.mark.parametrize("examples", EXAMPLES)
-def test_any_header_of_a_checkpoint(tmp_path: Path, examples: int) -> None:
-    file = write_safetensors(tmp_path)
+@pytest.mark.parametrize("quantized", [False, True])
+def test_any_header_of_a_checkpoint(tmp_path: Path, quantized: bool, examples: int) -> None:
+    file = write_safetensors(tmp_path, quantized=quantized)
     whole = file.read_bytes()
     end = 8 + int.from_bytes(whole[:8], "little")
     header = json.loads(whole[8:end])
+    assert not refused_with_a_sentence(lambda: load(tmp_path))
 
     @fuzz(examples)
-    @given(altered(header))
+    @given(altered(header) | st.builds(_with_dtype, st.just(header), st.sampled_from(sorted(header)), TYPES))
     def any_header(changed: Any) -> None:
         text = json.dumps(changed).encode()
         file.unlink()

@@ -102,12 +102,20 @@ def test_a_router_takes_no_weights(served: Hub, tmp_path: Path) -> None:
     assert "HF_HUB_OFFLINE forbids" in (start(served, tmp_path, HF_HUB_OFFLINE="1") or "")
 
 
-def test_what_is_not_supported_is_refused_before_its_weights_come(served: Hub, tmp_path: Path) -> None:
-    config = models.CONFIG | {"architectures": ["GemmaForCausalLM"], "model_type": "gemma"}
-    (served.folder / "config.json").write_text(json.dumps(config))
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"architectures": ["GemmaForCausalLM"], "model_type": "gemma"}, "the architecture GemmaForCausalLM is not s"),
+        ({"quantization_config": {"quant_method": "awq"}}, "weights quantized by 'awq' are not supported"),
+    ],
+)
+def test_what_is_not_supported_is_refused_before_its_weights_come(
+    change: dict[str, object], words: str, served: Hub, tmp_path: Path
+) -> None:
+    (served.folder / "config.json").write_text(json.dumps(models.CONFIG | change))
     said = start(served, tmp_path)
     assert said is not None
-    assert said.startswith("the architecture GemmaForCausalLM is not supported")
+    assert said.startswith(words)
     assert not {*SHARDS} & {*served.given}
 
 

@@ -1,6 +1,8 @@
-"""What a worker says of its pool when it starts."""
+"""What a worker says of its pool and its weights when it starts."""
 
+from collections.abc import MutableMapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from structlog.testing import capture_logs
@@ -8,6 +10,7 @@ from structlog.testing import capture_logs
 from common.device.gpu_memory import Passes
 from common.worker import worker_parts
 from common.worker.config import WorkerConfig
+from tests.common import hf_quantized
 from tests.router import models
 from twostroke.v1 import inference_pb2
 
@@ -20,12 +23,23 @@ def test_a_pool_that_is_too_small_for_the_context_is_told_of(
     tmp_path: Path, blocks: int, max_length: int | None, told: list[tuple[int, int]]
 ) -> None:
     directory = models.write(tmp_path, models.byte_level())
+    warnings = _warnings(directory, num_blocks=blocks, max_length=max_length)
+    assert [(entry["tokens"], entry["context_length"]) for entry in warnings] == told
+
+
+def test_8_bit_weights_on_a_cpu_are_warned_of(tmp_path: Path) -> None:
+    directory = models.write(tmp_path, models.byte_level())
+    hf_quantized.change_config(directory, quantization_config=hf_quantized.FORMATS["channels"].config)
+    (warning,) = _warnings(directory, num_blocks=-(-models.CONTEXT_LENGTH // 16))
+    assert warning["event"].startswith("8-bit weights are slow on a CPU")
+
+
+def _warnings(directory: Path, *, num_blocks: int, max_length: int | None = None) -> list[MutableMapping[str, Any]]:
     config = WorkerConfig(
-        model=str(directory), load_format="dummy", device="cpu", num_blocks=blocks, max_length=max_length
+        model=str(directory), load_format="dummy", device="cpu", num_blocks=num_blocks, max_length=max_length
     )
     with capture_logs() as logs:
         worker_parts.load(
             config, inference_pb2.WORKER_ROLE_DECODE, max_batch=1, passes=Passes(tokens=1, rows=1, graphs=0)
         ).close()
-    warnings = [entry for entry in logs if entry["log_level"] == "warning"]
-    assert [(entry["tokens"], entry["context_length"]) for entry in warnings] == told
+    return [entry for entry in logs if entry["log_level"] == "warning"]

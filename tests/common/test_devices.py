@@ -1,0 +1,54 @@
+"""Which dtype a worker chooses, without a GPU."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from common.device.devices import choose_dtype
+from common.model.model_config import ModelConfig, parse_config
+from common.model.model_error import ModelError
+from common.model.quantization import Quantization
+from tests.common.test_model_config import LLAMA
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+STORED_AS_FLOAT16 = parse_config(LLAMA | {"dtype": "float16"})
+QUANTIZED = replace(STORED_AS_FLOAT16, quantization=Quantization(in_blocks=True, scales="weight_scale_inv"))
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+
+
+@pytest.mark.parametrize(
+    ("model", "device", "automatic"),
+    [
+        (STORED_AS_FLOAT16, CPU, "float32"),
+        (STORED_AS_FLOAT16, GPU, "float16"),
+        (replace(STORED_AS_FLOAT16, dtype="float32"), GPU, "bfloat16"),
+        (QUANTIZED, CPU, "float32"),
+    ],
+)
+def test_any_dtype_can_be_asked_for(model: ModelConfig, device: torch.device, automatic: str) -> None:
+    assert choose_dtype("auto", model, device) == automatic
+    for name in ("float32", "bfloat16", "float16"):
+        assert choose_dtype(name, model, device) == name
+
+
+@pytest.mark.usefixtures("hopper")
+def test_8_bit_weights_on_a_gpu_are_served_in_bfloat16() -> None:
+    for name in ("auto", "bfloat16"):
+        assert choose_dtype(name, QUANTIZED, GPU) == "bfloat16"
+    for name in ("float32", "float16"):
+        with pytest.raises(ModelError, match=f"served in bfloat16 on a GPU, not in {name}; leave --dtype out"):
+            choose_dtype(name, QUANTIZED, GPU)
+
+
+@pytest.mark.parametrize("capability", [(8, 9), (10, 0), (12, 0)])
+def test_8_bit_weights_need_a_hopper_gpu(capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA L4")
+    said = ".".join(map(str, capability))
+    with pytest.raises(ModelError, match=f"need a Hopper GPU .*, and cuda:0 is NVIDIA L4, of compute .* {said};"):
+        choose_dtype("auto", QUANTIZED, GPU)

@@ -8,12 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.gpu.fp8 import in_blocks
 from benchmarks.gpu.graph_timing import graph_microseconds
 from benchmarks.gpu.results import DEVICE, DTYPE, Ceilings, Result, randn, relative_error
 from kernels import experts, norm
 from kernels.cuda import triton_activation, triton_experts, triton_norm
 from kernels.experts import Experts
-from kernels.fp8 import E4M3, GROUP, LARGEST, Fp8Weight, Weight
+from kernels.fp8 import Fp8Weight, Weight
 from kernels.hidden import Hidden
 
 INPUTS = 8  # that are rotated through, with other experts for each
@@ -36,14 +37,6 @@ def mixtures(ceilings: Ceilings) -> Iterator[Result]:
         floor = floor_microseconds(ceilings, x, in_8_bits)
         # now and then a value is rounded to another 8-bit float than the reference's, since it was rounded to 16 bits
         yield mixture("  weights of 8 bits", case, x, in_8_bits, floor, 3e-2)
-
-
-def in_blocks(stack: Tensor) -> Fp8Weight:
-    """A stack of matrices [E, N, K], quantized with a scale for each block."""
-    count, rows, columns = stack.shape
-    blocks = stack.view(count, rows // GROUP, GROUP, columns // GROUP, GROUP)
-    scales = blocks.abs().amax((2, 4), keepdim=True).float() / LARGEST
-    return Fp8Weight((blocks / scales).to(E4M3).view(stack.shape), scales.squeeze((2, 4)))
 
 
 def floor_microseconds(ceilings: Ceilings, x: Tensor, weights: Experts) -> float:

@@ -1,6 +1,6 @@
 """Checks every kernel on a GPU against its torch reference, then times it against its floor.
 
-    python -m benchmarks.gpu.kernels OUT.json [decode prefill rows experts sampling]
+    python -m benchmarks.gpu.kernels OUT.json [decode prefill rows fp8 experts sampling]
 
 Times come from graph replays. The floor is the bytes that must move over the bandwidth of a copy in the same run, or
 for prefill attention and many tokens of experts the operations over the rate of a matrix product. bfloat16; shapes of

@@ -114,11 +114,10 @@ def _stages(tile: Tile, gated: bool, device: torch.device) -> int:
 
 def grouped(x: Quantized, weight: Fp8Weight, choices: Choices, out: Tensor, gated: bool) -> Tensor:
     """`kernels.cuda.triton_experts.grouped` of 8-bit floats."""
-    experts, rows, inputs = weight.shape
+    experts, _, inputs = weight.shape
     outputs, count = out.shape[1], choices.order.numel()
-    in_blocks = weight.scales.shape[1] < rows
     tile = _tile(count, experts, gated)
-    assert not in_blocks or (tile.inputs == GROUP and GROUP % tile.outputs == 0)
+    assert not weight.in_blocks or (tile.inputs == GROUP and GROUP % tile.outputs == 0)
     _fp8_expert_kernel[tile.grid(count, experts, outputs)](
         x.values,
         x.scales,
@@ -133,7 +132,7 @@ def grouped(x: Quantized, weight: Fp8Weight, choices: Choices, out: Tensor, gate
         PER_TOKEN=choices.shares.shape[1],
         OUTPUTS=outputs,
         INPUTS=inputs,
-        GROUP=GROUP if in_blocks else 0,
+        GROUP=GROUP if weight.in_blocks else 0,
         GATED=gated,
         BLOCK_E=triton.next_power_of_2(experts),
         BLOCK_M=tile.rows,

@@ -15,13 +15,13 @@ checks = pytest.importorskip("tests.kernels.fp8_checks", exc_type=ImportError)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("with_norm", [False, True])
+@pytest.mark.parametrize("before", ["", "norm", "gate"])
 @pytest.mark.parametrize("rows", [1, 64, 8192])
 @pytest.mark.parametrize(
     ("width", "group"), [(2048, 128), (768, 128), (4096, 128), (576, 576), (4096, 4096), (14_336, 14_336)]
 )
-def test_quantize(rows: int, width: int, group: int, with_norm: bool, dtype: torch.dtype) -> None:
-    checks.check_quantize(rows, width, group, with_norm, dtype)
+def test_quantize(rows: int, width: int, group: int, before: str, dtype: torch.dtype) -> None:
+    checks.check_quantize(rows, width, group, before, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -30,25 +30,30 @@ def dequantized(quantized: triton_fp8.Quantized) -> Tensor:
     return fp8.dequantize(quantized.values[:tokens], quantized.scales[:tokens]).double()
 
 
-def check_quantize(rows: int, width: int, group: int, with_norm: bool, dtype: torch.dtype) -> None:
-    """x is a part of wider rows. One of them is zero, and one has a huge value."""
-    x = randn(rows, width + 16, dtype=dtype, seed=1)[:, :width]
+def check_quantize(rows: int, width: int, group: int, before: str, dtype: torch.dtype) -> None:
+    """x is a part of wider rows. One of them is zero, and one has a huge value. before: "", "norm" or "gate"."""
+    gated = before == "gate"
+    x = randn(rows, 2 * width + 16, dtype=dtype, seed=1)[:, : width * (2 if gated else 1)]
     x[rows // 2] = 0
-    x[-1, width // 3] = 60_000
-    weight = randn(width, dtype=dtype, seed=2) if with_norm else None
+    x[-1, width // 3] = 500 if gated else 60_000
+    weight = randn(width, dtype=dtype, seed=2) if before == "norm" else None
     padded = -(-rows // 8) * 8
     poison(padded * width // 4, torch.float32)
     poison(padded * width // group, torch.float32)
-    actual = triton_fp8.quantize(x, group, weight, 1e-5)
+    actual = triton_fp8.quantize(x, group, weight, 1e-5, gated=gated)
     assert actual.tokens == rows
     assert actual.values.shape == (padded, width)
     assert actual.values.dtype == E4M3
     assert actual.scales.shape == (padded, width // group)
     assert actual.scales.stride() == (1, padded)
 
-    wide = x.double() if weight is None else norm.rms_norm(x.double(), weight.double(), 1e-5)
+    wide = x.double()
+    if gated:
+        wide = activation.silu_mul(wide)
+    elif weight is not None:
+        wide = norm.rms_norm(wide, weight.double(), 1e-5)
     limits = torch.finfo(dtype)
-    rounding, smallest = (1e-6, 0.0) if weight is None else (2 * limits.eps, 4 * limits.tiny * limits.eps)
+    rounding, smallest = (2 * limits.eps, 4 * limits.tiny * limits.eps) if before else (1e-6, 0.0)
     expected = wide.unflatten(1, (-1, group))
     scales = expected.abs().amax(-1).clamp(min=fp8.SMALLEST) / fp8.LARGEST
     torch.testing.assert_close(actual.scales[:rows].double(), scales, rtol=3 * rounding, atol=0)
@@ -56,7 +61,7 @@ def check_quantize(rows: int, width: int, group: int, with_norm: bool, dtype: to
     room = torch.maximum(expected.abs() * 2**-4, scales.unsqueeze(-1) * 2**-10) * (1 + 32 * rounding)
     error = (dequantized(actual).view(expected.shape) - expected).abs()
     assert bool((error <= room + expected.abs() * rounding + smallest).all())  # NaN fails too
-    if weight is None:
+    if not before:
         values, reference_scales = fp8.quantize(x, group)
         torch.testing.assert_close(actual.scales[:rows], reference_scales, rtol=1e-6, atol=0)
         assert (actual.values[:rows].float() != values.float()).double().mean() <= 1e-3  # a GPU's division rounds

@@ -11,7 +11,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("with_norm", [False, True])
+@pytest.mark.parametrize("before", ["", "norm", "gate"])
 @pytest.mark.parametrize(
     ("rows", "width", "group"),
     [
@@ -25,8 +25,8 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
         (17, 2560, 128),
     ],
 )
-def test_quantize(rows: int, width: int, group: int, with_norm: bool, dtype: torch.dtype) -> None:
-    checks.check_quantize(rows, width, group, with_norm, dtype)
+def test_quantize(rows: int, width: int, group: int, before: str, dtype: torch.dtype) -> None:
+    checks.check_quantize(rows, width, group, before, dtype)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])

@@ -160,16 +160,17 @@ def _differences(ours: list[Tensor], reference: Reference, forced: Tensor) -> Te
     ids=lambda value: next((name for name, form in FORMATS.items() if form == value), type(value).__name__),
 )
 def test_logits_equal_transformers(form: hf_quantized.Format, config: PreTrainedConfig, tmp_path: Path) -> None:
-    """But where a value lies so close to the middle of two 8-bit floats that one rounds it up and the other down: a few
-    rows in a hundred then differ by up to a tenth of their spread. Inputs that are not rounded at all change every
-    row by a fifth of it and more. Tolerance: three rows of four within 1e-4 of their spread, all within one."""
+    """But where a value lies so close to the middle of two 8-bit floats that one rounds it up and the other down: two
+    rows in a hundred then differ by up to a tenth of their spread, or by more where another expert is chosen, and which
+    they are depends on the processor. Inputs that are not rounded at all change every row by a fifth of it and more.
+    Tolerance: after each step five rows of eight within 1e-4 of their spread, and of all nine in ten within a half."""
     reference = hf_quantized.save(config, form, tmp_path)
     ours = _ours(tmp_path)
     forced = torch.randint(3, 500, (len(LENGTHS), 3), generator=torch.Generator().manual_seed(2))
     logits = [ours.prefill(chunk=7), *(ours.step(tokens) for tokens in forced.T)]
     differences = _differences(logits, reference, forced)
-    assert (differences < 1e-4).float().mean(1).min() >= 0.75, differences
-    assert differences.max() < 1, differences
+    assert (differences < 1e-4).sum(1).min() >= 5, differences
+    assert (differences < 0.5).float().mean() >= 0.9, differences
 
 
 @pytest.mark.parametrize("chunk", [None, 5])
@@ -192,14 +193,14 @@ def test_greedy_tokens_are_those_of_transformers(name: str, form: str, chunk: in
 @pytest.mark.parametrize("form", ["fp8", "channels"])
 def test_bfloat16_logits_are_near_transformers(form: str, tmp_path: Path) -> None:
     """Both round to 8 bits of significand, at different places, and then some values to the other of two 8-bit floats.
-    Tolerance: the difference's standard deviation is at most a fifth of the logits' own, and ours is at most half as
-    far again from float32 as transformers' is."""
+    Tolerance: the difference's standard deviation is at most 12 % of the logits' own, and ours is at most half as far
+    again from float32 as transformers' is (each differs by about 7 %)."""
     reference = hf_quantized.save(CONFIGS["qwen3"], FORMATS[form], tmp_path)
     ours = _ours(tmp_path, "bfloat16").prefill().float()
     exact = torch.stack([reference.logits(prompt)[-1] for prompt in _prompts()])
     reference.model.bfloat16()
     theirs = torch.stack([reference.logits(prompt)[-1].float() for prompt in _prompts()])
-    assert (ours - theirs).std() < 0.2 * exact.std()
+    assert (ours - theirs).std() < 0.12 * exact.std()
     assert (ours - exact).std() < 1.5 * (theirs - exact).std()
 
 

@@ -28,9 +28,13 @@ def bytes_for(passes: Passes, model: ModelConfig, dtype: str) -> int:
     """
     # q and the output count twice: attention that is split over a sequence keeps partial results in float32
     attention = (4 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim
-    mlp = 3 * model.intermediate_size
+    mlp, activated = 3 * model.intermediate_size, model.intermediate_size
     if (routing := model.routing) is not None:
-        mlp = routing.per_token * (model.intermediate_size + model.hidden_size)
-    activations = passes.tokens * (4 * model.hidden_size + attention + mlp)
+        activated *= routing.per_token
+        mlp = activated + routing.per_token * model.hidden_size
+    quantized = 0
+    if model.quantization is not None:  # what a projection takes, in half as many bytes, beside what it was made from
+        quantized = max(activated, model.num_heads * model.head_dim, model.hidden_size) // 2
+    activations = passes.tokens * (4 * model.hidden_size + attention + mlp + quantized)
     logits = passes.rows * model.vocab_size
     return 2 * (activations + logits) * torch_dtype(dtype).itemsize + passes.graphs * GRAPH_BYTES

@@ -61,6 +61,14 @@ def test_a_token_needs_room_for_each_of_its_experts(tmp_path_factory: pytest.Tem
     assert 2 * activated_and_parts < bytes_for(Passes(8192, 0, 0), model, "bfloat16") < 5 * activated_and_parts
 
 
+def test_what_is_rounded_to_8_bits_needs_room_too(tmp_path_factory: pytest.TempPathFactory) -> None:
+    plain, quantized = (
+        bytes_for(Passes(8192, 0, 0), _shape(name, tmp_path_factory), "bfloat16")
+        for name in ("llama-3.1-8b", "llama-3.1-8b-fp8")
+    )
+    assert quantized - plain == 2 * 8192 * 14_336
+
+
 def _shape(name: str, folder: pytest.TempPathFactory) -> ModelConfig:
     return load_config(models.write(name, folder.mktemp(name)), None)
 

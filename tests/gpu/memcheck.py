@@ -80,8 +80,8 @@ def _calls() -> dict[str, Callable[[], object]]:
             fp8_checks.check_grouped(300, 72, 176, 4, 2, False, dtype),
         ),
         "_quantize_kernel": lambda: (
-            fp8_checks.check_quantize(5, 576, 576, True, dtype),
-            fp8_checks.check_quantize(3, 1152, 128, False, dtype),
+            fp8_checks.check_quantize(5, 576, 576, "gate", dtype),
+            fp8_checks.check_quantize(3, 1152, 128, "", dtype),
         ),
         "_sum_kernel": lambda: checks.check_mix(5, 1096, 40, 4, 2, dtype),
         "_rope_write_kernel": lambda: checks.check_rope_write_kv(37, 8, 2, 64, 16, True, dtype),

@@ -1,5 +1,5 @@
-"""The engine of both workers, in one process on one GPU, with weights of 8-bit floats, says what transformers says whose
-projections multiply the same 8-bit floats."""
+"""The engine of both workers, in one process on one GPU, with weights of 8-bit floats, says what transformers says
+whose projections multiply the same 8-bit floats."""
 
 import random
 from pathlib import Path

@@ -21,7 +21,7 @@ import torch
 import triton
 from torch import Tensor
 
-from benchmarks.gpu import experts
+from benchmarks.gpu import experts, fp8
 from benchmarks.gpu.graph_timing import graph_microseconds, launch_microseconds
 from benchmarks.gpu.results import DEVICE, DTYPE, Ceilings, Result, randn, relative_error, sets_for
 from benchmarks.gpu.timing import copy_bytes_per_second, gemm_operations_per_second
@@ -378,6 +378,7 @@ PARTS: dict[str, Callable[[Ceilings], Iterator[Result]]] = {
     "decode": decode,
     "prefill": prefill,
     "rows": rows,
+    "fp8": fp8.products,
     "experts": experts.mixtures,
     "sampling": sample,
 }

@@ -25,7 +25,7 @@ class Quantized:
     tokens: int  # T
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pitch"])
 def _quantize_kernel(
     x,
     norm,

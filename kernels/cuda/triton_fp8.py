@@ -26,7 +26,7 @@ class Quantized:
     dtype: torch.dtype  # of x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pitch"])
 def _quantize_kernel(
     x,
     norm,

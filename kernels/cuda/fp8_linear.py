@@ -1,13 +1,16 @@
 """Linear layers with weights of 8-bit floats on Hopper GPUs: `streamed_linear` for few tokens, else cuBLAS;
 `kernels.linear` holds the references."""
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import ScalingType
 
 from kernels.cuda.streamed_linear import add_streamed_linear, streamed_linear, suits_stream
 from kernels.cuda.triton_fp8 import Quantized, quantize
-from kernels.fp8 import GROUP, Fp8Weight
+from kernels.fp8 import Fp8Weight
 from kernels.hidden import Hidden
+
+_SCALES_ALIGNED = 4  # in a row of the scales of blocks, as cuBLAS wants them
 
 
 def norm_linear(hidden: Hidden, norm: Tensor, eps: float, weight: Fp8Weight, bias: Tensor | None) -> Tensor:
@@ -44,10 +47,19 @@ def add_mlp(hidden: Hidden, norm: Tensor, eps: float, gate_up: Fp8Weight, down: 
 
 
 def _product(x: Quantized, weight: Fp8Weight) -> Tensor:
-    scales = weight.scales
-    if weight.in_blocks and scales.shape[1] == 1:
-        scales = scales.repeat_interleave(GROUP, dim=0)  # of a single group, cuBLAS takes one for each output
-    product = torch._scaled_mm(
-        x.values, weight.values.t(), x.scales, scales.t(), out_dtype=x.dtype, use_fast_accum=not weight.in_blocks
+    scales, kinds = weight.scales, (ScalingType.RowWise, ScalingType.RowWise)
+    if weight.in_blocks:
+        kinds = (ScalingType.BlockWise1x128, ScalingType.BlockWise128x128)
+        if odd := scales.shape[1] % _SCALES_ALIGNED:
+            scales = F.pad(scales, (0, _SCALES_ALIGNED - odd))
+    product = F.scaled_mm(
+        x.values,
+        weight.values.t(),
+        x.scales,
+        kinds[0],
+        scales.t(),
+        kinds[1],
+        output_dtype=x.dtype,
+        use_fast_accum=not weight.in_blocks,
     )
     return product[: x.tokens]

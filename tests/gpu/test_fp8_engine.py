@@ -18,9 +18,9 @@ from tests.gpu.test_engine import greedy, load
 OUTPUT_TOKENS = 24
 LENGTHS = (1, 3, 16, 17, 40, 64, 100, 129, 180, 200)
 
-# The engine rounds to bfloat16, which the reference does not, so that some 8-bit floats and chosen experts differ. How far
-# below the likeliest token's logit chosen ones may lie on average, in standard deviations of all logits; and how many
-# are the likeliest. On a CPU, the references' answers in bfloat16 are up to 0.11 below, and 67 % or more are.
+# The engine rounds to bfloat16, which the reference does not, so that some 8-bit floats and chosen experts differ. How
+# far below the likeliest token's logit chosen ones may lie on average, in standard deviations of all logits; and how
+# many are the likeliest. In bfloat16 on a CPU it is up to 0.11, and at least 67 %.
 GAP = 0.25
 SAME = 0.6
 

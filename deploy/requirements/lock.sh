@@ -11,3 +11,4 @@ lock() {
 lock cpu pyproject.toml --extra tracing deploy/requirements/cpu.in
 lock cuda pyproject.toml --extra cuda --extra tracing deploy/requirements/cuda.in
 lock model --no-deps deploy/requirements/model.in
+lock nixl --no-deps deploy/requirements/nixl.in

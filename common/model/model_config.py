@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.model import quantization
+from common.model import quantization, rope_scaling
+from common.model.config_values import number, object_of, positive
 from common.model.model_error import ModelError
 from common.model.quantization import Quantization
+from common.model.rope_scaling import RopeScaling, YarnScaling
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -20,22 +22,8 @@ _ARCHITECTURES = {
     "Qwen3MoeForCausalLM": "qwen3_moe",
 }
 
-# Largest size and largest number in a config.json: far above those of any model, and small enough to do no harm.
-_MOST = 1 << 26
-_LARGEST = 1e30
-
 # What transformers takes for a sliding window that config.json does not mention; null is none.
 _USUAL_WINDOW = 4096
-
-
-@dataclass(frozen=True, slots=True)
-class Llama3Scaling:
-    """Llama 3.1's stretch of the slow rotary frequencies (`rope_type: llama3`)."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_context: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +51,7 @@ class ModelConfig:
     context_length: int  # tokens of the longest sequence
     rms_norm_eps: float
     rope_theta: float
-    rope_scaling: Llama3Scaling | None
+    rope_scaling: RopeScaling | None
     tie_word_embeddings: bool
     qkv_bias: bool
     output_bias: bool  # of the attention's output projection
@@ -99,11 +87,11 @@ def parse_config(
     family = _ARCHITECTURES[architecture]
     _refuse_unsupported(raw)
 
-    vocab_size = _positive(raw, "vocab_size")
-    hidden_size = _positive(raw, "hidden_size")
-    num_heads = _positive(raw, "num_attention_heads")
-    num_kv_heads = _positive(raw, "num_key_value_heads", num_heads)
-    head_dim = _positive(raw, "head_dim", 128 if family == "qwen3" else hidden_size // num_heads)
+    vocab_size = positive(raw, "vocab_size")
+    hidden_size = positive(raw, "hidden_size")
+    num_heads = positive(raw, "num_attention_heads")
+    num_kv_heads = positive(raw, "num_key_value_heads", num_heads)
+    head_dim = positive(raw, "head_dim", 128 if family == "qwen3" else hidden_size // num_heads)
     if num_heads % num_kv_heads:
         raise ModelError(
             f"num_attention_heads ({num_heads}) must be a multiple of num_key_value_heads ({num_kv_heads})"
@@ -111,7 +99,10 @@ def parse_config(
     if head_dim % 2:
         raise ModelError(f"head_dim is {head_dim}; rotary embeddings need an even one")
 
-    context_length = _positive(raw, "max_position_embeddings")
+    rope_theta, scaling = rope_scaling.parse(raw, 1e6 if family == "mixtral" else 1e4)
+    context_length = positive(raw, "max_position_embeddings")
+    if isinstance(scaling, YarnScaling):
+        context_length = max(context_length, scaling.context_length)
     if max_length is not None:
         if not 0 < max_length <= context_length:
             raise ModelError(f"a maximum length of {max_length} is outside the model's 1 to {context_length} tokens")
@@ -119,24 +110,23 @@ def parse_config(
     if to_run:
         _refuse_sliding_window(raw, family, context_length)
 
-    rope_theta, rope_scaling = _rope(raw, 1e6 if family == "mixtral" else 1e4)
     attention_bias = bool(raw.get("attention_bias", False)) and family in ("llama", "qwen3", "qwen3_moe")
     routing = _routing(raw, family)
-    quantized = _object(raw, "quantization_config")
+    quantized = object_of(raw, "quantization_config")
     return ModelConfig(
         architecture=architecture,
         dtype=_dtype(raw),
         vocab_size=vocab_size,
         hidden_size=hidden_size,
-        intermediate_size=_positive(raw, "moe_intermediate_size" if family == "qwen3_moe" else "intermediate_size"),
-        num_layers=_positive(raw, "num_hidden_layers"),
+        intermediate_size=positive(raw, "moe_intermediate_size" if family == "qwen3_moe" else "intermediate_size"),
+        num_layers=positive(raw, "num_hidden_layers"),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         context_length=context_length,
-        rms_norm_eps=_number(raw, "rms_norm_eps", 1e-5 if family == "mixtral" else 1e-6),
+        rms_norm_eps=number(raw, "rms_norm_eps", 1e-5 if family == "mixtral" else 1e-6),
         rope_theta=rope_theta,
-        rope_scaling=rope_scaling,
+        rope_scaling=scaling,
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
         qkv_bias=family == "qwen2" or attention_bias,
         output_bias=attention_bias,
@@ -192,8 +182,8 @@ def _routing(raw: dict[str, Any], family: str) -> Routing | None:
     if raw.get("mlp_only_layers") or raw.get("decoder_sparse_step", 1) != 1:
         raise ModelError("mlp_only_layers and decoder_sparse_step are not supported: every layer must have experts")
     # transformers writes either name for either model
-    experts = _positive(raw, "num_local_experts" if raw.get("num_experts") is None else "num_experts")
-    per_token = _positive(raw, "num_experts_per_tok")
+    experts = positive(raw, "num_local_experts" if raw.get("num_experts") is None else "num_experts")
+    per_token = positive(raw, "num_experts_per_tok")
     if per_token > experts:
         raise ModelError(f"num_experts_per_tok ({per_token}) is more than there are experts ({experts})")
     return Routing(experts, per_token, normalized=family == "mixtral" or bool(raw.get("norm_topk_prob", False)))
@@ -206,36 +196,10 @@ def _dtype(raw: dict[str, Any]) -> str:
     return dtype
 
 
-def _rope(raw: dict[str, Any], usual_theta: float) -> tuple[float, Llama3Scaling | None]:
-    # Where there are both, transformers takes rope_scaling: the one that people add to what it has written.
-    parameters = _object(raw, "rope_scaling") or _object(raw, "rope_parameters")
-    theta = _number(raw if parameters.get("rope_theta") is None else parameters, "rope_theta", usual_theta)
-    partial = parameters.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
-    if partial not in (None, 1):
-        raise ModelError(f"partial_rotary_factor {partial} is not supported: whole heads must be rotated")
-    kind = parameters.get("rope_type") or parameters.get("type") or "default"
-    if kind == "default":
-        return theta, None
-    if kind != "llama3":
-        raise ModelError(f"the rope type {kind!r} is not supported; supported are 'default' and 'llama3'")
-    needed = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    if missing := [key for key in needed if key not in parameters]:
-        raise ModelError(f"the rope type 'llama3' needs {missing[0]} in config.json")
-    scaling = Llama3Scaling(
-        factor=_number(parameters, "factor"),
-        low_freq_factor=_number(parameters, "low_freq_factor"),
-        high_freq_factor=_number(parameters, "high_freq_factor"),
-        original_context=_positive(parameters, "original_max_position_embeddings"),
-    )
-    if scaling.high_freq_factor <= scaling.low_freq_factor:
-        raise ModelError("config.json must give a high_freq_factor above its low_freq_factor")
-    return theta, scaling
-
-
 def _refuse_sliding_window(raw: dict[str, Any], family: str, context_length: int) -> None:
     """Refuses windows that are shorter than the context; longer ones change nothing."""
     usual = None if family == "mixtral" else _USUAL_WINDOW
-    window = None if raw.get("sliding_window", usual) is None else _positive(raw, "sliding_window", usual)
+    window = None if raw.get("sliding_window", usual) is None else positive(raw, "sliding_window", usual)
     in_use = family in ("mistral", "mixtral") or bool(raw.get("use_sliding_window", False))
     if family != "llama" and in_use and window is not None and window < context_length:
         raise ModelError(
@@ -253,30 +217,3 @@ def _eos_token_ids(raw: dict[str, Any], generation: dict[str, Any], vocab_size: 
                 raise ModelError(f"eos_token_id {token!r} is not in the vocabulary of {vocab_size} tokens")
             ids.add(token)
     return tuple(sorted(ids))
-
-
-def _positive(raw: dict[str, Any], key: str, default: int | None = None) -> int:
-    value = raw.get(key)
-    if value is None:
-        value = default
-    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-        raise ModelError(f"config.json must give {key} as a positive whole number; it gives {value!r}")
-    if value > _MOST:
-        raise ModelError(f"config.json gives {key} as {value}, which no model has; at most {_MOST} is supported")
-    return value
-
-
-def _number(raw: dict[str, Any], key: str, default: float | None = None) -> float:
-    value = raw.get(key)
-    if value is None:
-        value = default
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < _LARGEST:
-        raise ModelError(f"config.json must give {key} as a positive number; it gives {value!r}")
-    return float(value)
-
-
-def _object(raw: dict[str, Any], key: str) -> dict[str, Any]:
-    value = raw.get(key) or {}
-    if not isinstance(value, dict):
-        raise ModelError(f"config.json must give {key} as an object; it gives {value!r}")
-    return value

@@ -1,6 +1,5 @@
 """One model for Llama's family, with MLPs or experts: packed tokens in, hidden states out, K and V into paged pools."""
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor
 
 from common.kv.kv_pool import KvPool
 from common.model.model_config import ModelConfig
+from common.model.rotary import rotary_table
 from common.model.weights import Weights
 from kernels.experts import Experts
 from kernels.hidden import Hidden
@@ -65,19 +65,3 @@ class Model:
         """hidden [N, H], of what `forward` returned -> [N, V], in the model's dtype."""
         weights = self._weights
         return self._ops.norm_linear(Hidden(hidden), weights.norm, self.config.rms_norm_eps, weights.lm_head, None)
-
-
-def rotary_table(config: ModelConfig) -> Tensor:
-    """[context_length, head_dim] float32: cosines of each position's head_dim/2 angles, then their sines.
-
-    RoFormer, 2021, section 3.2.2; slow frequencies are stretched as in Llama 3.1's release where the config says so.
-    """
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-    frequencies = 1.0 / config.rope_theta**exponents
-    if (scaling := config.rope_scaling) is not None:
-        turns = scaling.original_context * frequencies / (2 * math.pi)  # within the context that was trained first
-        share_kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-        share_kept = share_kept.clamp(0.0, 1.0)
-        frequencies = frequencies * share_kept + frequencies / scaling.factor * (1 - share_kept)
-    angles = torch.outer(torch.arange(config.context_length, dtype=torch.float32), frequencies)
-    return torch.cat([angles.cos(), angles.sin()], dim=1)

@@ -40,6 +40,8 @@ _LLAMA3 = {
     "original_max_position_embeddings": 64,
 }
 
+_YARN = {"rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+
 CONFIGS = {
     "llama": LlamaConfig(
         **_SMALL, hidden_size=72, num_attention_heads=3, num_key_value_heads=1, head_dim=64, tie_word_embeddings=True
@@ -104,6 +106,24 @@ CONFIGS = {
         norm_topk_prob=False,
         attention_bias=True,
         tie_word_embeddings=True,
+    ),
+    "qwen3-yarn": Qwen3Config(
+        **_SMALL, hidden_size=64, num_attention_heads=2, num_key_value_heads=1, head_dim=128, rope_parameters=_YARN
+    ),
+    "llama-yarn": LlamaConfig(
+        **_SMALL,
+        hidden_size=64,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=80,
+        rope_parameters=_YARN | {"beta_fast": 20, "beta_slow": 2.5, "truncate": False, "attention_factor": 0.8},
+    ),
+    "llama-linear": LlamaConfig(
+        **_SMALL,
+        hidden_size=64,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0},
     ),
 }
 

@@ -21,6 +21,7 @@ from common.kv.kv_pool import KvLayout
 from common.model import fingerprint, gguf_import, weights
 from common.model.model_config import load_config, parse_config
 from common.model.model_error import ModelError
+from common.model.rotary import rotary_table
 from common.model.safetensors_files import DTYPES
 from tests.common.hf_quantized import FORMATS
 from tests.damage import JSON, altered, damaged
@@ -106,6 +107,33 @@ def test_any_configuration(architecture: str, examples: int) -> None:
             refused_with_a_sentence(lambda: parse_config(raw, generation))
 
     any_configuration()
+
+
+@pytest.mark.parametrize("examples", EXAMPLES)
+def test_any_stretch_of_the_rotation(examples: int) -> None:
+    valid = {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 32,
+        "beta_fast": 32,
+        "beta_slow": 1.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 0.5,
+        "truncate": False,
+        "attention_factor": None,
+    }
+    assert not refused_with_a_sentence(lambda: parse_config(CONFIG | {"rope_scaling": valid}))
+
+    def table(raw: Any) -> None:
+        config = parse_config(CONFIG | {"rope_scaling": raw}, max_length=16)
+        assert rotary_table(config).isfinite().all()
+
+    @fuzz(2 * examples)
+    @given(altered(valid))
+    def any_stretch(raw: Any) -> None:
+        refused_with_a_sentence(lambda: table(raw))
+
+    any_stretch()
 
 
 @pytest.mark.parametrize("examples", EXAMPLES)

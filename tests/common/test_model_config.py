@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 from transformers import LlamaConfig, MistralConfig, MixtralConfig, Qwen3MoeConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from common.model.model_config import Llama3Scaling, Routing, load_config, parse_config
+from common.model.model_config import Routing, load_config, parse_config
 from common.model.model_error import ModelError
+from common.model.rope_scaling import Llama3Scaling, YarnScaling
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -51,6 +53,38 @@ def test_rope_scaling_beside_rope_parameters_takes_their_place(added: dict[str, 
     assert isinstance(theirs, dict)
     assert config.rope_theta == theirs["rope_theta"]
     assert (config.rope_scaling and config.rope_scaling.factor) == theirs.get("factor")
+
+
+@pytest.mark.parametrize(
+    ("said", "length"),
+    [
+        ({"factor": 4.0, "original_max_position_embeddings": 512}, 2048),
+        ({"factor": 2.0, "original_max_position_embeddings": 512}, 2048),  # what config.json says is longer
+        ({"factor": 16.0, "original_max_position_embeddings": 512}, 8192),
+        ({"factor": 1.5}, 3072),
+        ({"original_max_position_embeddings": 512}, 2048),
+    ],
+)
+def test_yarn_makes_the_context_longer(said: dict[str, Any], length: int) -> None:
+    config = parse_config(LLAMA | {"max_position_embeddings": 2048, "rope_scaling": {"type": "yarn"} | said})
+    assert config.context_length == length
+    assert parse_config(LLAMA | {"rope_scaling": {"type": "yarn"} | said}, max_length=600).context_length == 600
+
+
+@pytest.mark.parametrize(
+    "said", [{}, {"mscale": 0.7}, {"mscale": 0.7, "mscale_all_dim": 1.3}, {"attention_factor": 0.9}]
+)
+@pytest.mark.parametrize("factor", [1.0, 4.0, None])
+def test_the_attention_factor_of_yarn_is_transformers(factor: float | None, said: dict[str, Any]) -> None:
+    yarn = said | {"rope_type": "yarn", "rope_theta": 1e4, "factor": factor, "original_max_position_embeddings": 512}
+    config = parse_config(LLAMA | {"rope_parameters": yarn})
+    theirs = LlamaConfig(
+        **{key: LLAMA[key] for key in ("hidden_size", "num_attention_heads", "max_position_embeddings")},
+        rope_parameters=copy.deepcopy(yarn),
+    )
+    _, expected = ROPE_INIT_FUNCTIONS["yarn"](theirs, "cpu")
+    assert isinstance(config.rope_scaling, YarnScaling)
+    assert config.rope_scaling.attention_factor == pytest.approx(expected)
 
 
 def test_what_is_not_said_has_its_architectures_default() -> None:
@@ -167,8 +201,16 @@ def test_a_window_that_config_json_does_not_mention_is_the_one_that_transformers
         ({"architectures": ["GPT2LMHeadModel"]}, "architecture GPT2LMHeadModel is not supported.*LlamaForCausalLM"),
         ({"architectures": None}, "names no architecture"),
         ({"dtype": "float64"}, "dtype float64 are not supported"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope type 'yarn' is not supported"),
-        ({"rope_parameters": {"rope_theta": 5e5}, "rope_scaling": {"rope_type": "yarn"}}, "rope type 'yarn' is not"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, "rope type 'dynamic' is not supported"),
+        ({"rope_parameters": {"rope_theta": 5e5}, "rope_scaling": {"type": "longrope"}}, "rope type 'longrope' is not"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "must give factor as a positive number; it gives None"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 1e20}}, r"stretches \d+ tokens 1e\+20 times"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "beta_fast": 1}},
+            "beta_fast above its beta_slow; it gives 1.0 and 1.0",
+        ),
+        ({"rope_scaling": {"rope_type": "yarn", "truncate": 1}}, "truncate as true or false; it gives 1"),
+        ({"rope_scaling": {"rope_type": "yarn"}, "rope_theta": 1}, "needs a rope_theta above 1"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "'llama3' needs low_freq_factor"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),

@@ -7,23 +7,12 @@ from typing import Any
 
 from common.model import quantization, rope_scaling
 from common.model.config_values import number, object_of, positive
+from common.model.families import FAMILIES, Family, Window
 from common.model.model_error import ModelError
 from common.model.quantization import Quantization
 from common.model.rope_scaling import RopeScaling, YarnScaling
 
 DTYPES = ("float32", "bfloat16", "float16")
-
-_ARCHITECTURES = {
-    "LlamaForCausalLM": "llama",
-    "MistralForCausalLM": "mistral",
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen3ForCausalLM": "qwen3",
-    "MixtralForCausalLM": "mixtral",
-    "Qwen3MoeForCausalLM": "qwen3_moe",
-}
-
-# What transformers takes for a sliding window that config.json does not mention; null is none.
-_USUAL_WINDOW = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +45,8 @@ class ModelConfig:
     qkv_bias: bool
     output_bias: bool  # of the attention's output projection
     qk_norm: bool
+    packed: bool  # q, k and v, and gate and up, are stored as one matrix each
+    unrotated_layers: frozenset[int]  # whose q and k are not rotated
     routing: Routing | None  # None: every layer has one MLP
     quantization: Quantization | None  # None: all weights are of `dtype`
     eos_token_ids: tuple[int, ...]
@@ -84,14 +75,15 @@ def parse_config(
 ) -> ModelConfig:
     """Like `load_config`, for files that have been read already."""
     architecture = _architecture(raw)
-    family = _ARCHITECTURES[architecture]
+    family = FAMILIES[architecture]
     _refuse_unsupported(raw)
 
     vocab_size = positive(raw, "vocab_size")
     hidden_size = positive(raw, "hidden_size")
+    num_layers = positive(raw, "num_hidden_layers")
     num_heads = positive(raw, "num_attention_heads")
     num_kv_heads = positive(raw, "num_key_value_heads", num_heads)
-    head_dim = positive(raw, "head_dim", 128 if family == "qwen3" else hidden_size // num_heads)
+    head_dim = positive(raw, "head_dim", family.usual_head_dim or hidden_size // num_heads)
     if num_heads % num_kv_heads:
         raise ModelError(
             f"num_attention_heads ({num_heads}) must be a multiple of num_key_value_heads ({num_kv_heads})"
@@ -99,7 +91,7 @@ def parse_config(
     if head_dim % 2:
         raise ModelError(f"head_dim is {head_dim}; rotary embeddings need an even one")
 
-    rope_theta, scaling = rope_scaling.parse(raw, 1e6 if family == "mixtral" else 1e4)
+    rope_theta, scaling = rope_scaling.parse(raw, family.usual_theta)
     context_length = positive(raw, "max_position_embeddings")
     if isinstance(scaling, YarnScaling):
         context_length = max(context_length, scaling.context_length)
@@ -110,7 +102,7 @@ def parse_config(
     if to_run:
         _refuse_sliding_window(raw, family, context_length)
 
-    attention_bias = bool(raw.get("attention_bias", False)) and family in ("llama", "qwen3", "qwen3_moe")
+    attention_bias = family.may_have_biases and bool(raw.get("attention_bias", False))
     routing = _routing(raw, family)
     quantized = object_of(raw, "quantization_config")
     return ModelConfig(
@@ -118,19 +110,21 @@ def parse_config(
         dtype=_dtype(raw),
         vocab_size=vocab_size,
         hidden_size=hidden_size,
-        intermediate_size=positive(raw, "moe_intermediate_size" if family == "qwen3_moe" else "intermediate_size"),
-        num_layers=positive(raw, "num_hidden_layers"),
+        intermediate_size=positive(raw, family.intermediate_size),
+        num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         context_length=context_length,
-        rms_norm_eps=number(raw, "rms_norm_eps", 1e-5 if family == "mixtral" else 1e-6),
+        rms_norm_eps=number(raw, "rms_norm_eps", family.usual_eps),
         rope_theta=rope_theta,
         rope_scaling=scaling,
-        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-        qkv_bias=family == "qwen2" or attention_bias,
+        tie_word_embeddings=bool(raw.get("tie_word_embeddings", family.usually_tied)),
+        qkv_bias=family.qkv_bias or attention_bias,
         output_bias=attention_bias,
-        qk_norm=family in ("qwen3", "qwen3_moe"),
+        qk_norm=family.qk_norm,
+        packed=family.packed,
+        unrotated_layers=_unrotated_layers(raw, num_layers) if family.skips_rotation else frozenset(),
         routing=routing,
         quantization=quantization.parse(quantized) if quantized else None,
         eos_token_ids=_eos_token_ids(raw, generation or {}, vocab_size),
@@ -155,17 +149,17 @@ def _architecture(raw: dict[str, Any]) -> str:
     if not isinstance(named, list):
         raise ModelError(f"config.json must give architectures as a list; it gives {named!r}")
     for architecture in named:
-        if isinstance(architecture, str) and architecture in _ARCHITECTURES:
+        if isinstance(architecture, str) and architecture in FAMILIES:
             # transformers goes by model_type, and would make another model of the same weights.
             model_type = raw.get("model_type")
-            if model_type not in (None, _ARCHITECTURES[architecture]):
+            if model_type not in (None, FAMILIES[architecture].model_type):
                 raise ModelError(
                     f"config.json names the architecture {architecture} and the model_type {model_type!r}, "
                     "which contradict each other"
                 )
             return architecture
     what = f"the architecture {', '.join(map(str, named))}" if named else "a config.json that names no architecture"
-    raise ModelError(f"{what} is not supported; supported are {', '.join(_ARCHITECTURES)}")
+    raise ModelError(f"{what} is not supported; supported are {', '.join(FAMILIES)}")
 
 
 def _refuse_unsupported(raw: dict[str, Any]) -> None:
@@ -176,8 +170,8 @@ def _refuse_unsupported(raw: dict[str, Any]) -> None:
         raise ModelError("mlp_bias is not supported: the MLP's projections must have no biases")
 
 
-def _routing(raw: dict[str, Any], family: str) -> Routing | None:
-    if family not in ("mixtral", "qwen3_moe"):
+def _routing(raw: dict[str, Any], family: Family) -> Routing | None:
+    if not family.has_experts:
         return None
     if raw.get("mlp_only_layers") or raw.get("decoder_sparse_step", 1) != 1:
         raise ModelError("mlp_only_layers and decoder_sparse_step are not supported: every layer must have experts")
@@ -186,7 +180,9 @@ def _routing(raw: dict[str, Any], family: str) -> Routing | None:
     per_token = positive(raw, "num_experts_per_tok")
     if per_token > experts:
         raise ModelError(f"num_experts_per_tok ({per_token}) is more than there are experts ({experts})")
-    return Routing(experts, per_token, normalized=family == "mixtral" or bool(raw.get("norm_topk_prob", False)))
+    return Routing(
+        experts, per_token, normalized=family.model_type == "mixtral" or bool(raw.get("norm_topk_prob", False))
+    )
 
 
 def _dtype(raw: dict[str, Any]) -> str:
@@ -196,16 +192,28 @@ def _dtype(raw: dict[str, Any]) -> str:
     return dtype
 
 
-def _refuse_sliding_window(raw: dict[str, Any], family: str, context_length: int) -> None:
+def _refuse_sliding_window(raw: dict[str, Any], family: Family, context_length: int) -> None:
     """Refuses windows that are shorter than the context; longer ones change nothing."""
-    usual = None if family == "mixtral" else _USUAL_WINDOW
+    usual = family.usual_window
     window = None if raw.get("sliding_window", usual) is None else positive(raw, "sliding_window", usual)
-    in_use = family in ("mistral", "mixtral") or bool(raw.get("use_sliding_window", False))
-    if family != "llama" and in_use and window is not None and window < context_length:
+    told = bool(raw.get("use_sliding_window", False))
+    in_use = family.window is Window.IF_GIVEN or (family.window is Window.IF_TOLD and told)
+    if in_use and window is not None and window < context_length:
         raise ModelError(
             f"sliding-window attention ({window} tokens) is not supported; "
             f"limit the context of {context_length} tokens to the window with --max-length {window}"
         )
+
+
+def _unrotated_layers(raw: dict[str, Any], num_layers: int) -> frozenset[int]:
+    """Of no_rope_layers, where 0 means that a layer has no rotation, or of every fourth layer."""
+    rotated = raw.get("no_rope_layers")
+    if rotated is None:
+        interval = positive(raw, "no_rope_layer_interval", 4)
+        return frozenset(range(interval - 1, num_layers, interval))
+    if not isinstance(rotated, list) or len(rotated) != num_layers or any(layer not in (0, 1) for layer in rotated):
+        raise ModelError(f"config.json must give no_rope_layers as a 0 or 1 for each of {num_layers} layers")
+    return frozenset(index for index, layer in enumerate(rotated) if not layer)
 
 
 def _eos_token_ids(raw: dict[str, Any], generation: dict[str, Any], vocab_size: int) -> tuple[int, ...]:

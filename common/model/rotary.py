@@ -25,6 +25,12 @@ def rotary_table(config: ModelConfig) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=1).mul_(amplitude)
 
 
+def unrotated_table(config: ModelConfig) -> Tensor:
+    """Such a table of angles that are zero, for layers that rotate nothing. Empty if there are none."""
+    length, half = config.context_length if config.unrotated_layers else 0, config.head_dim // 2
+    return torch.cat([torch.ones(length, half), torch.zeros(length, half)], dim=1)
+
+
 def _stretched(frequencies: Tensor, factor: float, share_kept: Tensor) -> Tensor:
     return frequencies * share_kept + frequencies / factor * (1 - share_kept)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from common.kv.kv_pool import KvPool
 from common.model.model_config import ModelConfig
-from common.model.rotary import rotary_table
+from common.model.rotary import rotary_table, unrotated_table
 from common.model.weights import Weights
 from kernels.experts import Experts
 from kernels.hidden import Hidden
@@ -28,6 +28,7 @@ class Model:
         self._ops = ops
         self.dtype = str(weights.embedding.dtype).removeprefix("torch.")
         self._cos_sin = rotary_table(config).to(weights.embedding.device)
+        self._unrotated = unrotated_table(config).to(weights.embedding.device)
 
     @torch.inference_mode()
     def forward(self, tokens: Tensor, positions: Tensor, slots: Tensor, pool: KvPool, attend: Attend) -> Tensor:
@@ -43,7 +44,8 @@ class Model:
         for index, (layer, next_norm) in enumerate(zip(weights.layers, next_norms, strict=True)):
             key_cache, value_cache = pool.layer(index)
             qkv = ops.norm_linear(hidden, layer.attention_norm, eps, layer.qkv, layer.qkv_bias)
-            rotation = Rotation(positions, self._cos_sin, slots, layer.q_norm, layer.k_norm, eps)
+            cos_sin = self._unrotated if index in config.unrotated_layers else self._cos_sin
+            rotation = Rotation(positions, cos_sin, slots, layer.q_norm, layer.k_norm, eps)
             attended = attend(qkv, rotation, key_cache, value_cache).flatten(1)
             if isinstance(layer.mlp, Experts):
                 hidden = ops.add_linear(hidden, attended, layer.output, layer.output_bias, None)
@@ -56,6 +58,8 @@ class Model:
     def fused_layers(self, pool: KvPool) -> LayersOfOneToken | None:
         """What `forward` does for one token of one sequence, as one operation, where there is one."""
         weights = self._weights
+        if self.config.unrotated_layers:  # fused layers have one table
+            return None
         return self._ops.fuse_layers(
             weights.layers, weights.embedding, self._cos_sin, self.config.rms_norm_eps, pool.tensor
         )

@@ -134,6 +134,9 @@ def _assemble(config: ModelConfig, dtype: torch.dtype, source: _Source) -> Weigh
         )
 
     def mlp(prefix: str) -> Mlp:
+        if config.packed:
+            packed = projection(f"{prefix}.mlp.gate_up_proj", 2 * intermediate, hidden)
+            return Mlp(packed, projection(f"{prefix}.mlp.down_proj", hidden, intermediate))
         gate_up = [projection(f"{prefix}.mlp.{part}_proj", intermediate, hidden) for part in ("gate", "up")]
         return Mlp(_joined(gate_up), projection(f"{prefix}.mlp.down_proj", hidden, intermediate))
 
@@ -159,7 +162,7 @@ def _assemble(config: ModelConfig, dtype: torch.dtype, source: _Source) -> Weigh
     def layer(index: int) -> LayerWeights:
         prefix = f"model.layers.{index}"
         attention = f"{prefix}.self_attn"
-        qkv = [("q", q_size), ("k", kv_size), ("v", kv_size)]
+        qkv = [("qkv", q_size + 2 * kv_size)] if config.packed else [("q", q_size), ("k", kv_size), ("v", kv_size)]
         return LayerWeights(
             attention_norm=take(f"{prefix}.input_layernorm.weight", (hidden,)),
             qkv=_joined([projection(f"{attention}.{part}_proj", size, hidden) for part, size in qkv]),

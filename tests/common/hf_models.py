@@ -9,11 +9,13 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
+    Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
+    SmolLM3Config,
 )
 
 from common.model import weights
@@ -106,6 +108,14 @@ CONFIGS = {
         norm_topk_prob=False,
         attention_bias=True,
         tie_word_embeddings=True,
+    ),
+    "phi3": Phi3Config(**_SMALL, hidden_size=96, num_attention_heads=6, num_key_value_heads=3),
+    "smollm3": SmolLM3Config(
+        **_SMALL | {"num_hidden_layers": 4},
+        hidden_size=64,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        no_rope_layers=[1, 0, 1, 0],
     ),
     "qwen3-yarn": Qwen3Config(
         **_SMALL, hidden_size=64, num_attention_heads=2, num_key_value_heads=1, head_dim=128, rope_parameters=_YARN

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig, MistralConfig, MixtralConfig, Qwen3MoeConfig
+from transformers import LlamaConfig, MistralConfig, MixtralConfig, Phi3Config, Qwen3MoeConfig, SmolLM3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from common.model.model_config import Routing, load_config, parse_config
@@ -103,6 +103,50 @@ def test_features_follow_the_architecture() -> None:
     assert features("MistralForCausalLM") == (False, False, False)
     assert features("Qwen2ForCausalLM") == (True, False, False)
     assert features("Qwen3ForCausalLM") == (False, False, True)
+
+
+def test_what_a_family_does_not_say_is_what_transformers_takes() -> None:
+    families = {"Phi3ForCausalLM": Phi3Config(pad_token_id=0), "SmolLM3ForCausalLM": SmolLM3Config()}
+    for architecture, theirs in families.items():
+        left_out = {"rms_norm_eps", "rope_theta", "tie_word_embeddings"}
+        config = parse_config({key: LLAMA[key] for key in LLAMA.keys() - left_out} | {"architectures": [architecture]})
+        assert isinstance(theirs.rope_parameters, dict)
+        assert config.rope_theta == theirs.rope_parameters["rope_theta"]
+        assert config.rms_norm_eps == theirs.rms_norm_eps
+        assert config.tie_word_embeddings == theirs.tie_word_embeddings
+        assert theirs.sliding_window is None
+
+
+SMOLLM3 = LLAMA | {"architectures": ["SmolLM3ForCausalLM"], "num_hidden_layers": 9}
+
+
+@pytest.mark.parametrize(
+    ("said", "unrotated"),
+    [
+        ({}, {3, 7}),
+        ({"no_rope_layer_interval": 3}, {2, 5, 8}),
+        ({"no_rope_layers": [1, 1, 0, 1, 1, 1, 1, 1, 0]}, {2, 8}),
+        ({"no_rope_layers": [1] * 9}, set()),
+    ],
+)
+def test_layers_that_rotate_nothing(said: dict[str, Any], unrotated: set[int]) -> None:
+    assert parse_config(SMOLLM3 | said).unrotated_layers == unrotated
+    theirs = SmolLM3Config(num_hidden_layers=9, **said).no_rope_layers
+    assert {index for index, rotated in enumerate(theirs or ()) if not rotated} == unrotated
+    assert not parse_config(LLAMA | said).unrotated_layers
+
+
+@pytest.mark.parametrize("said", [[1] * 8, [1] * 8 + [2], "111111111", {"0": 1}, [None] * 9])
+def test_what_is_no_list_of_rotated_layers_is_refused(said: Any) -> None:
+    with pytest.raises(ModelError, match="no_rope_layers as a 0 or 1 for each of 9 layers"):
+        parse_config(SMOLLM3 | {"no_rope_layers": said})
+
+
+def test_a_phi3_has_its_window_whether_or_not_it_is_told_to_use_it() -> None:
+    phi3 = LLAMA | {"architectures": ["Phi3ForCausalLM"], "sliding_window": 2047, "max_position_embeddings": 4096}
+    with pytest.raises(ModelError, match="--max-length 2047"):
+        parse_config(phi3)
+    assert parse_config(phi3, max_length=2047).packed
 
 
 MIXTRAL = LLAMA | {"architectures": ["MixtralForCausalLM"], "num_local_experts": 8, "num_experts_per_tok": 2}

@@ -17,6 +17,8 @@ from transformers import (
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 
 VOCAB_SIZE = 503
@@ -30,6 +32,8 @@ _LLAMA3 = {
     "original_max_position_embeddings": 128,
 }
 
+
+_YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 128}
 
 _EXPERTS = {"num_experts": 24, "num_experts_per_tok": 4, "moe_intermediate_size": 72, "norm_topk_prob": True}
 
@@ -53,6 +57,11 @@ MODELS: dict[str, tuple[type, type, dict[str, Any]]] = {
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, _shape(6, 2, 128, tied=False)),
     "qwen3-96": (Qwen3Config, Qwen3ForCausalLM, _shape(5, 5, 96, tied=True)),
     "mixtral": (MixtralConfig, MixtralForCausalLM, _shape(3, 1, 64, tied=False)),
+    "smollm3-yarn": (
+        SmolLM3Config,
+        SmolLM3ForCausalLM,
+        _shape(4, 2, 64, tied=True) | {"no_rope_layers": [1, 0, 1], "rope_parameters": _YARN},
+    ),
     "qwen3-moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM, _shape(4, 2, 64, tied=True) | _EXPERTS),
 }
 

@@ -60,7 +60,8 @@ MODELS: dict[str, tuple[type, type, dict[str, Any]]] = {
     "smollm3-yarn": (
         SmolLM3Config,
         SmolLM3ForCausalLM,
-        _shape(4, 2, 64, tied=True) | {"no_rope_layers": [1, 0, 1], "rope_parameters": _YARN},
+        _shape(4, 2, 64, tied=True)
+        | {"no_rope_layers": [1, 0, 1], "rope_parameters": _YARN, "pad_token_id": 0, "eos_token_id": 2},
     ),
     "qwen3-moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM, _shape(4, 2, 64, tied=True) | _EXPERTS),
 }

@@ -26,6 +26,8 @@ def test_published_descriptions() -> None:
         (FP8, {"fmt": None, "modules_to_not_convert": None}),
         (FP8, {"modules_to_not_convert": ["lm_head", "model.layers.0.mlp.gate"]}),
         (CHANNELS, {"ignore": ["re:.*lm_head", "re:.*mlp.gate$"], "version": "0.12.2", "transform_config": {}}),
+        (CHANNELS, {"sparsity_config": {}}),
+        (CHANNELS, {"sparsity_config": {"format": "dense", "sparsity_structure": "unstructured"}}),
         (CHANNELS, {"config_groups": {"fp8": CHANNELS.config["config_groups"]["group_0"] | {"format": "x"}}}),
     ],
 )
@@ -69,6 +71,12 @@ def _in_group(value: Any, *path: str) -> Callable[[dict[str, Any]], None]:
         (CHANNELS, _set("int-quantized", "format"), "gives format as 'int-quantized'"),
         (CHANNELS, _set({"num_bits": 8}, "kv_cache_scheme"), "gives kv_cache_scheme as {'num_bits': 8}, .* is None"),
         (CHANNELS, _set({"config_groups": 1}, "transform_config"), "gives transform_config as {'config_groups': 1}"),
+        (
+            CHANNELS,
+            _set({"format": "sparse-24-bitmask"}, "sparsity_config"),
+            "gives sparsity_config.format as 'sparse-24-bitmask', .* supported is 'dense' or None",
+        ),
+        (CHANNELS, _set([1], "sparsity_config"), r"must give sparsity_config as an object; it gives \[1\]"),
         (CHANNELS, _set(..., "config_groups"), "must give config_groups as an object; it gives None"),
         (CHANNELS, _set([], "config_groups"), r"must give config_groups as an object; it gives \[\]"),
         (CHANNELS, _set({}, "config_groups"), "has 0 config_groups; supported is one"),

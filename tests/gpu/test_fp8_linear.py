@@ -28,6 +28,7 @@ SHAPES = [  # outputs of one matrix, inputs
     (512, 256),
     (1280, 1024),  # split-K
     (384, 2176),  # a split with fewer steps than others
+    (512, 4224),  # with up to 16 tokens, a split without any
     (4096, 4096),
     (9216, 512),  # two warpgroups
 ]

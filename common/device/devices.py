@@ -6,6 +6,7 @@ from common.model.model_config import ModelConfig
 from common.model.model_error import ModelError
 
 HOPPER = 9  # its GPUs' compute capability is 9.x
+_MULTIPLE = 16  # of inputs and outputs: cuBLAS multiplies no other matrices of 8-bit floats
 
 
 def choose_device(name: str) -> torch.device:
@@ -36,10 +37,11 @@ def choose_dtype(name: str, model: ModelConfig, device: torch.device) -> str:
     with 8-bit weights it is the dtype of all else.
 
     Raises:
-        ModelError: the model has 8-bit weights, and this GPU has no kernels for them, or none for this dtype.
+        ModelError: the model has 8-bit weights, and this GPU has no kernels for them, or none for their sizes, or none
+            for this dtype.
     """
     if model.quantization is not None and device.type == "cuda":
-        return _beside_8_bits(name, device)
+        return _beside_8_bits(name, model, device)
     if name != "auto":
         return name
     if device.type == "cpu":
@@ -47,7 +49,7 @@ def choose_dtype(name: str, model: ModelConfig, device: torch.device) -> str:
     return "bfloat16" if model.dtype == "float32" else model.dtype
 
 
-def _beside_8_bits(name: str, device: torch.device) -> str:
+def _beside_8_bits(name: str, model: ModelConfig, device: torch.device) -> str:
     major, minor = torch.cuda.get_device_capability(device)
     if major != HOPPER:
         raise ModelError(
@@ -59,4 +61,21 @@ def _beside_8_bits(name: str, device: torch.device) -> str:
             f"a model with 8-bit weights is served in bfloat16 on a GPU, not in {name}; leave --dtype out, or set it "
             "to bfloat16"
         )
+    for what, size in _sizes(model).items():
+        if size % _MULTIPLE:
+            raise ModelError(
+                f"8-bit weights need sizes that are multiples of {_MULTIPLE} on a GPU, and {what} is {size}; serve the "
+                "model's 16-bit original there"
+            )
     return "bfloat16"
+
+
+def _sizes(model: ModelConfig) -> dict[str, int]:
+    """Inputs and outputs of the matrices that cuBLAS multiplies. Experts have a kernel of ours, for any size."""
+    sizes = {
+        "hidden_size": model.hidden_size,
+        "num_attention_heads * head_dim": model.num_heads * model.head_dim,
+        "(num_attention_heads + 2 * num_key_value_heads) * head_dim": (model.num_heads + 2 * model.num_kv_heads)
+        * model.head_dim,
+    }
+    return sizes if model.routing is not None else sizes | {"intermediate_size": model.intermediate_size}

@@ -47,6 +47,8 @@ def _fine_grained(raw: Mapping[str, Any]) -> Quantization:
 def _compressed(raw: Mapping[str, Any]) -> Quantization:
     """As vLLM's llm-compressor writes them."""
     _require(raw, format=("float-quantized",), kv_cache_scheme=(None,), transform_config=(None, {}))
+    if raw.get("sparsity_config"):
+        _require(_object(raw, "sparsity_config"), "sparsity_config.", format=("dense", None))
     groups = _object(raw, "config_groups")
     if len(groups) != 1:
         raise ModelError(

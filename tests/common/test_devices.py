@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from common.device.devices import choose_dtype
-from common.model.model_config import ModelConfig, parse_config
+from common.model.model_config import ModelConfig, Routing, parse_config
 from common.model.model_error import ModelError
 from common.model.quantization import Quantization
 from tests.common.test_model_config import LLAMA
@@ -52,3 +52,25 @@ def test_8_bit_weights_need_a_hopper_gpu(capability: tuple[int, int], monkeypatc
     said = ".".join(map(str, capability))
     with pytest.raises(ModelError, match=f"need a Hopper GPU .*, and cuda:0 is NVIDIA L4, of compute .* {said};"):
         choose_dtype("auto", QUANTIZED, GPU)
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (replace(QUANTIZED, hidden_size=4088), "hidden_size is 4088"),
+        (replace(QUANTIZED, intermediate_size=14_328), "intermediate_size is 14328"),
+        (replace(QUANTIZED, num_heads=3, num_kv_heads=1, head_dim=24), r"num_attention_heads \* head_dim is 72"),
+        (replace(QUANTIZED, num_heads=4, num_kv_heads=1, head_dim=4), r"num_key_value_heads\) \* head_dim is 24"),
+    ],
+)
+def test_8_bit_weights_of_sizes_that_cublas_does_not_take(model: ModelConfig, words: str) -> None:
+    with pytest.raises(ModelError, match=f"multiples of 16 on a GPU, and .*{words};"):
+        choose_dtype("auto", model, GPU)
+    assert choose_dtype("auto", model, CPU) == "float32"
+
+
+@pytest.mark.usefixtures("hopper")
+def test_experts_may_have_any_size() -> None:
+    routing = Routing(experts=4, per_token=2, normalized=True)
+    assert choose_dtype("auto", replace(QUANTIZED, intermediate_size=72, routing=routing), GPU) == "bfloat16"

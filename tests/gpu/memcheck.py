@@ -64,8 +64,10 @@ def _calls() -> dict[str, Callable[[], object]]:
             streamed.check_gated(streamed.randn(33, 576), streamed.weight(2 * 104, 576)),
             streamed.check_begun_norm(5, 576),
             quantized.check_norm_linear(5, (256, 384), in_blocks=True, biased=True),
+            quantized.check_norm_linear(5, (200, 384), in_blocks=False, biased=True),
             quantized.check_add_linear(70, (384, 2176), in_blocks=True, biased=False),
             quantized.check_add_mlp(33, (384, 256), in_blocks=False),
+            quantized.check_add_mlp(33, (112, 256), in_blocks=False),
         ),
         "gated_linear": lambda: (
             gated.check(streamed.randn(70, 192), streamed.weight(2 * 104, 192)),

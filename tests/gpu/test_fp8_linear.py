@@ -28,8 +28,13 @@ SHAPES = [  # outputs of one matrix, inputs
     (512, 256),
     (1280, 1024),  # split-K
     (384, 2176),  # a split with fewer steps than others
+    (512, 4224),  # with up to 16 tokens, a split without any
     (4096, 4096),
     (9216, 512),  # two warpgroups
+]
+CASES = [
+    *((shape, in_blocks) for shape in SHAPES for in_blocks in (False, True)),
+    ((720, 384), False),  # no whole tiles, and as inputs of down, no whole steps
 ]
 
 
@@ -93,8 +98,7 @@ def check_add_mlp(tokens: int, shape: tuple[int, int], in_blocks: bool) -> None:
     assert_near(added, expected, 0.05)
 
 
-@pytest.mark.parametrize("in_blocks", [False, True])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "in_blocks"), CASES)
 def test_products(shape: tuple[int, int], in_blocks: bool) -> None:
     for tokens in TOKENS:
         for biased in (False, True):
@@ -102,8 +106,7 @@ def test_products(shape: tuple[int, int], in_blocks: bool) -> None:
             check_add_linear(tokens, shape, in_blocks, biased)
 
 
-@pytest.mark.parametrize("in_blocks", [False, True])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "in_blocks"), CASES)
 def test_mlps(shape: tuple[int, int], in_blocks: bool) -> None:
     for tokens in TOKENS:
         check_add_mlp(tokens, shape, in_blocks)

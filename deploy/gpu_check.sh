@@ -3,8 +3,8 @@
 #   deploy/gpu_check.sh [FOLDER]    logs and JSON go to FOLDER (build/gpu-check by default)
 # Settings, as environment variables:
 #   PYTHON    the Python that has torch, triton, cupy and cuda-bindings (python3)
-#   STEPS     what to run; by default: kernels-tests engine-tests kernels handover engine interference one-sequence
-#             throughput. Only on request: memcheck, which needs compute-sanitizer; and, on two GPUs, crossover (2
+#   STEPS     what to run; by default: kernels-tests engine-tests fp8-tests kernels handover engine interference
+#             one-sequence throughput. Only on request: memcheck, which needs compute-sanitizer; and, on two GPUs, crossover (2
 #             minutes), goodput and goodput-long (8 to 10 minutes each); on two or more, scaling (4 minutes)
 #   TWOSTROKE_TEST_MODEL    SmolLM2-135M-Instruct as a directory or GGUF file, if its package is not installed
 # Each step has a time limit, and a step that fails does not keep the next ones from running. Exit code 1: a step failed.
@@ -14,7 +14,7 @@ out=$(realpath -m "${1:-build/gpu-check}")
 mkdir -p "$out"
 python=${PYTHON:-python3}
 export PYTHONPATH=".:protos${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
-steps=${STEPS:-kernels-tests engine-tests kernels handover engine interference one-sequence throughput}
+steps=${STEPS:-kernels-tests engine-tests fp8-tests kernels handover engine interference one-sequence throughput}
 summary=()
 status=0
 
@@ -35,9 +35,10 @@ nvidia-smi --query-gpu=index,name,driver_version,memory.total --format=csv,nohea
 parallel=()
 "$python" -c "import xdist" 2>/dev/null && parallel=(-n 8)
 run kernels-tests 150 "$python" -m pytest -q --maxfail 20 --timeout 120 "${parallel[@]}" tests/kernels
-run engine-tests 240 "$python" -m pytest -q --timeout 180 "${parallel[@]}" tests/gpu
+run engine-tests 240 "$python" -m pytest -q --timeout 180 "${parallel[@]}" tests/gpu --ignore-glob 'tests/gpu/test_fp8_*'
+run fp8-tests 240 "$python" -m pytest -q --timeout 180 "${parallel[@]}" tests/gpu/test_fp8_*.py
 run memcheck 400 "$python" -m tests.gpu.memcheck
-run kernels 120 "$python" -m benchmarks.gpu.kernels "$out/kernels.json"
+run kernels 150 "$python" -m benchmarks.gpu.kernels "$out/kernels.json"
 run handover 60 "$python" -m benchmarks.gpu.handover "$out/handover.json"
 run engine 210 "$python" -m benchmarks.gpu.engine --out "$out/engine.json"
 run interference 200 "$python" -m benchmarks.gpu.interference --out "$out/interference.json" --logs "$out/interference"

@@ -14,9 +14,9 @@ from tests.kernels.inputs import randn
 checks = pytest.importorskip("tests.kernels.fp8_checks", exc_type=ImportError)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("before", ["", "norm", "gate"])
-@pytest.mark.parametrize("rows", [1, 64, 8192])
+@pytest.mark.parametrize("rows", [1, 8192])
 @pytest.mark.parametrize(
     ("width", "group"), [(2048, 128), (768, 128), (4096, 128), (576, 576), (4096, 4096), (14_336, 14_336)]
 )
@@ -24,13 +24,11 @@ def test_quantize(rows: int, width: int, group: int, before: str, dtype: torch.d
     checks.check_quantize(rows, width, group, before, dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("in_blocks", [False, True])
 @pytest.mark.parametrize("tokens", [1, 16, 64, 256, 1500])
 @pytest.mark.parametrize(("hidden", "intermediate", "count", "per_token"), [(2048, 768, 32, 8), (1024, 3584, 8, 2)])
-def test_experts(
-    tokens: int, hidden: int, intermediate: int, count: int, per_token: int, in_blocks: bool, dtype: torch.dtype
-) -> None:
+def test_experts(tokens: int, hidden: int, intermediate: int, count: int, per_token: int, in_blocks: bool) -> None:
+    dtype = torch.bfloat16
     checks.check_grouped(tokens, intermediate, hidden, count, per_token, in_blocks, dtype)
     checks.check_grouped(tokens, hidden, intermediate, count, per_token, in_blocks, dtype)
     checks.check_mix(tokens, hidden, intermediate, count, per_token, in_blocks, dtype)

@@ -12,6 +12,14 @@ _BLOCK = 1024
 
 
 @triton.jit
+def activated(gate, up):
+    """SiLU(gate) * up, of one dtype. Rounded as the reference rounds."""
+    wide = gate.to(tl.float32)
+    silu = (wide / (1.0 + tl.exp(-wide))).to(gate.dtype)
+    return (silu.to(tl.float32) * up.to(tl.float32)).to(gate.dtype)
+
+
+@triton.jit
 def _silu_mul_kernel(gate_up, out, stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -19,9 +27,7 @@ def _silu_mul_kernel(gate_up, out, stride, WIDTH: tl.constexpr, BLOCK: tl.conste
     wait_for_previous(DEPENDENT)
     gate = tl.load(gate_up + row * stride + column, mask=inside, other=0.0)
     up = tl.load(gate_up + row * stride + WIDTH + column, mask=inside, other=0.0)
-    wide = gate.to(tl.float32)
-    activated = (wide / (1.0 + tl.exp(-wide))).to(gate.dtype)
-    tl.store(out + row * WIDTH + column, (activated.to(tl.float32) * up.to(tl.float32)).to(gate.dtype), mask=inside)
+    tl.store(out + row * WIDTH + column, activated(gate, up), mask=inside)
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:

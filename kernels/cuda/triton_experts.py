@@ -15,8 +15,8 @@ from torch import Tensor
 
 from kernels.cuda import triton_fp8_experts
 from kernels.cuda.triton_fp8 import quantize
-from kernels.cuda.triton_grouped import Choices, Tile, finish, locate
-from kernels.cuda.triton_launch import dependent, stages_that_fit, wait_for_previous
+from kernels.cuda.triton_grouped import Choices, Tile, constants, finish, locate, rows_of
+from kernels.cuda.triton_launch import dependent, wait_for_previous
 from kernels.cuda.triton_norm import rms_norm
 from kernels.cuda.triton_tiled_linear import suits_tiles, tiled_linear
 from kernels.experts import Experts
@@ -147,9 +147,7 @@ def _expert_kernel(
     wait_for_previous(DEPENDENT)
     expert, place = locate(starts, EXPERTS, BLOCK_E, BLOCK_M)
     if expert < EXPERTS:
-        row = tl.load(starts + expert) + place * BLOCK_M + tl.arange(0, BLOCK_M)
-        valid = row < tl.load(starts + expert + 1)
-        choice = tl.load(order + row, mask=valid, other=0)
+        row, valid, choice = rows_of(starts, order, expert, place, BLOCK_M)
         output = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
         column = tl.arange(0, BLOCK_K)
         source = choice // PER_TOKEN if GATED else row
@@ -202,36 +200,20 @@ def _tile(choices: int, experts: int, gated: bool, dtype: torch.dtype) -> Tile:
     return Tile(128, 128, 64, 4, 8) if gated else Tile(128, 256, 64, 3, 8)
 
 
-def _stages(tile: Tile, gated: bool, dtype: torch.dtype, device: torch.device) -> int:
-    """Those of the tile, or as many as fit: most GPUs have less shared memory than an H100."""
-    return stages_that_fit(tile.stages, tile.stage_bytes(gated, dtype.itemsize), device)
-
-
 def grouped(x: Tensor, weight: Tensor, choices: Choices, out: Tensor, gated: bool) -> Tensor:
     """The product of one row for each choice with its expert's matrix, as `_expert_kernel` says, written to `out`
     [T * k, outputs]."""
-    experts, outputs, count = weight.shape[0], out.shape[1], choices.order.numel()
+    experts, count = weight.shape[0], choices.order.numel()
     tile = _tile(count, experts, gated, x.dtype)
-    _expert_kernel[tile.grid(count, experts, outputs)](
+    _expert_kernel[tile.grid(count, experts, out.shape[1])](
         x,
         weight,
         choices.shares,
         choices.order,
         choices.starts,
         out,
-        EXPERTS=experts,
-        PER_TOKEN=choices.shares.shape[1],
-        OUTPUTS=outputs,
-        INPUTS=x.shape[1],
-        GATED=gated,
         EXACT=x.dtype == torch.float32,
-        BLOCK_E=triton.next_power_of_2(experts),
-        BLOCK_M=tile.rows,
-        BLOCK_N=tile.outputs,
-        BLOCK_K=tile.inputs,
-        STAGES=_stages(tile, gated, x.dtype, x.device),
-        num_warps=tile.warps,
-        **dependent(x.device),
+        **constants(tile, choices, weight, out, gated),
     )
     return out
 

@@ -9,7 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.cuda.triton_activation import activated
 from kernels.cuda.triton_launch import dependent, let_next_start, wait_for_previous
+from kernels.cuda.triton_norm import normalized
 from kernels.fp8 import E4M3, LARGEST, SMALLEST
 
 _ALIGNED = 8  # rows: cuBLAS takes no fewer, and TMA needs each group's scales to begin at a multiple of 16 bytes
@@ -54,17 +56,14 @@ def _quantize_kernel(
     if NORM:
         weight = tl.load(norm + column, mask=inside, other=0.0).to(tl.float32)
     wait_for_previous(DEPENDENT, LET_NEXT_START=not EARLY)
-    value = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
-    dtype = x.dtype.element_ty
+    at = x + row * x_stride + column
+    value = tl.load(at, mask=inside, other=0.0)
     if GATED:
-        up = tl.load(x + row * x_stride + WIDTH + column, mask=inside, other=0.0).to(tl.float32)
-        activated = (value / (1.0 + tl.exp(-value))).to(dtype)
-        value = (activated.to(tl.float32) * up).to(dtype).to(tl.float32)
+        value = activated(value, tl.load(at + WIDTH, mask=inside, other=0.0))
     if NORM:
-        normed = value * tl.rsqrt(tl.sum(value * value) / WIDTH + eps)
-        value = (normed.to(dtype).to(tl.float32) * weight).to(dtype).to(tl.float32)
+        value = normalized(value.to(tl.float32), weight, eps, WIDTH, value.dtype)
     size: tl.constexpr = GROUP if GROUP < WIDTH else PART
-    groups = tl.reshape(value, (PART // size, size))
+    groups = tl.reshape(value.to(tl.float32), (PART // size, size))
     scale = tl.maximum(tl.max(tl.abs(groups), axis=1), SMALLEST) / LARGEST
     quantized = tl.reshape(groups / scale[:, None], (PART,)).to(tl.float8e4nv)
     tl.store(values + row * WIDTH + column, quantized, mask=inside)

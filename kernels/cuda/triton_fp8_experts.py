@@ -1,14 +1,13 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """Grouped products with experts of 8-bit floats on CUDA; `kernels.fp8` says what their scales are."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernels.cuda.triton_fp8 import Quantized
-from kernels.cuda.triton_grouped import Choices, Tile, finish, locate
-from kernels.cuda.triton_launch import dependent, stages_that_fit, wait_for_previous
+from kernels.cuda.triton_grouped import Choices, Tile, constants, finish, locate, rows_of
+from kernels.cuda.triton_launch import wait_for_previous
 from kernels.fp8 import GROUP, Fp8Weight
 
 
@@ -44,9 +43,7 @@ def _fp8_expert_kernel(
     wait_for_previous(DEPENDENT)
     expert, place = locate(starts, EXPERTS, BLOCK_E, BLOCK_M)
     if expert < EXPERTS:
-        row = tl.load(starts + expert) + place * BLOCK_M + tl.arange(0, BLOCK_M)
-        valid = row < tl.load(starts + expert + 1)
-        choice = tl.load(order + row, mask=valid, other=0)
+        row, valid, choice = rows_of(starts, order, expert, place, BLOCK_M)
         output = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
         column = tl.arange(0, BLOCK_K)
         source = choice // PER_TOKEN if GATED else row
@@ -108,18 +105,12 @@ def _tile(choices: int, experts: int, gated: bool) -> Tile:
     return Tile(128, 64, 128, 3, 4) if gated else Tile(64, 128, 128, 4, 4)
 
 
-def _stages(tile: Tile, gated: bool, device: torch.device) -> int:
-    """Those of the tile, or as many as fit."""
-    return stages_that_fit(tile.stages, tile.stage_bytes(gated, 1), device)
-
-
 def grouped(x: Quantized, weight: Fp8Weight, choices: Choices, out: Tensor, gated: bool) -> Tensor:
     """`kernels.cuda.triton_experts.grouped` of 8-bit floats."""
-    experts, _, inputs = weight.shape
-    outputs, count = out.shape[1], choices.order.numel()
+    experts, count = weight.shape[0], choices.order.numel()
     tile = _tile(count, experts, gated)
     assert not weight.in_blocks or (tile.inputs == GROUP and GROUP % tile.outputs == 0)
-    _fp8_expert_kernel[tile.grid(count, experts, outputs)](
+    _fp8_expert_kernel[tile.grid(count, experts, out.shape[1])](
         x.values,
         x.scales,
         weight.values,
@@ -129,18 +120,7 @@ def grouped(x: Quantized, weight: Fp8Weight, choices: Choices, out: Tensor, gate
         choices.starts,
         out,
         x.scales.stride(1),
-        EXPERTS=experts,
-        PER_TOKEN=choices.shares.shape[1],
-        OUTPUTS=outputs,
-        INPUTS=inputs,
         GROUP=GROUP if weight.in_blocks else 0,
-        GATED=gated,
-        BLOCK_E=triton.next_power_of_2(experts),
-        BLOCK_M=tile.rows,
-        BLOCK_N=tile.outputs,
-        BLOCK_K=tile.inputs,
-        STAGES=_stages(tile, gated, out.device),
-        num_warps=tile.warps,
-        **dependent(out.device),
+        **constants(tile, choices, weight.values, out, gated),
     )
     return out

@@ -3,10 +3,14 @@
 sums. `kernels.cuda.triton_experts` says how the work is divided."""
 
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from kernels.cuda.triton_launch import dependent, stages_that_fit
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,14 +32,36 @@ class Tile:
     stages: int
     warps: int
 
-    def stage_bytes(self, gated: bool, itemsize: int) -> int:
-        return (self.rows + self.outputs * (2 if gated else 1)) * self.inputs * itemsize
-
     def grid(self, choices: int, experts: int, outputs: int) -> tuple[int, int]:
         """As many programs as there could ever be work for."""
         # each expert that has any rows may leave one tile partly empty
         most = min(choices, triton.cdiv(choices, self.rows) + min(choices, experts))
         return triton.cdiv(outputs, self.outputs), most
+
+    def stages_on(self, device: torch.device, gated: bool, itemsize: int) -> int:
+        """Those of the tile, or as many as fit: most GPUs have less shared memory than an H100."""
+        stage_bytes = (self.rows + self.outputs * (2 if gated else 1)) * self.inputs * itemsize
+        return stages_that_fit(self.stages, stage_bytes, device)
+
+
+def constants(tile: Tile, choices: Choices, weight: Tensor, out: Tensor, gated: bool) -> dict[str, Any]:
+    """What a kernel of grouped products is compiled for, and how it is launched. weight [E, N, K]; out [T * k, N], or
+    half of N if gated."""
+    experts, _, inputs = weight.shape
+    return {
+        "EXPERTS": experts,
+        "PER_TOKEN": choices.shares.shape[1],
+        "OUTPUTS": out.shape[1],
+        "INPUTS": inputs,
+        "GATED": gated,
+        "BLOCK_E": triton.next_power_of_2(experts),
+        "BLOCK_M": tile.rows,
+        "BLOCK_N": tile.outputs,
+        "BLOCK_K": tile.inputs,
+        "STAGES": tile.stages_on(out.device, gated, weight.itemsize),
+        "num_warps": tile.warps,
+        **dependent(out.device),
+    }
 
 
 @triton.jit
@@ -49,6 +75,14 @@ def locate(starts, EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.con
     tiles = (end - start + BLOCK_M - 1) // BLOCK_M
     expert = tl.sum((known & (tl.cumsum(tiles) <= tile)).to(tl.int32))
     return expert, tile - tl.sum(tl.where(candidate < expert, tiles, 0))
+
+
+@triton.jit
+def rows_of(starts, order, expert, place, BLOCK_M: tl.constexpr):
+    """The rows of the tile that `locate` found, in sorted order; which of them are the expert's; and their choices."""
+    row = tl.load(starts + expert) + place * BLOCK_M + tl.arange(0, BLOCK_M)
+    valid = row < tl.load(starts + expert + 1)
+    return row, valid, tl.load(order + row, mask=valid, other=0)
 
 
 @triton.jit

@@ -10,6 +10,14 @@ from kernels.cuda.triton_launch import dependent, let_next_start, wait_for_previ
 
 
 @triton.jit
+def normalized(row, weight, eps, WIDTH: tl.constexpr, DTYPE: tl.constexpr):
+    """The norm of a row of WIDTH values, and zeros behind them; row and weight in float32. Rounded as the reference
+    rounds, to DTYPE."""
+    normed = row * tl.rsqrt(tl.sum(row * row) / WIDTH + eps)
+    return (normed.to(DTYPE).to(tl.float32) * weight).to(DTYPE)
+
+
+@triton.jit
 def _rms_norm_kernel(
     x,
     weight,
@@ -29,9 +37,7 @@ def _rms_norm_kernel(
     scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     wait_for_previous(DEPENDENT, LET_NEXT_START=not EARLY)
     value = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
-    normed = value * tl.rsqrt(tl.sum(value * value) / WIDTH + eps)
-    dtype = out.dtype.element_ty
-    tl.store(out + row * WIDTH + column, (normed.to(dtype).to(tl.float32) * scale).to(dtype), mask=inside)
+    tl.store(out + row * WIDTH + column, normalized(value, scale, eps, WIDTH, out.dtype.element_ty), mask=inside)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, early: bool = False) -> Tensor:

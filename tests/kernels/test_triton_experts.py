@@ -55,7 +55,7 @@ def test_stages_fit_into_shared_memory(
     tile = experts._tile(choices, 128, gated, dtype)
     for kib, whole in ((227, True), (99, False)):  # an H100, and Ada or a small Blackwell
         monkeypatch.setattr("kernels.cuda.triton_launch.shared_bytes", lambda _, size=kib << 10: size)
-        stages = experts._stages(tile, gated, dtype, device)
+        stages = tile.stages_on(device, gated, dtype.itemsize)
         loaded = (tile.rows + tile.outputs * (1 + gated)) * tile.inputs * dtype.itemsize
         assert 1 <= stages <= tile.stages
         assert stages * loaded < kib << 10

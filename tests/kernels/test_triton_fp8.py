@@ -89,4 +89,4 @@ def test_tiles_suit_blocks_and_shared_memory(choices: int, gated: bool) -> None:
     tile = experts._tile(choices, 128, gated)
     assert tile.inputs == checks.GROUP
     assert checks.GROUP % tile.outputs == 0
-    assert experts._stages(tile, gated, torch.device("cpu")) == tile.stages  # an H100's
+    assert tile.stages_on(torch.device("cpu"), gated, 1) == tile.stages  # an H100's

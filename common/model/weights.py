@@ -18,6 +18,7 @@ from kernels.experts import Experts
 from kernels.fp8 import E4M3, LARGEST, Fp8Weight, Weight
 from kernels.linear import Mlp
 from kernels.ops import LayerWeights
+from kernels.packed import pack
 
 _PROGRESS_AFTER_SECONDS = 1.0
 
@@ -34,15 +35,15 @@ class Weights:
     embedding: Tensor  # [V, H]
     layers: tuple[LayerWeights, ...]
     norm: Tensor  # [H]
-    lm_head: Tensor  # [V, H]; the embedding itself if they are tied
+    lm_head: Tensor  # [V, H]; the embedding's values if they are tied
 
 
 def load(directory: Path, config: ModelConfig, dtype: str, device: torch.device) -> Weights:
     """Reads the safetensors files of a Hugging Face directory.
 
-    On a CPU, weights that are stored in `dtype` stay in the mapped file, as 8-bit ones do: they are read as they are
-    used, and workers of one host share the memory. So the file must not be changed while it is served. Parts of a fused
-    matrix are copied if they are not neighbours in the file, and experts always are.
+    On a CPU, matrices are packed (`kernels.packed`), and experts are copied. What else is stored in `dtype` stays in
+    the mapped file, as 8-bit weights do: it is read as it is used, and workers of one host share the memory. So the
+    file must not be changed while it is served.
 
     Args:
         directory: where the files are.
@@ -135,10 +136,12 @@ def _assemble(config: ModelConfig, dtype: torch.dtype, source: _Source) -> Weigh
 
     def mlp(prefix: str) -> Mlp:
         if config.packed:
-            packed = projection(f"{prefix}.mlp.gate_up_proj", 2 * intermediate, hidden)
-            return Mlp(packed, projection(f"{prefix}.mlp.down_proj", hidden, intermediate))
-        gate_up = [projection(f"{prefix}.mlp.{part}_proj", intermediate, hidden) for part in ("gate", "up")]
-        return Mlp(_joined(gate_up), projection(f"{prefix}.mlp.down_proj", hidden, intermediate))
+            gate_up = projection(f"{prefix}.mlp.gate_up_proj", 2 * intermediate, hidden)
+        else:
+            gate_up = _joined(
+                [projection(f"{prefix}.mlp.{part}_proj", intermediate, hidden) for part in ("gate", "up")]
+            )
+        return Mlp(_packed(gate_up), _packed(projection(f"{prefix}.mlp.down_proj", hidden, intermediate)))
 
     def experts(prefix: str, routing: Routing) -> Experts:
         if config.architecture == "MixtralForCausalLM":
@@ -165,13 +168,13 @@ def _assemble(config: ModelConfig, dtype: torch.dtype, source: _Source) -> Weigh
         qkv = [("qkv", q_size + 2 * kv_size)] if config.packed else [("q", q_size), ("k", kv_size), ("v", kv_size)]
         return LayerWeights(
             attention_norm=take(f"{prefix}.input_layernorm.weight", (hidden,)),
-            qkv=_joined([projection(f"{attention}.{part}_proj", size, hidden) for part, size in qkv]),
+            qkv=_packed(_joined([projection(f"{attention}.{part}_proj", size, hidden) for part, size in qkv])),
             qkv_bias=_end_to_end([take(f"{attention}.{part}_proj.bias", (size,)) for part, size in qkv])
             if config.qkv_bias
             else None,
             q_norm=take(f"{attention}.q_norm.weight", (head_dim,)) if config.qk_norm else None,
             k_norm=take(f"{attention}.k_norm.weight", (head_dim,)) if config.qk_norm else None,
-            output=projection(f"{attention}.o_proj", hidden, q_size),
+            output=_packed(projection(f"{attention}.o_proj", hidden, q_size)),
             output_bias=take(f"{attention}.o_proj.bias", (hidden,)) if config.output_bias else None,
             mlp_norm=take(f"{prefix}.post_attention_layernorm.weight", (hidden,)),
             mlp=mlp(prefix) if config.routing is None else experts(prefix, config.routing),
@@ -182,7 +185,7 @@ def _assemble(config: ModelConfig, dtype: torch.dtype, source: _Source) -> Weigh
         embedding=embedding,
         layers=tuple(layer(index) for index in range(config.num_layers)),
         norm=take("model.norm.weight", (hidden,)),
-        lm_head=embedding if config.tie_word_embeddings else take(_HEAD, (config.vocab_size, hidden)),
+        lm_head=pack(embedding if config.tie_word_embeddings else take(_HEAD, (config.vocab_size, hidden))),
     )
 
 
@@ -191,6 +194,10 @@ def _has_own_head(stored: Mapping[str, Tensor]) -> bool:
     config.json says."""
     head, embedding = stored.get(_HEAD), stored.get(_EMBEDDING)
     return head is not None and embedding is not None and not torch.equal(head.to(embedding.dtype), embedding)
+
+
+def _packed(weight: Weight) -> Weight:
+    return pack(weight) if isinstance(weight, Tensor) else weight
 
 
 def _joined(parts: Sequence[Weight]) -> Weight:

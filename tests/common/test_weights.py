@@ -30,7 +30,7 @@ def _flat(loaded: weights.Weights) -> dict[str, Tensor]:
     for index, layer in enumerate(loaded.layers):
         values = {field.name: getattr(part, field.name) for part in (layer, layer.mlp) for field in fields(part)}
         named |= {f"{index}.{name}": value for name, value in values.items() if isinstance(value, Tensor)}
-    return named
+    return {name: tensor.to_dense() for name, tensor in named.items()}
 
 
 @pytest.mark.parametrize(("name", "shard"), [("qwen2", "1MB"), ("qwen3-moe", "200KB")])

@@ -42,7 +42,11 @@ def add_mlp(hidden: Hidden, norm: Tensor, eps: float, gate_up: Fp8Weight, down: 
     x = quantize(states, gate_up.group, norm, eps, early=streams)
     if streams:
         return add_linear(hidden, streamed_linear(x, gate_up, gated=True), down, None)
-    activated = quantize(_product(x, gate_up), down.group, gated=True)
+    both = _product(x, gate_up)
+    streams = suits_stream(both[:, : down.shape[1]], down)
+    activated = quantize(both, down.group, gated=True, early=streams)
+    if streams:
+        return add_streamed_linear(states, activated, down, None, None)
     return Hidden(states.add_(_product(activated, down)))
 
 

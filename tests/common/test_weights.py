@@ -30,7 +30,7 @@ def _flat(loaded: weights.Weights) -> dict[str, Tensor]:
     for index, layer in enumerate(loaded.layers):
         values = {field.name: getattr(part, field.name) for part in (layer, layer.mlp) for field in fields(part)}
         named |= {f"{index}.{name}": value for name, value in values.items() if isinstance(value, Tensor)}
-    return {name: tensor.to_dense() for name, tensor in named.items()}
+    return {name: tensor.to_dense() for name, tensor in named.items()}  # a packed one has no elements to compare
 
 
 @pytest.mark.parametrize(("name", "shard"), [("qwen2", "1MB"), ("qwen3-moe", "200KB")])
@@ -64,10 +64,10 @@ def test_another_dtype_is_converted(tmp_path: Path) -> None:
     assert all(torch.equal(exact[name].bfloat16(), rounded[name]) for name in exact)
 
 
-def test_the_embedded_model_is_mapped_and_not_copied(embedded: Path) -> None:
+def test_of_the_embedded_model_what_is_not_packed_is_mapped_and_not_copied(embedded: Path) -> None:
     loaded = _load(embedded)
-    assert len({tensor.untyped_storage().data_ptr() for tensor in _flat(loaded).values()}) == 1
-    assert all(_flat(loaded)[f"{index}.qkv"].data_ptr() % 64 == 0 for index in range(len(loaded.layers)))
+    norms = [loaded.norm, *(norm for layer in loaded.layers for norm in (layer.attention_norm, layer.mlp_norm))]
+    assert {norm.untyped_storage().data_ptr() for norm in norms} == {loaded.embedding.untyped_storage().data_ptr()}
 
 
 def test_dummy_weights_are_reproducible_and_tame(tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_tensors_that_checkpoints_carry_for_nothing_are_passed_over(tmp_path: Pa
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(32)
     save_file(tensors, file)
     loaded = _load(tmp_path)
-    assert loaded.lm_head is loaded.embedding
+    assert torch.equal(loaded.lm_head.to_dense(), loaded.embedding)
 
 
 def test_of_a_tied_embedding_and_head_either_may_be_stored(tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_of_a_tied_embedding_and_head_either_may_be_stored(tmp_path: Path) -> No
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path).model.embed_tokens.weight, embedding)
     loaded = _load(tmp_path)
     assert torch.equal(loaded.embedding, embedding)
-    assert loaded.lm_head is loaded.embedding
+    assert torch.equal(loaded.lm_head.to_dense(), embedding)
 
 
 def test_an_output_head_of_its_own_is_not_tied_whatever_config_json_says(tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ def test_an_output_head_of_its_own_is_not_tied_whatever_config_json_says(tmp_pat
     save_file(tensors, file, {"format": "pt"})
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
     loaded = _load(tmp_path)
-    assert torch.equal(loaded.lm_head, theirs.lm_head.weight)
+    assert torch.equal(loaded.lm_head.to_dense(), theirs.lm_head.weight)
     assert torch.equal(loaded.embedding, theirs.model.embed_tokens.weight)
 
 

@@ -31,6 +31,7 @@ SHAPES = [  # outputs of one matrix, inputs
     (512, 4224),  # with up to 16 tokens, a split without any
     (4096, 4096),
     (9216, 512),  # two warpgroups
+    (17_408, 512),  # as an MLP, more outputs of gate and up than are streamed
 ]
 CASES = [
     *((shape, in_blocks) for shape in SHAPES for in_blocks in (False, True)),

@@ -67,6 +67,9 @@ class ServeConfig(SecurityConfig):
     prefill_overflow_tokens: NonNegativeInt | None = None
     """Prompts with at most this many uncached tokens are prefilled there while all prefill workers are busy."""
 
+    prefill_overflow_seconds: NonNegativeFloat | None = None
+    """Seconds after a request's arrival before that is done for it."""
+
     prefill_chunk_tokens: PositiveInt | None = None
     """Most tokens of prompts that a decode worker computes between two decode steps."""
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from cyclopts.types import NonNegativeInt, PositiveInt
+from cyclopts.types import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from common.worker.config import WorkerConfig
 
@@ -21,6 +21,10 @@ class DecodeConfig(WorkerConfig):
     prefill_overflow_tokens: NonNegativeInt = 0
     """Prompts with at most this many uncached tokens are prefilled here, one at a time, while all prefill workers are
     busy. If this and --prefill-tokens are 0, no prompts are."""
+
+    prefill_overflow_seconds: NonNegativeFloat = 0.0
+    """Seconds after a request's arrival before that is done for it. 0: at once, for the shortest time to first token;
+    about half of what that may be: no sooner than needed, for the steadiest tokens."""
 
     prefill_chunk_tokens: PositiveInt = 512
     """Most prompt tokens that are computed here between two decode steps."""

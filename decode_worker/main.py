@@ -33,6 +33,7 @@ def main(config: DecodeConfig) -> None:
     parts = worker_parts.load(config, inference_pb2.WORKER_ROLE_DECODE, config.max_batch, passes)
     parts.hello.prefill_tokens = config.prefill_tokens
     parts.hello.prefill_overflow_tokens = config.prefill_overflow_tokens
+    parts.hello.prefill_overflow_seconds = config.prefill_overflow_seconds
     try:
         runner = Runner(parts, config.max_batch)
         prompt_runner = PromptRunner(parts)

@@ -54,7 +54,8 @@ class Layout:
 
 
 def _cluster(name: str, router: Flags, workers: Sequence[tuple[str, Flags]], clients: int, logs: Path) -> Layout:
-    shown = ("device", "num-blocks", "max-batch", "max-batch-tokens", "prefill-chunk-tokens", "prefill-overflow-tokens")
+    overflow = ("prefill-overflow-tokens", "prefill-overflow-seconds")
+    shown = ("device", "num-blocks", "max-batch", "max-batch-tokens", "prefill-chunk-tokens", *overflow)
     settings = [
         f"{module} " + ", ".join(f"{flag} {flags[flag]}" for flag in shown if flag in flags)
         for module, flags in workers
@@ -142,6 +143,7 @@ def main(
     max_batch: int = 256,
     max_batch_tokens: int = 2048,
     prefill_chunk_tokens: int = 512,
+    overflow_seconds: float = 0.0,
     vllm_batch_tokens: int | None = None,
     logs: Path | None = None,
 ) -> int:
@@ -168,6 +170,7 @@ def main(
     max_batch: sequences decoded together, on either.
     max_batch_tokens: of the prefill worker's batch.
     prefill_chunk_tokens: of prompts that a worker which does both computes between two decode steps.
+    overflow_seconds: that a request waits before the decode worker helps out with it.
     vllm_batch_tokens: of a step of vLLM, prompts and answers together; not set: what vLLM takes for these GPUs.
     logs: folder for the clusters' logs; not set: one that is removed.
     """
@@ -185,6 +188,7 @@ def main(
         helping = {
             **decode,
             "prefill-overflow-tokens": prompt_tokens,
+            "prefill-overflow-seconds": overflow_seconds,
             "prefill-chunk-tokens": prefill_chunk_tokens,
         }
         both = {**decode, "prefill-tokens": 1, "prefill-chunk-tokens": prefill_chunk_tokens}

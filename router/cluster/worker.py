@@ -40,6 +40,7 @@ class Worker:
         self._max_length = hello.max_length
         self._prefill_tokens = hello.prefill_tokens
         self._overflow_tokens = hello.prefill_overflow_tokens
+        self._overflow_seconds = hello.prefill_overflow_seconds
         self.can_prefill = max(self._prefill_tokens, self._overflow_tokens) > 0  # decode: where nobody else can
         self.load = inference_pb2.WorkerLoad(role=hello.role)
         self.attempts: dict[int, Attempt] = {}
@@ -105,8 +106,11 @@ class Worker:
 
     def helps_out(self, request: Request) -> bool:
         """decode: whether it prefills this prompt while all prefill workers are busy. It takes one such prompt at a
-        time, so that the sequences that it decodes get some steps in between."""
-        return self.pending_tokens == 0 and self._lacks_at_most(request, self._overflow_tokens)
+        time, so that the sequences that it decodes get some steps in between. A request that is resumed has waited
+        enough."""
+        if self.pending_tokens or not self._lacks_at_most(request, self._overflow_tokens):
+            return False
+        return bool(request.output) or time.monotonic() - request.arrived_at >= self._overflow_seconds
 
     def _lacks_at_most(self, request: Request, tokens: int) -> bool:
         """Whether `missing_tokens` is at most `tokens`. Where it is not, that mostly takes one look-up: every waiting

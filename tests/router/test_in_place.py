@@ -182,6 +182,41 @@ async def test_a_decode_worker_helps_out_with_one_prompt_at_a_time(model: Path) 
         await eventually(it.nothing_held)
 
 
+async def test_it_helps_out_with_what_has_waited_long_enough(model: Path) -> None:
+    prompts = long_prompts(3)
+    slow = FakeWorker(PREFILL, Script(silent=True), max_batch=50)
+    helping = FakeWorker(DECODE, prefill_overflow_tokens=len(prompts[0]), prefill_overflow_seconds=0.3)
+    async with cluster(model, prefills=[slow], decodes=[helping]) as it:
+        calls = [it.stub.Generate(request(prompt=prompt), timeout=10) for prompt in prompts[:2]]
+        await eventually(lambda: len(slow.prefills) == 2)
+        began = time.monotonic()
+        assert list((await it.generate(prompt=prompts[2])).choices[0].token_ids) == expected(8, prompts[2])
+        assert time.monotonic() - began >= 0.3
+        assert [reserve.prefill for reserve in helping.reserves] == [False, False, True]
+        for call in calls:
+            call.cancel()
+        await eventually(it.nothing_held)
+
+
+async def test_an_answer_that_has_begun_does_not_wait_for_help(model: Path) -> None:
+    first, *others = long_prompts(3)
+    idle = asyncio.Event()
+    idle.set()
+    slow = FakeWorker(PREFILL, Script(prefill_when=idle), max_batch=50)
+    preempts = Script(step_seconds=0.05, end_after={6: [worker_pb2.Ended.CAUSE_PREEMPTED]})
+    helping = FakeWorker(DECODE, preempts, prefill_overflow_tokens=100, prefill_overflow_seconds=60)
+    async with cluster(model, prefills=[slow], decodes=[helping]) as it:
+        answer = asyncio.ensure_future(it.generate(prompt=first))
+        await eventually(lambda: len(helping.running) == 1)
+        idle.clear()
+        waiting = [asyncio.ensure_future(it.generate(prompt=prompt)) for prompt in others]
+        assert list((await answer).choices[0].token_ids) == expected(8, first)
+        assert [reserve.prefill for reserve in helping.reserves] == [False, False, False, True]
+        idle.set()
+        for prompt, late in zip(others, waiting, strict=True):
+            assert list((await late).choices[0].token_ids) == expected(8, prompt)
+
+
 @pytest.mark.parametrize("allowed", ["prefill_tokens", "prefill_overflow_tokens"])
 async def test_a_single_token_is_computed_by_a_decode_worker_while_all_prefill_workers_are_busy(
     model: Path, allowed: str

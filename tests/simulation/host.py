@@ -84,6 +84,7 @@ class DecodeHost(Host):
         if setting.prefills_in_place:
             self.hello.prefill_tokens = rng.choice([0, 0, 6, 64] if setting.prefill_workers else [1, 64])
             self.hello.prefill_overflow_tokens = rng.choice([0, 64])
+            self.hello.prefill_overflow_seconds = rng.choice([0, 0.1])
         metrics, most = DecodeMetrics(), self.hello.max_batch
         own = OwnPrompts(self.parts, PromptRunner(self.parts), chunk_tokens=rng.choice([4, 16]))
         runner = DecodeRunner(self.parts, most)

@@ -584,6 +584,7 @@ class WorkerHello(_message.Message):
     DTYPE_FIELD_NUMBER: _builtins.int
     PREFILL_TOKENS_FIELD_NUMBER: _builtins.int
     PREFILL_OVERFLOW_TOKENS_FIELD_NUMBER: _builtins.int
+    PREFILL_OVERFLOW_SECONDS_FIELD_NUMBER: _builtins.int
     VOCAB_SIZE_FIELD_NUMBER: _builtins.int
     EOS_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     VOCABULARY_FIELD_NUMBER: _builtins.int
@@ -602,9 +603,10 @@ class WorkerHello(_message.Message):
     dtype: _builtins.str
     prefill_tokens: _builtins.int
     """decode: prefills prompts that lack up to so many tokens in its cache; and while all prefill workers have enough to do,
-    up to so many. With either not 0 it prefills any where nobody else can.
+    up to so many of those that have waited so long. With either not 0 it prefills any where nobody else can.
     """
     prefill_overflow_tokens: _builtins.int
+    prefill_overflow_seconds: _builtins.float
     vocab_size: _builtins.int
     """What the router's model must have in common with the worker's."""
     vocabulary: _builtins.str
@@ -633,6 +635,7 @@ class WorkerHello(_message.Message):
         dtype: _builtins.str = ...,
         prefill_tokens: _builtins.int = ...,
         prefill_overflow_tokens: _builtins.int = ...,
+        prefill_overflow_seconds: _builtins.float = ...,
         vocab_size: _builtins.int = ...,
         eos_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         vocabulary: _builtins.str = ...,
@@ -641,7 +644,7 @@ class WorkerHello(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["pool", b"pool"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "fingerprint", b"fingerprint", "guides", b"guides", "host", b"host", "instance", b"instance", "max_batch", b"max_batch", "max_length", b"max_length", "model", b"model", "pool", b"pool", "prefill_overflow_tokens", b"prefill_overflow_tokens", "prefill_tokens", b"prefill_tokens", "role", b"role", "version", b"version", "vocab_size", b"vocab_size", "vocabulary", b"vocabulary"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "fingerprint", b"fingerprint", "guides", b"guides", "host", b"host", "instance", b"instance", "max_batch", b"max_batch", "max_length", b"max_length", "model", b"model", "pool", b"pool", "prefill_overflow_seconds", b"prefill_overflow_seconds", "prefill_overflow_tokens", b"prefill_overflow_tokens", "prefill_tokens", b"prefill_tokens", "role", b"role", "version", b"version", "vocab_size", b"vocab_size", "vocabulary", b"vocabulary"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -40,7 +40,7 @@ from router.prompts.tokenizer import Tokenizer
 from router.server import Router
 from router.turnstile import Turnstile
 from tests.router.fake_worker import DECODE, PREFILL, FakeWorker, Script
-from twostroke import event_loop
+from twostroke import AsyncClient, event_loop
 from twostroke.v1 import inference_pb2, inference_pb2_grpc, worker_pb2
 
 FIRST_TOKEN, TICKS, TICKS_PER_SECOND = 1_000, 40_000, 10_000
@@ -143,13 +143,8 @@ async def _router(pipe: Connection, directory: Path, addresses: Sequence[str]) -
     config = RouterConfig(listen="127.0.0.1:0", prefill=tuple(addresses[:1]), decode=tuple(addresses[1:]))
     service = Router(config, model, Tokenizer(directory, model), Guides(directory, model))
     ages = array("d")
-    answer = service.service.GenerateStream
-
-    async def timed(request: inference_pb2.GenerateRequest, context: Any) -> None:
-        clock: Any = _Timed(context, ages)
-        await answer(request, clock)
-
-    service.service.GenerateStream = timed  # type: ignore[method-assign]
+    for method in ("GenerateStream", "GenerateMany"):
+        setattr(service.service, method, _timed(getattr(service.service, method), ages))
     port = await service.start()
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
         stub = inference_pb2_grpc.InferenceStub(channel)
@@ -166,19 +161,29 @@ async def _router(pipe: Connection, directory: Path, addresses: Sequence[str]) -
     await service.stop(0)
 
 
+def _timed(method: Any, ages: "array[float]") -> Any:
+    async def timed(request: Any, context: Any) -> None:
+        await method(request, _Timed(context, ages))
+
+    return timed
+
+
 class _Timed:
     """A call's context that notes the age of tokens once gRPC has accepted their message."""
 
     def __init__(self, context: Any, ages: "array[float]") -> None:
         self.abort = context.abort
         self.invocation_metadata = context.invocation_metadata
+        self.peer = context.peer
         self.time_remaining = context.time_remaining
         self._write = context.write
         self._ages = ages
 
-    async def write(self, chunk: inference_pb2.GenerateChunk) -> None:
-        await self._write(chunk)
-        self._ages.extend(age_ms(token) for token in chunk.delta.token_ids)
+    async def write(self, message: Any) -> None:
+        await self._write(message)
+        many = isinstance(message, inference_pb2.GenerateManyResponse)
+        for chunk in (event.chunk for event in message.events) if many else (message,):
+            self._ages.extend(age_ms(token) for token in chunk.delta.token_ids)
 
 
 def bare(pipe: Connection, groups: int, step_seconds: float) -> None:
@@ -239,27 +244,23 @@ class _Bare:
             self.ages.append(age_ms(token))
 
 
-def clients(pipe: Connection, streams: int, tokens: int) -> None:
-    event_loop.run(_clients(pipe, pipe.recv(), streams, tokens))
+def clients(pipe: Connection, streams: int, tokens: int, shared: bool) -> None:
+    event_loop.run(_clients(pipe, pipe.recv(), streams, tokens, shared))
 
 
-async def _clients(pipe: Connection, address: str, streams: int, tokens: int) -> None:
+async def _clients(pipe: Connection, address: str, streams: int, tokens: int, shared: bool) -> None:
     arrivals = Arrivals(array("d"), array("I"), array("d"))
     gc.disable()  # the client's pauses are not the router's
 
-    async def one(stub: Any) -> None:
-        request = inference_pb2.GenerateRequest(token_ids=inference_pb2.TokenIds(ids=PROMPT))
-        request.stopping.max_tokens = tokens
-        request.stopping.ignore_eos = True
-        async for chunk in stub.GenerateStream(request):
-            if token_ids := chunk.delta.token_ids:
+    async def one(client: AsyncClient) -> None:
+        async for piece in client.stream(PROMPT, max_tokens=tokens, ignore_eos=True):
+            if token_ids := piece.token_ids:
                 arrivals.times.append(time.monotonic())
                 arrivals.tokens.append(len(token_ids))
                 arrivals.ages.extend(map(age_ms, token_ids))
 
-    async with grpc.aio.insecure_channel(address) as channel:
-        stub = inference_pb2_grpc.InferenceStub(channel)
-        await asyncio.gather(*(one(stub) for _ in range(streams)))
+    async with AsyncClient(address, share_call=shared) as client:
+        await asyncio.gather(*(one(client) for _ in range(streams)))
     pipe.send((arrivals, time.process_time()))
 
 
@@ -267,9 +268,16 @@ async def _clients(pipe: Connection, address: str, streams: int, tokens: int) ->
 
 
 def run(
-    name: str, directory: Path, streams: int, decode_workers: int, tokens_per_second: float, seconds: float
+    name: str,
+    directory: Path,
+    streams: int,
+    decode_workers: int,
+    tokens_per_second: float,
+    seconds: float,
+    shared: bool = False,
 ) -> Figures:
-    """Offers `tokens_per_second` to `streams` streams, spread evenly over the decode workers."""
+    """Offers `tokens_per_second` to `streams` streams, spread evenly over the decode workers. `shared`: all streams are
+    one call."""
     step_seconds = streams / tokens_per_second
     pipe, its = spawn.Pipe()
     behind = spawn.Process(target=workers, args=(its, directory, decode_workers, step_seconds))
@@ -277,7 +285,7 @@ def run(
     router_pipe, router_end = spawn.Pipe()
     router_pipe.send(pipe.recv())
     server = spawn.Process(target=router, args=(router_end, directory))
-    figures = _measure(name, streams, tokens_per_second, seconds, server, router_pipe)
+    figures = _measure(name, streams, tokens_per_second, seconds, shared, server, router_pipe)
     pipe.send("stop")
     behind.join()
     return figures
@@ -287,15 +295,21 @@ def run_bare(name: str, streams: int, groups: int, tokens_per_second: float, sec
     """Sends the same tokens from a gRPC server that has them ready."""
     pipe, its = spawn.Pipe()
     server = spawn.Process(target=bare, args=(its, groups, streams / tokens_per_second))
-    return _measure(name, streams, tokens_per_second, seconds, server, pipe)
+    return _measure(name, streams, tokens_per_second, seconds, False, server, pipe)
 
 
 def _measure(
-    name: str, streams: int, tokens_per_second: float, seconds: float, server: Any, server_pipe: Connection
+    name: str,
+    streams: int,
+    tokens_per_second: float,
+    seconds: float,
+    shared: bool,
+    server: Any,
+    server_pipe: Connection,
 ) -> Figures:
     client_pipe, client_end = spawn.Pipe()
     tokens = int(seconds * tokens_per_second / streams)
-    client = spawn.Process(target=clients, args=(client_end, streams, tokens))
+    client = spawn.Process(target=clients, args=(client_end, streams, tokens, shared))
     server.start()
     client.start()
     client_pipe.send(server_pipe.recv())

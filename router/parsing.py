@@ -68,12 +68,20 @@ class Parser:
 
     async def parse(self, received: bytes, parse: Callable[[bytes], Message], method: str, context: Context) -> Message:
         try:
+            return await self.parse_each(received, parse, method)
+        except CallError as error:
+            await self._refuse(method, context, error)
+
+    async def parse_each(self, received: bytes, parse: Callable[[bytes], Message], method: str) -> Message:
+        """
+        Raises:
+            CallError: that fails.
+        """
+        try:
             return parse(received) if len(received) < LARGE_BYTES else await self._large.parse(received, parse)
         except DecodeError:
             sentence = f"what was sent is no message that {method} takes"
-            await self._refuse(method, context, CallError(grpc.StatusCode.INVALID_ARGUMENT, sentence))
-        except CallError as error:
-            await self._refuse(method, context, error)
+            raise CallError(grpc.StatusCode.INVALID_ARGUMENT, sentence) from None
 
     async def _refuse(self, method: str, context: Context, error: CallError) -> NoReturn:
         if method.startswith(self._prefix):

@@ -11,6 +11,8 @@ from router.dispatch.request import Request
 from router.validate import Job
 from twostroke.v1 import inference_pb2 as pb
 
+INFERENCE = pb.DESCRIPTOR.services_by_name["Inference"].full_name
+
 # Codes with which a call's span is marked as failed: the fault is the service's, not the caller's.
 FAILURES = {
     grpc.StatusCode.UNKNOWN,
@@ -18,6 +20,11 @@ FAILURES = {
     grpc.StatusCode.INTERNAL,
     grpc.StatusCode.UNAVAILABLE,
 }
+
+
+def full_name(method: str) -> str:
+    """Of a method of `Inference`."""
+    return f"{INFERENCE}/{method}"
 
 
 def of_call(method: str) -> Attributes:

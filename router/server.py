@@ -27,7 +27,8 @@ from router.grammars.guides import Guides
 from router.metrics import Metrics
 from router.parsing import Parser
 from router.prompts.tokenizer import Tokenizer
-from router.service import INFERENCE, InferenceService, RegistryService
+from router.request_trace import INFERENCE
+from router.service import InferenceService, RegistryService
 from router.validate import MAX_MESSAGE_BYTES
 from twostroke.v1 import inference_pb2_grpc, worker_pb2, worker_pb2_grpc
 
@@ -109,6 +110,7 @@ class Router:
         spans."""
         self.dispatcher.workers.ready_changed = lambda _ready: None
         await self._health.enter_graceful_shutdown()
+        self.service.drain()
         end_requests = asyncio.get_running_loop().call_later(grace, self.dispatcher.stop)
         try:
             await self._server.stop(grace + LAST_WORDS_SECONDS)
@@ -122,7 +124,9 @@ class Router:
     def _interceptors(self) -> list[grpc.aio.ServerInterceptor]:
         secret, keys = self._peers.secret, self._keys
         parser = Parser(INFERENCE, self.metrics)
-        interceptors: list[grpc.aio.ServerInterceptor] = [ArrivalInterceptor(reflection.SERVICE_NAME, parser.parse)]
+        interceptors: list[grpc.aio.ServerInterceptor] = [
+            ArrivalInterceptor(reflection.SERVICE_NAME, parser.parse, parser.parse_each)
+        ]
         if secret is not None or keys is not None:
             # Whoever registers as a worker is sent prompts, so with API keys that must not be open to everyone.
             interceptors.append(SecretInterceptor(REGISTRY, secret, NO_SECRET if secret is None else WRONG_SECRET))

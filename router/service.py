@@ -1,13 +1,9 @@
 """The gRPC services of a router: `Inference` for clients, `Registry` for workers."""
 
 import asyncio
-import itertools
-import time
-from array import array
-from collections import defaultdict
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import aclosing, asynccontextmanager
-from functools import partial
+from collections import Counter, defaultdict
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from typing import Any
 
 import grpc
@@ -19,34 +15,30 @@ from common.model.model_config import ModelConfig
 from common.security.cluster_secret import metadata_value
 from common.telemetry.tracing import OFF, Span, Tracing
 from router import request_trace, validate
-from router.answers import tool_call
-from router.answers.answer import Answer
-from router.answers.answer_parser import AnswerParser
-from router.callers.limits import CALLER
-from router.callers.waiting_bytes import WaitingBytes
+from router.accounting import accounted
 from router.cluster.registry import Registry
 from router.cluster.worker import Worker
 from router.config import RouterConfig
 from router.dispatch.dispatcher import Dispatcher
-from router.dispatch.request import MAX_UNREAD_TOKENS, Prompt, Request
-from router.errors import CallError, InvalidArgument
+from router.dispatch.request import MAX_UNREAD_TOKENS, Request
+from router.errors import CallError, Exhausted, InvalidArgument
+from router.generation import Generator
 from router.grammars.guides import Guides, call_of
 from router.grammars.tool_choice import must_call
 from router.mailbox import Mailbox
+from router.many import MANY, Many
 from router.metrics import Metrics
 from router.prompts import template_input
-from router.prompts.tokenizer import Tokenized, Tokenizer
+from router.prompts.tokenizer import Tokenizer
 from router.turnstile import Turnstile
-from router.validate import Job
 from twostroke.v1 import inference_pb2 as pb
 from twostroke.v1 import inference_pb2_grpc, worker_pb2, worker_pb2_grpc
 
 log = structlog.get_logger(__name__)
 
-INFERENCE = pb.DESCRIPTOR.services_by_name["Inference"].full_name
-
-# A caller may end a call at its deadline a little before the router's clock says that the deadline has passed.
-DEADLINE_TOLERANCE = 0.05  # seconds
+# Calls of GenerateMany that may be open, of one host and of all.
+MOST_OPEN_OF_A_HOST = 64
+MOST_OPEN = 4 * MOST_OPEN_OF_A_HOST
 
 UNREAD = f"the stream was not read: more than {MAX_UNREAD_TOKENS} tokens of an answer waited for it"
 
@@ -69,15 +61,14 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self._name = hub_name.public_name(config.model)
         self._model = model
         self._tokenizer = tokenizer
-        self._guides = guides
         self._dispatcher = dispatcher
         self._registry = registry
         self._metrics = metrics
         self._tracing = tracing
         self._turnstile = Turnstile()
-        self._waiting = WaitingBytes("too many messages wait for their guides to be compiled")
-        self._serials = itertools.count()
-        self._answered = 0
+        self._open: Counter[str] = Counter()  # calls of GenerateMany, by their caller's host
+        self._many: set[Many] = set()
+        self._generator = Generator(config, model, tokenizer, guides, dispatcher, metrics)
 
     # ------------------------------------------------------------ generating
 
@@ -92,12 +83,49 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             async for chunk in chunks:
                 await context.write(chunk)
 
+    async def GenerateMany(  # type: ignore[override]
+        self, messages: AsyncIterator[pb.GenerateManyRequest], context: Context
+    ) -> None:
+        async with self._call(MANY, context):
+            with self._counted(context.peer().rpartition(":")[0]):
+                many = Many(self._generator, self._metrics, self._tracing, self._turnstile)
+                self._many.add(many)
+                try:
+                    await many.run(messages, context.write)
+                except asyncio.CancelledError:
+                    if many.overflown:
+                        raise CallError(grpc.StatusCode.RESOURCE_EXHAUSTED, UNREAD) from None
+                    raise
+                finally:
+                    self._many.remove(many)
+
+    @contextmanager
+    def _counted(self, host: str) -> Iterator[None]:
+        """gRPC holds what has come of a message, and such a call may take any time to send the rest of one.
+
+        Raises:
+            Exhausted: too many such calls are open.
+        """
+        if self._open[host] >= MOST_OPEN_OF_A_HOST or self._open.total() >= MOST_OPEN:
+            raise Exhausted(f"too many calls of {MANY} are open; one can have any number of requests")
+        self._open[host] += 1
+        try:
+            yield
+        finally:
+            self._open[host] -= 1
+            self._open += Counter()  # forgets hosts that have none
+
+    def drain(self) -> None:
+        """Lets calls that stay open for further requests end once they have none."""
+        for many in self._many:
+            many.drain()
+
     @asynccontextmanager
     async def _generating(
         self, method: str, request: pb.GenerateRequest, context: Context
     ) -> AsyncIterator[AsyncIterator[pb.GenerateChunk]]:
         mailbox: Mailbox[Request] = Mailbox(self._turnstile, asyncio.current_task())
-        name = f"{INFERENCE}/{method}"
+        name = request_trace.full_name(method)
         traceparent = metadata_value(context.invocation_metadata(), "traceparent")
         trace = self._tracing.begin(name, str(traceparent), request_trace.of_call(name))
         async with (
@@ -116,149 +144,17 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     ) -> AsyncGenerator[pb.GenerateChunk, None]:
         """The answer, at the reader's pace. Closing the generator, at whatever point, ends the request on the
         workers."""
-        arrived_at = time.monotonic()
-        validate.check_request_id(request.request_id)
-        if request.request_id:  # the log line of a refusal has it, too
-            structlog.contextvars.bind_contextvars(request_id=request.request_id)
-        job = validate.check(request, self._model)
-        structlog.contextvars.bind_contextvars(request_id=job.request_id)
-        caller = CALLER.get()
-        with caller.generating(job.n):
-            self._dispatcher.check_admission(job.n)
-            prompt, grammar = await self._prompt_and_grammar(request, job)
-            prompt_tokens = len(prompt.token_ids)
-            requests = self._requests(job, grammar, prompt.token_ids, mailbox, trace, arrived_at)
-            trace.note(request_trace.of_request(request, job, self._name, prompt_tokens))
-            answers = self._answers(request, job, prompt, requests)
-            del prompt  # its tokens take ten times as much memory here as in the requests
-            finishes: list[pb.Finish] = []
-            self._dispatcher.submit(requests)
+        async with self._generator.begin(request, mailbox, trace) as generation:
             try:
-                self._metrics.prompt_tokens.inc(prompt_tokens)
-                caller.spend(prompt_tokens)
-                info = pb.PromptInfo(request_id=job.request_id, prompt_tokens=prompt_tokens, seed=job.seed)
-                yield pb.GenerateChunk(prompt=info)
-                while len(finishes) < job.n:
+                yield generation.prompt
+                while not generation.over:
                     for choice in await mailbox.take():
-                        choice.posted = False
-                        answer = answers[choice.index]
-                        if answer.over:
-                            continue
-                        delta, finish = answer.advance()
-                        if answer.behind and finish is None:
-                            choice.post()
-                        # What came before a failure is given all the same, and may have ended the answer.
-                        failure = choice.failure if finish is None and not answer.behind else None
-                        if finish is not None:
-                            self._dispatcher.drop([choice])
-                            finishes.append(finish)
-                            self._answered += 1
-                            _log_finish(choice.index, finish)
-                        if failure is None or delta.ByteSize():
-                            yield pb.GenerateChunk(index=choice.index, delta=delta, finish=finish)
-                        if failure is not None:
-                            raise failure
+                        if (chunk := generation.advance(choice)) is not None:
+                            yield chunk
+                        if generation.failure is not None:
+                            raise generation.failure
             finally:
-                self._dispatcher.drop(requests)
                 mailbox.clear()
-                output_tokens = sum(answer.tokens for answer in answers)
-                self._metrics.output_tokens.inc(output_tokens)
-                caller.spend(output_tokens)
-                resumes = sum(choice.resumes for choice in requests)
-                trace.note(request_trace.of_answer(output_tokens, resumes, finishes))
-
-    async def _prompt_and_grammar(self, request: pb.GenerateRequest, job: Job) -> tuple[Tokenized, str]:
-        """The prompt, and the grammar that its answers must follow; empty if there is none."""
-        if job.guide is None and not job.must_call:
-            return await self._prompt(request), ""
-        # Any number of calls may wait for one guide, each with its message.
-        with self._waiting.counted(CALLER.get().name, request.ByteSize()):
-            grammar = await self._guides.grammar(job.guide) if job.guide is not None else ""
-            prompt = await self._prompt(request)
-            if job.must_call:
-                grammar = await self._guides.call(request.chat, prompt)
-        return prompt, grammar
-
-    async def _prompt(self, request: pb.GenerateRequest) -> Tokenized:
-        match request.WhichOneof("input"):
-            case "text":
-                prompt = Tokenized(await self._tokenizer.encode(request.text, add_special_tokens=True))
-            case "chat":
-                prompt = await self._tokenizer.encode_chat(request.chat)
-            case _:
-                validate.check_prompt(request.token_ids.ids, self._model)
-                return Tokenized(list(request.token_ids.ids))
-        # The tokenizer may know tokens that the model does not.
-        validate.check_tokens("input", prompt.token_ids, self._model)
-        return prompt
-
-    def _answers(
-        self, request: pb.GenerateRequest, job: Job, prompt: Tokenized, requests: Sequence[Request]
-    ) -> list[Answer]:
-        # The answer to a chat is a text of its own, a completion continues the prompt's text. With a guide every byte
-        # that the grammar matched is kept.
-        is_own_text = request.HasField("chat") or not self._tokenizer.spells(prompt.token_ids)
-        begins_text = is_own_text and job.guide is None
-        return [
-            Answer(
-                choice,
-                job,
-                self._tokenizer,
-                self._model.eos_token_ids,
-                self._metrics,
-                begins_text,
-                self._parser(choice, prompt) if job.parsed else None,
-            )
-            for choice in requests
-        ]
-
-    def _parser(self, choice: Request, prompt: Tokenized) -> AnswerParser:
-        return AnswerParser(
-            prompt.form,
-            in_reasoning=prompt.opens_reasoning,
-            tools=prompt.tools,
-            new_id=partial(tool_call.make_id, choice.id, choice.sampling.seed),
-        )
-
-    def _requests(
-        self,
-        job: Job,
-        grammar: str,
-        token_ids: list[int],
-        mailbox: Mailbox[Request],
-        trace: Span,
-        arrived_at: float,
-    ) -> list[Request]:
-        workers = self._dispatcher.workers
-        check_length = partial(validate.check_length, len(token_ids), job, self._model)
-        max_length = check_length(workers.max_length())
-        prompt = Prompt(
-            token_ids=array("I", token_ids),
-            min_length=len(token_ids) + job.min_tokens,
-            stop_token_ids=job.stop_token_ids,
-            cache_salt=CALLER.get().cache_salt(job.cache_salt),
-            grammar=grammar,
-        )
-        requests = []
-        for index in range(job.n):
-            sampling = worker_pb2.SamplingParams()
-            sampling.CopyFrom(job.sampling)
-            sampling.seed = (job.seed + index) % (validate.MAX_SEED + 1)
-            requests.append(
-                Request(
-                    id=job.request_id,
-                    index=index,
-                    serial=next(self._serials),
-                    prompt=prompt,
-                    sampling=sampling,
-                    mailbox=mailbox,
-                    max_length=max_length,
-                    recheck_length=None if workers.ready else check_length,
-                    trace=trace,
-                    arrived_at=arrived_at,
-                )
-            )
-        return requests
 
     # ------------------------------------------------------------ tokens
 
@@ -325,7 +221,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                 queued=self._dispatcher.queued,
                 running=self._dispatcher.running,
                 workers=[_load(worker, worker in usable) for worker in self._registry.connected],
-                answered=self._answered,
+                answered=self._generator.answered,
                 problems=[
                     pb.WorkerProblem(address=address, role=role, reason=reason)
                     for address, role, reason in self._registry.problems()
@@ -336,32 +232,11 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
     @asynccontextmanager
     async def _call(self, method: str, context: Context, trace: Span = OFF) -> AsyncIterator[None]:
-        """Turns errors into status codes, and counts and logs how the call ended."""
-        began, problem = time.monotonic(), ""
-        code = grpc.StatusCode.CANCELLED
         try:
-            yield
-            code = grpc.StatusCode.OK
-        except asyncio.CancelledError:
-            left = context.time_remaining()
-            if left is not None and left < DEADLINE_TOLERANCE:
-                code, problem = grpc.StatusCode.DEADLINE_EXCEEDED, "the caller's deadline passed"
-            raise
+            async with accounted(self._metrics, method, trace, context.time_remaining):
+                yield
         except CallError as error:
-            code, problem = error.code, error.message
-            log.info("call failed", method=method, code=code.name, reason=error.message)
-            await context.abort(code, error.message)
-        except Exception:
-            code, problem = grpc.StatusCode.INTERNAL, "a fault of the router"
-            log.exception("call failed", method=method)
-            await context.abort(code, "a fault of the router; its log says more")
-        finally:
-            self._metrics.calls.labels(method, code.name).inc()
-            failed = problem if code in request_trace.FAILURES else ""
-            trace.end({"rpc.response.status_code": code.name}, failed)
-            if code in (grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED):
-                after_ms = round(1000 * (time.monotonic() - began))
-                log.info("call cancelled", method=method, code=code.name, after_ms=after_ms)
+            await context.abort(error.code, error.message)
 
 
 class RegistryService(worker_pb2_grpc.RegistryServicer):
@@ -407,16 +282,3 @@ def _load(worker: Worker, ready: bool) -> pb.WorkerLoad:
     load.CopyFrom(worker.load)
     load.address, load.instance, load.role, load.ready = worker.address, worker.instance, worker.role, ready
     return load
-
-
-def _log_finish(index: int, finish: pb.Finish) -> None:
-    log.info(
-        "answered",
-        choice=index,
-        reason=request_trace.finish_reason(finish),
-        prompt_tokens=finish.usage.prompt_tokens,
-        completion_tokens=finish.usage.completion_tokens,
-        resumes=finish.usage.resumes,
-        first_token_ms=round(finish.timing.first_token_ms, 1),
-        total_ms=round(finish.timing.total_ms, 1),
-    )

@@ -17,6 +17,9 @@ Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 # Makes a message of what came, by gRPC's function for it, for a call of the method that is named; or ends the call.
 Parse: TypeAlias = Callable[[bytes, Callable[[bytes], Message], str, Context], Awaitable[Message]]
 
+# The same for a message of several; what it raises, the method gets in place of the message.
+ParseEach: TypeAlias = Callable[[bytes, Callable[[bytes], Message], str], Awaitable[Message]]
+
 # From a call's beginning until its message is there.
 ARRIVAL_SECONDS = 10.0
 
@@ -37,11 +40,13 @@ class ArrivalInterceptor(grpc.aio.ServerInterceptor):
         service: full name of one whose methods are generators and take streams, to each of whose messages it applies,
             too; empty if there is none.
         parse: parses messages that come alone; None: gRPC does.
+        parse_each: parses those that come in streams, of methods that are coroutines. These may take any time to come.
     """
 
-    def __init__(self, service: str = "", parse: Parse | None = None) -> None:
+    def __init__(self, service: str = "", parse: Parse | None = None, parse_each: ParseEach | None = None) -> None:
         self._prefix = f"/{service}/"
         self._parse = parse
+        self._parse_each = parse_each
         self._late: Counter[str] = Counter()  # calls whose message is, by host
 
     async def intercept_service(
@@ -53,7 +58,9 @@ class ArrivalInterceptor(grpc.aio.ServerInterceptor):
         if handler is None:
             return None
         if handler.request_streaming:
-            return self._of_streams(handler) if details.method.startswith(self._prefix) else handler
+            if details.method.startswith(self._prefix):
+                return self._of_streams(handler)
+            return handler if self._parse_each is None else self._parsed(handler, self._parse_each, details.method)
         # Of a method that takes one message gRPC would read that by itself, and wait for it without end.
         parse = self._parse
         deserialize: Any = handler.request_deserializer
@@ -94,6 +101,23 @@ class ArrivalInterceptor(grpc.aio.ServerInterceptor):
 
         make: Any = grpc.stream_stream_rpc_method_handler
         handled: RpcMethodHandler[Any, Any] = make(call, handler.request_deserializer, handler.response_serializer)
+        return handled
+
+    def _parsed(
+        self, handler: "RpcMethodHandler[Any, Any]", parse: ParseEach, method: str
+    ) -> "RpcMethodHandler[Any, Any]":
+        deserialize: Any = handler.request_deserializer
+        serve: Any = handler.stream_stream
+
+        async def messages(context: Context) -> AsyncIterator[Any]:
+            while (message := await context.read()) is not grpc.aio.EOF:
+                yield await parse(message, deserialize, method)
+
+        async def call(_: object, context: Context) -> None:
+            await serve(messages(context), context)
+
+        make: Any = grpc.stream_stream_rpc_method_handler
+        handled: RpcMethodHandler[Any, Any] = make(call, None, handler.response_serializer)
         return handled
 
     async def _read(self, context: Context) -> Any:

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Self, TypeVar, Unpack
 
@@ -31,6 +31,7 @@ from twostroke.chat import ChatOptions, Messages
 from twostroke.errors import closed, error_of, unusable
 from twostroke.request import Options, Prompt, chat_request, detokenize_request, generate_request, tokenize_request
 from twostroke.results import Generation, Piece, generation_of, piece_of
+from twostroke.shared_call import MOST_BYTES, SharedCall
 from twostroke.v1 import inference_pb2 as pb
 from twostroke.v1.inference_pb2_grpc import InferenceStub
 
@@ -43,7 +44,12 @@ _Response = TypeVar("_Response")
 
 class AsyncClient:
     """A connection to a Twostroke router, for one event loop; connects at its first call. `Client` says what the
-    arguments mean.
+    other arguments mean.
+
+    Args:
+        share_call: streamed answers share one call, so that tokens which come at the same time come in one message:
+            with many at once, that saves most of what they cost this process and the router. What is not read as fast
+            as it comes waits in this process.
 
     Example:
         async with AsyncClient("localhost:8600") as client:
@@ -59,7 +65,9 @@ class AsyncClient:
         tls: bool | grpc.ChannelCredentials = False,
         tls_server_name: str | None = None,
         timeout: float | None = None,
+        share_call: bool = False,
     ) -> None:
+        self._share_call = share_call
         self._credentials = credentials_of(tls, tls_server_name)
         self._options = options_of(target, tls_server_name)
         self._metadata = metadata_of(api_key)
@@ -76,6 +84,10 @@ class AsyncClient:
     @cached_property
     def _stub(self) -> "InferenceAsyncStub":
         return InferenceStub(self._channel)
+
+    @cached_property
+    def _shared(self) -> SharedCall:
+        return SharedCall(lambda: self._stub.GenerateMany(metadata=self._metadata))
 
     async def close(self) -> None:
         """Cancels what is under way and closes the connection."""
@@ -195,6 +207,12 @@ class AsyncClient:
 
     async def _pieces(self, request: pb.GenerateRequest, timeout: float | None) -> AsyncGenerator[Piece, None]:
         timeout = seconds_of(timeout, self._timeout)
+        if self._share_call and request.ByteSize() <= MOST_BYTES:
+            with _closing_as_error():
+                async with aclosing(self._shared.chunks(request, timeout)) as chunks:
+                    async for chunk in chunks:
+                        yield piece_of(chunk)
+            return
         with _closing_as_error():
             call = self._stub.GenerateStream(request, timeout=timeout, metadata=self._metadata)
         try:

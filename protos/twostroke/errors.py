@@ -56,6 +56,10 @@ def closed() -> TwostrokeError:
     return TwostrokeError("the client was closed before the call ended", grpc.StatusCode.CANCELLED)
 
 
+def shut_down() -> TwostrokeError:
+    return Unavailable("the router shut down; it is safe to try again", grpc.StatusCode.UNAVAILABLE)
+
+
 def unusable() -> TwostrokeError:
     return TwostrokeError("the client is closed; further calls need a new one", grpc.StatusCode.CANCELLED)
 
@@ -73,8 +77,14 @@ def error_of(status: Status, timeout: float | None = None) -> TwostrokeError:
     if code is grpc.StatusCode.CANCELLED:
         if CLOSED in details:
             return closed()
-        # gRPC's own word for calls of a server that shuts down
-        return Unavailable("the router shut down; it is safe to try again", grpc.StatusCode.UNAVAILABLE)
-    if code is grpc.StatusCode.DEADLINE_EXCEEDED and PASSED in details and timeout is not None:
-        details = f"the call did not end within its timeout of {timeout:g} s"
-    return _CLASSES.get(code, TwostrokeError)(details or code.name, code)
+        return shut_down()  # gRPC's own word for calls of a server that shuts down
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED and PASSED not in details:
+        timeout = None
+    return error_with(code, details, timeout)
+
+
+def error_with(code: grpc.StatusCode, message: str, timeout: float | None = None) -> TwostrokeError:
+    """What to raise for this status code; where it is that of a deadline, one of so many seconds."""
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED and timeout is not None:
+        message = f"the call did not end within its timeout of {timeout:g} s"
+    return _CLASSES.get(code, TwostrokeError)(message or code.name, code)

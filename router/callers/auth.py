@@ -1,6 +1,7 @@
 """Refuses calls without a valid API key, and those beyond the key's limits."""
 
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import TypeVar
 
 import grpc
@@ -10,7 +11,7 @@ from grpc import HandlerCallDetails, RpcMethodHandler
 from common.network.refusal import refuse
 from common.security.cluster_secret import metadata_value, same
 from router.callers.api_keys import ApiKeys
-from router.callers.limits import CALLER, Caller
+from router.callers.limits import CALL_AGAIN, CALLER, Caller
 from router.callers.refusal_log import RefusalLog
 from router.errors import CallError
 from router.metrics import Metrics
@@ -45,9 +46,9 @@ class KeyInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(details)
         if handler is None or not details.method.startswith(self._prefix):
             return handler
-        name = ""
+        name, authorization = "", metadata_value(details.invocation_metadata, "authorization")
         try:
-            caller = self._caller(metadata_value(details.invocation_metadata, "authorization"))
+            caller = self._caller(authorization)
             name = caller.name
             structlog.contextvars.bind_contextvars(caller=name)
             caller.call()
@@ -57,7 +58,13 @@ class KeyInterceptor(grpc.aio.ServerInterceptor):
             self._refusals.tell(name or error.message, method, error)
             return refuse(error.code, error.message)
         CALLER.set(caller)
+        CALL_AGAIN.set(partial(self._call_again, authorization))
         return handler
+
+    def _call_again(self, authorization: str | bytes) -> Caller:
+        caller = self._caller(authorization)
+        caller.call()
+        return caller
 
     def _caller(self, authorization: str | bytes) -> Caller:
         if not isinstance(authorization, str) or not authorization.lower().startswith(SCHEME):

@@ -1,7 +1,7 @@
 """Limits of an API key, and how much of them is used up."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -107,3 +107,7 @@ class Caller:
 # Who made the call that the current task serves. Without API keys that is always EVERYONE.
 EVERYONE = Caller("everyone")
 CALLER: ContextVar[Caller] = ContextVar("caller", default=EVERYONE)
+
+# Finds out again who makes that call, and counts one more: for calls that stay open and have further requests. It
+# raises CallError once the key is no longer valid, or a limit is reached.
+CALL_AGAIN: ContextVar[Callable[[], Caller]] = ContextVar("call_again", default=lambda: EVERYONE)

@@ -17,7 +17,7 @@ from cli.commands import app
 from cli.stopping import HURRY_SECONDS, STOP_SECONDS
 from common.worker import worker_service
 from router import server
-from router.service import INFERENCE
+from router.request_trace import INFERENCE
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = sorted(path.parent for path in ROOT.glob("deploy/kubernetes/*/kustomization.yaml"))

@@ -70,6 +70,11 @@ class FakeRouter(inference_pb2_grpc.InferenceServicer):
             async for chunk in chunks:
                 await context.write(chunk)
 
+    async def GenerateMany(  # type: ignore[override]
+        self, messages: object, context: "grpc.aio.ServicerContext[pb.GenerateManyRequest, pb.GenerateManyResponse]"
+    ) -> None:
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "tests/router has routers that can")
+
     async def Tokenize(
         self, request: pb.TokenizeRequest, context: "grpc.aio.ServicerContext[pb.TokenizeRequest, pb.TokenizeResponse]"
     ) -> pb.TokenizeResponse:

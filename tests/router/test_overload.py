@@ -89,6 +89,25 @@ async def test_a_burst_of_calls_is_queued_or_told_that_the_queue_is_full(long_mo
             await channel.close()
 
 
+async def test_a_shared_call_that_nobody_reads_ends_too(long_model: Path) -> None:
+    async with cluster(long_model, **workers()) as it:
+        channels = [channel async for channel in new_channels(it, 1)]
+        stub: Any = inference_pb2_grpc.InferenceStub(channels[0])
+        call = stub.GenerateMany()
+        verbose = request(max_tokens=LONG, response=pb.ResponseOptions(logprobs=20))
+        for number in range(2):
+            begin = pb.GenerateManyRequest.Begin(request=verbose)
+            await call.write(pb.GenerateManyRequest(id=number, begin=begin))
+        await call.read()
+        await eventually(it.nothing_held)
+        await assert_well(it)
+        with pytest.raises(grpc.aio.AioRpcError) as ended_with:
+            await read_all(call)
+        assert ended_with.value.code() is Code.RESOURCE_EXHAUSTED
+        assert ended_with.value.details() == "the stream was not read: more than 4096 tokens of an answer waited for it"
+        await channels[0].close()
+
+
 async def test_prompts_that_wait_take_little_memory(long_model: Path) -> None:
     """A queue may hold a thousand of the longest: as Python's numbers they take gigabytes."""
     calls, length = 20, 8_000

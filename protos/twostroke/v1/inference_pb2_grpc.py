@@ -44,6 +44,11 @@ class InferenceStub(object):
                 request_serializer=twostroke_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=twostroke_dot_v1_dot_inference__pb2.GenerateChunk.FromString,
                 _registered_method=True)
+        self.GenerateMany = channel.stream_stream(
+                '/twostroke.v1.Inference/GenerateMany',
+                request_serializer=twostroke_dot_v1_dot_inference__pb2.GenerateManyRequest.SerializeToString,
+                response_deserializer=twostroke_dot_v1_dot_inference__pb2.GenerateManyResponse.FromString,
+                _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/twostroke.v1.Inference/Tokenize',
                 request_serializer=twostroke_dot_v1_dot_inference__pb2.TokenizeRequest.SerializeToString,
@@ -78,6 +83,14 @@ class InferenceServicer(object):
 
     def GenerateStream(self, request, context):
         """The answer as it is made: first PromptInfo, then deltas, and Finish for each choice.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GenerateMany(self, request_iterator, context):
+        """Any number of requests over one call. What a decode step has for all of them goes in one message, where GenerateStream
+        has one for each: that is most of what a token costs a router, and its caller.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -121,6 +134,11 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.GenerateStream,
                     request_deserializer=twostroke_dot_v1_dot_inference__pb2.GenerateRequest.FromString,
                     response_serializer=twostroke_dot_v1_dot_inference__pb2.GenerateChunk.SerializeToString,
+            ),
+            'GenerateMany': grpc.stream_stream_rpc_method_handler(
+                    servicer.GenerateMany,
+                    request_deserializer=twostroke_dot_v1_dot_inference__pb2.GenerateManyRequest.FromString,
+                    response_serializer=twostroke_dot_v1_dot_inference__pb2.GenerateManyResponse.SerializeToString,
             ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
@@ -197,6 +215,33 @@ class Inference(object):
             '/twostroke.v1.Inference/GenerateStream',
             twostroke_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
             twostroke_dot_v1_dot_inference__pb2.GenerateChunk.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GenerateMany(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/twostroke.v1.Inference/GenerateMany',
+            twostroke_dot_v1_dot_inference__pb2.GenerateManyRequest.SerializeToString,
+            twostroke_dot_v1_dot_inference__pb2.GenerateManyResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,0 +1,214 @@
+"""Many requests over one call: what there is to send of all of them goes into the same messages."""
+
+import asyncio
+import math
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+import grpc
+
+from common.telemetry.tracing import Tracing
+from router import request_trace
+from router.accounting import accounted
+from router.callers.limits import CALL_AGAIN, CALLER
+from router.dispatch.request import Request
+from router.errors import CallError, InvalidArgument
+from router.generation import Generation, Generator
+from router.mailbox import Mailbox
+from router.metrics import Metrics
+from router.turnstile import Turnstile
+from twostroke.v1 import inference_pb2 as pb
+
+MANY, BEGIN = "GenerateMany", "GenerateMany.Begin"  # the call, and each of its requests
+
+# After so many events other calls get their turn.
+EVENTS_PER_MESSAGE = 64
+
+# Requests of a call that may be under way; the next ones are not read before some of these have ended.
+MOST_UNDER_WAY = 4096
+
+Event = pb.GenerateManyResponse.Event
+End = pb.GenerateManyResponse.End
+
+
+class _Served:
+    """One of the requests.
+
+    Attributes:
+        events: what there is to say of it besides the chunks of its answers, and before further ones.
+        done: set when its answers are over, or have failed.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.generation: Generation | None = None
+        self.events: list[pb.GenerateManyResponse.Event] = []
+        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.ended = False
+
+
+class Many:
+    """One call. Its requests are tasks, which wait for most of the time; all chunks are made by the task that writes.
+
+    Args:
+        generator: begins requests.
+        turnstile: where those who write take turns.
+    """
+
+    def __init__(self, generator: Generator, metrics: Metrics, tracing: Tracing, turnstile: Turnstile) -> None:
+        self._generator = generator
+        self._metrics = metrics
+        self._tracing = tracing
+        self._mailbox: Mailbox[Request | _Served | None] = Mailbox(turnstile, asyncio.current_task())
+        self._served: dict[int, _Served] = {}  # under way, by number
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._of: dict[Request, _Served] = {}
+        self._room = asyncio.Semaphore(MOST_UNDER_WAY)
+        self._closed = False  # nothing more begins
+        self._failure: CallError | None = None  # of the call itself
+
+    @property
+    def overflown(self) -> bool:
+        return self._mailbox.overflown
+
+    def drain(self) -> None:
+        """Ends the call as soon as nothing is under way."""
+        self._closed = True
+        self._mailbox.post(None)
+
+    async def run(
+        self,
+        messages: AsyncIterator[pb.GenerateManyRequest],
+        write: Callable[[pb.GenerateManyResponse], Awaitable[None]],
+    ) -> None:
+        """Serves the call to its end. If it is cancelled, so are its requests.
+
+        Raises:
+            CallError: the caller did not keep to the rules of such calls.
+        """
+        reading = asyncio.create_task(self._read(messages))
+        try:
+            await self._write(write)
+        finally:
+            tasks = (reading, *self._tasks.values())
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            self._mailbox.clear()
+
+    # ------------------------------------------------------------ from the caller
+
+    async def _read(self, messages: AsyncIterator[pb.GenerateManyRequest]) -> None:
+        last = -1
+        try:
+            async for message in messages:
+                match message.WhichOneof("what"):
+                    case "begin":
+                        if message.id <= last:
+                            raise InvalidArgument("id", f"{message.id} is not larger than {last}, which was before it")
+                        last = message.id
+                        await self._room.acquire()
+                        self._begin(message.id, message.begin)
+                    case "cancel":
+                        if (task := self._tasks.get(message.id)) is not None:
+                            task.cancel()
+                    case _:
+                        raise InvalidArgument("what", "one of begin and cancel must be set")
+        except CallError as error:
+            self._failure = error
+        self.drain()
+
+    def _begin(self, number: int, begin: pb.GenerateManyRequest.Begin) -> None:
+        served = self._served[number] = _Served(number)
+        task = self._tasks[number] = asyncio.create_task(self._serve(served, begin))
+
+        def forget(_: object) -> None:
+            """A cancelled one has no end to send."""
+            del self._tasks[number]
+            if not served.ended:
+                self._leave(served)
+
+        task.add_done_callback(forget)
+
+    async def _serve(self, served: _Served, begin: pb.GenerateManyRequest.Begin) -> None:
+        name = request_trace.full_name(MANY)
+        trace = self._tracing.begin(name, begin.traceparent, request_trace.of_call(name))
+        try:
+            async with accounted(self._metrics, BEGIN, trace), _deadline(begin):
+                if self._closed:
+                    raise CallError(grpc.StatusCode.UNAVAILABLE, "the router is about to stop; it is safe to try again")
+                CALLER.set(CALL_AGAIN.get()())
+                async with self._generator.begin(begin.request, self._mailbox, trace) as generation:
+                    served.generation = generation
+                    self._of.update(dict.fromkeys(generation.choices, served))
+                    try:
+                        self._say(served, Event(id=served.number, chunk=generation.prompt))
+                        await served.done
+                    finally:
+                        for choice in generation.choices:
+                            del self._of[choice]
+            end = End()
+        except CallError as error:
+            end = End(code=error.code.value[0], message=error.message)
+        served.ended = True
+        self._say(served, Event(id=served.number, end=end))
+
+    # ------------------------------------------------------------ to the caller
+
+    def _say(self, served: _Served, event: pb.GenerateManyResponse.Event) -> None:
+        served.events.append(event)
+        self._mailbox.post(served)
+
+    async def _write(self, write: Callable[[pb.GenerateManyResponse], Awaitable[None]]) -> None:
+        events: list[pb.GenerateManyResponse.Event] = []
+        while self._failure is None and (self._served or not self._closed):
+            for item in await self._mailbox.take():
+                served = self._of.get(item) if isinstance(item, Request) else item
+                if served is None:
+                    continue
+                events += served.events
+                served.events.clear()
+                if isinstance(item, Request):
+                    events += self._advance(served, item)
+                elif served.ended:
+                    self._leave(served)
+                if len(events) >= EVENTS_PER_MESSAGE:
+                    await write(pb.GenerateManyResponse(events=events))
+                    events.clear()
+            if events:
+                await write(pb.GenerateManyResponse(events=events))
+                events.clear()
+        if self._failure is not None:
+            raise self._failure
+
+    def _advance(self, served: _Served, choice: Request) -> tuple[pb.GenerateManyResponse.Event, ...]:
+        generation = served.generation
+        assert generation is not None
+        chunk = generation.advance(choice)
+        if generation.over and not served.done.done():
+            if generation.failure is None:
+                served.done.set_result(None)
+            else:
+                served.done.set_exception(generation.failure)
+        return () if chunk is None else (Event(id=served.number, chunk=chunk),)
+
+    def _leave(self, served: _Served) -> None:
+        if self._served.pop(served.number, None) is not None:
+            self._room.release()
+            self._mailbox.post(None)
+
+
+@asynccontextmanager
+async def _deadline(begin: pb.GenerateManyRequest.Begin) -> AsyncIterator[None]:
+    """
+    Raises:
+        CallError: the time that the caller gave the request is wrong, or over.
+    """
+    seconds = begin.timeout_seconds if begin.HasField("timeout_seconds") else None
+    if seconds is not None and not 0 < seconds < math.inf:
+        raise InvalidArgument("timeout_seconds", f"{seconds:g} is not a positive number")
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError:
+        raise CallError(grpc.StatusCode.DEADLINE_EXCEEDED, "the caller's deadline passed") from None

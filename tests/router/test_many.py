@@ -1,0 +1,378 @@
+"""Many requests over one call: each ends as a call of its own would, and none disturbs the others."""
+
+import asyncio
+import math
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from prometheus_client import generate_latest
+
+from router import many, service
+from router.callers import api_keys
+from router.dispatch.dispatcher import STOPPED
+from router.validate import MAX_SEED
+from tests.router.cluster import PROMPT, Cluster, cluster, eventually, expected, request
+from tests.router.fake_worker import DECODE, FakeWorker, Script
+from tests.router.test_auth import Keys
+from twostroke import (
+    AsyncClient,
+    DeadlineExceeded,
+    InvalidArgument,
+    Overloaded,
+    TwostrokeError,
+    Unauthenticated,
+    Unavailable,
+)
+from twostroke.shared_call import MOST_BYTES
+from twostroke.v1 import inference_pb2 as pb
+
+Code = grpc.StatusCode
+Begin, Cancel = pb.GenerateManyRequest.Begin, pb.GenerateManyRequest.Cancel
+
+
+def begin(number: int, timeout: float | None = None, **fields: Any) -> pb.GenerateManyRequest:
+    return pb.GenerateManyRequest(id=number, begin=Begin(request=request(**fields), timeout_seconds=timeout))
+
+
+async def events_of(call: Any) -> AsyncIterator[pb.GenerateManyResponse.Event]:
+    async for response in call:
+        for event in response.events:
+            yield event
+
+
+async def events_until_end(call: Any, number: int) -> list[pb.GenerateManyResponse.Event]:
+    """Those about one request."""
+    events = []
+    async for event in events_of(call):
+        if event.id == number:
+            events.append(event)
+            if event.HasField("end"):
+                break
+    return events
+
+
+def tokens_of(events: list[pb.GenerateManyResponse.Event]) -> list[int]:
+    return [token for event in events for token in event.chunk.delta.token_ids]
+
+
+def calls_of(it: Cluster, method: str, code: str = "OK") -> float:
+    calls = it.router.metrics.registry.get_sample_value("twostroke_calls_total", {"method": method, "code": code})
+    return calls or 0
+
+
+async def streamed(client: AsyncClient, prompt: tuple[int, ...] = PROMPT, **options: Any) -> list[int]:
+    return [token async for piece in client.stream(prompt, **options) for token in piece.token_ids]
+
+
+# ------------------------------------------------------------ answers
+
+
+async def test_a_hundred_streams_share_a_call(model: Path) -> None:
+    prompts = [(*PROMPT, *range(40, 40 + length)) for length in range(100)]
+    async with cluster(model, decodes=[Script(), Script()]) as it, AsyncClient(it.address, share_call=True) as client:
+        answers = await asyncio.gather(*(streamed(client, prompt, max_tokens=30) for prompt in prompts))
+        assert answers == [expected(30, prompt) for prompt in prompts]
+        assert calls_of(it, "GenerateMany.Begin") == 100
+        assert calls_of(it, "GenerateStream") == 0
+        assert len(it.router.service._many) == 1
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"n": 3, "sampling": pb.Sampling(seed=MAX_SEED)},
+        {"response": pb.ResponseOptions(logprobs=2)},
+        {"stopping": {"stop": ["e"]}, "max_tokens": 60},
+        {"stopping": {"stop_token_ids": [62]}, "max_tokens": 60},
+    ],
+)
+async def test_an_answer_is_the_one_of_a_call_of_its_own(model: Path, fields: dict[str, Any]) -> None:
+    def told(chunks: list[pb.GenerateChunk]) -> list[Any]:
+        told = []
+        for index in range(max(chunk.index for chunk in chunks) + 1):
+            own = [chunk for chunk in chunks if chunk.index == index]
+            deltas = [chunk.delta for chunk in own]
+            told += [
+                [chunk.prompt.seed for chunk in own if chunk.HasField("prompt")],
+                "".join(delta.text for delta in deltas),
+                [token for delta in deltas for token in delta.token_ids],
+                [logprob for delta in deltas for logprob in delta.logprobs],
+                [(chunk.finish.reason, chunk.finish.stop) for chunk in own if chunk.HasField("finish")],
+            ]
+        return told
+
+    asked: dict[str, Any] = {"sampling": pb.Sampling(seed=3), "max_tokens": 12} | fields
+    async with cluster(model) as it:
+        alone = [chunk async for chunk in it.stub.GenerateStream(request(**asked))]
+        call = it.stub.GenerateMany(iter([begin(0), begin(5, **asked)]))
+        events = [event async for event in events_of(call) if event.id == 5]
+        assert events[0].chunk.HasField("prompt")
+        assert events[-1].end == pb.GenerateManyResponse.End()
+        assert told([event.chunk for event in events[:-1]]) == told(alone)
+
+
+async def test_a_lost_worker_is_made_up_for(model: Path) -> None:
+    workers = [FakeWorker(DECODE, Script(step_seconds=0.01)) for _ in range(2)]
+    async with cluster(model, decodes=workers) as it, AsyncClient(it.address, share_call=True) as client:
+        answers = [asyncio.ensure_future(streamed(client, max_tokens=60)) for _ in range(6)]
+        await eventually(lambda: all(len(worker.running) > 1 for worker in workers))
+        await workers[0].die()
+        assert [await answer for answer in answers] == [expected(60)] * 6
+        it.decodes.remove(workers[0])
+
+
+# ------------------------------------------------------------ how one of them ends
+
+
+async def test_a_wrong_request_ends_alone(model: Path) -> None:
+    async with cluster(model) as it, AsyncClient(it.address, share_call=True) as client:
+        running = asyncio.ensure_future(streamed(client, max_tokens=40))
+        with pytest.raises(InvalidArgument, match=r"sampling.top_p: 3"):
+            await streamed(client, top_p=3)
+        assert await running == expected(40)
+        assert calls_of(it, "GenerateMany.Begin", "INVALID_ARGUMENT") == 1
+
+
+async def test_who_leaves_the_loop_cancels_one_request(model: Path) -> None:
+    async with (
+        cluster(model, decodes=[Script(step_seconds=0.01)]) as it,
+        AsyncClient(it.address, share_call=True) as client,
+    ):
+        others = [asyncio.ensure_future(streamed(client, max_tokens=30)) for _ in range(3)]
+        async for piece in client.stream(PROMPT, max_tokens=1000):
+            if piece.token_ids:
+                break
+        await eventually(lambda: calls_of(it, "GenerateMany.Begin", "CANCELLED") == 1)
+        assert [await other for other in others] == [expected(30)] * 3
+        await eventually(it.nothing_held)
+        assert await streamed(client, max_tokens=4) == expected(4)
+
+
+async def test_a_cancel_before_its_prompt_is_tokenized(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with cluster(model) as it:
+        tokenizer, asked = it.router.service._tokenizer, asyncio.Event()
+
+        async def never(text: str, *, add_special_tokens: bool) -> list[int]:
+            asked.set()
+            await asyncio.Event().wait()
+            return []
+
+        monkeypatch.setattr(tokenizer, "encode", never)
+        call = it.stub.GenerateMany()
+        await call.write(begin(1, text="hello"))
+        await asked.wait()
+        await call.write(pb.GenerateManyRequest(id=1, cancel=Cancel()))
+        await call.write(pb.GenerateManyRequest(id=7, cancel=Cancel()))  # there is none
+        await call.write(begin(2))
+        assert tokens_of(await events_until_end(call, 2)) == expected(8)
+        await call.done_writing()
+        assert [event.id async for event in events_of(call)] == []
+        assert await call.code() is Code.OK
+
+
+async def test_a_deadline_is_the_requests_own(model: Path) -> None:
+    async with (
+        cluster(model, decodes=[Script(step_seconds=0.02)]) as it,
+        AsyncClient(it.address, share_call=True) as client,
+    ):
+        other = asyncio.ensure_future(streamed(client, max_tokens=30))
+        with pytest.raises(DeadlineExceeded, match=r"the call did not end within its timeout of 0\.2 s"):
+            await streamed(client, max_tokens=1000, timeout=0.2)
+        assert await other == expected(30)
+
+
+async def test_the_router_keeps_to_the_deadline_by_itself(model: Path) -> None:
+    async with cluster(model, decodes=[Script(step_seconds=0.02)]) as it:
+        call = it.stub.GenerateMany()
+        await call.write(begin(0, timeout=0.2, max_tokens=1000))
+        end = (await events_until_end(call, 0))[-1].end
+        assert (end.code, end.message) == (Code.DEADLINE_EXCEEDED.value[0], "the caller's deadline passed")
+        await eventually(it.nothing_held)
+        for number, seconds in enumerate((0.0, -1.0, math.nan, math.inf), start=1):
+            await call.write(begin(number, timeout=seconds))
+            end = (await events_until_end(call, number))[-1].end
+            assert end.code == Code.INVALID_ARGUMENT.value[0]
+            assert end.message.startswith("timeout_seconds: ")
+        call.cancel()
+
+
+async def test_a_client_notices_a_deadline_that_its_router_does_not(model: Path) -> None:
+    async with cluster(model, decodes=[Script(silent=True)]) as it, AsyncClient(it.address, share_call=True) as client:
+        stuck = it.router.service._generator.begin
+        it.router.service._generator.begin = None  # type: ignore[method-assign, assignment]
+        with pytest.raises(TwostrokeError, match="a fault of the router; its log says more"):
+            await streamed(client)
+        it.router.service._generator.begin = stuck  # type: ignore[method-assign]
+        with pytest.raises(DeadlineExceeded):
+            await streamed(client, timeout=0.2)
+
+
+async def test_a_large_request_has_a_call_of_its_own(model: Path) -> None:
+    async with cluster(model) as it, AsyncClient(it.address, share_call=True) as client:
+        with pytest.raises(InvalidArgument):  # it does not fit the model
+            await streamed(client, tuple([40] * MOST_BYTES))
+        assert calls_of(it, "GenerateStream", "INVALID_ARGUMENT") == 1
+        assert calls_of(it, "GenerateMany.Begin", "INVALID_ARGUMENT") == 0
+
+
+# ------------------------------------------------------------ how the call ends
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ([begin(3), begin(3)], "id: 3 is not larger than 3, which was before it"),
+        ([begin(3), begin(2)], "id: 2 is not larger than 3, which was before it"),
+        ([pb.GenerateManyRequest(id=1)], "what: one of begin and cancel must be set"),
+    ],
+)
+async def test_a_call_that_breaks_the_rules_ends(
+    model: Path, wrong: list[pb.GenerateManyRequest], sentence: str
+) -> None:
+    async with cluster(model, decodes=[Script(step_seconds=0.01)]) as it:
+        call = it.stub.GenerateMany(iter(wrong))
+        with pytest.raises(grpc.aio.AioRpcError) as ended:
+            async for _ in call:
+                pass
+        assert (ended.value.code(), ended.value.details()) == (Code.INVALID_ARGUMENT, sentence)
+
+
+async def test_what_is_no_message_ends_the_call(model: Path) -> None:
+    async with cluster(model, decodes=[Script(step_seconds=0.01)]) as it:
+        method: Any = it.channel.stream_stream("/twostroke.v1.Inference/GenerateMany")
+        call = method(iter([begin(0, max_tokens=1000).SerializeToString(), b"\xff\xff"]))
+        with pytest.raises(grpc.aio.AioRpcError) as ended:
+            async for _ in call:
+                pass
+        assert ended.value.code() is Code.INVALID_ARGUMENT
+        await eventually(it.nothing_held)
+
+
+async def test_a_client_that_is_gone_takes_its_requests_along(model: Path) -> None:
+    async with cluster(model, decodes=[Script(step_seconds=0.01)]) as it:
+        client = AsyncClient(it.address, share_call=True)
+        answers = [asyncio.ensure_future(streamed(client, max_tokens=1000)) for _ in range(5)]
+        await eventually(lambda: len(it.decodes[0].running) == 5)
+        await client.close()
+        for answer in answers:
+            with pytest.raises(TwostrokeError, match="the client was closed before the call ended"):
+                await answer
+        await eventually(it.nothing_held)
+        await eventually(lambda: not it.router.service._many)
+
+
+async def test_a_router_that_stops_waits_for_what_runs_and_not_for_the_call(model: Path) -> None:
+    async with (
+        cluster(model, decodes=[Script(step_seconds=0.01)]) as it,
+        AsyncClient(it.address, share_call=True) as client,
+    ):
+        answer = asyncio.ensure_future(streamed(client, max_tokens=40))
+        await eventually(lambda: len(it.decodes[0].running) == 1)
+        async with asyncio.timeout(10):
+            await it.router.stop(30)
+        assert await answer == expected(40)
+        with pytest.raises(Unavailable):
+            await streamed(client)
+
+
+async def test_what_outlasts_the_drain_is_unavailable(model: Path) -> None:
+    async with cluster(model, decodes=[Script(stop_after=3)]) as it:
+        call = it.stub.GenerateMany()
+        await call.write(begin(0, max_tokens=100))
+        await eventually(lambda: len(it.decodes[0].running) == 1)
+        stopping = asyncio.ensure_future(it.router.stop(0.3))
+        await asyncio.sleep(0.1)
+        await call.write(begin(1))
+        ends = {event.id: event.end async for event in events_of(call) if event.HasField("end")}
+        assert {number: end.code for number, end in ends.items()} == dict.fromkeys((0, 1), Code.UNAVAILABLE.value[0])
+        assert ends[0].message == STOPPED
+        assert ends[1].message == "the router is about to stop; it is safe to try again"
+        async with asyncio.timeout(5):
+            await stopping
+
+
+async def test_the_client_calls_again_after_its_call_has_ended(model: Path) -> None:
+    async with cluster(model) as it, AsyncClient(it.address, share_call=True) as client:
+        assert await streamed(client) == expected(len(await streamed(client)))
+        it.router.service.drain()
+        await eventually(lambda: not it.router.service._many)
+        assert await streamed(client, max_tokens=5) == expected(5)
+
+
+# ------------------------------------------------------------ limits
+
+
+async def test_a_call_has_so_many_requests_at_once(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(many, "MOST_UNDER_WAY", 2)
+    async with (
+        cluster(model, decodes=[Script(step_seconds=0.005)]) as it,
+        AsyncClient(it.address, share_call=True) as client,
+    ):
+        answers = [asyncio.ensure_future(streamed(client, max_tokens=20)) for _ in range(7)]
+        most = 0
+
+        def counted() -> bool:
+            nonlocal most
+            most = max(most, it.router.dispatcher.running + it.router.dispatcher.queued)
+            return all(answer.done() for answer in answers)
+
+        await eventually(counted)
+        assert [answer.result() for answer in answers] == [expected(20)] * 7
+        assert most == 2
+
+
+async def test_a_host_has_so_many_calls_open(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service, "MOST_OPEN_OF_A_HOST", 2)
+    async with cluster(model) as it:
+        calls = [it.stub.GenerateMany() for _ in range(2)]
+        for call in calls:
+            await call.write(begin(0))
+            await events_until_end(call, 0)
+        refused = it.stub.GenerateMany()
+        assert await refused.code() is Code.RESOURCE_EXHAUSTED
+        calls[0].cancel()
+        await eventually(lambda: len(it.router.service._many) == 1)
+        again = it.stub.GenerateMany()
+        await again.write(begin(0))
+        assert tokens_of(await events_until_end(again, 0)) == expected(8)
+        for call in (calls[1], again):
+            call.cancel()
+
+
+async def test_each_request_counts_against_the_keys_limits(model: Path, tmp_path: Path) -> None:
+    keys = Keys(tmp_path / "keys.toml")
+    key = keys.add("alice", requests_per_minute=4)
+    async with (
+        cluster(model, api_keys=keys.path) as it,
+        AsyncClient(it.address, api_key=key, share_call=True) as client,
+    ):
+        for _ in range(3):  # the call itself is one
+            assert await streamed(client, max_tokens=3) == expected(3)
+        with pytest.raises(Overloaded, match="'alice' may make 4 requests per minute; try again in"):
+            await streamed(client, max_tokens=3)
+
+
+async def test_a_key_that_is_taken_away_begins_nothing_more(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api_keys, "LOOK_SECONDS", 0.02)
+    keys = Keys(tmp_path / "keys.toml")
+    key = keys.add("alice")
+    async with (
+        cluster(model, api_keys=keys.path) as it,
+        AsyncClient(it.address, api_key=key, share_call=True) as client,
+    ):
+        assert await streamed(client, max_tokens=3) == expected(3)
+        keys.path.write_text("")
+
+        async def until_refused() -> None:
+            while True:
+                await streamed(client, max_tokens=3)
+
+        with pytest.raises(Unauthenticated, match="the API key is not one of this router's"):
+            await until_refused()
+        assert 'method="GenerateMany.Begin"' in generate_latest(it.router.metrics.registry).decode()

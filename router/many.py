@@ -64,7 +64,8 @@ class Many:
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._of: dict[Request, _Served] = {}
         self._room = asyncio.Semaphore(MOST_UNDER_WAY)
-        self._closed = False  # nothing more begins
+        self._closed = False  # the call ends when nothing is under way
+        self._draining = False
         self._failure: CallError | None = None  # of the call itself
 
     @property
@@ -72,7 +73,11 @@ class Many:
         return self._mailbox.overflown
 
     def drain(self) -> None:
-        """Ends the call as soon as nothing is under way."""
+        """Begins no more requests, and ends the call as soon as none is under way."""
+        self._draining = True
+        self._close()
+
+    def _close(self) -> None:
         self._closed = True
         self._mailbox.post(None)
 
@@ -116,7 +121,7 @@ class Many:
                         raise InvalidArgument("what", "one of begin and cancel must be set")
         except CallError as error:
             self._failure = error
-        self.drain()
+        self._close()
 
     def _begin(self, number: int, begin: pb.GenerateManyRequest.Begin) -> None:
         served = self._served[number] = _Served(number)
@@ -135,7 +140,7 @@ class Many:
         trace = self._tracing.begin(name, begin.traceparent, request_trace.of_call(name))
         try:
             async with accounted(self._metrics, BEGIN, trace), _deadline(begin):
-                if self._closed:
+                if self._draining:
                     raise CallError(grpc.StatusCode.UNAVAILABLE, "the router is about to stop; it is safe to try again")
                 CALLER.set(CALL_AGAIN.get()())
                 async with self._generator.begin(begin.request, self._mailbox, trace) as generation:

@@ -8,7 +8,7 @@ Errors are gRPC status codes with a sentence a person can act on:
   RESOURCE_EXHAUSTED  the queue is full, or a limit is reached, as the message says; mostly worth trying again later
   UNAVAILABLE         no worker could serve the request; safe to retry
   DEADLINE_EXCEEDED, CANCELLED, UNAUTHENTICATED as everywhere in gRPC
-An error is never hidden inside a successful answer.
+An error is never hidden inside a successful answer. Requests that share a call have theirs in their End.
 """
 
 from collections import abc as _abc

@@ -389,8 +389,11 @@ def main(
         json_file: also writes the figures there.
     """
     directory = resolve(model)
-    offers = [("60,000 tokens/s", 1, 60_000), ("12,500 tokens/s, one decode worker in step", 1, 12_500)]
-    offers += [("12,500 tokens/s, 16 decode workers", 16, 12_500)]
+    offers = [
+        ("60,000 tokens/s", 1, 60_000),
+        ("12,500 tokens/s, one decode worker in step", 1, 12_500),
+        ("12,500 tokens/s, 16 decode workers", 16, 12_500),
+    ]
     runs = []
     for name, decode_workers, rate in offers:
         runs.append(run(name, directory, streams, decode_workers, rate, seconds))

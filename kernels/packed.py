@@ -6,6 +6,7 @@ compiles a model for a CPU; it has no public ones.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -16,9 +17,22 @@ def pack(weight: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
-    """F.linear of x [T, K] and what `pack` made a copy."""
+    """F.linear of x [T, K] and what `pack` made a copy.
+
+    oneDNN compiles code for each T, which takes 2 ms and 0.7 MB that it keeps. So x gets rows of zeros up to the next of
+    some sixty sizes.
+    """
+    tokens = x.shape[0]
+    if missing := _padded(tokens) - tokens:
+        x = F.pad(x, (0, 0, 0, missing))
     product: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
-    return product
+    return product[:tokens]
+
+
+def _padded(tokens: int) -> int:
+    """The next size: up to 16 all are, above that every sixteenth to eighth."""
+    step = 1 << max(tokens.bit_length() - 4, 0)
+    return -(-tokens // step) * step
 
 
 def _can_be_packed(weight: Tensor) -> bool:

@@ -1,12 +1,15 @@
 """Greedy answers of whole clusters equal those of transformers, whatever way they took."""
 
-from collections.abc import Iterator
+import asyncio
+from collections.abc import Iterator, Sequence
 
 import pytest
 
+from tests.e2e import reference
 from tests.e2e.asking import assert_all_greedy
 from tests.e2e.cluster import Cluster
 from tests.e2e.prompts import prompts
+from twostroke import AsyncClient
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
@@ -92,3 +95,20 @@ def test_preemption_every_few_steps() -> None:
         cluster.assert_blocks_home()
     assert sum(answer.finish.usage.resumes for answer in answers) >= 5
     assert_all_greedy(asked, answers, 48)
+
+
+def test_streams_that_share_a_call(pair: Cluster) -> None:
+    asked = prompts(ALL_LENGTHS, seed=5)
+
+    async def ask(client: AsyncClient, prompt: Sequence[int]) -> list[int]:
+        stream = client.stream(prompt, max_tokens=32, temperature=0, ignore_eos=True)
+        return [token async for piece in stream for token in piece.token_ids]
+
+    async def ask_all() -> list[list[int]]:
+        async with AsyncClient(pair.target, share_call=True) as client:
+            return await asyncio.gather(*(ask(client, prompt) for prompt in asked))
+
+    answers = asyncio.run(ask_all())
+    pair.assert_blocks_home()
+    assert [len(answer) for answer in answers] == [32] * len(asked)
+    reference.assert_all_greedy(asked, answers)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.packed import linear, pack
+from kernels.packed import _padded, linear, pack
 
 
 def _randn(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
@@ -48,3 +48,10 @@ def test_rows_and_weights_that_are_strided_views() -> None:
 def test_other_dtypes_stay_as_they_are(dtype: torch.dtype) -> None:
     weight = _randn(8, 8, dtype=dtype, seed=1)
     assert pack(weight) is weight
+
+
+def test_few_sizes_are_compiled_for() -> None:
+    sizes = [_padded(tokens) for tokens in range(1, 513)]
+    assert len(set(sizes)) < 60
+    assert all(tokens <= size <= tokens * 1.125 for tokens, size in enumerate(sizes, start=1))
+    assert sizes[:16] == list(range(1, 17))

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from tests.e2e.soak.outages import Outages
 from tests.e2e.soak.questions import WRONG, Answer, Question
+from tests.e2e.soak.shared import SharedStreams
 from twostroke import (
     Client,
     DeadlineExceeded,
@@ -20,12 +21,11 @@ from twostroke import (
     TwostrokeError,
     Unavailable,
 )
-from twostroke.request import Options
 
 # No request takes so long, whatever was done to the cluster: one that does is lost.
 LOST_SECONDS = 60.0
 
-WAYS = {"unary": 30, "stream": 40, "leave": 12, "deadline": 12, "wrong": 6}
+WAYS = {"unary": 30, "stream": 25, "leave": 8, "shared": 25, "shared leave": 8, "deadline": 12, "wrong": 6}
 
 
 @dataclass
@@ -44,6 +44,7 @@ class Tally:
 @dataclass(frozen=True)
 class Caller:
     clients: Mapping[str, Client]  # by the router's name among the parts
+    shared: Mapping[str, SharedStreams]
     references: Mapping[Question, Answer]
     outages: Outages
     tally: Tally
@@ -60,7 +61,7 @@ class Caller:
         router = self.rng.choice(list(self.clients))
         began = time.monotonic()
         try:
-            outcome, problem = self._outcome(way, self.clients[router], question)
+            outcome, problem = self._outcome(way, self.clients[router], self.shared[router], question)
         except TwostrokeError as error:
             outcome = error.code.name
             problem = self._judge(way, error, router, began)
@@ -76,7 +77,7 @@ class Caller:
         if outcome == "UNAVAILABLE":
             time.sleep(0.1)
 
-    def _outcome(self, way: str, client: Client, question: Question) -> tuple[str, str]:
+    def _outcome(self, way: str, client: Client, shared: SharedStreams, question: Question) -> tuple[str, str]:
         """How it ended, and what was wrong with it."""
         options = question.options
         if self.rng.random() < 0.5:  # half of the prompts are computed anew, whatever came before
@@ -87,8 +88,16 @@ class Caller:
             case "stream":
                 pieces = list(client.stream(question.prompt, timeout=LOST_SECONDS, **options))
                 return self._compare_pieces(question, pieces)
+            case "shared":
+                return self._compare_pieces(question, shared.pieces(question.prompt, LOST_SECONDS, options))
             case "leave":
-                return self._leave(client, question, options)
+                stream = client.stream(question.prompt, timeout=LOST_SECONDS, **options)
+                pieces = list(itertools.islice(stream, self._few()))
+                stream.close()
+                return self._compare_beginning(question, pieces)
+            case "shared leave":
+                pieces = shared.pieces(question.prompt, LOST_SECONDS, options, self._few())
+                return self._compare_beginning(question, pieces)
             case "deadline":
                 seconds = self.rng.choice((0.001, 0.02, 0.1, 0.5))
                 return self._compare(question, client.generate(question.prompt, timeout=seconds, **options))
@@ -131,11 +140,10 @@ class Caller:
         expected = self.references[question]
         return "answered", "" if answer == expected else f"answered {answer}, and before {expected}"
 
-    def _leave(self, client: Client, question: Question, options: Options) -> tuple[str, str]:
-        """Reads some pieces of the stream, and goes."""
-        stream = client.stream(question.prompt, timeout=LOST_SECONDS, **options)
-        pieces = list(itertools.islice(stream, self.rng.choice((1, 2, 4, 10))))
-        stream.close()
+    def _few(self) -> int:
+        return self.rng.choice((1, 2, 4, 10))
+
+    def _compare_beginning(self, question: Question, pieces: Sequence[Piece]) -> tuple[str, str]:
         got = _answer_of_pieces(pieces, _choices(question))
         for (text, tokens, _), (all_text, all_tokens, _) in zip(got, self.references[question], strict=True):
             if not (all_text.startswith(text) and all_tokens[: len(tokens)] == tokens):

@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from tests.e2e.soak.faults import Hand
 from tests.e2e.soak.holdings import Holdings
 from tests.e2e.soak.outages import Outages
 from tests.e2e.soak.questions import WRONG, Answer, Question, draw
+from tests.e2e.soak.shared import SharedStreams
 from tests.e2e.tiny import tiny_cluster
 from twostroke import InvalidArgument
 
@@ -57,21 +59,25 @@ def soak(directory: Path, seconds: float, seed: int, say: Callable[[str], None] 
     report = Report()
     rng = random.Random(seed)
     questions = [draw(rng) for _ in range(QUESTIONS)]
-    with tiny_cluster(
-        directory / "model",
-        worker_flags=WORKER_FLAGS,
-        prefill=2,
-        decode=2,
-        routers=2,
-        prefill_flags=PREFILL_FLAGS,
-        decode_flags=DECODE_FLAGS,
-        router_flags=ROUTER_FLAGS,
-        metrics=True,
-        log=directory / "parts.log",
-    ) as cluster:
+    with (
+        ExitStack() as stack,
+        tiny_cluster(
+            directory / "model",
+            worker_flags=WORKER_FLAGS,
+            prefill=2,
+            decode=2,
+            routers=2,
+            prefill_flags=PREFILL_FLAGS,
+            decode_flags=DECODE_FLAGS,
+            router_flags=ROUTER_FLAGS,
+            metrics=True,
+            log=directory / "parts.log",
+        ) as cluster,
+    ):
         references = _ask_in_peace(cluster, questions)
         outages = Outages()
-        callers = _callers(cluster, references, outages, report.tally, seed)
+        shared = [stack.enter_context(SharedStreams(target)) for target in cluster.targets]
+        callers = _callers(cluster, shared, references, outages, report.tally, seed)
         hands = _hands(cluster, outages, seed)
         began = time.monotonic()
         phases = max(2, round(seconds / LONGEST_PHASE_SECONDS))
@@ -116,11 +122,17 @@ def _ask_in_peace(cluster: Cluster, questions: Sequence[Question]) -> dict[Quest
 
 
 def _callers(
-    cluster: Cluster, references: Mapping[Question, Answer], outages: Outages, tally: Tally, seed: int
+    cluster: Cluster,
+    shared: Sequence[SharedStreams],
+    references: Mapping[Question, Answer],
+    outages: Outages,
+    tally: Tally,
+    seed: int,
 ) -> list[Caller]:
     clients = {f"router-{index}": client for index, client in enumerate(cluster.clients)}
+    calls = {f"router-{index}": streams for index, streams in enumerate(shared)}
     return [
-        Caller(clients, references, outages, tally, random.Random(f"{seed} caller {serial}"))
+        Caller(clients, calls, references, outages, tally, random.Random(f"{seed} caller {serial}"))
         for serial in range(CALLERS)
     ]
 

@@ -395,11 +395,11 @@ def main(
         ("12,500 tokens/s, 16 decode workers", 16, 12_500),
     ]
     runs = []
-    for name, decode_workers, rate in offers:
-        runs.append(run(name, directory, streams, decode_workers, rate, seconds))
-        if rate < 60_000:
-            runs.append(run_bare("  the same, bare gRPC", streams, decode_workers, rate, seconds))
-        runs.append(run("  the same, one call", directory, streams, decode_workers, rate, seconds, shared=True))
+    for name, decode_workers, offered in offers:
+        runs.append(run(name, directory, streams, decode_workers, offered, seconds))
+        if offered < 60_000:
+            runs.append(run_bare("  the same, bare gRPC", streams, decode_workers, offered, seconds))
+        runs.append(run("  the same, one call", directory, streams, decode_workers, offered, seconds, shared=True))
     runs.append(run("120,000 tokens/s, one call", directory, streams, 1, 120_000, seconds, shared=True))
     rate, microseconds = fan_out_rate(streams), detokenize_microseconds(directory)
     table = Table(

@@ -19,8 +19,8 @@ def pack(weight: Tensor) -> Tensor:
 def linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     """F.linear of x [T, K] and what `pack` made a copy.
 
-    oneDNN compiles code for each T, which takes 2 ms and 0.7 MB that it keeps. So x gets rows of zeros up to the next of
-    some sixty sizes.
+    oneDNN compiles code for each T, which takes 2 ms and 0.7 MB that it keeps. So x gets rows of zeros up to the next
+    of some sixty sizes.
     """
     tokens = x.shape[0]
     if missing := _padded(tokens) - tokens:

@@ -130,6 +130,8 @@ class Many:
         def forget(_: object) -> None:
             """A cancelled one has no end to send."""
             del self._tasks[number]
+            if served.done.done() and not served.done.cancelled():
+                served.done.exception()  # else asyncio complains that nobody looked at it
             if not served.ended:
                 self._leave(served)
 
@@ -189,12 +191,16 @@ class Many:
     def _advance(self, served: _Served, choice: Request) -> tuple[pb.GenerateManyResponse.Event, ...]:
         generation = served.generation
         assert generation is not None
-        chunk = generation.advance(choice)
-        if generation.over and not served.done.done():
-            if generation.failure is None:
+        chunk, failure = None, None
+        try:
+            chunk = generation.advance(choice)
+        except Exception as error:  # a bug, at the cost of this request alone
+            failure = error
+        if not served.done.done():
+            if failure := failure or generation.failure:
+                served.done.set_exception(failure)
+            elif generation.over:
                 served.done.set_result(None)
-            else:
-                served.done.set_exception(generation.failure)
         return () if chunk is None else (Event(id=served.number, chunk=chunk),)
 
     def _leave(self, served: _Served) -> None:

@@ -39,12 +39,14 @@ class SharedCall:
         Raises:
             TwostrokeError: how the request ended, or the call.
         """
+        passed = error_with(grpc.StatusCode.DEADLINE_EXCEEDED, "", timeout)
+        if timeout is not None and not timeout > 0:
+            raise passed
         if self._lane is None or self._lane.over:
             self._lane = _Lane(self._open_call())
         lane = self._lane
         inbox: Inbox = asyncio.Queue()
         number = lane.begin(request, timeout, inbox)
-        passed = error_with(grpc.StatusCode.DEADLINE_EXCEEDED, "", timeout)
         timer = None
         if timeout is not None:  # the router has it, too, but may be out of reach
             timer = asyncio.get_running_loop().call_later(timeout, inbox.put_nowait, passed)

@@ -13,6 +13,8 @@ from prometheus_client import generate_latest
 from router import many, service
 from router.callers import api_keys
 from router.dispatch.dispatcher import STOPPED
+from router.dispatch.request import Request
+from router.generation import Generation
 from router.validate import MAX_SEED
 from tests.router.cluster import PROMPT, Cluster, cluster, eventually, expected, request
 from tests.router.fake_worker import DECODE, FakeWorker, Script
@@ -137,6 +139,41 @@ async def test_a_wrong_request_ends_alone(model: Path) -> None:
         assert calls_of(it, "GenerateMany.Begin", "INVALID_ARGUMENT") == 1
 
 
+async def test_a_bug_that_one_request_meets_ends_that_one(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    advance = Generation.advance
+
+    def broken(generation: Generation, choice: Request) -> pb.GenerateChunk | None:
+        if choice.id == "meets it" and len(choice.output) > 3:
+            raise RuntimeError("a bug")
+        return advance(generation, choice)
+
+    monkeypatch.setattr(Generation, "advance", broken)
+    async with (
+        cluster(model, decodes=[Script(step_seconds=0.01)]) as it,
+        AsyncClient(it.address, share_call=True) as client,
+    ):
+        other = asyncio.ensure_future(streamed(client, max_tokens=30))
+        with pytest.raises(TwostrokeError, match="a fault of the router; its log says more"):
+            await streamed(client, max_tokens=30, request_id="meets it")
+        assert await other == expected(30)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 5, 20])
+async def test_a_cancel_at_any_moment(model: Path, steps: int) -> None:
+    async with cluster(model) as it:
+        call = it.stub.GenerateMany()
+        for number in range(1, 30, 2):
+            await call.write(begin(number, max_tokens=50))
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            await call.write(pb.GenerateManyRequest(id=number, cancel=Cancel()))
+        await call.write(begin(100))
+        assert tokens_of(await events_until_end(call, 100)) == expected(8)
+        await call.done_writing()
+        async with asyncio.timeout(10):
+            assert await call.code() is Code.OK
+
+
 async def test_who_leaves_the_loop_cancels_one_request(model: Path) -> None:
     async with (
         cluster(model, decodes=[Script(step_seconds=0.01)]) as it,
@@ -182,6 +219,9 @@ async def test_a_deadline_is_the_requests_own(model: Path) -> None:
         other = asyncio.ensure_future(streamed(client, max_tokens=30))
         with pytest.raises(DeadlineExceeded, match=r"the call did not end within its timeout of 0\.2 s"):
             await streamed(client, max_tokens=1000, timeout=0.2)
+        for over in (0, -1, math.nan):
+            with pytest.raises(DeadlineExceeded):
+                await streamed(client, timeout=over)
         assert await other == expected(30)
 
 

@@ -1,7 +1,8 @@
-"""What a CPU worker asks of the C library's allocator."""
+"""How much memory there is for a CPU worker, and what it asks of the C library's allocator."""
 
 import ctypes
 import platform
+from pathlib import Path
 
 import structlog
 
@@ -27,3 +28,11 @@ def keep_freed_memory() -> None:
     kept = libc.mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT_BYTES) and libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
     if not kept:
         log.warning("the C library does not keep freed memory; steps will be slower")
+
+
+def available_bytes() -> int:
+    """Memory of this machine that processes can have. What caches files counts: the kernel gives it up when asked, and
+    the model's own weights are in it."""
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    (kibibytes,) = (line.split()[1] for line in lines if line.startswith("MemAvailable:"))
+    return int(kibibytes) << 10

@@ -1,9 +1,8 @@
 """How many KV blocks a worker's pool gets if no setting says so."""
 
-from pathlib import Path
-
 import torch
 
+from common.device import cpu_memory
 from common.kv.kv_pool import KvLayout
 from common.model.model_error import ModelError
 
@@ -28,7 +27,7 @@ def blocks_that_fit(layout: KvLayout, device: torch.device, kept_free: int) -> i
         free = torch.cuda.mem_get_info(device)[0]
         budget = max(min(int(free * GPU_POOL_SHARE), free - kept_free), 0)
     else:
-        budget = min(int(_available_bytes() * CPU_POOL_SHARE), CPU_POOL_MOST_BYTES)
+        budget = min(int(cpu_memory.available_bytes() * CPU_POOL_SHARE), CPU_POOL_MOST_BYTES)
     blocks = budget // layout.block_bytes
     if blocks < 1:
         raise ModelError(
@@ -36,11 +35,3 @@ def blocks_that_fit(layout: KvLayout, device: torch.device, kept_free: int) -> i
             "say how many with --num-blocks, or make room"
         )
     return blocks
-
-
-def _available_bytes() -> int:
-    """Memory of this machine that processes can have. What caches files counts: the kernel gives it up when asked, and
-    the model's own weights are in it."""
-    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    (kibibytes,) = (line.split()[1] for line in lines if line.startswith("MemAvailable:"))
-    return int(kibibytes) << 10

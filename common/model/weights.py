@@ -5,10 +5,12 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
+import structlog
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from common.device import cpu_memory
 from common.model import checkpoint
 from common.model.dtypes import torch_dtype
 from common.model.model_config import ModelConfig, Routing
@@ -20,7 +22,12 @@ from kernels.linear import Mlp
 from kernels.ops import LayerWeights
 from kernels.packed import pack
 
+log = structlog.get_logger(__name__)
+
 _PROGRESS_AFTER_SECONDS = 1.0
+
+# Of the memory that processes can have, for packed copies of what is mapped.
+_PACKED_SHARE = 0.25
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -41,9 +48,9 @@ class Weights:
 def load(directory: Path, config: ModelConfig, dtype: str, device: torch.device) -> Weights:
     """Reads the safetensors files of a Hugging Face directory.
 
-    On a CPU, matrices are packed (`kernels.packed`), and experts are copied. What else is stored in `dtype` stays in
-    the mapped file, as 8-bit weights do: it is read as it is used, and workers of one host share the memory. So the
-    file must not be changed while it is served.
+    On a CPU, matrices are packed (`kernels.packed`) if there is plenty of memory, and experts are copied. What else is
+    stored in `dtype` stays in the mapped file, as 8-bit weights do: it is read as it is used, and workers of one host
+    share the memory. So the file must not be changed while it is served.
 
     Args:
         directory: where the files are.
@@ -60,6 +67,7 @@ def load(directory: Path, config: ModelConfig, dtype: str, device: torch.device)
     if config.tie_word_embeddings and _EMBEDDING not in stored and _HEAD in stored:
         stored[_EMBEDDING] = stored.pop(_HEAD)  # of the two that are one, some savers keep the other
     tied = config.tie_word_embeddings and not _has_own_head(stored)
+    packs = device.type == "cpu" and _has_room_to_pack(stored.values(), torch_dtype(dtype))
     with tqdm(
         total=sum(tensor.nbytes for tensor in stored.values()),
         desc="loading weights",
@@ -88,7 +96,7 @@ def load(directory: Path, config: ModelConfig, dtype: str, device: torch.device)
             progress.update(tensor.nbytes)
             return tensor.to(device, wanted)
 
-        weights = _assemble(replace(config, tie_word_embeddings=tied), torch_dtype(dtype), take)
+        weights = _assemble(replace(config, tie_word_embeddings=tied), torch_dtype(dtype), take, packs)
     _refuse_leftovers(stored, directory, config)
     return weights
 
@@ -115,15 +123,31 @@ def dummy(config: ModelConfig, dtype: str, device: torch.device, seed: int = 0) 
         tensor.normal_(0.0, shape[1] ** -0.5, generator=generator)
         return tensor.div_(_DUMMY_SCALE).clamp_(-LARGEST, LARGEST).to(E4M3) if wanted == E4M3 else tensor
 
-    return _assemble(config, torch_dtype(dtype), make)
+    return _assemble(config, torch_dtype(dtype), make, packs=device.type == "cpu")
 
 
-def _assemble(config: ModelConfig, dtype: torch.dtype, source: _Source) -> Weights:
+def _has_room_to_pack(stored: Iterable[Tensor], dtype: torch.dtype) -> bool:
+    """Whether there is memory for copies of what would stay in the mapped file. All else is copied anyway."""
+    mapped, available = sum(tensor.nbytes for tensor in stored if tensor.dtype == dtype), cpu_memory.available_bytes()
+    if mapped <= _PACKED_SHARE * available:
+        return True
+    log.warning(
+        "too little memory for weights in the layout that is fastest; they are used as they are in the file",
+        weights_mib=mapped >> 20,
+        free_mib=available >> 20,
+    )
+    return False
+
+
+def _assemble(config: ModelConfig, dtype: torch.dtype, source: _Source, packs: bool) -> Weights:
     hidden, intermediate, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
     q_size, kv_size = config.num_heads * head_dim, config.num_kv_heads * head_dim
 
     def take(name: str, shape: tuple[int, ...]) -> Tensor:
         return source(name, shape, dtype)
+
+    def packed(weight: Weight) -> Weight:
+        return pack(weight) if packs and isinstance(weight, Tensor) else weight
 
     def projection(name: str, rows: int, columns: int) -> Weight:
         if (quantization := config.quantization) is None:
@@ -141,7 +165,7 @@ def _assemble(config: ModelConfig, dtype: torch.dtype, source: _Source) -> Weigh
             gate_up = _joined(
                 [projection(f"{prefix}.mlp.{part}_proj", intermediate, hidden) for part in ("gate", "up")]
             )
-        return Mlp(_packed(gate_up), _packed(projection(f"{prefix}.mlp.down_proj", hidden, intermediate)))
+        return Mlp(packed(gate_up), packed(projection(f"{prefix}.mlp.down_proj", hidden, intermediate)))
 
     def experts(prefix: str, routing: Routing) -> Experts:
         if config.architecture == "MixtralForCausalLM":
@@ -168,24 +192,25 @@ def _assemble(config: ModelConfig, dtype: torch.dtype, source: _Source) -> Weigh
         qkv = [("qkv", q_size + 2 * kv_size)] if config.packed else [("q", q_size), ("k", kv_size), ("v", kv_size)]
         return LayerWeights(
             attention_norm=take(f"{prefix}.input_layernorm.weight", (hidden,)),
-            qkv=_packed(_joined([projection(f"{attention}.{part}_proj", size, hidden) for part, size in qkv])),
+            qkv=packed(_joined([projection(f"{attention}.{part}_proj", size, hidden) for part, size in qkv])),
             qkv_bias=_end_to_end([take(f"{attention}.{part}_proj.bias", (size,)) for part, size in qkv])
             if config.qkv_bias
             else None,
             q_norm=take(f"{attention}.q_norm.weight", (head_dim,)) if config.qk_norm else None,
             k_norm=take(f"{attention}.k_norm.weight", (head_dim,)) if config.qk_norm else None,
-            output=_packed(projection(f"{attention}.o_proj", hidden, q_size)),
+            output=packed(projection(f"{attention}.o_proj", hidden, q_size)),
             output_bias=take(f"{attention}.o_proj.bias", (hidden,)) if config.output_bias else None,
             mlp_norm=take(f"{prefix}.post_attention_layernorm.weight", (hidden,)),
             mlp=mlp(prefix) if config.routing is None else experts(prefix, config.routing),
         )
 
     embedding = take(_EMBEDDING, (config.vocab_size, hidden))
+    lm_head = embedding if config.tie_word_embeddings else take(_HEAD, (config.vocab_size, hidden))
     return Weights(
         embedding=embedding,
         layers=tuple(layer(index) for index in range(config.num_layers)),
         norm=take("model.norm.weight", (hidden,)),
-        lm_head=pack(embedding if config.tie_word_embeddings else take(_HEAD, (config.vocab_size, hidden))),
+        lm_head=pack(lm_head) if packs else lm_head,
     )
 
 
@@ -194,10 +219,6 @@ def _has_own_head(stored: Mapping[str, Tensor]) -> bool:
     config.json says."""
     head, embedding = stored.get(_HEAD), stored.get(_EMBEDDING)
     return head is not None and embedding is not None and not torch.equal(head.to(embedding.dtype), embedding)
-
-
-def _packed(weight: Weight) -> Weight:
-    return pack(weight) if isinstance(weight, Tensor) else weight
 
 
 def _joined(parts: Sequence[Weight]) -> Weight:

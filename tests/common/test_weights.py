@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from common.device import cpu_memory
 from common.kv.kv_pool import KvLayout
 from common.model import fingerprint, weights
 from common.model.model_config import load_config
@@ -30,7 +31,8 @@ def _flat(loaded: weights.Weights) -> dict[str, Tensor]:
     for index, layer in enumerate(loaded.layers):
         values = {field.name: getattr(part, field.name) for part in (layer, layer.mlp) for field in fields(part)}
         named |= {f"{index}.{name}": value for name, value in values.items() if isinstance(value, Tensor)}
-    return {name: tensor.to_dense() for name, tensor in named.items()}  # a packed one has no elements to compare
+    # a packed one has no elements to compare
+    return {name: tensor.to_dense() if tensor.is_mkldnn else tensor for name, tensor in named.items()}
 
 
 @pytest.mark.parametrize(("name", "shard"), [("qwen2", "1MB"), ("qwen3-moe", "200KB")])
@@ -68,6 +70,16 @@ def test_of_the_embedded_model_what_is_not_packed_is_mapped_and_not_copied(embed
     loaded = _load(embedded)
     norms = [loaded.norm, *(norm for layer in loaded.layers for norm in (layer.attention_norm, layer.mlp_norm))]
     assert {norm.untyped_storage().data_ptr() for norm in norms} == {loaded.embedding.untyped_storage().data_ptr()}
+
+
+def test_with_little_memory_all_of_the_embedded_model_is_mapped(
+    embedded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_memory, "available_bytes", lambda: 1 << 30)
+    loaded = _load(embedded)
+    assert loaded.lm_head is loaded.embedding
+    assert len({tensor.untyped_storage().data_ptr() for tensor in _flat(loaded).values()}) == 1
+    assert all(_flat(loaded)[f"{index}.qkv"].data_ptr() % 64 == 0 for index in range(len(loaded.layers)))
 
 
 def test_dummy_weights_are_reproducible_and_tame(tmp_path: Path) -> None:

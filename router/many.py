@@ -27,6 +27,8 @@ EVENTS_PER_MESSAGE = 64
 # Requests of a call that may be under way; the next ones are not read before some of these have ended.
 MOST_UNDER_WAY = 4096
 
+STOPS = CallError(grpc.StatusCode.UNAVAILABLE, "the router is about to stop; it is safe to try again")
+
 Event = pb.GenerateManyResponse.Event
 End = pb.GenerateManyResponse.End
 
@@ -124,7 +126,13 @@ class Many:
         self._close()
 
     def _begin(self, number: int, begin: pb.GenerateManyRequest.Begin) -> None:
-        served = self._served[number] = _Served(number)
+        served = _Served(number)
+        if self._draining:  # not under way: the call ends with those that are, however many are still asked for
+            self._room.release()
+            self._metrics.calls.labels(BEGIN, STOPS.code.name).inc()
+            self._end(served, STOPS)
+            return
+        self._served[number] = served
         task = self._tasks[number] = asyncio.create_task(self._serve(served, begin))
 
         def forget(_: object) -> None:
@@ -142,8 +150,6 @@ class Many:
         trace = self._tracing.begin(name, begin.traceparent, request_trace.of_call(name))
         try:
             async with accounted(self._metrics, BEGIN, trace), _deadline(begin):
-                if self._draining:
-                    raise CallError(grpc.StatusCode.UNAVAILABLE, "the router is about to stop; it is safe to try again")
                 CALLER.set(CALL_AGAIN.get()())
                 async with self._generator.begin(begin.request, self._mailbox, trace) as generation:
                     served.generation = generation
@@ -154,10 +160,13 @@ class Many:
                     finally:
                         for choice in generation.choices:
                             del self._of[choice]
-            end = End()
+            self._end(served)
         except CallError as error:
-            end = End(code=error.code.value[0], message=error.message)
+            self._end(served, error)
+
+    def _end(self, served: _Served, error: CallError | None = None) -> None:
         served.ended = True
+        end = End() if error is None else End(code=error.code.value[0], message=error.message)
         self._say(served, Event(id=served.number, end=end))
 
     # ------------------------------------------------------------ to the caller

@@ -14,9 +14,9 @@ from twostroke.v1 import inference_pb2 as pb
 Call: TypeAlias = "grpc.aio.StreamStreamCall[pb.GenerateManyRequest, pb.GenerateManyResponse]"
 Inbox: TypeAlias = "asyncio.Queue[pb.GenerateManyResponse.Event | TwostrokeError]"
 
-# A larger request has a call of its own: the router reads one request of a shared call after the other, and a message
-# that is too large for it ends the call.
-MOST_BYTES = 1 << 16
+# A larger request has a call of its own: the router reads one request of a shared call after the other, large ones take
+# turns with those of other calls, and one that it cannot take ends the call.
+MOST_BYTES = 15 << 10
 
 
 class SharedCall:

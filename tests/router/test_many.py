@@ -3,6 +3,7 @@
 import asyncio
 import math
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -317,6 +318,26 @@ async def test_a_router_that_stops_waits_for_what_runs_and_not_for_the_call(mode
         assert await answer == expected(40)
         with pytest.raises(Unavailable):
             await streamed(client)
+
+
+async def test_a_router_that_stops_does_not_wait_for_who_goes_on_asking(model: Path) -> None:
+    async with (
+        cluster(model, decodes=[Script(step_seconds=0.005)]) as it,
+        AsyncClient(it.address, share_call=True) as client,
+    ):
+        over = False
+
+        async def go_on() -> None:
+            while not over:
+                with suppress(Unavailable):
+                    assert await streamed(client, max_tokens=8) == expected(8)
+
+        asking = [asyncio.ensure_future(go_on()) for _ in range(8)]
+        await eventually(lambda: it.router.dispatcher.running > 0)
+        async with asyncio.timeout(10):
+            await it.router.stop(30)
+        over = True
+        await asyncio.gather(*asking)
 
 
 async def test_what_outlasts_the_drain_is_unavailable(model: Path) -> None:

@@ -31,12 +31,13 @@ async def accounted(
     Raises:
         CallError: in place of every other error of the block.
     """
-    began, problem = time.monotonic(), ""
+    began, problem, cancelled = time.monotonic(), "", False
     code = grpc.StatusCode.CANCELLED
     try:
         yield
         code = grpc.StatusCode.OK
     except asyncio.CancelledError:
+        cancelled = True
         left = time_remaining()
         if left is not None and left < DEADLINE_TOLERANCE:
             code, problem = grpc.StatusCode.DEADLINE_EXCEEDED, "the caller's deadline passed"
@@ -53,6 +54,6 @@ async def accounted(
         metrics.calls.labels(method, code.name).inc()
         failed = problem if code in request_trace.FAILURES else ""
         trace.end({"rpc.response.status_code": code.name}, failed)
-        if code in (grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED):
+        if cancelled:
             after_ms = round(1000 * (time.monotonic() - began))
             log.info("call cancelled", method=method, code=code.name, after_ms=after_ms)

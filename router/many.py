@@ -12,7 +12,7 @@ from router import request_trace
 from router.accounting import accounted
 from router.callers.limits import CALL_AGAIN, CALLER
 from router.dispatch.request import Request
-from router.errors import CallError, InvalidArgument
+from router.errors import CallError, Exhausted, InvalidArgument
 from router.generation import Generation, Generator
 from router.mailbox import Mailbox
 from router.metrics import Metrics
@@ -24,10 +24,13 @@ MANY, BEGIN = "GenerateMany", "GenerateMany.Begin"  # the call, and each of its 
 # After so many events other calls get their turn.
 EVENTS_PER_MESSAGE = 64
 
-# Requests of a call that may be under way; the next ones are not read before some of these have ended.
+# Requests of a call that may be under way; further ones are refused. Of these, so many may wait to be told: then the
+# caller does not read, and is not read.
 MOST_UNDER_WAY = 4096
 
 STOPS = CallError(grpc.StatusCode.UNAVAILABLE, "the router is about to stop; it is safe to try again")
+
+FULL = Exhausted(f"the call has {MOST_UNDER_WAY} requests under way")
 
 Event = pb.GenerateManyResponse.Event
 End = pb.GenerateManyResponse.End
@@ -47,6 +50,7 @@ class _Served:
         self.events: list[pb.GenerateManyResponse.Event] = []
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.ended = False
+        self.left = False  # its end was taken to be sent, or there is none to send
 
 
 class Many:
@@ -65,10 +69,10 @@ class Many:
         self._served: dict[int, _Served] = {}  # under way, by number
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._of: dict[Request, _Served] = {}
-        self._room = asyncio.Semaphore(MOST_UNDER_WAY)
+        self._room = asyncio.Semaphore(2 * MOST_UNDER_WAY)
         self._closed = False  # the call ends when nothing is under way
         self._draining = False
-        self._failure: CallError | None = None  # of the call itself
+        self._failure: Exception | None = None  # of the call itself
 
     @property
     def overflown(self) -> bool:
@@ -121,16 +125,16 @@ class Many:
                             task.cancel()
                     case _:
                         raise InvalidArgument("what", "one of begin and cancel must be set")
-        except CallError as error:
+        except Exception as error:
             self._failure = error
         self._close()
 
     def _begin(self, number: int, begin: pb.GenerateManyRequest.Begin) -> None:
         served = _Served(number)
-        if self._draining:  # not under way: the call ends with those that are, however many are still asked for
-            self._room.release()
-            self._metrics.calls.labels(BEGIN, STOPS.code.name).inc()
-            self._end(served, STOPS)
+        refusal = STOPS if self._draining else FULL if len(self._served) >= MOST_UNDER_WAY else None
+        if refusal is not None:  # not under way: the call ends with those that are, however many are still asked for
+            self._metrics.calls.labels(BEGIN, refusal.code.name).inc()
+            self._end(served, refusal)
             return
         self._served[number] = served
         task = self._tasks[number] = asyncio.create_task(self._serve(served, begin))
@@ -162,7 +166,12 @@ class Many:
                             del self._of[choice]
             self._end(served)
         except CallError as error:
-            self._end(served, error)
+            self._end(served, error.with_traceback(None))  # whose frames hold what is served, which holds it
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            self._end(served, CallError(grpc.StatusCode.INTERNAL, "a fault of the router"))  # what it awaited was
 
     def _end(self, served: _Served, error: CallError | None = None) -> None:
         served.ended = True
@@ -213,7 +222,9 @@ class Many:
         return () if chunk is None else (Event(id=served.number, chunk=chunk),)
 
     def _leave(self, served: _Served) -> None:
-        if self._served.pop(served.number, None) is not None:
+        if not served.left:
+            served.left = True
+            self._served.pop(served.number, None)
             self._room.release()
             self._mailbox.post(None)
 
@@ -228,7 +239,9 @@ async def _deadline(begin: pb.GenerateManyRequest.Begin) -> AsyncIterator[None]:
     if seconds is not None and not 0 < seconds < math.inf:
         raise InvalidArgument("timeout_seconds", f"{seconds:g} is not a positive number")
     try:
-        async with asyncio.timeout(seconds):
+        async with asyncio.timeout(seconds) as limit:
             yield
     except TimeoutError:
+        if not limit.expired():
+            raise
         raise CallError(grpc.StatusCode.DEADLINE_EXCEEDED, "the caller's deadline passed") from None

@@ -68,6 +68,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self._turnstile = Turnstile()
         self._open: Counter[str] = Counter()  # calls of GenerateMany, by their caller's host
         self._many: set[Many] = set()
+        self._draining = False
         self._generator = Generator(config, model, tokenizer, guides, dispatcher, metrics)
 
     # ------------------------------------------------------------ generating
@@ -90,6 +91,8 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             with self._counted(context.peer().rpartition(":")[0]):
                 many = Many(self._generator, self._metrics, self._tracing, self._turnstile)
                 self._many.add(many)
+                if self._draining:
+                    many.drain()
                 try:
                     await many.run(messages, context.write)
                 except asyncio.CancelledError:
@@ -117,6 +120,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
     def drain(self) -> None:
         """Lets calls that stay open for further requests end once they have none."""
+        self._draining = True
         for many in self._many:
             many.drain()
 

@@ -114,7 +114,11 @@ class ArrivalInterceptor(grpc.aio.ServerInterceptor):
                 yield await parse(message, deserialize, method)
 
         async def call(_: object, context: Context) -> None:
-            await serve(messages(context), context)
+            try:
+                await serve(messages(context), context)
+            except grpc.aio.AbortError as error:
+                _forget_frames(error)
+                raise
 
         make: Any = grpc.stream_stream_rpc_method_handler
         handled: RpcMethodHandler[Any, Any] = make(call, None, handler.response_serializer)

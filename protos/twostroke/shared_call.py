@@ -117,7 +117,7 @@ class _Lane:
         finally:
             self.over = True
             for inbox in self._inboxes.values():
-                inbox.put_nowait(error)
+                inbox.put_nowait(type(error)(error.message, error.code))  # each is raised on its own
             self._tasks[0].cancel()
 
 

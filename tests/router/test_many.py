@@ -1,7 +1,9 @@
 """Many requests over one call: each ends as a call of its own would, and none disturbs the others."""
 
 import asyncio
+import gc
 import math
+import weakref
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from pathlib import Path
@@ -359,9 +361,64 @@ async def test_what_outlasts_the_drain_is_unavailable(model: Path) -> None:
 async def test_the_client_calls_again_after_its_call_has_ended(model: Path) -> None:
     async with cluster(model) as it, AsyncClient(it.address, share_call=True) as client:
         assert await streamed(client) == expected(len(await streamed(client)))
-        it.router.service.drain()
+        for call in it.router.service._many:
+            call.drain()
         await eventually(lambda: not it.router.service._many)
         assert await streamed(client, max_tokens=5) == expected(5)
+
+
+async def test_a_router_that_stops_ends_calls_that_have_only_begun(model: Path) -> None:
+    async with cluster(model) as it:
+        calls = [it.stub.GenerateMany() for _ in range(30)]
+        await asyncio.sleep(0.002)
+        async with asyncio.timeout(10):
+            await it.router.stop(30)
+        for call in calls:
+            call.cancel()
+
+
+async def test_a_fault_in_reading_ends_the_call(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(many.Many, "_begin")
+    async with cluster(model) as it:
+        call = it.stub.GenerateMany(iter([begin(0)]))
+        with pytest.raises(grpc.aio.AioRpcError) as ended:
+            async for _ in call:
+                pass
+        assert ended.value.code() is Code.INTERNAL
+
+
+@pytest.mark.parametrize("fault", [TimeoutError, asyncio.CancelledError])
+async def test_a_fault_that_looks_like_the_callers_doing(
+    model: Path, monkeypatch: pytest.MonkeyPatch, fault: type[BaseException]
+) -> None:
+    async def encode(text: str, *, add_special_tokens: bool) -> list[int]:
+        raise fault
+
+    async with cluster(model) as it, AsyncClient(it.address, share_call=True) as client:
+        monkeypatch.setattr(it.router.service._tokenizer, "encode", encode)
+        with pytest.raises(TwostrokeError, match="a fault of the router"):
+            [piece async for piece in client.stream("hello", timeout=20)]
+
+
+async def test_nothing_is_left_for_the_garbage_collector(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[object]] = []
+    remember = many._Served.__init__
+
+    def init(served: Any, number: int) -> None:
+        remember(served, number)
+        made.append(weakref.ref(served))
+
+    monkeypatch.setattr(many._Served, "__init__", init)
+    async with cluster(model, prefills=[Script(reject=5)]) as it:
+        gc.collect()
+        gc.disable()
+        try:
+            call = it.stub.GenerateMany(iter([begin(number) for number in range(10)]))
+            ends = [event.end.code async for event in events_of(call) if event.HasField("end")]
+            assert sorted(ends) == [0] * 5 + [Code.INVALID_ARGUMENT.value[0]] * 5
+            await eventually(lambda: sum(served() is not None for served in made) == 0)
+        finally:
+            gc.enable()
 
 
 # ------------------------------------------------------------ limits
@@ -369,21 +426,16 @@ async def test_the_client_calls_again_after_its_call_has_ended(model: Path) -> N
 
 async def test_a_call_has_so_many_requests_at_once(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(many, "MOST_UNDER_WAY", 2)
-    async with (
-        cluster(model, decodes=[Script(step_seconds=0.005)]) as it,
-        AsyncClient(it.address, share_call=True) as client,
-    ):
-        answers = [asyncio.ensure_future(streamed(client, max_tokens=20)) for _ in range(7)]
-        most = 0
-
-        def counted() -> bool:
-            nonlocal most
-            most = max(most, it.router.dispatcher.running + it.router.dispatcher.queued)
-            return all(answer.done() for answer in answers)
-
-        await eventually(counted)
-        assert [answer.result() for answer in answers] == [expected(20)] * 7
-        assert most == 2
+    async with cluster(model, decodes=[Script(step_seconds=0.01)]) as it:
+        call = it.stub.GenerateMany()
+        for number in range(9):
+            await call.write(begin(number, max_tokens=1000))
+        await call.write(pb.GenerateManyRequest(id=0, cancel=Cancel()))
+        await eventually(lambda: calls_of(it, "GenerateMany.Begin", "RESOURCE_EXHAUSTED") == 7)
+        await eventually(lambda: it.router.dispatcher.running == 1)  # the cancel was read
+        await call.write(begin(9))
+        assert tokens_of(await events_until_end(call, 9)) == expected(8)
+        call.cancel()
 
 
 async def test_a_host_has_so_many_calls_open(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -126,7 +126,7 @@ class Many:
                     case _:
                         raise InvalidArgument("what", "one of begin and cancel must be set")
         except Exception as error:
-            self._failure = error
+            self._failure = error.with_traceback(None)
         self._close()
 
     def _begin(self, number: int, begin: pb.GenerateManyRequest.Begin) -> None:
@@ -203,8 +203,9 @@ class Many:
             if events:
                 await write(pb.GenerateManyResponse(events=events))
                 events.clear()
-        if self._failure is not None:
-            raise self._failure
+        failure, self._failure = self._failure, None  # whose frames will hold this
+        if failure is not None:
+            raise failure
 
     def _advance(self, served: _Served, choice: Request) -> tuple[pb.GenerateManyResponse.Event, ...]:
         generation = served.generation

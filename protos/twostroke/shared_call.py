@@ -111,7 +111,8 @@ class _Lane:
                     if (inbox := self._inboxes.get(event.id)) is not None:
                         inbox.put_nowait(event)
         except grpc.aio.AioRpcError as ended:
-            error = error_of(ended)
+            if ended.details() != _WRITTEN_TO_LATE:
+                error = error_of(ended)
         except (grpc.aio.UsageError, asyncio.CancelledError):  # so gRPC tells of a channel that was closed
             error = closed()
         finally:
@@ -120,5 +121,8 @@ class _Lane:
                 inbox.put_nowait(type(error)(error.message, error.code))  # each is raised on its own
             self._tasks[0].cancel()
 
+
+# gRPC's words where a message is written to a call that has just ended, whatever it ended with.
+_WRITTEN_TO_LATE = "Internal error from Core"
 
 _CODES = {code.value[0]: code for code in grpc.StatusCode}

@@ -1,6 +1,7 @@
 """What `make demo` runs against the cluster: a short chat in two turns, and how long each phase of them took."""
 
 import os
+import time
 
 from twostroke import Client, Finish, Message
 
@@ -22,6 +23,7 @@ def main() -> None:
                     finishes.append(piece.finish)
             print()
             talk.append({"role": "assistant", "content": answer})
+        time.sleep(0.1)  # workers say what they hold 20 times a second
         workers = client.load().workers
     columns = (("turn", 4), ("prompt", 7), ("cached", 7), ("output", 7), ("first token", 13), ("KV transfer", 13))
     print("\n" + "".join(f"{name:>{width + 1}}" for name, width in (*columns, ("each token", 12))))

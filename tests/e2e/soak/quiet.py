@@ -11,8 +11,9 @@ from tests.e2e.soak.holdings import SHARED, Holdings, mapped_segments
 
 SETTLE_SECONDS = 10.0
 
-# What a part may hold more of than the parts of its role did after the warm-up.
-TOLERANCE = Holdings(files=4, threads=4, memory_mib=16.0)
+# What a part may hold more of than the parts of its role did after the warm-up. A worker keeps code for each number of
+# rows that it has multiplied (kernels/packed.py), and some come late.
+TOLERANCE = Holdings(files=4, threads=4, memory_mib=48.0)
 
 _HELD = re.compile(
     r"^twostroke_(?:queued|running|waiting|leases|blocks\{state=\"(?:in_use|reserved)\"\}) (\S+)$", re.MULTILINE

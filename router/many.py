@@ -4,6 +4,7 @@ import asyncio
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from typing import TypeAlias
 
 import grpc
 
@@ -16,7 +17,6 @@ from router.errors import CallError, Exhausted, InvalidArgument
 from router.generation import Generation, Generator
 from router.mailbox import Mailbox
 from router.metrics import Metrics
-from router.turnstile import Turnstile
 from twostroke.v1 import inference_pb2 as pb
 
 MANY, BEGIN = "GenerateMany", "GenerateMany.Begin"  # the call, and each of its requests
@@ -53,19 +53,22 @@ class _Served:
         self.left = False  # its end was taken to be sent, or there is none to send
 
 
+Item: TypeAlias = Request | _Served | None  # what has news; None: the call itself
+
+
 class Many:
     """One call. Its requests are tasks, which wait for most of the time; all chunks are made by the task that writes.
 
     Args:
         generator: begins requests.
-        turnstile: where those who write take turns.
+        mailbox: of the task that writes.
     """
 
-    def __init__(self, generator: Generator, metrics: Metrics, tracing: Tracing, turnstile: Turnstile) -> None:
+    def __init__(self, generator: Generator, metrics: Metrics, tracing: Tracing, mailbox: Mailbox[Item]) -> None:
         self._generator = generator
         self._metrics = metrics
         self._tracing = tracing
-        self._mailbox: Mailbox[Request | _Served | None] = Mailbox(turnstile, asyncio.current_task())
+        self._mailbox = mailbox
         self._served: dict[int, _Served] = {}  # under way, by number
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._of: dict[Request, _Served] = {}
@@ -73,10 +76,6 @@ class Many:
         self._closed = False  # the call ends when nothing is under way
         self._draining = False
         self._failure: Exception | None = None  # of the call itself
-
-    @property
-    def overflown(self) -> bool:
-        return self._mailbox.overflown
 
     def drain(self) -> None:
         """Begins no more requests, and ends the call as soon as none is under way."""

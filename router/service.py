@@ -26,7 +26,7 @@ from router.generation import Generator
 from router.grammars.guides import Guides, call_of
 from router.grammars.tool_choice import must_call
 from router.mailbox import Mailbox
-from router.many import MANY, Many
+from router.many import MANY, Item, Many
 from router.metrics import Metrics
 from router.prompts import template_input
 from router.prompts.tokenizer import Tokenizer
@@ -89,16 +89,14 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     ) -> None:
         async with self._call(MANY, context):
             with self._counted(context.peer().rpartition(":")[0]):
-                many = Many(self._generator, self._metrics, self._tracing, self._turnstile)
+                mailbox: Mailbox[Item] = Mailbox(self._turnstile, asyncio.current_task())
+                many = Many(self._generator, self._metrics, self._tracing, mailbox)
                 self._many.add(many)
                 if self._draining:
                     many.drain()
                 try:
-                    await many.run(messages, context.write)
-                except asyncio.CancelledError:
-                    if many.overflown:
-                        raise CallError(grpc.StatusCode.RESOURCE_EXHAUSTED, UNREAD) from None
-                    raise
+                    with _told_if_unread(mailbox):
+                        await many.run(messages, context.write)
                 finally:
                     self._many.remove(many)
 
@@ -136,12 +134,8 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             self._call(method, context, trace),
             aclosing(self._chunks(request, mailbox, trace)) as chunks,
         ):
-            try:
+            with _told_if_unread(mailbox):
                 yield chunks
-            except asyncio.CancelledError:
-                if mailbox.overflown:
-                    raise CallError(grpc.StatusCode.RESOURCE_EXHAUSTED, UNREAD) from None
-                raise
 
     async def _chunks(
         self, request: pb.GenerateRequest, mailbox: Mailbox[Request], trace: Span
@@ -252,6 +246,20 @@ class RegistryService(worker_pb2_grpc.RegistryServicer):
             return self._registry.register(request)
         except InvalidArgument as error:
             await context.abort(error.code, error.message)
+
+
+@contextmanager
+def _told_if_unread(mailbox: Mailbox[Any]) -> Iterator[None]:
+    """
+    Raises:
+        CallError: in place of the cancel with which the mailbox ends its reader.
+    """
+    try:
+        yield
+    except asyncio.CancelledError:
+        if mailbox.overflown:
+            raise CallError(grpc.StatusCode.RESOURCE_EXHAUSTED, UNREAD) from None
+        raise
 
 
 async def gather(chunks: AsyncIterator[pb.GenerateChunk]) -> pb.GenerateResponse:

@@ -50,7 +50,7 @@ class _Served:
         self.events: list[pb.GenerateManyResponse.Event] = []
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.ended = False
-        self.left = False  # its end was taken to be sent, or there is none to send
+        self.left = False  # the task that writes has passed its end
 
 
 Item: TypeAlias = Request | _Served | None  # what has news; None: the call itself
@@ -139,12 +139,12 @@ class Many:
         task = self._tasks[number] = asyncio.create_task(self._serve(served, begin))
 
         def forget(_: object) -> None:
-            """A cancelled one has no end to send."""
             del self._tasks[number]
             if served.done.done() and not served.done.cancelled():
                 served.done.exception()  # else asyncio complains that nobody looked at it
-            if not served.ended:
-                self._leave(served)
+            if not served.ended:  # a cancelled one has no end to send
+                served.ended = True
+                self._mailbox.post(served)
 
         task.add_done_callback(forget)
 
@@ -226,7 +226,6 @@ class Many:
             served.left = True
             self._served.pop(served.number, None)
             self._room.release()
-            self._mailbox.post(None)
 
 
 @asynccontextmanager

@@ -18,6 +18,7 @@ from router.callers import api_keys
 from router.dispatch.dispatcher import STOPPED
 from router.dispatch.request import Request
 from router.generation import Generation
+from router.mailbox import Mailbox
 from router.validate import MAX_SEED
 from tests.router.cluster import PROMPT, Cluster, cluster, eventually, expected, request
 from tests.router.fake_worker import DECODE, FakeWorker, Script
@@ -436,6 +437,40 @@ async def test_a_call_has_so_many_requests_at_once(model: Path, monkeypatch: pyt
         await call.write(begin(9))
         assert tokens_of(await events_until_end(call, 9)) == expected(8)
         call.cancel()
+
+
+async def test_what_is_begun_and_cancelled_unread_is_bounded(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(many, "MOST_UNDER_WAY", 10)
+    pairs, read = 500, 0
+    reads_on = asyncio.Event()
+
+    async def messages() -> AsyncIterator[pb.GenerateManyRequest]:
+        nonlocal read
+        for read in range(pairs):
+            yield begin(read, max_tokens=1000)
+            await asyncio.sleep(0)
+            yield pb.GenerateManyRequest(id=read, cancel=Cancel())
+            await asyncio.sleep(0)
+
+    async def write(_response: pb.GenerateManyResponse) -> None:
+        await reads_on.wait()
+
+    async with cluster(model) as it:
+        own = it.router.service
+        mailbox: Mailbox[many.Item] = Mailbox(own._turnstile)
+        call = many.Many(own._generator, own._metrics, own._tracing, mailbox)
+        running = asyncio.ensure_future(call.run(messages(), write))
+        await asyncio.sleep(1)
+        assert not running.done()
+        assert read < 100, "the caller is read no further"
+        assert len(mailbox._posted) < 200
+        reads_on.set()
+        async with asyncio.timeout(20):
+            await running
+        assert read == pairs - 1
+        assert not call._tasks
+        assert not call._served
+        assert call._room._value == 20
 
 
 async def test_a_host_has_so_many_calls_open(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,11 +2,14 @@
 
 import asyncio
 import math
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import TypeAlias
 
 import grpc
+import structlog
 
 from common.telemetry.tracing import Tracing
 from router import request_trace
@@ -19,16 +22,22 @@ from router.mailbox import Mailbox
 from router.metrics import Metrics
 from twostroke.v1 import inference_pb2 as pb
 
+log = structlog.get_logger(__name__)
+
 MANY, BEGIN = "GenerateMany", "GenerateMany.Begin"  # the call, and each of its requests
 
-# After so many events other calls get their turn.
+# After so many events, or bytes, other calls get their turn. gRPC's clients refuse messages of over 4 MiB, and one
+# event has at most `answer.MOST_TOKENS`.
 EVENTS_PER_MESSAGE = 64
+BYTES_PER_MESSAGE = 64 << 10
 
 # Requests of a call that may be under way; further ones are refused. Of these, so many may wait to be told: then the
 # caller does not read, and is not read.
 MOST_UNDER_WAY = 4096
 
 STOPS = CallError(grpc.StatusCode.UNAVAILABLE, "the router is about to stop; it is safe to try again")
+
+FAULT = CallError(grpc.StatusCode.INTERNAL, "a fault of the router")
 
 FULL = Exhausted(f"the call has {MOST_UNDER_WAY} requests under way")
 
@@ -137,32 +146,37 @@ class Many:
             return
         self._served[number] = served
         task = self._tasks[number] = asyncio.create_task(self._serve(served, begin))
+        task.add_done_callback(partial(self._forget, served))
 
-        def forget(_: object) -> None:
-            del self._tasks[number]
-            if served.done.done() and not served.done.cancelled():
-                served.done.exception()  # else asyncio complains that nobody looked at it
-            if not served.ended:  # a cancelled one has no end to send
-                served.ended = True
-                self._mailbox.post(served)
-
-        task.add_done_callback(forget)
+    def _forget(self, served: _Served, task: asyncio.Task[None]) -> None:
+        del self._tasks[served.number]
+        if served.done.done() and not served.done.cancelled():
+            served.done.exception()  # else asyncio complains that nobody looked at it
+        if task.cancelled():  # has no end to send
+            served.ended = True
+            self._mailbox.post(served)
+        elif (fault := task.exception()) is not None:
+            log.error("request failed", exc_info=fault.with_traceback(None))
+            self._end(served, FAULT)
 
     async def _serve(self, served: _Served, begin: pb.GenerateManyRequest.Begin) -> None:
-        name = request_trace.full_name(MANY)
-        trace = self._tracing.begin(name, begin.traceparent, request_trace.of_call(name))
+        time_remaining, name = _clock(begin), request_trace.full_name(MANY)
         try:
-            async with accounted(self._metrics, BEGIN, trace), _deadline(begin):
-                CALLER.set(CALL_AGAIN.get()())
-                async with self._generator.begin(begin.request, self._mailbox, trace) as generation:
-                    served.generation = generation
-                    self._of.update(dict.fromkeys(generation.choices, served))
-                    try:
-                        self._say(served, Event(id=served.number, chunk=generation.prompt))
-                        await served.done
-                    finally:
-                        for choice in generation.choices:
-                            del self._of[choice]
+            CALLER.set(CALL_AGAIN.get()(BEGIN))
+            trace = self._tracing.begin(name, begin.traceparent, request_trace.of_call(name))
+            async with (
+                accounted(self._metrics, BEGIN, trace, time_remaining),
+                _deadline(begin),
+                self._generator.begin(begin.request, self._mailbox, trace) as generation,
+            ):
+                served.generation = generation
+                self._of.update(dict.fromkeys(generation.choices, served))
+                try:
+                    self._say(served, Event(id=served.number, chunk=generation.prompt))
+                    await served.done
+                finally:
+                    for choice in generation.choices:
+                        del self._of[choice]
             self._end(served)
         except CallError as error:
             self._end(served, error.with_traceback(None))  # whose frames hold what is served, which holds it
@@ -170,7 +184,7 @@ class Many:
             task = asyncio.current_task()
             if task is None or task.cancelling():
                 raise
-            self._end(served, CallError(grpc.StatusCode.INTERNAL, "a fault of the router"))  # what it awaited was
+            self._end(served, FAULT)  # what it awaited was cancelled
 
     def _end(self, served: _Served, error: CallError | None = None) -> None:
         served.ended = True
@@ -184,24 +198,27 @@ class Many:
         self._mailbox.post(served)
 
     async def _write(self, write: Callable[[pb.GenerateManyResponse], Awaitable[None]]) -> None:
-        events: list[pb.GenerateManyResponse.Event] = []
+        told_of_drain = False
         while self._failure is None and (self._served or not self._closed):
+            events: list[pb.GenerateManyResponse.Event] = []
+            size = 0
             for item in await self._mailbox.take():
                 served = self._of.get(item) if isinstance(item, Request) else item
                 if served is None:
                     continue
-                events += served.events
-                served.events.clear()
+                news, served.events = served.events, []
                 if isinstance(item, Request):
-                    events += self._advance(served, item)
+                    news += self._advance(served, item)
                 elif served.ended:
                     self._leave(served)
-                if len(events) >= EVENTS_PER_MESSAGE:
+                events += news
+                size += sum(event.ByteSize() for event in news)
+                if len(events) >= EVENTS_PER_MESSAGE or size >= BYTES_PER_MESSAGE:
                     await write(pb.GenerateManyResponse(events=events))
-                    events.clear()
-            if events:
-                await write(pb.GenerateManyResponse(events=events))
-                events.clear()
+                    events, size = [], 0
+            if events or self._draining > told_of_drain:
+                await write(pb.GenerateManyResponse(events=events, draining=self._draining))
+                told_of_drain = self._draining
         failure, self._failure = self._failure, None  # whose frames will hold this
         if failure is not None:
             raise failure
@@ -226,6 +243,14 @@ class Many:
             served.left = True
             self._served.pop(served.number, None)
             self._room.release()
+
+
+def _clock(begin: pb.GenerateManyRequest.Begin) -> Callable[[], float | None]:
+    """Tells how many seconds are left until the caller ends the request; None: it has no deadline."""
+    if not begin.HasField("timeout_seconds"):
+        return lambda: None
+    ends_at = time.monotonic() + begin.timeout_seconds
+    return lambda: ends_at - time.monotonic()
 
 
 @asynccontextmanager

@@ -4,6 +4,7 @@ import asyncio
 import itertools
 from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
+from contextvars import Context
 from typing import TypeAlias
 
 import grpc
@@ -20,8 +21,8 @@ MOST_BYTES = 15 << 10
 
 
 class SharedCall:
-    """Opens the call when it is first needed, and again when it has ended. What is not read as fast as it comes waits
-    here.
+    """Opens the call when it is first needed, and again when it has ended or takes nothing more. What is not read as
+    fast as it comes waits here.
 
     Args:
         open_call: makes a call.
@@ -42,8 +43,9 @@ class SharedCall:
         passed = error_with(grpc.StatusCode.DEADLINE_EXCEEDED, "", timeout)
         if timeout is not None and not timeout > 0:
             raise passed
-        if self._lane is None or self._lane.over:
-            self._lane = _Lane(self._open_call())
+        if self._lane is None or self._lane.closed:
+            # Not in the context of whoever happens to be the first.
+            self._lane = Context().run(lambda: _Lane(self._open_call()))
         lane = self._lane
         inbox: Inbox = asyncio.Queue()
         number = lane.begin(request, timeout, inbox)
@@ -59,7 +61,8 @@ class SharedCall:
                 if event.HasField("end"):
                     ended = True
                     if event.end.code:
-                        raise error_with(_CODES[event.end.code], event.end.message, timeout)
+                        code = _CODES.get(event.end.code, grpc.StatusCode.UNKNOWN)
+                        raise error_with(code, event.end.message, timeout)
                     return
                 yield event.chunk
         finally:
@@ -72,11 +75,12 @@ class _Lane:
     """One call.
 
     Attributes:
+        closed: it takes no more requests.
         over: nothing more comes of it.
     """
 
     def __init__(self, call: Call) -> None:
-        self.over = False
+        self.closed = self.over = False
         self._call = call
         self._numbers = itertools.count()
         self._inboxes: dict[int, Inbox] = {}
@@ -107,6 +111,7 @@ class _Lane:
         error = shut_down()
         try:
             async for response in self._call:
+                self.closed = self.closed or response.draining
                 for event in response.events:
                     if (inbox := self._inboxes.get(event.id)) is not None:
                         inbox.put_nowait(event)
@@ -116,7 +121,7 @@ class _Lane:
         except (grpc.aio.UsageError, asyncio.CancelledError):  # so gRPC tells of a channel that was closed
             error = closed()
         finally:
-            self.over = True
+            self.closed = self.over = True
             for inbox in self._inboxes.values():
                 inbox.put_nowait(type(error)(error.message, error.code))  # each is raised on its own
             self._tasks[0].cancel()

@@ -46,24 +46,30 @@ class KeyInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(details)
         if handler is None or not details.method.startswith(self._prefix):
             return handler
-        name, authorization = "", metadata_value(details.invocation_metadata, "authorization")
+        count = partial(self._counted, metadata_value(details.invocation_metadata, "authorization"))
+        try:
+            CALLER.set(count(details.method.removeprefix(self._prefix)))
+        except CallError as error:
+            return refuse(error.code, error.message)
+        CALL_AGAIN.set(count)
+        return handler
+
+    def _counted(self, authorization: str | bytes, method: str) -> Caller:
+        """Counts a call.
+
+        Raises:
+            CallError: it is refused, which is counted and logged.
+        """
+        name = ""
         try:
             caller = self._caller(authorization)
             name = caller.name
             structlog.contextvars.bind_contextvars(caller=name)
             caller.call()
         except CallError as error:
-            method = details.method.removeprefix(self._prefix)
             self._metrics.calls.labels(method, error.code.name).inc()
             self._refusals.tell(name or error.message, method, error)
-            return refuse(error.code, error.message)
-        CALLER.set(caller)
-        CALL_AGAIN.set(partial(self._call_again, authorization))
-        return handler
-
-    def _call_again(self, authorization: str | bytes) -> Caller:
-        caller = self._caller(authorization)
-        caller.call()
+            raise
         return caller
 
     def _caller(self, authorization: str | bytes) -> Caller:

@@ -108,6 +108,7 @@ class Caller:
 EVERYONE = Caller("everyone")
 CALLER: ContextVar[Caller] = ContextVar("caller", default=EVERYONE)
 
-# Finds out again who makes that call, and counts one more: for calls that stay open and have further requests. It
-# raises CallError once the key is no longer valid, or a limit is reached.
-CALL_AGAIN: ContextVar[Callable[[], Caller]] = ContextVar("call_again", default=lambda: EVERYONE)
+# Finds out again who makes that call, and counts one more, by the name that is given: for calls that stay open and have
+# further requests. Where the key is no longer valid, or a limit is reached, it counts a refused call and raises
+# CallError.
+CALL_AGAIN: ContextVar[Callable[[str], Caller]] = ContextVar("call_again", default=lambda _: EVERYONE)

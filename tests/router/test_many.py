@@ -12,6 +12,7 @@ from typing import Any
 import grpc
 import pytest
 from prometheus_client import generate_latest
+from structlog.testing import capture_logs
 
 from router import many, service
 from router.callers import api_keys
@@ -263,6 +264,32 @@ async def test_a_large_request_has_a_call_of_its_own(model: Path) -> None:
         assert calls_of(it, "GenerateMany.Begin", "INVALID_ARGUMENT") == 0
 
 
+async def test_a_fault_before_it_begins(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("a bug")
+
+    async with cluster(model) as it, AsyncClient(it.address, share_call=True) as client:
+        monkeypatch.setattr(it.router.service._tracing, "begin", broken)
+        with pytest.raises(TwostrokeError, match="a fault of the router"):
+            await streamed(client)
+        monkeypatch.undo()
+        assert await streamed(client) == expected(len(await streamed(client)))
+        assert not any(call._served for call in it.router.service._many)
+
+
+async def test_a_timeout_is_not_counted_as_a_cancel(model: Path) -> None:
+    async with (
+        cluster(model, decodes=[Script(step_seconds=0.02)]) as it,
+        AsyncClient(it.address, share_call=True) as client,
+    ):
+        passed = (streamed(client, max_tokens=1000, timeout=0.2 + 0.003 * number) for number in range(40))
+        results = await asyncio.gather(*passed, return_exceptions=True)
+        assert [type(result) for result in results] == [DeadlineExceeded] * 40
+        await eventually(it.nothing_held)
+        assert calls_of(it, "GenerateMany.Begin", "CANCELLED") == 0
+        assert calls_of(it, "GenerateMany.Begin", "DEADLINE_EXCEEDED") == 40
+
+
 # ------------------------------------------------------------ how the call ends
 
 
@@ -368,6 +395,22 @@ async def test_the_client_calls_again_after_its_call_has_ended(model: Path) -> N
         assert await streamed(client, max_tokens=5) == expected(5)
 
 
+async def test_a_call_that_is_about_to_end_takes_nothing_more(model: Path) -> None:
+    async with (
+        cluster(model, decodes=[Script(step_seconds=0.01)]) as it,
+        AsyncClient(it.address, share_call=True) as client,
+    ):
+        running = asyncio.ensure_future(streamed(client, max_tokens=100))
+        await eventually(lambda: len(it.decodes[0].running) == 1)
+        (old,) = it.router.service._many
+        old.drain()
+        await asyncio.sleep(0.1)
+        assert await streamed(client, max_tokens=5) == expected(5)
+        assert len(it.router.service._many) == 2
+        assert await running == expected(100)
+        await eventually(lambda: old not in it.router.service._many)
+
+
 async def test_a_router_that_stops_ends_calls_that_have_only_begun(model: Path) -> None:
     async with cluster(model) as it:
         calls = [it.stub.GenerateMany() for _ in range(30)]
@@ -423,6 +466,21 @@ async def test_nothing_is_left_for_the_garbage_collector(model: Path, monkeypatc
 
 
 # ------------------------------------------------------------ limits
+
+
+async def test_messages_have_so_many_bytes(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(many, "BYTES_PER_MESSAGE", 2000)
+    async with cluster(model) as it:
+        asked = [begin(number, max_tokens=300, response=pb.ResponseOptions(logprobs=2)) for number in range(20)]
+        call = it.stub.GenerateMany(iter(asked))
+        await eventually(lambda: it.router.dispatcher.running == 20)
+        await eventually(lambda: it.router.dispatcher.running == 0)
+        tokens = 0
+        async for response in call:
+            sizes = [event.ByteSize() for event in response.events]
+            assert sum(sizes[:-1]) < 2000
+            tokens += sum(len(event.chunk.delta.logprobs) for event in response.events)
+        assert tokens == 20 * 300
 
 
 async def test_a_call_has_so_many_requests_at_once(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -500,8 +558,12 @@ async def test_each_request_counts_against_the_keys_limits(model: Path, tmp_path
     ):
         for _ in range(3):  # the call itself is one
             assert await streamed(client, max_tokens=3) == expected(3)
-        with pytest.raises(Overloaded, match="'alice' may make 4 requests per minute; try again in"):
-            await streamed(client, max_tokens=3)
+        with capture_logs() as told:
+            for _ in range(5):
+                with pytest.raises(Overloaded, match="'alice' may make 4 requests per minute; try again in"):
+                    await streamed(client, max_tokens=3)
+        assert [entry["event"] for entry in told] == ["call refused"]
+        assert calls_of(it, "GenerateMany.Begin", "RESOURCE_EXHAUSTED") == 5
 
 
 async def test_a_key_that_is_taken_away_begins_nothing_more(

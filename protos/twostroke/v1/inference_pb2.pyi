@@ -928,7 +928,8 @@ class GenerateManyRequest(_message.Message):
     """---------------------------------------------------------------- GenerateMany
 
     The call ends once the caller has said that it sends no more, and all that it has begun has ended. A router that is
-    about to stop ends it sooner, when nothing is under way.
+    about to stop ends it sooner, when nothing is under way. All of it ends with RESOURCE_EXHAUSTED when too much of one
+    answer waits to be read.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -941,7 +942,7 @@ class GenerateManyRequest(_message.Message):
         TIMEOUT_SECONDS_FIELD_NUMBER: _builtins.int
         TRACEPARENT_FIELD_NUMBER: _builtins.int
         timeout_seconds: _builtins.float
-        """then it ends with DEADLINE_EXCEEDED; never when not set"""
+        """From when the router reads this; then it ends with DEADLINE_EXCEEDED. Never when not set."""
         traceparent: _builtins.str
         """as W3C defines it: the request is put into this trace"""
         @_builtins.property
@@ -1061,16 +1062,20 @@ class GenerateManyResponse(_message.Message):
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
     EVENTS_FIELD_NUMBER: _builtins.int
+    DRAINING_FIELD_NUMBER: _builtins.int
+    draining: _builtins.bool
+    """the router is about to stop: what is begun from now on is refused here, and needs a new call"""
     @_builtins.property
     def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___GenerateManyResponse.Event]: ...
     def __init__(
         self,
         *,
         events: _abc.Iterable[Global___GenerateManyResponse.Event] | None = ...,
+        draining: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "events", b"events"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeAlias, TypeVar
 
 import cyclopts
 import grpc
@@ -48,6 +48,7 @@ FIRST_TOKEN, TICKS, TICKS_PER_SECOND = 1_000, 40_000, 10_000
 PROMPT = tuple(range(500, 532))
 
 Number = TypeVar("Number", int, float)
+Written: TypeAlias = tuple[int, Any]  # a tick, and the message that gRPC accepted then
 
 app = cyclopts.App(help=__doc__)
 spawn = multiprocessing.get_context("spawn")
@@ -80,8 +81,8 @@ def tick(_length: int = 0) -> int:
     return FIRST_TOKEN + int(time.monotonic() * TICKS_PER_SECOND) % TICKS
 
 
-def age_ms(token: int) -> float:
-    return 1000 * ((tick() - token) % TICKS) / TICKS_PER_SECOND
+def age_ms(token: int, now: int) -> float:
+    return 1000 * ((now - token) % TICKS) / TICKS_PER_SECOND
 
 
 # ---------------------------------------------------------------- the processes
@@ -143,9 +144,9 @@ async def _router(pipe: Connection, directory: Path, addresses: Sequence[str]) -
     model = load_config(directory)
     config = RouterConfig(listen="127.0.0.1:0", prefill=tuple(addresses[:1]), decode=tuple(addresses[1:]))
     service = Router(config, model, Tokenizer(directory, model), Guides(directory, model))
-    ages = array("d")
+    written: list[Written] = []
     for method in ("GenerateStream", "GenerateMany"):
-        setattr(service.service, method, _timed(getattr(service.service, method), ages))
+        setattr(service.service, method, _timed(getattr(service.service, method), written))
     port = await service.start()
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
         stub = inference_pb2_grpc.InferenceStub(channel)
@@ -158,33 +159,43 @@ async def _router(pipe: Connection, directory: Path, addresses: Sequence[str]) -
     pipe.send(f"127.0.0.1:{port}")
     began = time.process_time()
     await asyncio.to_thread(pipe.recv)
-    pipe.send((ages, time.process_time() - began))
+    cpu = time.process_time() - began
+    pipe.send((_ages(written), cpu))
     await service.stop(0)
 
 
-def _timed(method: Any, ages: "array[float]") -> Any:
+def _timed(method: Any, written: list[Written]) -> Any:
     async def timed(request: Any, context: Any) -> None:
-        await method(request, _Timed(context, ages))
+        await method(request, _Timed(context, written))
 
     return timed
 
 
 class _Timed:
-    """A call's context that notes the age of tokens once gRPC has accepted their message."""
+    """A call's context that notes when gRPC has accepted each message. What is done with that waits for the end: it
+    would take as long as the router itself."""
 
-    def __init__(self, context: Any, ages: "array[float]") -> None:
+    def __init__(self, context: Any, written: list[Written]) -> None:
         self.abort = context.abort
         self.invocation_metadata = context.invocation_metadata
         self.peer = context.peer
         self.time_remaining = context.time_remaining
         self._write = context.write
-        self._ages = ages
+        self._written = written
 
     async def write(self, message: Any) -> None:
         await self._write(message)
+        self._written.append((tick(), message))
+
+
+def _ages(written: list[Written]) -> "array[float]":
+    """Of each token when its message was accepted, ms."""
+    ages = array("d")
+    for at, message in written:
         many = isinstance(message, inference_pb2.GenerateManyResponse)
         for chunk in (event.chunk for event in message.events) if many else (message,):
-            self._ages.extend(age_ms(token) for token in chunk.delta.token_ids)
+            ages.extend(age_ms(token, at) for token in chunk.delta.token_ids)
+    return ages
 
 
 def bare(pipe: Connection, groups: int, step_seconds: float) -> None:
@@ -242,7 +253,7 @@ class _Bare:
             token = await waiter
             delta = inference_pb2.Delta(text=" word", token_ids=[token])
             await context.write(inference_pb2.GenerateChunk(delta=delta))
-            self.ages.append(age_ms(token))
+            self.ages.append(age_ms(token, tick()))
 
 
 def clients(pipe: Connection, streams: int, tokens: int, shared: bool) -> None:
@@ -258,7 +269,8 @@ async def _clients(pipe: Connection, address: str, streams: int, tokens: int, sh
             if token_ids := piece.token_ids:
                 arrivals.times.append(time.monotonic())
                 arrivals.tokens.append(len(token_ids))
-                arrivals.ages.extend(map(age_ms, token_ids))
+                now = tick()
+                arrivals.ages.extend(age_ms(token, now) for token in token_ids)
 
     async with AsyncClient(address, share_call=shared) as client:
         await asyncio.gather(*(one(client) for _ in range(streams)))

@@ -71,26 +71,27 @@ class Generation:
     def output_tokens(self) -> int:
         return sum(answer.tokens for answer in self._answers)
 
-    def advance(self, choice: Request) -> pb.GenerateChunk | None:
-        """The next chunk of a choice that was posted; None if there is nothing to send."""
+    def advance(self, choice: Request, chunk: pb.GenerateChunk) -> bool:
+        """Writes the next chunk of a choice that was posted into an empty one. Whether there is anything to send."""
         choice.posted = False
         answer = self._answers[choice.index]
         if answer.over:
-            return None
-        delta, finish = answer.advance()
+            return False
+        chunk.index = choice.index
+        finish = answer.advance(chunk.delta)
         if answer.behind and finish is None:
             choice.post()
         # What came before a failure is given all the same, and may have ended the answer.
         failure = choice.failure if finish is None and not answer.behind else None
         if finish is not None:
+            chunk.finish.CopyFrom(finish)
             self.finishes.append(finish)
             self._ended(choice)
             _log_finish(choice, finish)
         if failure is not None:
             self.failure = failure
-            if not delta.ByteSize():
-                return None
-        return pb.GenerateChunk(index=choice.index, delta=delta, finish=finish)
+            return chunk.delta.ByteSize() > 0
+        return True
 
 
 class Generator:

@@ -200,35 +200,36 @@ class Many:
     async def _write(self, write: Callable[[pb.GenerateManyResponse], Awaitable[None]]) -> None:
         told_of_drain = False
         while self._failure is None and (self._served or not self._closed):
-            events: list[pb.GenerateManyResponse.Event] = []
-            size = 0
+            response, size = pb.GenerateManyResponse(), 0
             for item in await self._mailbox.take():
                 served = self._of.get(item) if isinstance(item, Request) else item
                 if served is None:
                     continue
-                news, served.events = served.events, []
+                if served.events:
+                    response.events.extend(served.events)
+                    served.events.clear()
                 if isinstance(item, Request):
-                    news += self._advance(served, item)
+                    size += self._advance(served, item, response)
                 elif served.ended:
                     self._leave(served)
-                events += news
-                size += sum(event.ByteSize() for event in news)
-                if len(events) >= EVENTS_PER_MESSAGE or size >= BYTES_PER_MESSAGE:
-                    await write(pb.GenerateManyResponse(events=events))
-                    events, size = [], 0
-            if events or self._draining > told_of_drain:
-                await write(pb.GenerateManyResponse(events=events, draining=self._draining))
-                told_of_drain = self._draining
+                if len(response.events) >= EVENTS_PER_MESSAGE or size >= BYTES_PER_MESSAGE:
+                    await write(response)
+                    response, size = pb.GenerateManyResponse(), 0
+            if response.events or self._draining > told_of_drain:
+                response.draining = told_of_drain = self._draining
+                await write(response)
         failure, self._failure = self._failure, None  # whose frames will hold this
         if failure is not None:
             raise failure
 
-    def _advance(self, served: _Served, choice: Request) -> tuple[pb.GenerateManyResponse.Event, ...]:
+    def _advance(self, served: _Served, choice: Request, response: pb.GenerateManyResponse) -> int:
+        """Adds what is new of a choice. Returns how many bytes that is."""
         generation = served.generation
         assert generation is not None
-        chunk, failure = None, None
+        # Made where it stays: a message that is put into another one is copied.
+        event, has_news, failure = response.events.add(id=served.number), False, None
         try:
-            chunk = generation.advance(choice)
+            has_news = generation.advance(choice, event.chunk)
         except Exception as error:  # a bug, at the cost of this request alone
             failure = error
         if not served.done.done():
@@ -236,7 +237,10 @@ class Many:
                 served.done.set_exception(failure)
             elif generation.over:
                 served.done.set_result(None)
-        return () if chunk is None else (Event(id=served.number, chunk=chunk),)
+        if not has_news:
+            del response.events[-1]
+            return 0
+        return event.ByteSize()
 
     def _leave(self, served: _Served) -> None:
         if not served.left:

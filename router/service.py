@@ -147,7 +147,8 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                 yield generation.prompt
                 while not generation.over:
                     for choice in await mailbox.take():
-                        if (chunk := generation.advance(choice)) is not None:
+                        chunk = pb.GenerateChunk()
+                        if generation.advance(choice, chunk):
                             yield chunk
                         if generation.failure is not None:
                             raise generation.failure

@@ -54,8 +54,8 @@ class Answer:
         self.over = False
         self.behind = False
 
-    def advance(self) -> tuple[pb.Delta, pb.Finish | None]:
-        """What came next, up to `MOST_TOKENS`, and the finish if the answer is over with it."""
+    def advance(self, delta: pb.Delta) -> pb.Finish | None:
+        """Writes what came next, up to `MOST_TOKENS`, into an empty delta. Returns the finish if the answer is over."""
         request = self._request
         begin, was_behind = self.tokens, self.behind
         tokens = request.output[begin : begin + MOST_TOKENS]
@@ -75,18 +75,19 @@ class Answer:
             finish = self._finished_by_token()
         if tokens and not was_behind:
             self._measure()
-        token_ids = tokens if self._job.want_token_ids else ()
         if self._parser is None:
-            delta = pb.Delta(text=text, token_ids=token_ids)
+            delta.text = text
         else:
             parts = self._parser.feed(text, last=finish is not None)
-            delta = pb.Delta(
-                text=parts.text, token_ids=token_ids, reasoning_content=parts.reasoning, tool_calls=parts.calls
-            )
+            delta.text = parts.text
+            delta.reasoning_content = parts.reasoning
+            delta.tool_calls.extend(parts.calls)
+        if self._job.want_token_ids:
+            delta.token_ids.extend(tokens)
         if self._job.logprobs is not None:
             pairs = zip(tokens, request.take_logprobs(len(tokens)), strict=True)
             delta.logprobs.extend(self._token_logprob(token, logprobs) for token, logprobs in pairs)
-        return delta, finish
+        return finish
 
     # ------------------------------------------------------------ text
 

@@ -147,10 +147,11 @@ async def test_a_wrong_request_ends_alone(model: Path) -> None:
 async def test_a_bug_that_one_request_meets_ends_that_one(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     advance = Generation.advance
 
-    def broken(generation: Generation, choice: Request) -> pb.GenerateChunk | None:
+    def broken(generation: Generation, choice: Request, chunk: pb.GenerateChunk) -> bool:
         if choice.id == "meets it" and len(choice.output) > 3:
+            chunk.delta.text = "half"
             raise RuntimeError("a bug")
-        return advance(generation, choice)
+        return advance(generation, choice, chunk)
 
     monkeypatch.setattr(Generation, "advance", broken)
     async with (

@@ -256,8 +256,15 @@ def check_decode_plan(lengths: tuple[int, ...], kv_heads: int) -> None:
     real = [count for count, length in zip(keys, lengths, strict=True) if length]
     uneven = len(real) > 1 and pvariance(real) > 0.02 * mean(real) ** 2
     limit = share if uneven else 5 * share // 2
+    at_once = triton_decode_attention._at_once(kv_heads, DEVICE)
+    last_wave = len(real) % at_once if len(real) > at_once and not uneven else 0
+    in_last_wave = [row for row, length in enumerate(lengths) if length][len(real) - last_wave :]
     for row, count in enumerate(keys):
         own = [end - start for owner, start, end, *_ in items if owner == row]
+        if row in in_last_wave:
+            most = -(-count // min(at_once // last_wave, 1 + shares // last_wave))
+            assert max(own) == min(-(-most // tile) * tile, count)
+            continue
         assert len(own) == 1 if count <= limit else len(own) > 1 or count <= tile
         # a piece is about a share, in whole tiles
         assert max(own) <= max(limit, 5 * share // 4 + tile)

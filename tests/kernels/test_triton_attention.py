@@ -36,6 +36,10 @@ def test_decode_attention_of_more_sequences_than_shares() -> None:
     checks.check_decode_attention((*range(1, 140, 7), 0, 900, 0, *range(140, 1, -7)), 4, 2, 64, 16, torch.float32)
 
 
+def test_decode_attention_of_a_last_wave_that_is_cut() -> None:
+    checks.check_decode_attention((*range(490, 498), 0, 500, 501, 0), 4, 2, 64, 16, torch.float32)
+
+
 def test_decode_attention_without_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks.triton_decode_attention, "_PROGRAMS_PER_SM", 0)  # one share, none to merge
     checks.check_decode_attention((300, 0, 5), 6, 2, 64, 16, torch.float32)
@@ -53,6 +57,9 @@ def test_decode_attention_without_splits(monkeypatch: pytest.MonkeyPatch) -> Non
         (500,) * 4 + (620,),
         (700, 300, 600, 100),
         (*range(1, 400, 3), 0, 9000, 0),
+        (*range(490, 498), 0, 500, 501, 0),  # two more than run at once
+        (500,) * 8 + (0,) * 8,  # as many as run at once
+        (500,) * 23,  # of the last wave there are more than shares
     ],
     ids=[
         "one token",
@@ -64,6 +71,9 @@ def test_decode_attention_without_splits(monkeypatch: pytest.MonkeyPatch) -> Non
         "almost equal",
         "uneven",
         "many",
+        "two in the last wave",
+        "one wave",
+        "a last wave of many",
     ],
 )
 def test_decode_plan(lengths: tuple[int, ...]) -> None:

@@ -93,6 +93,16 @@ SHAPES: dict[str, dict[str, Any]] = {
     "llama-3.1-8b": _LLAMA_3_1_8B,
     "llama-3.1-8b-fp8": _LLAMA_3_1_8B | {"quantization_config": _CHANNELS},
     "qwen3-1.7b": _QWEN3_0_6B | {"hidden_size": 2048, "intermediate_size": 6144},
+    "qwen3-4b": _QWEN3_0_6B
+    | {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32},
+    "qwen3-14b": _QWEN3_0_6B
+    | {
+        "hidden_size": 5120,
+        "intermediate_size": 17408,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 40,
+        "tie_word_embeddings": False,
+    },
     "qwen3-8b-fp8": _QWEN3_0_6B
     | {
         "hidden_size": 4096,

@@ -20,7 +20,11 @@ _SMALL_WEIGHT = 1 << 23  # elements; up to here our kernels beat cuBLAS at every
 _FEW_ROWS = 2  # up to here `triton_few_rows` is the fastest for a small weight
 _STREAMED_ROWS = 32  # up to here `streamed_linear` is the fastest next, and above that only for
 _STREAMED_INPUTS = 640  # at least so many inputs, and, where no norm is begun, for large weights with
-_STREAMED_SPLITS = 2  # few parts to add up
+_STREAMED_SPLITS = 2  # few parts to add up,
+_STREAMED_USE = 0.7  # of the SMs used if none is split,
+_STREAMED_AFTER_NORM = 64  # and up to so many rows, or, if the product adds to the residual, all that it supports
+_GATED_ROWS = 128  # up to here `gated_linear` is the fastest for a large weight that is not streamed,
+_GATED_PAIRS_ROWS = 176  # and from here on: in between, its pairs of thread blocks multiply too much that is not there
 
 
 def _is_small(weight: Tensor) -> bool:
@@ -34,12 +38,19 @@ def _few(x: Tensor, weight: Tensor, *, gated: bool = False) -> bool:
 
 
 def streams(
-    x: Tensor, weight: Tensor, *, gated: bool = False, begun: bool = False, begins: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    *,
+    gated: bool = False,
+    begun: bool = False,
+    adds: bool = False,
+    begins: Tensor | None = None,
 ) -> bool:
     """Whether `streamed_linear` takes this product.
 
     Args:
         begun: the layer before has begun the norm of this one.
+        adds: to the residual.
         begins: the weight of the next layer's norm, which this one may begin.
     """
     if not is_hopper(x.device):
@@ -54,7 +65,10 @@ def streams(
         return False
     if begun or streamed_linear.begins_norm(x, weight, begins):
         return True
-    return not _is_small(weight) and streamed_linear.splits(x, weight) <= _STREAMED_SPLITS
+    if _is_small(weight) or not (adds or x.shape[0] <= _STREAMED_AFTER_NORM):
+        return False
+    splits = streamed_linear.splits(x, weight)
+    return splits <= _STREAMED_SPLITS and (splits > 1 or streamed_linear.used(x, weight) >= _STREAMED_USE)
 
 
 def _gates(x: Tensor, gate_up: Tensor) -> bool:
@@ -62,7 +76,7 @@ def _gates(x: Tensor, gate_up: Tensor) -> bool:
         return False
     from kernels.cuda.gated_linear import suits_gated
 
-    return suits_gated(x, gate_up)
+    return suits_gated(x, gate_up) and not _GATED_ROWS < x.shape[0] < _GATED_PAIRS_ROWS
 
 
 def _tiles(x: Tensor, weight: Tensor) -> bool:
@@ -113,7 +127,7 @@ def add_linear(hidden: Hidden, x: Tensor, weight: Weight, bias: Tensor | None, n
     states = hidden.states
     if _few(x, weight):
         return Hidden(few_rows_linear(x, weight, bias=bias, residual=states))
-    if streams(x, weight, begins=next_norm):
+    if streams(x, weight, adds=True, begins=next_norm):
         from kernels.cuda.streamed_linear import add_streamed_linear
 
         return add_streamed_linear(states, x, weight, bias, next_norm)

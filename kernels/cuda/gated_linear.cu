@@ -2,8 +2,8 @@
 //
 // out [tokens, outputs] = silu(gate) * up, [gate, up] = x [tokens, inputs] @ weight [2 * outputs, inputs]^T
 //
-// - Thread blocks are persistent. Each has 128 tokens, 64 for each of its two consumer warpgroups, and takes one tile
-//   of ROWS rows of the weight after another.
+// - Thread blocks are persistent. Each has X_ROWS tokens, up to 64 for each of its two consumer warpgroups, and takes
+//   one tile of ROWS rows of the weight after another.
 // - A producer warp, the last one, loads x and the weight by TMA through a ring of stages in shared memory. The weight
 //   is loaded before the previous kernel has ended; x has to wait for it.
 // - With more than 128 tokens, two thread blocks form a cluster. Each loads half of a tile and multicasts it to both.
@@ -11,10 +11,11 @@
 //   sums of an output.
 //
 // Macros beside hopper.cuh's, all numbers: SHARING (thread blocks of a cluster, 1 or 2) ROWS (of a tile, a multiple of
-// 16 for each thread block of the cluster) STAGES.
+// 16 for each thread block of the cluster) STAGES X_ROWS (up to 128).
 
 constexpr int WARPGROUPS = 2, TOKENS = 64 * WARPGROUPS, OUTPUTS = ROWS / 2;
 constexpr int WEIGHT_BYTES = ROWS * STEP_BYTES, X_BYTES = TOKENS * STEP_BYTES, STAGE_BYTES = WEIGHT_BYTES + X_BYTES;
+constexpr int LOADED_BYTES = WEIGHT_BYTES + X_ROWS * STEP_BYTES;  // of a stage
 constexpr int CONSUMERS = 128 * WARPGROUPS, THREADS = CONSUMERS + 32;
 
 __device__ __forceinline__ void arrive_at(u64* barrier, int program) {
@@ -65,7 +66,7 @@ gated_linear(const __grid_constant__ TensorMap x, const __grid_constant__ Tensor
 
     if (threadIdx.x == CONSUMERS) {
         const auto begin = [&](const Place& at, int tile, int step) {
-            expect(full + at.stage, STAGE_BYTES);
+            expect(full + at.stage, LOADED_BYTES);
             load_share(ring + at.stage * STAGE_BYTES + rank * (WEIGHT_BYTES / SHARING), weight, step * STEP,
                        tile * SHARING + rank, full + at.stage);
         };
@@ -79,11 +80,12 @@ gated_linear(const __grid_constant__ TensorMap x, const __grid_constant__ Tensor
                     wait(empty + at.stage, at.round - 1 & 1);
                     begin(at, tile, step);
                 }
-                load(ring + at.stage * STAGE_BYTES + WEIGHT_BYTES, x, step * STEP, rank * TOKENS, full + at.stage);
+                load(ring + at.stage * STAGE_BYTES + WEIGHT_BYTES, x, step * STEP, rank * X_ROWS, full + at.stage);
             }
     } else if (threadIdx.x < CONSUMERS) {
         const int warpgroup = threadIdx.x / 128, thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
-        const int token = rank * TOKENS + warpgroup * 64 + warp * 16 + lane / 4;  // a thread has this and token + 8
+        // A thread has this token and the one that is 8 further. Sums of tokens that were not loaded mean nothing.
+        const int token = rank * X_ROWS + warpgroup * 64 + warp * 16 + lane / 4, end = min(tokens, (rank + 1) * X_ROWS);
         Place at, before;
         const auto let_load = [&] {
             if (thread < SHARING) arrive_at(empty + before.stage, thread);
@@ -113,8 +115,8 @@ gated_linear(const __grid_constant__ TensorMap x, const __grid_constant__ Tensor
             for (int eight = 0; eight < OUTPUTS / 8; ++eight, to += 8) {
                 const float *gate = sums + eight * 8, *up = gate + 4;
                 if (first + eight * 8 >= outputs) break;
-                if (token < tokens) *(u32*)to = pair_of(silu(gate[0]) * up[0], silu(gate[1]) * up[1]);
-                if (token + 8 < tokens)
+                if (token < end) *(u32*)to = pair_of(silu(gate[0]) * up[0], silu(gate[1]) * up[1]);
+                if (token + 8 < end)
                     *(u32*)(to + 8ll * outputs) = pair_of(silu(gate[2]) * up[2], silu(gate[3]) * up[3]);
             }
         }

@@ -19,16 +19,19 @@ from kernels.cuda.cuda_kernel import HOPPER_STEP_BYTES, CudaKernel, suits_hopper
 from kernels.cuda.triton_launch import multiprocessors, shared_bytes
 
 _STEP = HOPPER_STEP_BYTES // 2  # inputs, of 16 bits
-_TOKENS = 128  # of a thread block
+_TOKENS = 128  # most of a thread block
+_X_UNIT = 32  # that the tokens it loads are a multiple of: few sizes, since each is a kernel of its own
 MAX_ROWS = 2 * _TOKENS
 _THREADS = 2 * 128 + 32
 _UNIT = 16  # the smallest number of tile rows that a thread block loads: eight of gate and eight of up
+_TILE_COST = 64  # rows that could be multiplied in the time that a tile takes whatever its height, with x to be loaded
 _MAX_TILE = 256  # rows: the largest N of a wgmma instruction
 
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    sharing: int  # thread blocks that share a tile, each with 128 tokens
+    sharing: int  # thread blocks that share a tile
+    x_rows: int  # tokens that each of them loads
     tile_rows: int  # of the weight
     stages: int
     programs: int  # thread blocks of the grid
@@ -47,14 +50,15 @@ def _plan(tokens: int, rows: int, inputs: int, device: torch.device) -> _Plan:
     sharing = triton.cdiv(tokens, _TOKENS)
     at_once = multiprocessors(device) // sharing
 
-    def rounds_of_rows(tile_rows: int) -> tuple[int, int]:
-        tiles = triton.cdiv(rows, tile_rows)
-        return triton.cdiv(tiles, at_once) * tile_rows, -tile_rows
+    def cost(tile_rows: int) -> tuple[int, int]:
+        rounds = triton.cdiv(triton.cdiv(rows, tile_rows), at_once)
+        return rounds * (tile_rows + _TILE_COST), -tile_rows
 
-    tile_rows = min(range(_UNIT * sharing, _MAX_TILE + 1, _UNIT * sharing), key=rounds_of_rows)
+    tile_rows = min(range(_UNIT * sharing, _MAX_TILE + 1, _UNIT * sharing), key=cost)
     stages = min(inputs // _STEP, shared_bytes(device) // (_stage_bytes(tile_rows) + 2 * 8))
     programs = min(at_once, triton.cdiv(rows, tile_rows)) * sharing
-    return _Plan(sharing, tile_rows, stages, programs)
+    x_rows = -(-tokens // (sharing * _X_UNIT)) * _X_UNIT
+    return _Plan(sharing, x_rows, tile_rows, stages, programs)
 
 
 def suits_gated(x: Tensor, weight: Tensor) -> bool:
@@ -64,7 +68,7 @@ def suits_gated(x: Tensor, weight: Tensor) -> bool:
 
 @cache
 def _kernel(plan: _Plan, dtype: torch.dtype, device: torch.device) -> CudaKernel:
-    macros = {"SHARING": plan.sharing, "ROWS": plan.tile_rows, "STAGES": plan.stages}
+    macros = {"SHARING": plan.sharing, "ROWS": plan.tile_rows, "STAGES": plan.stages, "X_ROWS": plan.x_rows}
     return CudaKernel("gated_linear", plan.tile_rows, macros, plan.shared_bytes, dtype, device)
 
 
@@ -78,7 +82,7 @@ def gated_linear(x: Tensor, weight: Tensor) -> Tensor:
     outputs = weight.shape[0] // 2
     plan = _plan(tokens, weight.shape[0], inputs, x.device)
     out = torch.empty((tokens, outputs), dtype=x.dtype, device=x.device)
-    x_map = tensor_map(x, (inputs, tokens), (x.stride(0),), (_STEP, _TOKENS))
+    x_map = tensor_map(x, (inputs, tokens), (x.stride(0),), (_STEP, plan.x_rows))
     weight_map = tensor_map(
         weight,
         (inputs, 8, 2, outputs // 8),

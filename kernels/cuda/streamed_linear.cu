@@ -15,10 +15,11 @@
 //   output, and the epilogue multiplies by both. Or IN_BLOCKS: one for each 128 inputs of a token, and one for each
 //   block of 128 x 128 of the weight. A pipeline stage has 128 inputs, so its sums are scaled before they are added up.
 //
-// Macros beside hopper.cuh's, all numbers: TOKENS (8, 16, 32, 64 or 128) WARPGROUPS SPLITS WEIGHT_STAGES X_STAGES (at
+// Macros beside hopper.cuh's, all numbers: TOKENS (a multiple of 8 up to 128) WARPGROUPS SPLITS WEIGHT_STAGES X_STAGES (at
 // most WEIGHT_STAGES), and 0 or 1: GATED, IN_BLOCKS.
 
 constexpr int larger(int a, int b) { return a > b ? a : b; }
+constexpr int power_of_two(int most) { return most < 2 ? 1 : 2 * power_of_two(most / 2); }  // the largest up to it
 constexpr int ROWS = 64 * WARPGROUPS, OUTPUTS = GATED ? ROWS / 2 : ROWS;
 constexpr int WEIGHT_BYTES = ROWS * STEP_BYTES, X_BYTES = TOKENS * STEP_BYTES;  // of a stage
 constexpr int BLOCK = 128;                      // rows and inputs of a weight that share a scale
@@ -89,7 +90,7 @@ __device__ __forceinline__ float sum_of_lanes(float value) {
 // The norm's factor for each token's sums, from squares [tokens, parts].
 __device__ __forceinline__ void scale_tokens(float* scales, const float* squares, int tokens, int parts, int inputs,
                                              float eps) {
-    constexpr int LANES = CONSUMERS / TOKENS < 32 ? CONSUMERS / TOKENS : 32;  // that share a token
+    constexpr int LANES = power_of_two(CONSUMERS / TOKENS < 32 ? CONSUMERS / TOKENS : 32);  // that share a token
     const int token = threadIdx.x / LANES, lane = threadIdx.x % LANES;
     float sum = 0;
     if (token < tokens)

@@ -1,5 +1,5 @@
-"""Linear layers of decode batches of up to 64 tokens on Hopper GPUs (128 with weights of 8-bit floats), at the memory
-bandwidth of their weights. The kernel is in streamed_linear.cu; `kernels.linear` holds the references.
+"""Linear layers of decode batches of up to 128 tokens on Hopper GPUs, at the memory bandwidth of their weights. The
+kernel is in streamed_linear.cu; `kernels.linear` holds the references.
 
 With few tokens, a product takes as long as reading its weight. A library's kernel begins to read when the kernel before
 it has ended. This one uses programmatic dependent launch: while the kernel before it still runs, it fills shared memory
@@ -31,8 +31,7 @@ from kernels.cuda.triton_launch import multiprocessors, shared_bytes
 from kernels.fp8 import Fp8Weight, Weight
 from kernels.hidden import BegunNorm, Hidden
 
-MAX_ROWS = 64
-MAX_FP8_ROWS = 128  # where the weight has 8-bit floats
+MAX_ROWS = 128
 _TILE = 64  # rows of the weight for each warpgroup: the M of wgmma
 _MAX_STAGES = 16
 _SHORT_RING = 8  # stages of x, enough since x comes from L2
@@ -74,11 +73,16 @@ class _Plan:
         return max(ring, sums) + scales + barriers + 4 * self.tokens
 
 
+def _padded(tokens: int) -> int:
+    """Tokens of a tile. Few sizes, since each is a kernel of its own."""
+    return max(8, int(triton.next_power_of_2(tokens))) if tokens <= 64 else -(-tokens // 16) * 16
+
+
 @cache
 def _plan(tokens: int, rows: int, steps: int, in_blocks: bool, device: torch.device) -> _Plan | None:
     """The plan for a weight of so many rows, whose inputs take so many pipeline steps. None if its thread blocks do not
     all fit on the GPU at once: then a persistent kernel is faster."""
-    tokens = max(8, triton.next_power_of_2(tokens))
+    tokens = _padded(tokens)
     processors = multiprocessors(device)
     warpgroups = 2 if rows > 2 * processors * _TILE else 1
     tiles = triton.cdiv(rows, warpgroups * _TILE)
@@ -103,7 +107,7 @@ def suits_stream(x: Tensor, weight: Weight, *, gated: bool = False) -> bool:
     """Whether `streamed_linear` supports this x, which is yet to be quantized if the weight is, and weight."""
     values = _values(weight)
     return (
-        0 < x.shape[0] <= (MAX_FP8_ROWS if isinstance(weight, Fp8Weight) else MAX_ROWS)
+        0 < x.shape[0] <= MAX_ROWS
         and suits_hopper(x, values)
         and values.shape[0] % (_VALUES * (2 if gated else 1)) == 0
         and _find_plan(x.shape[0], weight) is not None
@@ -113,6 +117,11 @@ def suits_stream(x: Tensor, weight: Weight, *, gated: bool = False) -> bool:
 def splits(x: Tensor, weight: Tensor) -> int:
     """How many thread blocks share a tile's inputs, and then have their parts to add up."""
     return _planned(x, weight).splits
+
+
+def used(x: Tensor, weight: Tensor) -> float:
+    """The share of the SMs that have a thread block of their own; more than 1 if some have two."""
+    return _planned(x, weight).programs / multiprocessors(x.device)
 
 
 def begins_norm(x: Tensor | Quantized, weight: Weight, next_norm: Tensor | None) -> bool:

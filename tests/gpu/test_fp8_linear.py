@@ -15,7 +15,7 @@ if torch.cuda.get_device_capability()[0] != 9:
 from common.device.graph_capture import capture
 from kernels import fp8, linear
 from kernels.cuda import fastest_linear
-from kernels.cuda.streamed_linear import MAX_FP8_ROWS, suits_stream
+from kernels.cuda.streamed_linear import MAX_ROWS, suits_stream
 from kernels.cuda.triton_fp8 import Quantized, quantize
 from kernels.fp8 import GROUP, Fp8Weight
 from kernels.hidden import Hidden
@@ -23,7 +23,7 @@ from kernels.linear import Mlp
 from tests.kernels.inputs import DEVICE
 
 EPS = 1e-5
-TOKENS = (1, 2, 7, 8, 9, 16, 17, 33, 64, 65, 128, 129, 1024)
+TOKENS = (1, 2, 7, 8, 9, 16, 17, 33, 64, 65, 90, 112, 128, 129, 1024)
 SHAPES = [  # outputs of one matrix, inputs
     (512, 256),
     (1280, 1024),  # split-K
@@ -164,5 +164,5 @@ def check_replays(work: Callable[[], Tensor]) -> None:
 def test_few_tokens_are_streamed() -> None:
     for in_blocks in (False, True):
         matrix = weight(4096, 4096, in_blocks)
-        assert suits_stream(states(MAX_FP8_ROWS, 4096), matrix)
-        assert not suits_stream(states(MAX_FP8_ROWS + 1, 4096), matrix)
+        assert suits_stream(states(MAX_ROWS, 4096), matrix)
+        assert not suits_stream(states(MAX_ROWS + 1, 4096), matrix)

@@ -10,6 +10,8 @@ if not torch.cuda.is_available():
 if torch.cuda.get_device_capability()[0] != 9:
     pytest.skip("no Hopper GPU: its matrix units' instructions are what this is written in", allow_module_level=True)
 
+from kernels.cuda import fastest_linear
+from kernels.cuda import gated_linear as gated_linear_module
 from kernels.cuda.fastest_linear import norm_gated_linear
 from kernels.cuda.gated_linear import MAX_ROWS, gated_linear, suits_gated
 from kernels.cuda.triton_norm import rms_norm
@@ -24,10 +26,20 @@ def check(x: Tensor, w: Tensor) -> None:
 
 
 # One tile or many, with ends; fewer steps than stages; one round, and several with a last one that not all have.
-SHAPES = [(8, 64), (104, 192), (488, 320), (1000, 896), (4864, 896), (6144, 2048), (14336, 4096), (18944, 3584)]
+SHAPES = [
+    (8, 64),
+    (104, 192),
+    (488, 320),
+    (1000, 896),
+    (4864, 896),
+    (6144, 2048),
+    (14336, 4096),
+    (17408, 5120),
+    (18944, 3584),
+]
 
 
-@pytest.mark.parametrize("rows", [1, 64, 65, 72, 127, 128, 129, 200, 256])
+@pytest.mark.parametrize("rows", [1, 64, 65, 72, 97, 127, 128, 129, 160, 200, 256])
 @pytest.mark.parametrize(("outputs", "inputs"), SHAPES)
 def test_products(rows: int, outputs: int, inputs: int) -> None:
     check(randn(rows, inputs), weight(2 * outputs, inputs))
@@ -83,6 +95,18 @@ def test_a_chain_of_launches_in_a_graph_always_gives_the_same(rows: int) -> None
     first = chain()
     assert (first.float() - by_library().float()).norm() / first.float().norm() < 3e-2
     check_replays(chain, first)
+
+
+@pytest.mark.parametrize("outputs", [6144, 14336, 17408, 25600])
+@pytest.mark.parametrize("rows", [96, 200])
+def test_tiles_are_never_small(outputs: int, rows: int) -> None:
+    """Then loading x would take longer than anything else."""
+    assert gated_linear_module._plan(rows, 2 * outputs, 5120, DEVICE).tile_rows >= 96
+
+
+@pytest.mark.parametrize(("rows", "takes"), [(65, True), (128, True), (129, False), (175, False), (176, True)])
+def test_which_numbers_of_rows_are_taken(rows: int, takes: bool) -> None:
+    assert fastest_linear._gates(randn(rows, 1024), weight(2 * 8192, 1024)) == takes
 
 
 def test_what_does_not_suit() -> None:

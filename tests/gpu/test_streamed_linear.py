@@ -75,14 +75,14 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("rows", [1, 2, 7, 8, 9, 16, 23, 32, 33, 64])
+@pytest.mark.parametrize("rows", [1, 2, 7, 8, 9, 16, 23, 32, 33, 64, 65, 90, 112, 128])
 @pytest.mark.parametrize(("outputs", "inputs"), SHAPES)
 def test_products(rows: int, outputs: int, inputs: int) -> None:
     check(randn(rows, inputs), weight(outputs, inputs))
 
 
 @pytest.mark.parametrize("dtype", [BF16, torch.float16])
-@pytest.mark.parametrize("rows", [3, 16, 64])
+@pytest.mark.parametrize("rows", [3, 16, 64, 77, 128])
 @pytest.mark.parametrize(("outputs", "inputs"), [(1024, 2048), (488, 320), (MANY, 256)])
 def test_bias_and_residual(rows: int, outputs: int, inputs: int, dtype: torch.dtype) -> None:
     x, w = randn(rows, inputs, dtype=dtype), weight(outputs, inputs, dtype)
@@ -94,7 +94,7 @@ def test_bias_and_residual(rows: int, outputs: int, inputs: int, dtype: torch.dt
 
 
 @pytest.mark.parametrize("dtype", [BF16, torch.float16])
-@pytest.mark.parametrize("rows", [1, 5, 16, 31, 64])
+@pytest.mark.parametrize("rows", [1, 5, 16, 31, 64, 80, 128])
 @pytest.mark.parametrize(("outputs", "inputs"), [(8, 64), (3072, 1024), (1000, 576), (MANY // 2, 512)])
 def test_gated(rows: int, outputs: int, inputs: int, dtype: torch.dtype) -> None:
     check_gated(randn(rows, inputs, dtype=dtype), weight(2 * outputs, inputs, dtype))
@@ -213,7 +213,7 @@ def ended(hidden: Hidden, w: Tensor, *, bias: Tensor | None = None, gated: bool 
 
 
 # Hidden sizes of one tile and of as many as there may be.
-@pytest.mark.parametrize("rows", [1, 5, 8, 16, 31, 64])
+@pytest.mark.parametrize("rows", [1, 5, 8, 16, 31, 64, 72, 96, 97, 128])
 @pytest.mark.parametrize("hidden_size", [64, 576, 1024])
 def test_a_norm_that_is_begun_and_ended(hidden_size: int, rows: int) -> None:
     check_begun_norm(rows, hidden_size)
@@ -261,6 +261,7 @@ def test_no_norm_is_begun_in_float16() -> None:
         (2048, 2048, {"begins": randn(2048)}, False),
         (2048, 6144, {}, False),
         (2 * 6144, 2048, {"gated": True}, True),
+        (5120, 5120, {}, False),
         (4096, 4096, {}, True),
         (4096, 14336, {}, True),
     ],
@@ -271,6 +272,30 @@ def test_which_products_of_more_than_32_rows_are_taken(
     w = weight(outputs, inputs)
     assert fastest_linear.streams(randn(32, inputs), w, **options)
     assert fastest_linear.streams(randn(33, inputs), w, **options) == takes
+
+
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "options", "takes"),
+    [
+        (4096, 1024, {"begun": True}, True),
+        (1024, 3072, {"adds": True, "begins": randn(1024)}, True),
+        (4096, 1024, {}, False),
+        (2 * 6144, 2048, {"gated": True}, False),
+        (2048, 2048, {"adds": True}, False),
+        (2048, 6144, {"adds": True}, False),
+        (2560, 9728, {"adds": True}, True),
+        (6144, 4096, {}, False),
+        (5120, 5120, {"adds": True}, False),
+        (4096, 4096, {"adds": True}, True),
+        (4096, 14336, {"adds": True}, True),
+    ],
+)
+def test_which_products_of_more_than_64_rows_are_taken(
+    outputs: int, inputs: int, options: dict[str, Any], takes: bool
+) -> None:
+    w = weight(outputs, inputs)
+    assert fastest_linear.streams(randn(65, inputs), w, **options) == takes
+    assert not fastest_linear.streams(randn(129, inputs), w, **options)
 
 
 def test_what_does_not_suit() -> None:

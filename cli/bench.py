@@ -81,7 +81,7 @@ class _Measured:
 
 async def _measure(connection: Connection, load: LoadConfig, measured: _Measured) -> None:
     """Fills `measured`, which keeps what there is if Ctrl-C ends this."""
-    client = connection.async_client()
+    client = connection.async_client(share_call=load.share_call)
     async with client:
         measured.model = (await client.model(timeout=10)).name
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()

@@ -4,9 +4,10 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Annotated, TypeVar, cast
 
 from cyclopts import Parameter
@@ -50,13 +51,13 @@ class Connection(TlsConfig):
         """
         return self._made(Client)
 
-    def async_client(self) -> AsyncClient:
+    def async_client(self, *, share_call: bool = False) -> AsyncClient:
         """Raises as `client`."""
-        return self._made(AsyncClient)
+        return self._made(partial(AsyncClient, share_call=share_call))
 
-    def _made(self, kind: type[_Client]) -> _Client:
+    def _made(self, make: Callable[..., _Client]) -> _Client:
         try:
-            return kind(
+            return make(
                 self.target,
                 api_key=self.api_key,
                 tls=channel_credentials(pem.read(self)) or self.tls,

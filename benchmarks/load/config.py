@@ -41,6 +41,9 @@ class LoadConfig:
     seed: int = 0
     """The same seed makes the same requests at the same times."""
 
+    share_call: bool = False
+    """All requests share one gRPC call, as those of AsyncClient(share_call=True) do."""
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:

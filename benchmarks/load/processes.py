@@ -33,7 +33,7 @@ def start(
 
 def _load(target: str, config: LoadConfig, timeout: float) -> list[Record]:
     async def load() -> list[Record]:
-        async with AsyncClient(target, timeout=timeout) as client:
+        async with AsyncClient(target, timeout=timeout, share_call=config.share_call) as client:
             return await run(client, config, lambda _: None)
 
     return event_loop.run(load())

@@ -14,6 +14,9 @@ import pytest
 from prometheus_client import generate_latest
 from structlog.testing import capture_logs
 
+from benchmarks.load.config import LoadConfig
+from cli import bench
+from cli.options import Connection
 from router import many, service
 from router.callers import api_keys
 from router.dispatch.dispatcher import STOPPED
@@ -130,6 +133,15 @@ async def test_a_lost_worker_is_made_up_for(model: Path) -> None:
         await workers[0].die()
         assert [await answer for answer in answers] == [expected(60)] * 6
         it.decodes.remove(workers[0])
+
+
+async def test_a_load_may_share_a_call(model: Path) -> None:
+    load = LoadConfig(requests=6, warmup=2, prompt_tokens="4", output_tokens="5", share_call=True)
+    async with cluster(model) as it:
+        measured = bench._Measured()
+        await bench._measure(Connection(target=it.address), load, measured)
+        assert [sum(count for _, count in record.deltas) for record in measured.records] == [5] * 6
+        assert calls_of(it, "GenerateMany.Begin") == 8
 
 
 # ------------------------------------------------------------ how one of them ends

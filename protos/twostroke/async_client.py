@@ -31,7 +31,7 @@ from twostroke.chat import ChatOptions, Messages
 from twostroke.errors import closed, error_of, unusable
 from twostroke.request import Options, Prompt, chat_request, detokenize_request, generate_request, tokenize_request
 from twostroke.results import Generation, Piece, generation_of, piece_of
-from twostroke.shared_call import MOST_BYTES, SharedCall
+from twostroke.shared_call import MOST_BYTES, Refused, SharedCall
 from twostroke.v1 import inference_pb2 as pb
 from twostroke.v1.inference_pb2_grpc import InferenceStub
 
@@ -208,11 +208,14 @@ class AsyncClient:
     async def _pieces(self, request: pb.GenerateRequest, timeout: float | None) -> AsyncGenerator[Piece, None]:
         timeout = seconds_of(timeout, self._timeout)
         if self._share_call and request.ByteSize() <= MOST_BYTES:
-            with _closing_as_error():
-                async with aclosing(self._shared.chunks(request, timeout)) as chunks:
-                    async for chunk in chunks:
-                        yield piece_of(chunk)
-            return
+            try:
+                with _closing_as_error():
+                    async with aclosing(self._shared.chunks(request, timeout)) as chunks:
+                        async for chunk in chunks:
+                            yield piece_of(chunk)
+                return
+            except Refused:
+                pass
         with _closing_as_error():
             call = self._stub.GenerateStream(request, timeout=timeout, metadata=self._metadata)
         try:

@@ -2,6 +2,8 @@
 
 import asyncio
 import itertools
+import math
+import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 from contextvars import Context
@@ -13,11 +15,18 @@ from twostroke.errors import TwostrokeError, closed, error_of, error_with, shut_
 from twostroke.v1 import inference_pb2 as pb
 
 Call: TypeAlias = "grpc.aio.StreamStreamCall[pb.GenerateManyRequest, pb.GenerateManyResponse]"
-Inbox: TypeAlias = "asyncio.Queue[pb.GenerateManyResponse.Event | TwostrokeError]"
+Inbox: TypeAlias = "asyncio.Queue[pb.GenerateManyResponse.Event | TwostrokeError | Refused]"
 
 # A larger request has a call of its own: the router reads one request of a shared call after the other, large ones take
 # turns with those of other calls, and one that it cannot take ends the call.
 MOST_BYTES = 15 << 10
+
+# After a router has refused such a call, requests have calls of their own for so long.
+PAUSE_SECONDS = 10.0
+
+
+class Refused(Exception):
+    """The router takes no such call, or no more of them. Nothing has come of the request."""
 
 
 class SharedCall:
@@ -31,6 +40,7 @@ class SharedCall:
     def __init__(self, open_call: Callable[[], Call]) -> None:
         self._open_call = open_call
         self._lane: _Lane | None = None
+        self._refused_at = -math.inf
 
     async def chunks(
         self, request: pb.GenerateRequest, timeout: float | None
@@ -39,10 +49,13 @@ class SharedCall:
 
         Raises:
             TwostrokeError: how the request ended, or the call.
+            Refused: it needs a call of its own.
         """
         passed = error_with(grpc.StatusCode.DEADLINE_EXCEEDED, "", timeout)
         if timeout is not None and not timeout > 0:
             raise passed
+        if time.monotonic() < self._refused_at + PAUSE_SECONDS:
+            raise Refused
         if self._lane is None or self._lane.closed:
             # Not in the context of whoever happens to be the first.
             self._lane = Context().run(lambda: _Lane(self._open_call()))
@@ -56,7 +69,9 @@ class SharedCall:
         try:
             while True:
                 event = await inbox.get()
-                if isinstance(event, TwostrokeError):
+                if isinstance(event, Refused):
+                    self._refused_at = time.monotonic()
+                if isinstance(event, Exception):
                     raise event
                 if event.HasField("end"):
                     ended = True
@@ -108,26 +123,33 @@ class _Lane:
                 await self._call.write(await self._outgoing.get())
 
     async def _receive(self) -> None:
-        error = shut_down()
+        error, heard, refused = shut_down(), False, False
         try:
             async for response in self._call:
+                heard = True
                 self.closed = self.closed or response.draining
                 for event in response.events:
                     if (inbox := self._inboxes.get(event.id)) is not None:
                         inbox.put_nowait(event)
         except grpc.aio.AioRpcError as ended:
-            if ended.details() != _WRITTEN_TO_LATE:
+            too_late = ended.details() == _WRITTEN_TO_LATE
+            refused = not heard and (too_late or ended.code() in _REFUSALS)
+            if not too_late:
                 error = error_of(ended)
         except (grpc.aio.UsageError, asyncio.CancelledError):  # so gRPC tells of a channel that was closed
             error = closed()
         finally:
             self.closed = self.over = True
             for inbox in self._inboxes.values():
-                inbox.put_nowait(type(error)(error.message, error.code))  # each is raised on its own
+                # Each is raised on its own.
+                inbox.put_nowait(Refused() if refused else type(error)(error.message, error.code))
             self._tasks[0].cancel()
 
 
 # gRPC's words where a message is written to a call that has just ended, whatever it ended with.
 _WRITTEN_TO_LATE = "Internal error from Core"
+
+# An older router, or one of which too many such calls are open.
+_REFUSALS = (grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.RESOURCE_EXHAUSTED)
 
 _CODES = {code.value[0]: code for code in grpc.StatusCode}

@@ -73,7 +73,7 @@ class FakeRouter(inference_pb2_grpc.InferenceServicer):
     async def GenerateMany(  # type: ignore[override]
         self, messages: object, context: "grpc.aio.ServicerContext[pb.GenerateManyRequest, pb.GenerateManyResponse]"
     ) -> None:
-        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "tests/router has routers that can")
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "as an older router; those of tests/router can")
 
     async def Tokenize(
         self, request: pb.TokenizeRequest, context: "grpc.aio.ServicerContext[pb.TokenizeRequest, pb.TokenizeResponse]"

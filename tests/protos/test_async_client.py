@@ -59,6 +59,17 @@ async def test_streams(client: AsyncClient) -> None:
     assert [piece.finish async for piece in client.stream_chat("Hello")][-1] is not None
 
 
+async def test_a_router_that_knows_no_shared_calls(router: FakeRouter) -> None:
+    async with AsyncClient(router.address, share_call=True) as client:
+        streams = [client.stream("Hello", max_tokens=3) for _ in range(4)]
+        pieces = await asyncio.gather(*(_text(stream) for stream in streams))
+        assert [*pieces, await _text(client.stream("Hello", max_tokens=2))] == ["t0 t1 t2 "] * 4 + ["t0 t1 "]
+
+
+async def _text(stream: AsyncIterator[twostroke.Piece]) -> str:
+    return "".join([piece.text async for piece in stream])
+
+
 async def test_many_at_once(client: AsyncClient, router: FakeRouter) -> None:
     router.step_seconds = 0.05  # the shortest answer ends long after the last call has come
     lengths = range(20, 36)

@@ -35,6 +35,7 @@ from twostroke import (
     TwostrokeError,
     Unauthenticated,
     Unavailable,
+    shared_call,
 )
 from twostroke.shared_call import MOST_BYTES
 from twostroke.v1 import inference_pb2 as pb
@@ -267,6 +268,20 @@ async def test_a_client_notices_a_deadline_that_its_router_does_not(model: Path)
         it.router.service._generator.begin = stuck  # type: ignore[method-assign]
         with pytest.raises(DeadlineExceeded):
             await streamed(client, timeout=0.2)
+
+
+async def test_where_no_more_calls_are_taken_each_request_has_one_of_its_own(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with cluster(model) as it, AsyncClient(it.address, share_call=True) as client:
+        monkeypatch.setattr(service, "MOST_OPEN_OF_A_HOST", 0)
+        assert await asyncio.gather(*(streamed(client, max_tokens=6) for _ in range(5))) == [expected(6)] * 5
+        assert await streamed(client, max_tokens=6) == expected(6)
+        assert (calls_of(it, "GenerateMany", "RESOURCE_EXHAUSTED"), calls_of(it, "GenerateStream")) == (1, 6)
+        monkeypatch.undo()
+        monkeypatch.setattr(shared_call, "PAUSE_SECONDS", 0.0)
+        assert await streamed(client, max_tokens=6) == expected(6)
+        assert calls_of(it, "GenerateMany.Begin") == 1
 
 
 async def test_a_large_request_has_a_call_of_its_own(model: Path) -> None:

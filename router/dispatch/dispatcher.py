@@ -1,10 +1,7 @@
-"""Sends queued requests to workers, follows each attempt through prefill and decode, and resumes those that are cut
-short."""
+"""Takes requests in, follows each attempt at them through prefill and decode, and resumes those that are cut short."""
 
-import asyncio
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 import grpc
@@ -13,16 +10,14 @@ import structlog
 from common.worker import causes
 from router import request_trace
 from router.cluster.fan_out import fan_out
-from router.cluster.worker import REFUSAL_PAUSE, Worker
+from router.cluster.worker import Worker
 from router.cluster.worker_faults import NO_LOGPROBS, WorkerFault, check_location
-from router.cluster.workers import DECODE, PREFILL, ROLE_NAMES, Role, Workers
+from router.cluster.workers import ROLE_NAMES, Role, Workers
 from router.config import RouterConfig
-from router.dispatch import attempts, blame, choose
+from router.dispatch import attempts, blame
 from router.dispatch.attempts import Attempts
-from router.dispatch.claim import Claim
+from router.dispatch.placement import Placement
 from router.dispatch.request import Attempt, Request, State
-from router.dispatch.sequence import hash_blocks, sequence_of
-from router.dispatch.waiting_queue import WaitingQueue
 from router.errors import CallError, Exhausted, InvalidArgument
 from router.metrics import Metrics
 from twostroke.v1 import inference_pb2, worker_pb2
@@ -32,17 +27,6 @@ log = structlog.get_logger(__name__)
 AttemptMessage = TypeVar(
     "AttemptMessage", worker_pb2.Reserved, worker_pb2.Prefilled, worker_pb2.Started, worker_pb2.Ended
 )
-
-# How many requests that wait for a prefill worker are passed over, at most, in search of one that needs none.
-MOST_PASSED = 64
-
-# The share of the router's time that this search may take. It asks every decode worker about each of these requests,
-# and could be made with every message of every worker.
-SEARCH_SHARE = 0.1
-
-# How long requests are sent out before tokens and new calls get their turn. A long prompt takes milliseconds, and a
-# hundred of them may have waited for the same prefix.
-SENDING_SECONDS = 0.005
 
 # Tokens of prompts that may wait, for each place in the queue. More than that on average would take gigabytes.
 TOKENS_OF_A_PLACE = 8192
@@ -57,14 +41,11 @@ class Dispatcher:
     def __init__(self, config: RouterConfig, metrics: Metrics) -> None:
         self._config = config
         self._metrics = metrics
-        self._queue = WaitingQueue()
-        self._claim = Claim()
         self.workers = Workers(config.worker_grace, self._give_up_waiting)
         self._attempts = Attempts()
+        self._placement = Placement(config, self.workers, self._attempts)
+        self._queue = self._placement.queue
         self._stopped = False
-        self._retry: asyncio.TimerHandle | None = None
-        self._search_not_before = 0.0  # by the event loop's clock
-        self._goes_on = False  # sending out, in the next turn of the event loop
 
     # ------------------------------------------------------------ load
 
@@ -111,10 +92,10 @@ class Dispatcher:
         """
         self.check_admission(len(requests), len(requests[0].prompt.token_ids))
         for request in requests:
-            self._hash(request)
+            self._placement.hash(request)
         for request in requests:
             self._queue.push(request)
-        self.dispatch()
+        self._placement.dispatch()
 
     def drop(self, requests: Iterable[Request]) -> None:
         """Ends requests whose client has gone, or has all that it wants. Those that have ended already are left alone.
@@ -127,7 +108,7 @@ class Dispatcher:
         for request in requests:
             if request.state is State.QUEUED:
                 makes_room = makes_room or request is self._queue.at(0)  # others may have waited behind it
-                self._take_out(request)
+                self._placement.take_out(request)
             elif request.state is State.DISPATCHED:
                 attempt = request.attempt
                 assert attempt is not None
@@ -139,7 +120,7 @@ class Dispatcher:
                 continue
             request.state = State.DROPPED
         if makes_room:
-            self._dispatch_soon()
+            self._placement.dispatch_soon()
 
     def stop(self) -> None:
         """Ends all requests, and takes no more."""
@@ -149,152 +130,13 @@ class Dispatcher:
             request.end(_stopped())
         for attempt in self._attempts.under_way():
             request = attempt.request
-            with self._at_the_cost_of(request, "cannot be ended"):
+            with self._placement.at_the_cost_of(request, "cannot be ended"):
                 if request.complete:  # the worker has yet to say that it is
                     self._attempts.close(attempt, "finished")
                     request.end()
                 else:
                     self._attempts.close(attempt, "router stopped", STOPPED)
                     request.end(_stopped())
-
-    # ------------------------------------------------------------ to workers
-
-    def dispatch(self) -> None:
-        """Sends out queued requests in order, up to the first for which no worker has room. If that one waits for a
-        prefill worker, those behind it that need none may overtake it. If it waits for room on a decode worker, nothing
-        may: they would take the room that it waits for."""
-        if self._goes_on:
-            return
-        loop = asyncio.get_running_loop()
-        enough = loop.time() + SENDING_SECONDS
-        missing = None
-        while missing is None:
-            request = self._queue.at(0)
-            self._claim.first_is(request)
-            if request is None:
-                return
-            missing = self._try_to_place(request)
-            if missing is None and loop.time() > enough:
-                self._dispatch_soon()
-                return
-        if missing == PREFILL and any(worker.can_prefill for worker in self.workers.of(DECODE)):
-            self._search()
-
-    def _dispatch_soon(self) -> None:
-        if not self._goes_on:
-            self._goes_on = True
-            asyncio.get_running_loop().call_soon(self._go_on)
-
-    def _go_on(self) -> None:
-        self._goes_on = False
-        self.dispatch()
-
-    def _search(self) -> None:
-        """Sends out requests that need no prefill worker from behind the first one. If the last search was only just
-        made, a timer makes the next one."""
-        now = asyncio.get_running_loop().time
-        began = now()
-        if began < self._search_not_before:
-            self._retry_at(self._search_not_before)
-            return
-        passed = 1
-        while passed <= MOST_PASSED and (request := self._queue.at(passed)) is not None:
-            missing = self._try_to_place(request)
-            if missing == DECODE:
-                break
-            if missing is not None:
-                passed += 1
-        ended = now()
-        self._search_not_before = ended + min((ended - began) / SEARCH_SHARE, REFUSAL_PAUSE)
-
-    def _try_to_place(self, request: Request) -> Role | None:
-        """As `_place`; None as well if the request was given up."""
-        missing = None
-        with self._at_the_cost_of(request, "cannot be placed"):
-            missing = self._place(request)
-        return missing
-
-    def _place(self, request: Request) -> Role | None:
-        """Sends one request out, or ends it if it can't be served. Returns the role that it has to wait for, None if it
-        has left the queue."""
-        try:
-            self._hash(request)
-            if request.recheck_length is not None:  # there were no workers when it came
-                request.limit(request.recheck_length(self.workers.max_length()))
-        except CallError as error:
-            self._take_out(request)
-            request.end(error.with_traceback(None))  # whose frames hold the request
-            return None
-        headroom = request.headroom(self._config.headroom_tokens)
-        found = choose.pair(request, self.workers, headroom)
-        if isinstance(found, choose.Missing):
-            return self._wait_or_end(request, headroom, found)
-        attempt, sequence = self._attempts.new(request, found, headroom), sequence_of(request)
-        self._take_out(request)
-        self._attempts.begin(attempt, sequence, headroom)
-        return None
-
-    def _hash(self, request: Request) -> None:
-        if (worker := self.workers.any()) is not None:
-            hash_blocks(request, worker.kind)
-
-    @contextmanager
-    def _at_the_cost_of(self, request: Request, event: str) -> Iterator[None]:
-        """A bug of the router in what is done here ends this request alone: it loses no worker, and leaves no block
-        behind. `event` is what the log calls it.
-
-        Raises:
-            WorkerFault: a worker is at fault, not the router.
-        """
-        try:
-            yield
-        except WorkerFault:
-            raise
-        except Exception:
-            log.exception(event, request_id=request.id, choice=request.index)
-            self._give_up(request)
-
-    def _give_up(self, request: Request) -> None:
-        if request.attempt is not None:
-            self._attempts.close(request.attempt, "failed", "a fault of the router")
-        elif request.state is State.QUEUED:
-            self._take_out(request)
-        sentence = "a fault of the router; its log says more"
-        request.end(CallError(grpc.StatusCode.INTERNAL, sentence))
-
-    def _wait_or_end(self, request: Request, headroom: int, missing: choose.Missing) -> Role | None:
-        """Returns the role that the request waits for. If no connected worker could ever take it, ends it and returns
-        None."""
-        sentence = None
-        if missing.workers and not any(worker.can_hold(missing.tokens) for worker in missing.workers):
-            sentence = f"no {ROLE_NAMES[missing.role]} worker that is left can hold {missing.tokens} tokens"
-        elif request.prompt.grammar and missing.role == DECODE and not missing.workers and self.workers.paired():
-            sentence = "no pair of workers that is left can guide an answer; each worker's log says what it lacks"
-        if sentence is not None:
-            self._take_out(request)
-            request.end(CallError(grpc.StatusCode.UNAVAILABLE, sentence))
-            return None
-        if missing.role == DECODE:
-            self._claim.no_room_for(request, request.length + headroom, missing.workers)
-        if self._retry is None:
-            self._retry_at(asyncio.get_running_loop().time() + REFUSAL_PAUSE)
-        return missing.role
-
-    def _take_out(self, request: Request) -> None:
-        self._queue.remove(request)
-        request_trace.queued(request)
-
-    def _retry_at(self, when: float) -> None:
-        """Dispatches again no later than `when`, by the event loop's clock."""
-        if self._retry is not None:
-            if self._retry.when() <= when:
-                return
-            self._retry.cancel()
-        self._retry = asyncio.get_running_loop().call_at(when, self._retry_now)
-
-    def _retry_now(self) -> None:
-        self._retry = None
-        self.dispatch()
 
     # ------------------------------------------------------------ from workers
 
@@ -304,10 +146,10 @@ class Dispatcher:
             blame.attempts_failed(worker, worker.attempts)
         self.workers.retire(worker)
         for attempt in list(worker.attempts.values()):
-            with self._at_the_cost_of(attempt.request, "cannot be resumed"):
+            with self._placement.at_the_cost_of(attempt.request, "cannot be resumed"):
                 attempts.leave(worker, attempt)
                 self._resume(attempt, worker, "worker lost", (worker,))
-        self.dispatch()
+        self._placement.dispatch()
 
     def received(self, worker: Worker, message: worker_pb2.WorkerMessage) -> None:
         """Takes a worker's message in. The order matters: its tokens may be of attempts that it has just started, and
@@ -329,8 +171,8 @@ class Dispatcher:
         if message.HasField("load"):
             self._take_load(worker, message.load)
         makes_room = message.reserved or message.prefilled or message.ended or message.opened
-        if (self._queue or self._claim.is_open) and (makes_room or message.HasField("load")):
-            self.dispatch()
+        if self._placement.has_work and (makes_room or message.HasField("load")):
+            self._placement.dispatch()
 
     def _take_load(self, worker: Worker, load: inference_pb2.WorkerLoad) -> None:
         worker.take_load(load)
@@ -355,7 +197,7 @@ class Dispatcher:
             attempt = worker.attempts.get(message.attempt_id)
             if attempt is None:
                 continue
-            with self._at_the_cost_of(attempt.request, "cannot go on"):
+            with self._placement.at_the_cost_of(attempt.request, "cannot go on"):
                 handle(worker, attempt, message)
 
     def _prefilled(self, worker: Worker, attempt: Attempt, prefilled: worker_pb2.Prefilled) -> None:

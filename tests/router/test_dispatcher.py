@@ -9,7 +9,7 @@ import pytest
 from router.cluster.circuit import Circuit
 from router.cluster.worker import Worker
 from router.config import RouterConfig
-from router.dispatch import dispatcher
+from router.dispatch import placement
 from router.dispatch.dispatcher import Dispatcher
 from router.dispatch.request import Prompt, Request
 from router.errors import InvalidArgument
@@ -69,7 +69,7 @@ async def test_requests_that_are_sent_out_together_let_the_event_loop_turn_in_be
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With long prompts that takes milliseconds each, for which the tokens of all others would have to wait."""
-    monkeypatch.setattr(dispatcher, "SENDING_SECONDS", 0.0)
+    monkeypatch.setattr(placement, "SENDING_SECONDS", 0.0)
     made = Dispatcher(RouterConfig(), Metrics())
     worker = connected(made)
     asked = requests(6)

@@ -18,7 +18,7 @@ from common.kv.prefix_hash import cache_root
 from router.answers import answer
 from router.cluster.outbox import Outbox
 from router.cluster.worker import REFUSAL_PAUSE, Worker
-from router.dispatch import choose, dispatcher
+from router.dispatch import choose, dispatcher, placement
 from tests.router import fake_worker
 from tests.router.cluster import PROMPT, Cluster, cluster, eventually, expected, request
 from tests.router.fake_worker import DECODE, PREFILL, Ended, FakeWorker, Script
@@ -131,7 +131,7 @@ async def test_one_choice_of_several_that_fails_ends_the_others(model: Path) -> 
 
 async def test_a_cancel_lets_those_behind_go_that_need_less(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At once, not when a worker says something the next time."""
-    monkeypatch.setattr(dispatcher, "REFUSAL_PAUSE", 60)
+    monkeypatch.setattr(placement, "REFUSAL_PAUSE", 60)
     monkeypatch.setattr(fake_worker, "HEARTBEAT_SECONDS", 60)
     small = FakeWorker(DECODE, Script(stop_after=3), num_blocks=8, max_length=128)
     async with cluster(model, decodes=[small]) as it:
@@ -564,7 +564,7 @@ async def test_a_fault_of_the_router_costs_one_request_and_no_block(
         raise ValueError("a fault")
 
     async with cluster(model, decodes=[Script(step_seconds=0.05)]) as it:
-        where = {"best_decode": choose, "sequence_of": dispatcher, "Reserve": worker_pb2}[at]
+        where = {"best_decode": choose, "sequence_of": placement, "Reserve": worker_pb2}[at]
         with monkeypatch.context() as patch:
             patch.setattr(where, at, fault)
             error = await failing(it, n=2, max_tokens=500)

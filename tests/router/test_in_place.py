@@ -263,7 +263,7 @@ async def test_prompts_that_wait_are_not_looked_up_again_and_again(
         await eventually(lambda: it.router.dispatcher.queued == 18)
         for name in ("hits", "computed", "shared"):
             monkeypatch.delattr(PrefixIndex, name)
-        it.router.dispatcher.dispatch()
+        it.router.dispatcher._placement.dispatch()
         monkeypatch.undo()
         for call in calls:
             call.cancel()
@@ -286,7 +286,7 @@ async def test_what_workers_say_does_not_have_all_that_wait_looked_at_each_time(
         monkeypatch.setattr(choose, "pair", counted)
         messages = 200
         for _ in range(messages):
-            it.router.dispatcher.dispatch()
+            it.router.dispatcher._placement.dispatch()
         assert len(looked_at) < 10 * messages  # of 40 that wait
         assert list((await it.generate()).choices[0].token_ids) == expected(8)  # a short one, at their end
         for call in calls:

@@ -156,7 +156,7 @@ class Many:
             served.ended = True
             self._mailbox.post(served)
         elif (fault := task.exception()) is not None:
-            log.error("request failed", exc_info=fault.with_traceback(None))
+            log.error("request failed", exc_info=fault)
             self._end(served, FAULT)
 
     async def _serve(self, served: _Served, begin: pb.GenerateManyRequest.Begin) -> None:

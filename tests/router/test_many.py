@@ -298,8 +298,9 @@ async def test_a_fault_before_it_begins(model: Path, monkeypatch: pytest.MonkeyP
 
     async with cluster(model) as it, AsyncClient(it.address, share_call=True) as client:
         monkeypatch.setattr(it.router.service._tracing, "begin", broken)
-        with pytest.raises(TwostrokeError, match="a fault of the router"):
+        with capture_logs() as told, pytest.raises(TwostrokeError, match="a fault of the router"):
             await streamed(client)
+        assert [str(entry["exc_info"]) for entry in told if entry["event"] == "request failed"] == ["a bug"]
         monkeypatch.undo()
         assert await streamed(client) == expected(len(await streamed(client)))
         assert not any(call._served for call in it.router.service._many)

@@ -207,6 +207,7 @@ class Many:
                     continue
                 if served.events:
                     response.events.extend(served.events)
+                    size += sum(event.ByteSize() for event in served.events)
                     served.events.clear()
                 if isinstance(item, Request):
                     size += self._advance(served, item, response)

@@ -77,8 +77,9 @@ def _plan_kernel(
     worth cutting and merging, since two programs per SM read as fast as three. About equal means a coefficient of
     variation of up to 0.14; that of lengths uniform from 1,060 to 1,980 is 0.18.
 
-    But equally long sequences also end together. If there are more than run at once, those of the last wave would leave
-    much of the GPU idle, so these are cut, too, into about as many pieces as run at once.
+    But equally long sequences also end together. If there are more than run at once and none is cut, those of the last
+    wave would leave much of the GPU idle, so these are, into about as many pieces as run at once. Either way no more
+    pieces are added than there are shares.
     """
     wait_for_previous(DEPENDENT)
     row = tl.arange(0, ROWS)
@@ -97,7 +98,7 @@ def _plan_kernel(
     number = tl.cumsum(is_sequence.to(tl.int32), 0)
     sequences = tl.max(number, 0)
     last_wave = tl.where(sequences > at_once, sequences % at_once, 0)
-    last_wave = tl.where(uneven, 0, last_wave)
+    last_wave = tl.where(uneven, 0, last_wave) * (1 - tl.max(is_cut.to(tl.int32), 0))
     is_last = is_sequence & (number > sequences - last_wave)
     pieces_each = tl.minimum(at_once // tl.maximum(last_wave, 1), 1 + shares // tl.maximum(last_wave, 1))
     wanted = tl.where(is_last, tl.maximum(wanted, pieces_each), wanted)

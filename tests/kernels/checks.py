@@ -238,6 +238,7 @@ def check_decode_plan(lengths: tuple[int, ...], kv_heads: int) -> None:
     plan = triton_decode_attention.plan_decode(seq_lens[:, None], seq_lens, key_cache).plan.T.tolist()
     items = [item for item in plan if item[0] >= 0]
     assert plan[: len(items)] == items, "programs without work come last"
+    assert all(item[4] <= len(plan) for item in items)
     for row, length in enumerate(lengths):
         numbers = [number for number, item in enumerate(items) if item[0] == row]
         own = [items[number] for number in numbers]
@@ -257,7 +258,8 @@ def check_decode_plan(lengths: tuple[int, ...], kv_heads: int) -> None:
     uneven = len(real) > 1 and pvariance(real) > 0.02 * mean(real) ** 2
     limit = share if uneven else 5 * share // 2
     at_once = triton_decode_attention._at_once(kv_heads, DEVICE)
-    last_wave = len(real) % at_once if len(real) > at_once and not uneven else 0
+    cuts_last_wave = len(real) > at_once and not uneven and max(keys) <= limit
+    last_wave = len(real) % at_once if cuts_last_wave else 0
     in_last_wave = [row for row, length in enumerate(lengths) if length][len(real) - last_wave :]
     for row, count in enumerate(keys):
         own = [end - start for owner, start, end, *_ in items if owner == row]

@@ -80,6 +80,12 @@ def test_decode_plan(lengths: tuple[int, ...]) -> None:
     checks.check_decode_plan(lengths, 2)
 
 
+def test_decode_plan_of_a_long_sequence_among_many_equal_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It alone is cut, and not the last wave, too: there are not enough items for both."""
+    monkeypatch.setattr(checks.triton_decode_attention, "multiprocessors", lambda _: 132)
+    checks.check_decode_plan((1183, *(257,) * 659), 1)
+
+
 def test_decode_plan_cuts_nothing_where_there_are_not_enough_counters(monkeypatch: pytest.MonkeyPatch) -> None:
     attention = checks.triton_decode_attention
     seq_lens = torch.tensor([300, 0, 5], dtype=torch.int32, device=DEVICE)

@@ -157,6 +157,7 @@ class Many:
             self._mailbox.post(served)
         elif (fault := task.exception()) is not None:
             log.error("request failed", exc_info=fault)
+            self._metrics.calls.labels(BEGIN, FAULT.code.name).inc()
             self._end(served, FAULT)
 
     async def _serve(self, served: _Served, begin: pb.GenerateManyRequest.Begin) -> None:
@@ -214,6 +215,7 @@ class Many:
                 elif served.ended:
                     self._leave(served)
                 if len(response.events) >= EVENTS_PER_MESSAGE or size >= BYTES_PER_MESSAGE:
+                    response.draining = told_of_drain = self._draining
                     await write(response)
                     response, size = pb.GenerateManyResponse(), 0
             if response.events or self._draining > told_of_drain:

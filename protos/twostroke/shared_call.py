@@ -65,7 +65,7 @@ class SharedCall:
         timer = None
         if timeout is not None:  # the router has it, too, but may be out of reach
             timer = asyncio.get_running_loop().call_later(timeout, inbox.put_nowait, passed)
-        ended = False
+        begun = ended = False
         try:
             while True:
                 event = await inbox.get()
@@ -77,8 +77,11 @@ class SharedCall:
                     ended = True
                     if event.end.code:
                         code = _CODES.get(event.end.code, grpc.StatusCode.UNKNOWN)
+                        if code is grpc.StatusCode.UNAVAILABLE and lane.closed and not begun:
+                            raise Refused  # it crossed the router's word that it is about to stop
                         raise error_with(code, event.end.message, timeout)
                     return
+                begun = True
                 yield event.chunk
         finally:
             if timer is not None:

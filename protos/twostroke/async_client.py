@@ -206,7 +206,7 @@ class AsyncClient:
             raise error_of(error, timeout) from error
 
     async def _pieces(self, request: pb.GenerateRequest, timeout: float | None) -> AsyncGenerator[Piece, None]:
-        timeout = seconds_of(timeout, self._timeout)
+        timeout, began = seconds_of(timeout, self._timeout), time.monotonic()
         if self._share_call and request.ByteSize() <= MOST_BYTES:
             try:
                 with _closing_as_error():
@@ -216,8 +216,9 @@ class AsyncClient:
                 return
             except Refused:
                 pass
+        left = None if timeout is None else timeout - (time.monotonic() - began)
         with _closing_as_error():
-            call = self._stub.GenerateStream(request, timeout=timeout, metadata=self._metadata)
+            call = self._stub.GenerateStream(request, timeout=left, metadata=self._metadata)
         try:
             with _closing_as_error():
                 async for chunk in call:

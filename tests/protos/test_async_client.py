@@ -1,7 +1,7 @@
 import asyncio
 import math
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from typing import Any
 
 import grpc
@@ -9,7 +9,7 @@ import pytest
 
 import twostroke
 from tests.protos.fake_router import FakeRouter, serving
-from twostroke import AsyncClient
+from twostroke import AsyncClient, shared_call
 
 
 @pytest.fixture
@@ -64,6 +64,22 @@ async def test_a_router_that_knows_no_shared_calls(router: FakeRouter) -> None:
         streams = [client.stream("Hello", max_tokens=3) for _ in range(4)]
         pieces = await asyncio.gather(*(_text(stream) for stream in streams))
         assert [*pieces, await _text(client.stream("Hello", max_tokens=2))] == ["t0 t1 t2 "] * 4 + ["t0 t1 "]
+
+
+async def test_a_shared_call_that_is_refused_late_leaves_its_request_the_rest_of_the_time(
+    router: FakeRouter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def chunks(*_: object) -> AsyncGenerator[Any, None]:
+        await asyncio.sleep(0.6)
+        if not router.requests:
+            raise shared_call.Refused
+        yield
+
+    monkeypatch.setattr(shared_call.SharedCall, "chunks", chunks)
+    router.step_seconds = 0.1
+    async with AsyncClient(router.address, share_call=True) as client:
+        with pytest.raises(twostroke.DeadlineExceeded, match=r"its timeout of 0\.8 s"):  # 5 steps take 0.5 s
+            await _text(client.stream("Hello", max_tokens=5, timeout=0.8))
 
 
 async def _text(stream: AsyncIterator[twostroke.Piece]) -> str:

@@ -10,7 +10,7 @@ import structlog
 
 from common.telemetry.tracing import OFF, Span
 from router import request_trace
-from router.errors import CallError
+from router.errors import CallError, fault
 from router.metrics import Metrics
 
 log = structlog.get_logger(__name__)
@@ -49,7 +49,7 @@ async def accounted(
     except Exception as error:
         code, problem = grpc.StatusCode.INTERNAL, "a fault of the router"
         log.exception("call failed", method=method)
-        raise CallError(code, "a fault of the router; its log says more") from error
+        raise fault() from error
     finally:
         metrics.calls.labels(method, code.name).inc()
         failed = problem if code in request_trace.FAILURES else ""

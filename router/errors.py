@@ -33,6 +33,11 @@ class Exhausted(CallError):
         super().__init__(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{sentence}; try again {when}")
 
 
+def fault() -> CallError:
+    """A bug of the router, which has been logged."""
+    return CallError(grpc.StatusCode.INTERNAL, "a fault of the router; its log says more")
+
+
 def at_most(field: str, most: int, count: int, of: str = "bytes") -> None:
     """
     Raises:

@@ -161,13 +161,14 @@ class Many:
             self._end(served, FAULT)
 
     async def _serve(self, served: _Served, begin: pb.GenerateManyRequest.Begin) -> None:
-        time_remaining, name = _clock(begin), request_trace.full_name(MANY)
+        seconds = begin.timeout_seconds if begin.HasField("timeout_seconds") else None
+        time_remaining, name = _clock(seconds), request_trace.full_name(MANY)
         try:
             CALLER.set(CALL_AGAIN.get()(BEGIN))
             trace = self._tracing.begin(name, begin.traceparent, request_trace.of_call(name))
             async with (
                 accounted(self._metrics, BEGIN, trace, time_remaining),
-                _deadline(begin),
+                _deadline(seconds),
                 self._generator.begin(begin.request, self._mailbox, trace) as generation,
             ):
                 served.generation = generation
@@ -252,21 +253,20 @@ class Many:
             self._room.release()
 
 
-def _clock(begin: pb.GenerateManyRequest.Begin) -> Callable[[], float | None]:
-    """Tells how many seconds are left until the caller ends the request; None: it has no deadline."""
-    if not begin.HasField("timeout_seconds"):
+def _clock(seconds: float | None) -> Callable[[], float | None]:
+    """Tells how many seconds are left of those that begin now; None: there is no deadline."""
+    if seconds is None:
         return lambda: None
-    ends_at = time.monotonic() + begin.timeout_seconds
+    ends_at = time.monotonic() + seconds
     return lambda: ends_at - time.monotonic()
 
 
 @asynccontextmanager
-async def _deadline(begin: pb.GenerateManyRequest.Begin) -> AsyncIterator[None]:
+async def _deadline(seconds: float | None) -> AsyncIterator[None]:
     """
     Raises:
         CallError: the time that the caller gave the request is wrong, or over.
     """
-    seconds = begin.timeout_seconds if begin.HasField("timeout_seconds") else None
     if seconds is not None and not 0 < seconds < math.inf:
         raise InvalidArgument("timeout_seconds", f"{seconds:g} is not a positive number")
     try:

@@ -15,7 +15,7 @@ from kernels.fp8 import Fp8Weight, Weight
 from kernels.hidden import Hidden
 from kernels.linear import Mlp
 
-# All measured on an H100 (docs/kernels.md).
+# Measured on an H100, those for more than 64 rows and the use of SMs on an H200 (docs/kernels.md).
 _SMALL_WEIGHT = 1 << 23  # elements; up to here our kernels beat cuBLAS at every number of rows that they support
 _FEW_ROWS = 2  # up to here `triton_few_rows` is the fastest for a small weight
 _STREAMED_ROWS = 32  # up to here `streamed_linear` is the fastest next, and above that only for

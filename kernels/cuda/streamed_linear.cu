@@ -15,8 +15,8 @@
 //   output, and the epilogue multiplies by both. Or IN_BLOCKS: one for each 128 inputs of a token, and one for each
 //   block of 128 x 128 of the weight. A pipeline stage has 128 inputs, so its sums are scaled before they are added up.
 //
-// Macros beside hopper.cuh's, all numbers: TOKENS (a multiple of 8 up to 128) WARPGROUPS SPLITS WEIGHT_STAGES X_STAGES (at
-// most WEIGHT_STAGES), and 0 or 1: GATED, IN_BLOCKS.
+// Macros beside hopper.cuh's, all numbers: TOKENS (a multiple of 8 up to 128) WARPGROUPS SPLITS WEIGHT_STAGES X_STAGES
+// (at most WEIGHT_STAGES), and 0 or 1: GATED, IN_BLOCKS.
 
 constexpr int larger(int a, int b) { return a > b ? a : b; }
 constexpr int power_of_two(int most) { return most < 2 ? 1 : 2 * power_of_two(most / 2); }  // the largest up to it

@@ -135,7 +135,7 @@ class _Lane:
                     if (inbox := self._inboxes.get(event.id)) is not None:
                         inbox.put_nowait(event)
         except grpc.aio.AioRpcError as ended:
-            too_late = ended.details() == _WRITTEN_TO_LATE
+            too_late = ended.details() == _WRITTEN_TOO_LATE
             refused = not heard and (too_late or ended.code() in _REFUSALS)
             if not too_late:
                 error = error_of(ended)
@@ -150,7 +150,7 @@ class _Lane:
 
 
 # gRPC's words where a message is written to a call that has just ended, whatever it ended with.
-_WRITTEN_TO_LATE = "Internal error from Core"
+_WRITTEN_TOO_LATE = "Internal error from Core"
 
 # An older router, or one of which too many such calls are open.
 _REFUSALS = (grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.RESOURCE_EXHAUSTED)

@@ -18,7 +18,7 @@ from router.dispatch.claim import Claim
 from router.dispatch.request import Request, State
 from router.dispatch.sequence import hash_blocks, sequence_of
 from router.dispatch.waiting_queue import WaitingQueue
-from router.errors import CallError
+from router.errors import CallError, fault
 
 log = structlog.get_logger(__name__)
 
@@ -154,8 +154,7 @@ class Placement:
             self._attempts.close(request.attempt, "failed", "a fault of the router")
         elif request.state is State.QUEUED:
             self.take_out(request)
-        sentence = "a fault of the router; its log says more"
-        request.end(CallError(grpc.StatusCode.INTERNAL, sentence))
+        request.end(fault())
 
     def _wait_or_end(self, request: Request, headroom: int, missing: choose.Missing) -> Role | None:
         """Returns the role that the request waits for. If no connected worker could ever take it, ends it and returns

@@ -5,7 +5,7 @@ import gc
 import math
 import weakref
 from collections.abc import AsyncIterator
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -427,23 +427,9 @@ async def test_the_client_calls_again_after_its_call_has_ended(model: Path) -> N
         assert await streamed(client, max_tokens=5) == expected(5)
 
 
-async def test_a_call_that_is_about_to_end_takes_nothing_more(model: Path) -> None:
-    async with (
-        cluster(model, decodes=[Script(step_seconds=0.01)]) as it,
-        AsyncClient(it.address, share_call=True) as client,
-    ):
-        running = asyncio.ensure_future(streamed(client, max_tokens=100))
-        await eventually(lambda: len(it.decodes[0].running) == 1)
-        (old,) = it.router.service._many
-        old.drain()
-        await asyncio.sleep(0.1)
-        assert await streamed(client, max_tokens=5) == expected(5)
-        assert len(it.router.service._many) == 2
-        assert await running == expected(100)
-        await eventually(lambda: old not in it.router.service._many)
-
-
-async def test_what_crosses_the_news_of_a_drain_has_a_call_of_its_own(model: Path) -> None:
+@asynccontextmanager
+async def drained(model: Path) -> AsyncIterator[tuple[Cluster, AsyncClient]]:
+    """A call that has just been told to end, while an answer is still under way in it, which gets to its end."""
     async with (
         cluster(model, decodes=[Script(step_seconds=0.01)]) as it,
         AsyncClient(it.address, share_call=True) as client,
@@ -452,10 +438,23 @@ async def test_what_crosses_the_news_of_a_drain_has_a_call_of_its_own(model: Pat
         await eventually(lambda: len(it.decodes[0].running) == 1)
         (call,) = it.router.service._many
         call.drain()
+        yield it, client
+        assert await running == expected(100)
+        await eventually(lambda: call not in it.router.service._many)
+
+
+async def test_a_call_that_is_about_to_end_takes_nothing_more(model: Path) -> None:
+    async with drained(model) as (it, client):
+        await asyncio.sleep(0.1)
+        assert await streamed(client, max_tokens=5) == expected(5)
+        assert len(it.router.service._many) == 2
+
+
+async def test_what_crosses_the_news_of_a_drain_has_a_call_of_its_own(model: Path) -> None:
+    async with drained(model) as (it, client):
         assert await streamed(client, max_tokens=5) == expected(5)
         assert calls_of(it, "GenerateMany.Begin", "UNAVAILABLE") == 1
         assert calls_of(it, "GenerateStream") == 1
-        assert await running == expected(100)
 
 
 async def test_a_router_that_stops_ends_calls_that_have_only_begun(model: Path) -> None:

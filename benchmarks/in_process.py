@@ -113,8 +113,9 @@ class InProcess:
             source += prompt.blocks[sequence.cached_blocks :]
             target += sequence.blocks[sequence.cached_blocks : len(prompt.blocks)]
         device = self._decode.device
-        moved = self._prefill.pool.tensor[torch.tensor(source, device=device, dtype=torch.int64)]
-        self._decode.pool.tensor[torch.tensor(target, device=device, dtype=torch.int64)] = moved
+        theirs, ours = (parts.pool.tensor.view(torch.uint8) for parts in (self._prefill, self._decode))
+        moved = theirs[torch.tensor(source, device=device, dtype=torch.int64)]
+        ours[torch.tensor(target, device=device, dtype=torch.int64)] = moved
         over = []
         for prompt, sequence, token in ready:
             self._prefill.blocks.release(prompt.blocks)

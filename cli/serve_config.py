@@ -40,6 +40,9 @@ class ServeConfig(SecurityConfig):
     """Type of weights, but for 8-bit ones, and of KV. auto: the model's own on a GPU, bfloat16 beside 8-bit weights,
     float32 on a CPU."""
 
+    kv_cache_dtype: Literal["auto", "fp8"] | None = None
+    """Type of KV. fp8: 8-bit floats (e4m3), half as many bytes for a token as with 16 bits. auto: that of `dtype`."""
+
     load_format: Literal["auto", "dummy"] | None = None
     """dummy: random weights for the model's config.json, for benchmarks."""
 

@@ -40,7 +40,7 @@ class DecodeGroup:
 
     rows: Tensor | None  # [R] int64; None: all rows of the batch
     blocks: Tensor  # [R * M] int32: M blocks of each row, those after its end included
-    mask: Tensor  # [R, 1, 1, M * block_size], in the cache's dtype: 0 for a row's own tokens, -inf after its end
+    mask: Tensor  # [R, 1, 1, M * block_size] float32: 0 for a row's own tokens, -inf after its end
     after_end: Tensor  # [P] int64: which of the R * M * block_size gathered places are after their row's end
 
 
@@ -60,8 +60,8 @@ def prefill_attention(
     """Causal attention of packed chunks to themselves and to everything before them in their sequences.
 
     q [T, Hq, D]; k, v [T, Hkv, D], which the caches hold already; key_cache, value_cache [N, block_size, Hkv, D],
-    strided views. Hq is a multiple of Hkv. `scale` multiplies the scores. Returns [T, Hq, D]. This reference takes no
-    padding.
+    strided views, of q's dtype or E4M3. Hq is a multiple of Hkv. `scale` multiplies the scores. Returns [T, Hq, D].
+    This reference takes no padding.
     """
     block_size = key_cache.shape[1]
     outputs = []
@@ -73,8 +73,8 @@ def prefill_attention(
             mask = None
         else:
             blocks = batch.block_tables[row, : -(-kv_len // block_size)]
-            keys = key_cache.index_select(0, blocks).flatten(0, 1)[:kv_len]
-            values = value_cache.index_select(0, blocks).flatten(0, 1)[:kv_len]
+            keys = key_cache.index_select(0, blocks).flatten(0, 1)[:kv_len].to(q.dtype)
+            values = value_cache.index_select(0, blocks).flatten(0, 1)[:kv_len].to(q.dtype)
             mask = torch.ones(query_len, kv_len, dtype=torch.bool, device=q.device).tril_(kv_len - query_len)
         attended = F.scaled_dot_product_attention(
             queries.unsqueeze(0),
@@ -104,7 +104,7 @@ def plan_decode(block_tables: Tensor, seq_lens: Tensor, key_cache: Tensor) -> De
         index = None if len(groups) == 1 else torch.tensor(rows, device=seq_lens.device)
         tables, ends = (block_tables, lengths) if index is None else (block_tables[index], lengths[index])
         after_end = torch.arange(blocks * block_size, device=seq_lens.device) >= ends.unsqueeze(1)
-        mask = torch.zeros(after_end.shape, dtype=key_cache.dtype, device=seq_lens.device)
+        mask = torch.zeros(after_end.shape, dtype=torch.float32, device=seq_lens.device)
         mask.masked_fill_(after_end, -torch.inf)
         places = after_end.flatten().nonzero().squeeze(1)
         made.append(DecodeGroup(index, tables[:, :blocks].flatten(), mask[:, None, None, :], places))
@@ -117,8 +117,8 @@ def decode_attention(
     """`rope_write_kv` of one token of each sequence, then its attention to all tokens of its sequence and itself.
 
     qkv [B, (Hq + 2 Hkv) * D], contiguous, overwritten with undefined contents; key_cache, value_cache [N, block_size,
-    Hkv, D], strided views; batch comes from `plan_decode`. Its seq_lens are the rotation's positions + 1. A padded row
-    has seq_len 0 and slot -1; its output is finite but undefined. Returns [B, Hq, D].
+    Hkv, D], strided views, of qkv's dtype or E4M3; batch comes from `plan_decode`. Its seq_lens are the rotation's
+    positions + 1. A padded row has seq_len 0 and slot -1; its output is finite but undefined. Returns [B, Hq, D].
 
     The query heads that share a KV head become queries of that head, so that K and V need not be repeated (GQA: Ainslie
     et al., 2023).
@@ -154,14 +154,14 @@ def _decode_group(q: Tensor, key_cache: Tensor, value_cache: Tensor, group: Deco
     # What lies after a row's end is another sequence's. If that has overflowed, it is infinite or NaN, and stays NaN
     # with the mask's -inf added, or times a weight of 0.
     keys, values = (
-        cache.index_select(0, group.blocks).flatten(0, 1).index_fill_(0, group.after_end, 0.0)
+        cache.index_select(0, group.blocks).flatten(0, 1).to(q.dtype).index_fill_(0, group.after_end, 0.0)
         for cache in (key_cache, value_cache)
     )
     attended = F.scaled_dot_product_attention(
         q.view(batch, num_kv_heads, num_heads // num_kv_heads, head_dim),
         keys.view(batch, tokens, num_kv_heads, head_dim).transpose(1, 2),
         values.view(batch, tokens, num_kv_heads, head_dim).transpose(1, 2),
-        attn_mask=group.mask,
+        attn_mask=group.mask.to(q.dtype),
         scale=scale,
     )
     return attended.reshape(batch, num_heads, head_dim)

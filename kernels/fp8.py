@@ -1,8 +1,9 @@
-"""Weights of 8-bit floats (e4m3; Micikevicius et al., "FP8 Formats for Deep Learning", 2022), and products with them.
+"""8-bit floats (e4m3; Micikevicius et al., "FP8 Formats for Deep Learning", 2022): weights, products with them, KV.
 
-Both factors of a product are 8-bit floats times scales. Those of a weight are stored with it; those of x are found for
-each token as it comes, so that the largest value becomes the largest 8-bit float. Either one scale holds for all inputs
-of a token and of an output, or one for each group of 128 ("DeepSeek-V3 Technical Report", 2024, section 3.3.2).
+Both factors of a product with weights are 8-bit floats times scales. Those of a weight are stored with it; those of x
+are found for each token as it comes, so that the largest value becomes the largest 8-bit float. Either one scale holds
+for all inputs of a token and of an output, or one for each group of 128 ("DeepSeek-V3 Technical Report", 2024, section
+3.3.2).
 """
 
 from dataclasses import dataclass
@@ -54,6 +55,12 @@ def quantize(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
     groups = x.float().reshape(x.shape[0], x.shape[1] // group, group)
     scales = groups.abs().amax(-1).clamp(min=SMALLEST) / LARGEST
     return (groups / scales.unsqueeze(-1)).to(E4M3).flatten(1), scales
+
+
+def rounded(x: Tensor) -> Tensor:
+    """Each value as the nearest E4M3, without a scale: as KV caches of that type hold it. Beyond the largest it is the
+    largest; NaN stays NaN."""
+    return x.float().clamp(-LARGEST, LARGEST).to(E4M3)
 
 
 def dequantize(values: Tensor, scales: Tensor) -> Tensor:

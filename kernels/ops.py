@@ -82,8 +82,8 @@ def fuse_layers(
     """All layers as one operation, or None if these cannot be fused on this device: then run the operations one by one.
     This reference fuses none.
 
-    embedding [V, H]; cos_sin [max_position, D] float32; pool [blocks, layers, 2, block_size, Hkv, D]; all but cos_sin
-    of one dtype. The result keeps a reference to each tensor and uses it in place.
+    embedding [V, H]; cos_sin [max_position, D] float32; pool [blocks, layers, 2, block_size, Hkv, D], maybe of 8-bit
+    floats; all else of one dtype. The result keeps a reference to each tensor and uses it in place.
     """
     return None
 

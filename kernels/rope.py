@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.fp8 import E4M3, rounded
 from kernels.norm import rms_norm
 
 
@@ -28,6 +29,9 @@ def rope_write_kv(
     qkv [T, (Hq + 2 Hkv) * D], contiguous: heads of q, then of k, then of v. key_cache, value_cache [N, block_size, Hkv,
     D], strided views. Dimension i is paired with i + D/2 (the layout of NeoX and of Hugging Face's checkpoints). The
     rotation is computed in float32. Returns views of qkv: q [T, Hq, D], k [T, Hkv, D], v [T, Hkv, D].
+
+    Caches are of qkv's dtype or E4M3. For the latter k and v are rounded, and those returned are, too: a token attends
+    to the same values whether it reads them from a cache or has just made them.
     """
     block_size, num_kv_heads, head_dim = key_cache.shape[1:]
     heads = qkv.view(qkv.shape[0], -1, head_dim)
@@ -42,6 +46,9 @@ def rope_write_kv(
     high.copy_(high * cos + low * sin)
     low.copy_(rotated_low)
 
+    if key_cache.dtype == E4M3:
+        kv = heads[:, -2 * num_kv_heads :]
+        kv.copy_(rounded(kv))
     slots = rotation.slots
     if bool((slots < 0).any()):
         kept = slots >= 0
@@ -49,6 +56,6 @@ def rope_write_kv(
     else:
         written_k, written_v = k, v
     where = (slots // block_size, slots % block_size)
-    key_cache.index_put_(where, written_k)
-    value_cache.index_put_(where, written_v)
+    key_cache.index_put_(where, written_k.to(key_cache.dtype))
+    value_cache.index_put_(where, written_v.to(value_cache.dtype))
     return q, k, v

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from common.device.device_io import copy_to_device
 from common.device.gpu_memory import Passes
 from common.device.graph_capture import capture
+from common.model.dtypes import torch_dtype
 from common.worker.sequence import SequenceSpec
 from kernels.attention import FEW_TOKENS, SHORT_TOKENS
 from prefill_worker import draws
@@ -69,7 +70,7 @@ class PrefillGraphs:
         self._rows = row_ladder(max_chunks(max_tokens))
         self._array = torch.zeros(max(shape.size for shape in self._shapes), dtype=torch.int32, device=device)
         self._hidden = torch.zeros(
-            (self._rows[-1], forward.model.config.hidden_size), dtype=forward.pool.tensor.dtype, device=device
+            (self._rows[-1], forward.model.config.hidden_size), dtype=torch_dtype(forward.model.dtype), device=device
         )
         self._draws = torch.zeros(draws.size(self._rows[-1]), dtype=torch.int32, device=device)
         self._forwards: dict[BatchShape, torch.cuda.CUDAGraph] = {}

@@ -211,6 +211,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             response.dtype = worker.hello.dtype
             response.block_size = worker.hello.pool.layout.block_size
             response.fingerprint = worker.hello.fingerprint
+            response.kv_cache_dtype = worker.hello.pool.layout.dtype
         return response
 
     async def GetLoad(self, request: pb.GetLoadRequest, context: Context) -> pb.GetLoadResponse:

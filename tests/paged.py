@@ -9,6 +9,7 @@ from torch import Tensor
 from common.kv.kv_pool import KvLayout, KvPool, allocate
 from common.model.transformer import Model
 from kernels.attention import PrefillAttention
+from kernels.fp8 import E4M3
 from kernels.ops import Ops
 from kernels.rope import Rotation
 
@@ -17,11 +18,17 @@ class PagedSequences:
     """A static batch of sequences; blocks are given out in random order, and never used ones hold noise."""
 
     def __init__(
-        self, model: Model, ops: Ops, prompts: Sequence[Sequence[int]], room: int, block_size: int = 16
+        self,
+        model: Model,
+        ops: Ops,
+        prompts: Sequence[Sequence[int]],
+        room: int,
+        block_size: int = 16,
+        kv_dtype: str | None = None,
     ) -> None:
         self.model, self.ops, self.block_size = model, ops, block_size
         self.tokens = [list(prompt) for prompt in prompts]
-        self.pool, self.tables = self._scattered(room)
+        self.pool, self.tables = self._scattered(room, kv_dtype or model.dtype)
         self.scale = model.config.head_dim**-0.5
 
     def prefill(self, chunk: int | None = None) -> Tensor:
@@ -62,14 +69,18 @@ class PagedSequences:
             outputs.append(tokens)
         return torch.stack(outputs, dim=1).tolist()
 
-    def _scattered(self, room: int) -> tuple[KvPool, Tensor]:
+    def _scattered(self, room: int, kv_dtype: str) -> tuple[KvPool, Tensor]:
         counts = [-(-(len(tokens) + room) // self.block_size) for tokens in self.tokens]
         config = self.model.config
         layout = KvLayout(
-            2 * sum(counts), config.num_layers, self.block_size, config.num_kv_heads, config.head_dim, self.model.dtype
+            2 * sum(counts), config.num_layers, self.block_size, config.num_kv_heads, config.head_dim, kv_dtype
         )
         pool = allocate(layout, torch.device("cpu"))
-        pool.tensor.normal_(0.0, 100.0, generator=torch.Generator().manual_seed(0))
+        generator = torch.Generator().manual_seed(0)
+        if pool.tensor.dtype == E4M3:
+            pool.tensor.view(torch.uint8).random_(generator=generator)
+        else:
+            pool.tensor.normal_(0.0, 100.0, generator=generator)
         free = random.Random(0).sample(range(layout.num_blocks), layout.num_blocks)
         tables = torch.zeros(len(counts), max(counts), dtype=torch.int32)
         for row, count in enumerate(counts):

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from cyclopts import App
@@ -58,6 +59,7 @@ def main(
     context: int = 1024,
     prefill_tokens: int = 8192,
     hardware_size: int = 8192,
+    kv_cache_dtype: Literal["auto", "fp8"] = "auto",
     dependent_launch: bool = True,
 ) -> int:
     """Measures the engine; the sizes are smaller only to try this script without a GPU.
@@ -67,6 +69,7 @@ def main(
     out: JSON file for the figures.
     names: models, by the names in benchmarks/gpu/models.py.
     hardware_size: rows of the matrices, and MiB / 4 of the copy, that the hardware's own rates are measured with.
+    kv_cache_dtype: as workers take it.
     dependent_launch: off to see what programmatic dependent launch of the Triton kernels brings.
     """
     if not dependent_launch:
@@ -91,7 +94,7 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
             directory = models.write(name, Path(folder))
-            _measure_model(report, rates[0], name, directory, batches, context, prefill_tokens)
+            _measure_model(report, rates[0], name, directory, batches, context, prefill_tokens, kv_cache_dtype)
     return report.finish()
 
 
@@ -103,6 +106,7 @@ def _measure_model(
     batches: tuple[int, ...],
     context: int,
     prefill_tokens: int,
+    kv_cache_dtype: str,
 ) -> None:
     loaded: list[LoadedModel] = []
 
@@ -116,16 +120,16 @@ def _measure_model(
     report.section(f"{name}: load", load)
     if not loaded:
         return
-    report.section(f"{name}: prefill", lambda: _prefill(hardware, name, loaded[0], prefill_tokens))
+    report.section(f"{name}: prefill", lambda: _prefill(hardware, name, loaded[0], prefill_tokens, kv_cache_dtype))
     _free(hardware.device)
-    report.section(f"{name}: decode", lambda: _decode(hardware, name, loaded[0], batches, context))
+    report.section(f"{name}: decode", lambda: _decode(hardware, name, loaded[0], batches, context, kv_cache_dtype))
     loaded.clear()
     _free(hardware.device)
 
 
-def _prefill(hardware: Hardware, name: str, loaded: LoadedModel, tokens: int) -> Iterator[Figure]:
+def _prefill(hardware: Hardware, name: str, loaded: LoadedModel, tokens: int, kv_cache_dtype: str) -> Iterator[Figure]:
     """Batches launched one after another, as the worker's loop does."""
-    parts = worker_parts(loaded, num_blocks=8 * -(-tokens // 16))
+    parts = worker_parts(loaded, num_blocks=8 * -(-tokens // 16), kv_cache_dtype=kv_cache_dtype)
     runner = PrefillRunner(parts)
     runner.capture(tokens)
     for count in (8, 1):
@@ -176,7 +180,7 @@ def _whole_prompt(parts: WorkerParts, index: int, length: int, cached: int = 0) 
 
 
 def _decode(
-    hardware: Hardware, name: str, loaded: LoadedModel, batches: tuple[int, ...], context: int
+    hardware: Hardware, name: str, loaded: LoadedModel, batches: tuple[int, ...], context: int, kv_cache_dtype: str
 ) -> Iterator[Figure]:
     device, config = hardware.device, loaded.model.config
     blocks_each = -(-(context + ROUNDS * STEPS + WARM_UP) // 16) + 1
@@ -184,7 +188,7 @@ def _decode(
     if device.type == "cuda":
         room = torch.cuda.mem_get_info(device)[0] - MEMORY_KEPT_FREE
         wanted = min(wanted, room // (16 * floors.kv_bytes(config)))
-    parts = worker_parts(loaded, wanted)
+    parts = worker_parts(loaded, wanted, kv_cache_dtype=kv_cache_dtype)
     before = _memory_in_use(device)
     started = time.perf_counter()
     runner = DecodeRunner(parts, max(batches))
@@ -222,7 +226,8 @@ def _decode_batch(
         replayed.append(elapsed(device, partial(_repeat, partial(_step, runner, batch)), idle=False) / STEPS)
     mean_context = first_length + WARM_UP + ROUNDS * (STEPS + 1) // 2 + 1
     loop_seconds, step_seconds = sorted(in_loop)[ROUNDS // 2], sorted(replayed)[ROUNDS // 2]
-    floor = floors.decode_step_bytes(config, [mean_context] * batch) / hardware.copy
+    value_bytes = parts.pool.tensor.element_size()
+    floor = floors.decode_step_bytes(config, [mean_context] * batch, value_bytes) / hardware.copy
     yield Figure(
         f"{name}: decode step {batch} × {context}",
         f"{1000 * step_seconds:.3f} ms",

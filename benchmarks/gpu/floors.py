@@ -44,14 +44,14 @@ def weight_bytes(config: ModelConfig, tokens: int = 1) -> float:
     return value * _projections(config, tokens) + VALUE_BYTES * others
 
 
-def kv_bytes(config: ModelConfig) -> int:
+def kv_bytes(config: ModelConfig, value_bytes: int = VALUE_BYTES) -> int:
     """K and V of one token in all layers."""
-    return VALUE_BYTES * 2 * config.num_layers * config.num_kv_heads * config.head_dim
+    return value_bytes * 2 * config.num_layers * config.num_kv_heads * config.head_dim
 
 
-def decode_step_bytes(config: ModelConfig, contexts: Sequence[int]) -> float:
-    """Bytes that a step of sequences with so many tokens each must read."""
-    return weight_bytes(config, len(contexts)) + sum(contexts) * kv_bytes(config)
+def decode_step_bytes(config: ModelConfig, contexts: Sequence[int], value_bytes: int = VALUE_BYTES) -> float:
+    """Bytes that a step of sequences with so many tokens each must read. `value_bytes`: of an element of K or V."""
+    return weight_bytes(config, len(contexts)) + sum(contexts) * kv_bytes(config, value_bytes)
 
 
 def prefill_operations(config: ModelConfig, lengths: Sequence[int]) -> float:

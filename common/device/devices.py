@@ -6,6 +6,7 @@ from common.model.model_config import ModelConfig
 from common.model.model_error import ModelError
 
 HOPPER = 9  # its GPUs' compute capability is 9.x
+_CONVERTS_8_BITS = (8, 9)  # and later; that of Ada Lovelace
 _MULTIPLE = 16  # of inputs and outputs: cuBLAS multiplies no other matrices of 8-bit floats
 
 
@@ -47,6 +48,22 @@ def choose_dtype(name: str, model: ModelConfig, device: torch.device) -> str:
     if device.type == "cpu":
         return "float32"
     return "bfloat16" if model.dtype == "float32" else model.dtype
+
+
+def choose_kv_dtype(name: str, dtype: str, device: torch.device) -> str:
+    """The dtype of KV that `name` stands for, "auto" or "fp8", where `dtype` is that of the model.
+
+    Raises:
+        ModelError: this GPU cannot convert 8-bit floats.
+    """
+    if name == "auto":
+        return dtype
+    if device.type == "cuda" and (capability := torch.cuda.get_device_capability(device)) < _CONVERTS_8_BITS:
+        raise ModelError(
+            f"KV in 8-bit floats needs a GPU of compute capability 8.9 or more, and {device} is "
+            f"{torch.cuda.get_device_name(device)}, of {capability[0]}.{capability[1]}; leave --kv-cache-dtype out"
+        )
+    return "float8_e4m3fn"
 
 
 def _beside_8_bits(name: str, model: ModelConfig, device: torch.device) -> str:

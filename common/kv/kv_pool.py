@@ -18,7 +18,7 @@ class KvLayout:
     block_size: int  # tokens
     num_kv_heads: int
     head_dim: int
-    dtype: str  # "float32", "bfloat16" or "float16"
+    dtype: str  # the model's, or "float8_e4m3fn"
 
     @property
     def shape(self) -> tuple[int, int, int, int, int, int]:

@@ -28,7 +28,7 @@ def check_layout(where: str, theirs: KvLayout, ours: KvLayout) -> None:
     if differing:
         raise TransportError(
             f"blocks of {where} are laid out differently: {', '.join(differing)}; start all workers with the same "
-            "model, --dtype and --block-size"
+            "model, --dtype, --kv-cache-dtype and --block-size"
         )
 
 

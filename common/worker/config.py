@@ -30,6 +30,10 @@ class WorkerConfig(SecurityConfig):
     """Type of weights, but for 8-bit ones, and of KV. auto: the model's own on a GPU, bfloat16 beside 8-bit weights,
     float32 on a CPU."""
 
+    kv_cache_dtype: Literal["auto", "fp8"] = "auto"
+    """Type of KV. fp8: 8-bit floats (e4m3), half as many bytes for a token as with 16 bits. Equal on all workers of a
+    cluster. auto: that of `dtype`."""
+
     device: Annotated[str, Parameter(validator=_is_device)] = "auto"
     """cpu, cuda or cuda:N. auto: cuda where there is one."""
 

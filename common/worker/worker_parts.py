@@ -9,12 +9,13 @@ import structlog
 import torch
 
 from common.device.cpu_memory import keep_freed_memory
-from common.device.devices import choose_device, choose_dtype
+from common.device.devices import choose_device, choose_dtype, choose_kv_dtype
 from common.device.gpu_memory import Passes, bytes_for
 from common.kv.block_pool import BlockPool
 from common.kv.kv_pool import KvLayout, KvPool, blocks_for, layout_to_proto, view
 from common.kv.pool_size import blocks_that_fit
 from common.model import fingerprint, model_config, model_files, vocabulary, weights
+from common.model.dtypes import torch_dtype
 from common.model.model_config import ModelConfig
 from common.model.transformer import Model
 from common.network.own_host import host_id
@@ -66,7 +67,7 @@ class WorkerParts:
 
     def warm_up_sampling(self) -> None:
         """Does everything that can be done to logits once, so that no request waits while kernels are compiled."""
-        vocab_size, dtype = self.model.config.vocab_size, self.pool.tensor.dtype
+        vocab_size, dtype = self.model.config.vocab_size, torch_dtype(self.model.dtype)
         special_sampling.warm_up(self.ops.sample, vocab_size, dtype, self.device)
         guided_sampling.warm_up(vocab_size, dtype, self.device)
 
@@ -106,18 +107,21 @@ def load(
     directory = model_files.resolve(config.model, weights=config.load_format != "dummy")
     model = model_config.load_config(directory, config.max_length)
     dtype = choose_dtype(config.dtype, model, device)
+    kv_dtype = choose_kv_dtype(config.kv_cache_dtype, dtype, device)
     if model.quantization is not None and device.type == "cpu":
         log.warning("8-bit weights are slow on a CPU: each is made a float32 every time it is used")
     if config.load_format == "dummy":
         loaded = weights.dummy(model, dtype, device)
     else:
         loaded = weights.load(directory, model, dtype, device)
-    layout = _layout(config, model, dtype, device, passes)
+    one_block = KvLayout(1, model.num_layers, config.block_size, model.num_kv_heads, model.head_dim, kv_dtype)
+    kept_free = bytes_for(passes, model, dtype)
+    layout = replace(one_block, num_blocks=config.num_blocks or blocks_that_fit(one_block, device, kept_free))
     instance = uuid.uuid4().hex
     transport = config.transport if config.transport != "auto" else ("cuda_ipc" if device.type == "cuda" else "shm")
     memory = create(transport, layout, device, instance)
     max_length = min(model.context_length, layout.num_blocks * layout.block_size)
-    _log_loaded(config.model, device, layout, max_length, model.context_length)
+    _log_loaded(config.model, dtype, device, layout, max_length, model.context_length)
     ops = select(device)
     guided = load_guided(directory, model)
     hello = pb.WorkerHello(
@@ -150,26 +154,14 @@ def load(
     )
 
 
-def _layout(config: WorkerConfig, model: ModelConfig, dtype: str, device: torch.device, passes: Passes) -> KvLayout:
-    one_block = KvLayout(
-        num_blocks=1,
-        num_layers=model.num_layers,
-        block_size=config.block_size,
-        num_kv_heads=model.num_kv_heads,
-        head_dim=model.head_dim,
-        dtype=dtype,
-    )
-    return replace(
-        one_block,
-        num_blocks=config.num_blocks or blocks_that_fit(one_block, device, bytes_for(passes, model, dtype)),
-    )
-
-
-def _log_loaded(name: str, device: torch.device, layout: KvLayout, max_length: int, context_length: int) -> None:
+def _log_loaded(
+    name: str, dtype: str, device: torch.device, layout: KvLayout, max_length: int, context_length: int
+) -> None:
     log.info(
         "model loaded",
         model=name,
-        dtype=layout.dtype,
+        dtype=dtype,
+        kv_cache_dtype=layout.dtype,
         device=str(device),
         blocks=layout.num_blocks,
         block_size=layout.block_size,

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.attention import DecodeAttention
+from kernels.cuda.triton_fp8 import factor, unpaired
 from kernels.cuda.triton_launch import (
     MAX_ARRIVALS,
     arrivals,
@@ -27,6 +28,7 @@ from kernels.cuda.triton_launch import (
     prefetch_lines_to_l2,
     wait_for_previous,
 )
+from kernels.fp8 import E4M3
 from kernels.rope import Rotation
 
 _PROGRAMS_PER_SM = 3  # that run at once: each gets an equal share of the keys
@@ -153,16 +155,14 @@ def _ask_for_first(
 
 
 @triton.jit
-def _attended(query, key, value, inside, largest, weight_sum, total, scale):
-    """One step of the online softmax: the largest score, the sums of weights (one for each place in a tile) and the sum
-    of weighted values, after one more tile of keys and values."""
-    score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
+def _weighted(score, inside, largest, weight_sum):
+    """One step of the online softmax: the weights of one more tile of keys, the factor by which they shrink what was
+    summed before, the largest score, and the sums of weights (one for each place in a tile)."""
     score = tl.where(inside[None, :], score, float("-inf"))
     new_largest = tl.maximum(largest, tl.max(score, axis=1))
-    shrink = tl.exp2(largest - new_largest)
+    shrink = tl.exp2(largest - new_largest)[:, None]
     weight = tl.exp2(score - new_largest[:, None])
-    total = tl.dot(weight.to(value.dtype), value, total * shrink[:, None], input_precision="ieee")
-    return new_largest, weight_sum * shrink[:, None] + weight, total
+    return weight, shrink, new_largest, weight_sum * shrink + weight
 
 
 @triton.jit
@@ -237,6 +237,7 @@ def _decode_kernel(
     LANES: tl.constexpr,
     LINES: tl.constexpr,
     NORM: tl.constexpr,
+    PAIRED: tl.constexpr,
     TILE: tl.constexpr,
     AHEAD: tl.constexpr,
     STAGES: tl.constexpr,
@@ -303,6 +304,9 @@ def _decode_kernel(
     query = _rotated(query, query_pair, query_inverse, q_weight, q_pair_weight, cos, sin, NORM)
     new_key = _rotated(new_key, new_key_pair, key_inverse, k_weight, k_pair_weight, cos, sin, NORM)
 
+    new_key = new_key.to(tl.float32).to(key_cache.dtype.element_ty)
+    new_value = new_value.to(tl.float32).to(value_cache.dtype.element_ty)
+
     # start with the new token, if this item has it
     new_score = tl.sum(query.to(tl.float32) * new_key.to(tl.float32), axis=1) * scale
     largest = tl.where(is_last, new_score, float("-inf"))
@@ -310,18 +314,40 @@ def _decode_kernel(
     counts = (tl.arange(0, TILE) == 0) & is_last
     weight_sum = tl.zeros((ROWS, TILE), tl.float32) + tl.where(counts, 1.0, 0.0)[None, :]
     total = tl.zeros((ROWS, LANES), tl.float32) + new_value.to(tl.float32)
+    query = factor(query, key_cache)
+    if PAIRED:
+        key_pairs = keys.to(tl.pointer_type(tl.int16))
+        value_pairs = values.to(tl.pointer_type(tl.int16))
+        pair_lane = tl.arange(0, LANES // 2)
+        query, second_query = tl.split(tl.reshape(query, (ROWS, LANES // 2, 2)))
+        total, second_total = tl.split(tl.reshape(total, (ROWS, LANES // 2, 2)))
     for first in tl.range(start, end, TILE, num_stages=STAGES):
         token = first + tl.arange(0, TILE)
         inside = token < end
         place = block.to(tl.int64) * cache_stride_block + token % BLOCK_SIZE * cache_stride_token
-        at = place[:, None] + lane[None, :]
         whole_rows: tl.constexpr = HEAD_DIM == LANES
-        readable = inside[:, None] if whole_rows else inside[:, None] & in_head[None, :]
-        key = tl.load(keys + at, mask=readable, other=0.0)
-        value = tl.load(values + at, mask=readable, other=0.0)
-        largest, weight_sum, total = _attended(query, key, value, inside, largest, weight_sum, total, scale)
+        if PAIRED:
+            at = (place // 2)[:, None] + pair_lane[None, :]
+            readable = inside[:, None] if whole_rows else inside[:, None] & (2 * pair_lane < HEAD_DIM)[None, :]
+            key, second_key = unpaired(tl.load(key_pairs + at, mask=readable, other=0), query.dtype)
+            value, second_value = unpaired(tl.load(value_pairs + at, mask=readable, other=0), query.dtype)
+            score = tl.dot(query, tl.trans(key), input_precision="ieee")
+            score = tl.dot(second_query, tl.trans(second_key), score, input_precision="ieee")
+        else:
+            at = place[:, None] + lane[None, :]
+            readable = inside[:, None] if whole_rows else inside[:, None] & in_head[None, :]
+            key = tl.load(keys + at, mask=readable, other=0.0)
+            value = tl.load(values + at, mask=readable, other=0.0)
+            score = tl.dot(query, tl.trans(key), input_precision="ieee")
+        weight, shrink, largest, weight_sum = _weighted(score * scale, inside, largest, weight_sum)
+        weight = weight.to(query.dtype)
+        total = tl.dot(weight, value, total * shrink, input_precision="ieee")
+        if PAIRED:
+            second_total = tl.dot(weight, second_value, second_total * shrink, input_precision="ieee")
         # the next step's blocks, so that its keys' addresses are known when their loads are issued
         block = tl.load(table + (token + TILE) // BLOCK_SIZE, mask=token + TILE < end, other=0)
+    if PAIRED:
+        total = tl.interleave(total, second_total)
     normaliser = tl.sum(weight_sum, axis=1)
     total = total / normaliser[:, None]
 
@@ -417,6 +443,7 @@ def decode_attention(
     lanes = triton.next_power_of_2(head_dim)
     rows_padded = max(16, group_rows)
     items = batch.plan.shape[1]
+    paired = value_cache.dtype == E4M3
     crowded = rows > _shares(num_kv_heads, qkv.device)
     out = torch.empty((rows, num_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
     parts = torch.empty((num_kv_heads, items, group, head_dim), dtype=torch.float32, device=qkv.device)
@@ -450,9 +477,10 @@ def decode_attention(
         LANES=lanes,
         LINES=triton.next_power_of_2(triton.cdiv(head_dim * key_cache.element_size(), _LINE_BYTES)),
         NORM=rotation.q_norm is not None,
+        PAIRED=paired,
         TILE=tile,
         AHEAD=_AHEAD,
-        STAGES=stages,
+        STAGES=3 if paired else stages,  # a stage of 8-bit floats has half as many bytes
         MERGED=max(1, min(triton.next_power_of_2(items), _MERGED_ELEMENTS // (group_rows * lanes))),
         num_warps=warps,
         maxnreg=_REGISTERS if crowded and qkv.dtype.itemsize == 2 and rows_padded == 16 and lanes <= 128 else None,

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.attention import PrefillAttention
+from kernels.cuda.triton_fp8 import factor
 from kernels.cuda.triton_launch import dependent, wait_for_previous
 
 
@@ -59,11 +60,11 @@ def _attend(
         whole_rows: tl.constexpr = HEAD_DIM == LANES
         readable = inside[:, None] if whole_rows else inside[:, None] & (lane < HEAD_DIM)[None, :]
         if MASKED or not whole_rows:
-            key = tl.load(keys + at, mask=readable, other=0.0)
-            value = tl.load(values + at, mask=readable, other=0.0)
+            key = tl.load(keys + at, mask=readable, other=0.0).to(query.dtype)
+            value = tl.load(values + at, mask=readable, other=0.0).to(query.dtype)
         else:
-            key = tl.load(keys + at)
-            value = tl.load(values + at)
+            key = tl.load(keys + at).to(query.dtype)
+            value = tl.load(values + at).to(query.dtype)
         score = tl.dot(query, tl.trans(key), input_precision="ieee")
         if MASKED:
             score = tl.where(token[None, :] < reach[:, None], score, float("-inf"))
@@ -145,6 +146,7 @@ def _prefill_kernel(
     exists = (row < query_len)[:, None] & (lane < HEAD_DIM)[None, :]
     at = (query_start + row).to(tl.int64)[:, None]
     query = tl.load(q + at * q_stride_token + head * q_stride_head + lane[None, :], mask=exists, other=0.0)
+    query_of_cached = factor(query, key_cache)
     table = block_tables + sequence.to(tl.int64) * table_stride
     kv_head = first_head // GROUP
     cached_keys = key_cache + kv_head * cache_stride_head
@@ -159,12 +161,12 @@ def _prefill_kernel(
     largest = tl.full((ROWS,), float("-inf"), tl.float32)
     weight_sum = tl.zeros((ROWS,), tl.float32)
     total, largest, weight_sum = _attend(
-        total, largest, weight_sum, query, whole_context_reach, cached_keys, cached_values, table,
+        total, largest, weight_sum, query_of_cached, whole_context_reach, cached_keys, cached_values, table,
         0, whole_context, context_len, cache_stride_block, cache_stride_token, scale,
         BLOCK_SIZE, HEAD_DIM, LANES, TILE, True, False, STAGES,
     )  # fmt: skip
     total, largest, weight_sum = _attend(
-        total, largest, weight_sum, query, whole_context_reach, cached_keys, cached_values, table,
+        total, largest, weight_sum, query_of_cached, whole_context_reach, cached_keys, cached_values, table,
         whole_context, context_len, context_len, cache_stride_block, cache_stride_token, scale,
         BLOCK_SIZE, HEAD_DIM, LANES, TILE, True, True, 1,
     )  # fmt: skip

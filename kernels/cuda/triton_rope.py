@@ -30,6 +30,7 @@ def _rope_write_kernel(
     KV_HEADS: tl.constexpr,
     HALF: tl.constexpr,
     NORM: tl.constexpr,
+    ROUNDED: tl.constexpr,
     HEADS: tl.constexpr,
     LANES: tl.constexpr,
     DEPENDENT: tl.constexpr,
@@ -66,18 +67,25 @@ def _rope_write_kernel(
         a, b = a.to(dtype).to(tl.float32), b.to(dtype).to(tl.float32)
     rotated_low = (a * cos - b * sin).to(dtype)
     rotated_high = (b * cos + a * sin).to(dtype)
-    rotates = exists & (head < Q_HEADS + KV_HEADS)[:, None]
-    tl.store(low_at, rotated_low, mask=rotates)
-    tl.store(high_at, rotated_high, mask=rotates)
+    low = tl.where(is_v[:, None], low, rotated_low)
+    high = tl.where(is_v[:, None], high, rotated_high)
+    kept_low = low.to(tl.float32).to(key_cache.dtype.element_ty)
+    kept_high = high.to(tl.float32).to(key_cache.dtype.element_ty)
+    if ROUNDED:
+        low = tl.where(is_q[:, None], low, kept_low.to(tl.float32).to(dtype))
+        high = tl.where(is_q[:, None], high, kept_high.to(tl.float32).to(dtype))
+    changes = exists & (ROUNDED | (head < Q_HEADS + KV_HEADS))[:, None]
+    tl.store(low_at, low, mask=changes)
+    tl.store(high_at, high, mask=changes)
 
     if slot >= 0:
         place = slot // BLOCK_SIZE * cache_stride_block + slot % BLOCK_SIZE * cache_stride_token
         key_at = key_cache + place + (head - Q_HEADS)[:, None] * cache_stride_head + lane[None, :]
         value_at = value_cache + place + (head - Q_HEADS - KV_HEADS)[:, None] * cache_stride_head + lane[None, :]
-        tl.store(key_at, rotated_low, mask=exists & is_k[:, None])
-        tl.store(key_at + HALF, rotated_high, mask=exists & is_k[:, None])
-        tl.store(value_at, low, mask=exists & is_v[:, None])
-        tl.store(value_at + HALF, high, mask=exists & is_v[:, None])
+        tl.store(key_at, kept_low, mask=exists & is_k[:, None])
+        tl.store(key_at + HALF, kept_high, mask=exists & is_k[:, None])
+        tl.store(value_at, kept_low, mask=exists & is_v[:, None])
+        tl.store(value_at + HALF, kept_high, mask=exists & is_v[:, None])
 
 
 def rope_write_kv(
@@ -105,6 +113,7 @@ def rope_write_kv(
             KV_HEADS=num_kv_heads,
             HALF=head_dim // 2,
             NORM=rotation.q_norm is not None,
+            ROUNDED=key_cache.dtype != qkv.dtype,
             HEADS=_HEADS,
             LANES=triton.next_power_of_2(head_dim // 2),
             num_warps=4,

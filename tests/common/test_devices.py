@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from common.device.devices import choose_dtype
+from common.device.devices import choose_dtype, choose_kv_dtype
 from common.model.model_config import ModelConfig, Routing, parse_config
 from common.model.model_error import ModelError
 from common.model.quantization import Quantization
@@ -34,6 +34,26 @@ def test_any_dtype_can_be_asked_for(model: ModelConfig, device: torch.device, au
     assert choose_dtype("auto", model, device) == automatic
     for name in ("float32", "bfloat16", "float16"):
         assert choose_dtype(name, model, device) == name
+
+
+@pytest.mark.parametrize("capability", [(8, 9), (9, 0), (12, 0)])
+def test_8_bit_kv_is_kept_on_gpus_that_convert_it_and_on_cpus(
+    capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    for device in (CPU, GPU):
+        assert choose_kv_dtype("fp8", "bfloat16", device) == "float8_e4m3fn"
+        assert choose_kv_dtype("auto", "bfloat16", device) == "bfloat16"
+
+
+def test_8_bit_kv_is_refused_on_other_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA A100")
+    with pytest.raises(
+        ModelError, match=r"8\.9 or more, and cuda:0 is NVIDIA A100, of 8\.0; leave --kv-cache-dtype out"
+    ):
+        choose_kv_dtype("fp8", "bfloat16", GPU)
+    assert choose_kv_dtype("auto", "float16", GPU) == "float16"
 
 
 @pytest.mark.usefixtures("hopper")

@@ -20,6 +20,7 @@ CONTROL = "_rms_norm_kernel, given too few weights"
 def _calls() -> dict[str, Callable[[], object]]:
     import torch
 
+    from kernels import fp8
     from kernels.cuda import triton_norm
     from tests.gpu import test_fp8_linear as quantized
     from tests.gpu import test_gated_linear as gated
@@ -42,6 +43,7 @@ def _calls() -> dict[str, Callable[[], object]]:
     def decode() -> None:
         checks.check_decode_attention((1, 17, 100, 333), 8, 2, 64, 16, dtype, with_norm=True)
         checks.check_decode_attention((700,), 16, 8, 128, 16, dtype)
+        checks.check_decode_attention((1, 17, 100, 333), 8, 2, 64, 16, dtype, cache_dtype=fp8.E4M3)
 
     def too_few_weights() -> None:
         triton_norm.rms_norm(randn(5, 576, dtype=dtype), randn(500, dtype=dtype), 1e-5)
@@ -51,7 +53,10 @@ def _calls() -> dict[str, Callable[[], object]]:
         CONTROL: too_few_weights,
         "_plan_kernel": decode,
         "_decode_kernel": decode,
-        "_prefill_kernel": lambda: checks.check_prefill_attention((33, 1, 70), (50, 17, 70), 8, 2, 64, 16, dtype),
+        "_prefill_kernel": lambda: (
+            checks.check_prefill_attention((33, 1, 70), (50, 17, 70), 8, 2, 64, 16, dtype),
+            checks.check_prefill_attention((33, 1, 70), (50, 17, 70), 8, 2, 64, 16, dtype, cache_dtype=fp8.E4M3),
+        ),
         "_chunk_kernel": sample,
         "_draw_kernel": sample,
         "_few_rows_kernel": lambda: checks.check_linear(3, 100, 576, True, dtype),
@@ -86,7 +91,10 @@ def _calls() -> dict[str, Callable[[], object]]:
             fp8_checks.check_quantize(3, 1152, 128, "", dtype),
         ),
         "_sum_kernel": lambda: checks.check_mix(5, 1096, 40, 4, 2, dtype),
-        "_rope_write_kernel": lambda: checks.check_rope_write_kv(37, 8, 2, 64, 16, True, dtype),
+        "_rope_write_kernel": lambda: (
+            checks.check_rope_write_kv(37, 8, 2, 64, 16, True, dtype),
+            checks.check_rope_write_kv(37, 8, 2, 64, 16, True, dtype, cache_dtype=fp8.E4M3),
+        ),
         "_rms_norm_kernel": lambda: checks.check_rms_norm(5, 576, dtype),
         "_silu_mul_kernel": lambda: checks.check_silu_mul(5, 1536, dtype),
         "_locate_kernel": lambda: checks.check_step(37, 16),

@@ -14,6 +14,7 @@ from benchmarks.parts import LoadedModel, load_model, worker_parts
 from common.sampling.parameters import SamplingParams
 from common.worker.sequence import SequenceSpec
 from decode_worker.pace import Pace
+from tests import rounded_kv
 from tests.gpu import tiny_models
 from tests.gpu.greedy import DEVICE, LENGTHS, assert_greedy, assert_same_draws, gaps, reference, text
 from tests.one_worker import OneWorker
@@ -34,10 +35,12 @@ class Engines:
     loaded: LoadedModel
     directory: Path
 
-    def engine(self, *, blocks: int, block_size: int = 16, graphs: bool = True, **settings: int) -> InProcess:
+    def engine(
+        self, *, blocks: int, block_size: int = 16, graphs: bool = True, kv: str = "auto", **settings: int
+    ) -> InProcess:
         engine = InProcess(
-            worker_parts(self.loaded, 8192 // block_size, block_size),
-            worker_parts(self.loaded, blocks, block_size),
+            worker_parts(self.loaded, 8192 // block_size, block_size, kv),
+            worker_parts(self.loaded, blocks, block_size, kv),
             max_batch=settings.get("max_batch", 32),
             max_batch_tokens=settings.get("max_batch_tokens", 2048),
             headroom_tokens=settings.get("headroom_tokens", 1024),
@@ -119,6 +122,19 @@ def test_preemption(smol: Engines) -> None:
     asked = text(smol.directory, SOME_LENGTHS)
     engine = smol.engine(blocks=100, headroom_tokens=1)
     assert_greedy(smol.directory, asked, engine.run(greedy(asked, 48)), 48)
+    assert engine.preemptions > 0
+    assert engine.blocks_home()
+
+
+@pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "eager"])
+def test_8_bit_kv(smol: Engines, graphs: bool) -> None:
+    """The second time with prefix hits on both sides; preempted, and in chunks."""
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("this GPU has no 8-bit floats")
+    asked = text(smol.directory, SOME_LENGTHS)
+    engine = smol.engine(blocks=100, graphs=graphs, kv="fp8", headroom_tokens=1, max_batch_tokens=256)
+    outputs = [engine.run(greedy(asked, 48)) for _ in range(2)]
+    rounded_kv.assert_greedy(reference(smol.directory), asked * 2, [*outputs[0], *outputs[1]], 48)
     assert engine.preemptions > 0
     assert engine.blocks_home()
 

@@ -8,6 +8,7 @@ if not torch.cuda.is_available():  # importing the kernels here would keep tests
     pytest.skip("no CUDA device: torch.cuda.is_available() is False", allow_module_level=True)
 
 from kernels.cuda import fastest_linear, flash_attention_3, triton_decode_attention, triton_launch, triton_sampling
+from kernels.fp8 import E4M3
 from kernels.hidden import Hidden
 from kernels.rope import Rotation
 from tests.kernels import checks
@@ -119,6 +120,20 @@ def test_rope_write_kv(heads: int, kv_heads: int, head_dim: int, with_norm: bool
 def test_decode_attention(heads: int, kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype) -> None:
     lengths = (1, 1000, 0, 63, 64, 65, 2500, 7)
     checks.check_decode_attention(lengths, heads, kv_heads, head_dim, block_size, dtype, with_norm=heads % 3 == 1)
+
+
+@pytest.mark.skipif(torch.cuda.get_device_capability() < (8, 9), reason="this GPU has no 8-bit floats")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block_size", [16, 48])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), HEADS)
+def test_8_bit_kv(heads: int, kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype) -> None:
+    shape = (heads, kv_heads, head_dim, block_size)
+    with_norm = heads % 3 == 1
+    checks.check_rope_write_kv(1000, *shape, with_norm, dtype, cache_dtype=E4M3)
+    lengths = (1, 1000, 0, 63, 64, 65, 2500, 7)
+    checks.check_decode_attention(lengths, *shape, dtype, with_norm, cache_dtype=E4M3)
+    checks.check_decode_attention(tuple(range(1, 600, 5)), *shape, dtype, with_norm, cache_dtype=E4M3)
+    checks.check_prefill_attention((513, 1, 128), (513, 777, 1000), *shape, dtype, cache_dtype=E4M3)
 
 
 @pytest.mark.parametrize("lengths", [(20_000,), tuple(range(1, 600, 5))], ids=["long", "many"])

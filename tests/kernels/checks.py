@@ -24,11 +24,25 @@ from kernels.cuda import (
     triton_sampling,
     triton_step,
 )
+from kernels.fp8 import E4M3
 from kernels.hidden import Hidden
-from tests.kernels.inputs import DEVICE, INTERPRETED, assert_close, causal_attention, paged, prefill_batch, randn
+from tests.kernels.inputs import (
+    DEVICE,
+    INTERPRETED,
+    ROUNDED_TOLERANCE,
+    assert_close,
+    causal_attention,
+    paged,
+    prefill_batch,
+    randn,
+)
 
 if INTERPRETED and triton.__version__.startswith("3.6") and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
     raise ImportError("the interpreter of Triton 3.6 needs numpy < 2.4")
+if INTERPRETED:
+    from tests.kernels.interpreted_float8 import mend
+
+    mend()
 
 
 def poison(elements: int, dtype: torch.dtype) -> None:
@@ -164,11 +178,18 @@ def check_silu_mul(rows: int, width: int, dtype: torch.dtype) -> None:
 
 
 def check_rope_write_kv(
-    tokens: int, heads: int, kv_heads: int, head_dim: int, block_size: int, with_norm: bool, dtype: torch.dtype
+    tokens: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    block_size: int,
+    with_norm: bool,
+    dtype: torch.dtype,
+    cache_dtype: torch.dtype | None = None,
 ) -> None:
     """Against the reference in the same dtype, bit for bit but for rounding; every third token has no slot."""
-    caches = paged((tokens,), kv_heads, head_dim, block_size, dtype)
-    untouched = 1000.0
+    caches = paged((tokens,), kv_heads, head_dim, block_size, dtype, cache_dtype)
+    untouched = 256.0
     caches.key_cache.fill_(untouched)
     caches.value_cache.fill_(untouched)
     num_slots = caches.key_cache.shape[0] * block_size
@@ -186,10 +207,16 @@ def check_rope_write_kv(
     actual = triton_rope.rope_write_kv(qkv, rotation, caches.key_cache, caches.value_cache)
     for mine, theirs in zip(actual, expected, strict=True):
         assert mine.data_ptr() >= qkv.data_ptr()
-        assert_close(mine, theirs)
-    assert_close(caches.key_cache, expected_keys)
-    assert torch.equal(caches.value_cache, expected_values)
-    assert torch.equal(caches.key_cache == untouched, expected_keys == untouched)
+        assert_close(mine, theirs, ROUNDED_TOLERANCE if cache_dtype == E4M3 else None)
+    if cache_dtype == E4M3:
+        kept = slots >= 0
+        where = (slots[kept] // block_size, slots[kept] % block_size)
+        assert torch.equal(caches.key_cache[where].float(), actual[1][kept].float())
+        assert torch.equal(caches.value_cache[where].float(), actual[2][kept].float())
+    keys, values = _numbers(caches.key_cache), _numbers(caches.value_cache)
+    _assert_keys_close(caches.key_cache, expected_keys)
+    assert torch.equal(values, _numbers(expected_values))
+    assert torch.equal(keys == untouched, _numbers(expected_keys) == untouched)
 
 
 def check_decode_attention(
@@ -200,9 +227,10 @@ def check_decode_attention(
     block_size: int,
     dtype: torch.dtype,
     with_norm: bool = False,
+    cache_dtype: torch.dtype | None = None,
 ) -> None:
     """lengths may hold 0, a padded row. The caches have all but the last token, which comes in qkv."""
-    caches = paged(lengths, kv_heads, head_dim, block_size, dtype)
+    caches = paged(lengths, kv_heads, head_dim, block_size, dtype, cache_dtype)
     qkv = randn(len(lengths), (heads + 2 * kv_heads) * head_dim, dtype=dtype, seed=99)
     seq_lens = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
     positions, slots, _ = step.locate(seq_lens - 1, caches.block_tables, block_size)
@@ -212,14 +240,16 @@ def check_decode_attention(
     rotation = rope.Rotation(positions, cos_sin, slots, norms[0], norms[1], 1e-6)
     scale = head_dim**-0.5
     expected_keys, expected_values = caches.key_cache.clone(), caches.value_cache.clone()
-    q, k, v = rope.rope_write_kv(qkv.clone(), rotation, expected_keys, expected_values)
+    q, _, _ = rope.rope_write_kv(qkv.clone(), rotation, expected_keys, expected_values)
 
     poison(q.numel(), dtype)
     batch = triton_decode_attention.plan_decode(caches.block_tables, seq_lens, caches.key_cache)
     attended = (rotation, caches.key_cache, caches.value_cache, batch, scale)
     actual = triton_decode_attention.decode_attention(qkv.clone(), *attended)
-    assert_close(_numbers(caches.key_cache), _numbers(expected_keys))
+    _assert_keys_close(caches.key_cache, expected_keys)
     assert torch.equal(_numbers(caches.value_cache), _numbers(expected_values))
+    new = (slots // block_size, slots % block_size)
+    k, v = caches.key_cache[new].to(dtype), caches.value_cache[new].to(dtype)
     for row, length in enumerate(lengths):
         if length == 0:
             assert torch.equal(actual[row], torch.zeros_like(actual[row]))
@@ -272,9 +302,13 @@ def check_decode_plan(lengths: tuple[int, ...], kv_heads: int) -> None:
         assert max(own) <= max(limit, 5 * share // 4 + tile)
 
 
+def _assert_keys_close(actual: Tensor, expected: Tensor) -> None:
+    assert_close(_numbers(actual), _numbers(expected), ROUNDED_TOLERANCE if actual.dtype == E4M3 else None)
+
+
 def _numbers(cache: Tensor) -> Tensor:
-    """Unused slots hold NaN, which equals nothing."""
-    return cache.nan_to_num(nan=12345.0)
+    """Unused slots hold NaN, which equals nothing. 8-bit floats become float32, since torch compares none."""
+    return (cache.float() if cache.dtype == E4M3 else cache).nan_to_num(nan=12345.0)
 
 
 def check_prefill_attention(
@@ -287,9 +321,10 @@ def check_prefill_attention(
     dtype: torch.dtype,
     padding: tuple[int, int] = (0, 0),
     attend: Callable[..., Tensor] = triton_prefill_attention.prefill_attention,
+    cache_dtype: torch.dtype | None = None,
 ) -> None:
     """`padding`: tokens and sequences that a batch of a fixed size has too many."""
-    caches = paged(kv_lens, kv_heads, head_dim, block_size, dtype)
+    caches = paged(kv_lens, kv_heads, head_dim, block_size, dtype, cache_dtype)
     tokens = sum(query_lens) + padding[0]
     qkv = randn(tokens, heads + 2 * kv_heads, head_dim, dtype=dtype, seed=99)
     q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=1)

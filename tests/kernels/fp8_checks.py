@@ -9,19 +9,13 @@ from kernels.cuda.triton_grouped import Choices
 from kernels.fp8 import E4M3, GROUP, Fp8Weight
 from kernels.hidden import Hidden
 from tests.kernels.checks import poison
-from tests.kernels.inputs import DEVICE, INTERPRETED, TOLERANCE, assert_close, randn
+from tests.kernels.inputs import DEVICE, INTERPRETED, ROUNDED_TOLERANCE, TOLERANCE, assert_close, randn
 
-if INTERPRETED:
-    from tests.kernels.interpreted_float8 import mend
-
-    mend()
-elif torch.cuda.get_device_capability() < (8, 9):
+if not INTERPRETED and torch.cuda.get_device_capability() < (8, 9):
     raise ImportError("this GPU has no 8-bit floats")
 
 # of the relative norm, where sums of products of 8-bit floats are compared: a GPU adds them up with 14 bits
 SUMS_TOLERANCE = {dtype: tolerance if INTERPRETED else max(tolerance, 1e-3) for dtype, tolerance in TOLERANCE.items()}
-# where x is rounded before it is quantized, now and then it becomes the next 8-bit float, an eighth away
-ROUNDED_TOLERANCE = 3e-2
 
 
 def dequantized(quantized: triton_fp8.Quantized) -> Tensor:

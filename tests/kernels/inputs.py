@@ -7,10 +7,13 @@ import torch
 from torch import Tensor
 
 from kernels.attention import PrefillAttention
+from kernels.fp8 import E4M3, rounded
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 INTERPRETED = DEVICE.type == "cpu"
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+# where x is rounded before it becomes an 8-bit float, now and then it becomes the next of these, an eighth away
+ROUNDED_TOLERANCE = 3e-2
 
 
 def require_dot(dtype: torch.dtype) -> None:
@@ -38,14 +41,22 @@ class Paged:
     key_cache: Tensor
     value_cache: Tensor
     block_tables: Tensor
-    keys: list[Tensor]  # of each sequence [len, Hkv, D]
+    keys: list[Tensor]  # of each sequence [len, Hkv, D], in the dtype of queries, and rounded if the caches are E4M3
     values: list[Tensor]
 
 
-def paged(lengths: tuple[int, ...], kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype) -> Paged:
+def paged(
+    lengths: tuple[int, ...],
+    kv_heads: int,
+    head_dim: int,
+    block_size: int,
+    dtype: torch.dtype,
+    cache_dtype: torch.dtype | None = None,
+) -> Paged:
     counts = [-(-length // block_size) for length in lengths]
     num_blocks = sum(counts) + 3
-    pool = torch.full((num_blocks, 2, 2, block_size, kv_heads, head_dim), torch.nan, dtype=dtype, device=DEVICE)
+    pool = torch.full((num_blocks, 2, 2, block_size, kv_heads, head_dim), torch.nan, device=DEVICE)
+    pool = pool.to(cache_dtype or dtype)
     key_cache, value_cache = pool[:, 1, 0], pool[:, 1, 1]
     order = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     tables = torch.zeros(len(lengths), max(counts) + 2, dtype=torch.int32, device=DEVICE)
@@ -57,9 +68,11 @@ def paged(lengths: tuple[int, ...], kv_heads: int, head_dim: int, block_size: in
         tables[row, :count] = blocks.int()
         key = randn(length, kv_heads, head_dim, dtype=dtype, seed=2 * row)
         value = randn(length, kv_heads, head_dim, dtype=dtype, seed=2 * row + 1)
+        if cache_dtype == E4M3:
+            key, value = rounded(key).to(dtype), rounded(value).to(dtype)
         token = torch.arange(length, device=DEVICE)
-        key_cache[blocks[token // block_size], token % block_size] = key
-        value_cache[blocks[token // block_size], token % block_size] = value
+        key_cache[blocks[token // block_size], token % block_size] = key.to(pool.dtype)
+        value_cache[blocks[token // block_size], token % block_size] = value.to(pool.dtype)
         keys.append(key)
         values.append(value)
     return Paged(key_cache, value_cache, tables, keys, values)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from kernels.fp8 import E4M3
 from tests.kernels.inputs import DEVICE, require_dot
 
 checks = pytest.importorskip("tests.kernels.checks", exc_type=ImportError)
@@ -16,6 +17,15 @@ HEADS = [(9, 3, 64), (16, 8, 128), (4, 4, 80), (14, 2, 96), (8, 1, 256), (40, 2,
 def test_decode_attention_head_shapes(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
     require_dot(dtype)
     checks.check_decode_attention((70, 0, 1), heads, kv_heads, head_dim, 16, dtype, with_norm=heads % 2 == 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), HEADS[:3])
+def test_attention_with_8_bit_kv(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
+    require_dot(dtype)
+    shape = (heads, kv_heads, head_dim, 16, dtype)
+    checks.check_decode_attention((70, 0, 1, 300), *shape, with_norm=heads % 2 == 0, cache_dtype=E4M3)
+    checks.check_prefill_attention((33, 20, 1), (33, 52, 40), *shape, cache_dtype=E4M3)
 
 
 @pytest.mark.parametrize("block_size", [1, 5, 16, 64, 256])

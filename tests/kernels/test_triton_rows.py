@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from kernels.fp8 import E4M3
+
 checks = pytest.importorskip("tests.kernels.checks", exc_type=ImportError)
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -30,6 +32,12 @@ def test_rope_write_kv(
     heads: int, kv_heads: int, head_dim: int, block_size: int, with_norm: bool, dtype: torch.dtype
 ) -> None:
     checks.check_rope_write_kv(7, heads, kv_heads, head_dim, block_size, with_norm, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(9, 3, 64), (4, 4, 80)])
+def test_rope_write_8_bit_kv(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
+    checks.check_rope_write_kv(70, heads, kv_heads, head_dim, 16, heads == 4, dtype, cache_dtype=E4M3)
 
 
 def test_nothing_to_do() -> None:

@@ -1210,6 +1210,7 @@ class GetModelResponse(_message.Message):
     LIMITS_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     FINGERPRINT_FIELD_NUMBER: _builtins.int
+    KV_CACHE_DTYPE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     architecture: _builtins.str
     dtype: _builtins.str
@@ -1221,6 +1222,7 @@ class GetModelResponse(_message.Message):
     """of the router"""
     fingerprint: _builtins.str
     """of the weights, dtype and KV layout; equal on every worker"""
+    kv_cache_dtype: _builtins.str
     @_builtins.property
     def eos_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -1238,10 +1240,11 @@ class GetModelResponse(_message.Message):
         limits: Global___Limits | None = ...,
         version: _builtins.str = ...,
         fingerprint: _builtins.str = ...,
+        kv_cache_dtype: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "block_size", b"block_size", "context_length", b"context_length", "dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "fingerprint", b"fingerprint", "limits", b"limits", "name", b"name", "version", b"version", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "block_size", b"block_size", "context_length", b"context_length", "dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "fingerprint", b"fingerprint", "kv_cache_dtype", b"kv_cache_dtype", "limits", b"limits", "name", b"name", "version", b"version", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,48 @@
+"""What transformers answers with keys and values rounded as a KV cache of 8-bit floats rounds them."""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from kernels.fp8 import rounded
+
+# How far below the likeliest token's logit a token may lie. Sums of float32 differ in their last bits, so now and then
+# a key or value lies on the other side of the middle between two 8-bit floats, and becomes the other one.
+GAP = 1.0
+SAME = 0.95  # share of tokens that are the likeliest all the same
+
+
+class RoundedCache(DynamicCache):
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **more: Any) -> tuple[Tensor, Tensor]:
+        keys, values = (rounded(states).to(states.dtype) for states in (key_states, value_states))
+        kept: tuple[Tensor, Tensor] = super().update(keys, values, *args, **more)
+        return kept
+
+
+@torch.inference_mode()
+def logits(model: Any, tokens: Sequence[int], count: int) -> Tensor:
+    """Of the last `count` of `tokens`: [count, V]."""
+    ids = torch.tensor([tokens], device=model.device)
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore", FutureWarning
+        )  # that the cache's name changes; older releases know this one only
+        answer: Tensor = model(ids, past_key_values=RoundedCache(), use_cache=True, logits_to_keep=count).logits[0]
+    return answer
+
+
+def assert_greedy(model: Any, prompts: Sequence[Sequence[int]], outputs: Sequence[Sequence[int]], count: int) -> None:
+    """Asserts that each of `outputs` is `count` tokens that the model finds likeliest, up to GAP and SAME."""
+    gaps = []
+    for prompt, output in zip(prompts, outputs, strict=True):
+        assert len(output) == count
+        found = logits(model, [*prompt, *output[:-1]], count)
+        chosen = found.gather(1, torch.tensor(output, device=found.device)[:, None]).squeeze(1)
+        gaps.append(found.amax(1) - chosen)
+    gap = torch.cat(gaps)
+    assert gap.max() <= GAP, gap.max()
+    assert (gap == 0).float().mean() >= SAME

@@ -140,6 +140,30 @@ def test_prefill_attention_lengths(query_lens: tuple[int, ...], kv_lens: tuple[i
     checks.check_prefill_attention(query_lens, kv_lens, 2, 1, 64, block_size, torch.float32)
 
 
+@pytest.mark.parametrize("cache_dtype", [None, E4M3], ids=["same", "8-bit"])
+@pytest.mark.parametrize(
+    ("query_lens", "kv_lens", "padding"),
+    [
+        ((1,), (1500,), (0, 0)),
+        ((70,), (1090,), (0, 0)),
+        ((1, 33, 2), (512, 897, 800), (0, 0)),  # one, two and one part
+        ((5, 20), (20, 1044), (9, 4)),
+    ],
+)
+def test_prefill_attention_to_a_context_in_parts(
+    query_lens: tuple[int, ...],
+    kv_lens: tuple[int, ...],
+    padding: tuple[int, int],
+    cache_dtype: torch.dtype | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(checks.triton_prefill_attention, "multiprocessors", lambda _: 40)
+    for heads, kv_heads, head_dim in ((6, 2, 64), (4, 4, 80)):
+        shape = (heads, kv_heads, head_dim, 16, torch.float32)
+        checks.check_prefill_attention(query_lens, kv_lens, *shape, padding=padding, cache_dtype=cache_dtype)
+        assert not checks.triton_prefill_attention.arrivals(DEVICE).any(), "counters are left as they were found"
+
+
 @pytest.mark.parametrize("padding", [(0, 5), (7, 1), (300, 40)])
 @pytest.mark.parametrize(("query_lens", "kv_lens"), [((0,), (0,)), ((33,), (33,)), ((64, 1, 40), (64, 50, 75))])
 def test_prefill_attention_in_a_batch_of_fixed_size(

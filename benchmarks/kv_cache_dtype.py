@@ -1,5 +1,6 @@
 """What a model's answers lose by KV in 8-bit floats: one text through it with each type of weights and of KV, and how
-well each predicts the text. For any model, on any device, to decide with.
+well each predicts the text. To decide with, for your model and your texts. The log-probabilities that all are compared
+with stay in memory: so many tokens times the vocabulary, times 4 bytes.
 
     python -m benchmarks.kv_cache_dtype --model Qwen/Qwen3-0.6B --text mine.txt
 """
@@ -16,11 +17,12 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from benchmarks.in_process import spec
-from benchmarks.parts import load_model, worker_parts
+from benchmarks.parts import LoadedModel, load_model, worker_parts
 from benchmarks.report import Figure, Report
 from common.device.device_io import to_device
 from common.device.devices import choose_device
 from common.kv.kv_pool import blocks_for
+from common.model.model_config import load_config
 from common.model.model_files import EMBEDDED, resolve
 from common.worker.worker_parts import WorkerParts
 from prefill_worker.batch import exact_shape, pack
@@ -52,16 +54,25 @@ def main(
     out: JSON file for the figures.
     """
     directory = resolve(model)
+    window = min(window, load_config(directory).context_length - 1)
     ids = Tokenizer.from_file(str(directory / "tokenizer.json")).encode(text.read_text(encoding="utf-8")).ids[:tokens]
     windows = [ids[start : start + window] for start in range(0, len(ids) - 1, window)]
+    if not windows:
+        print("the text is too short: it must have two tokens at least", file=sys.stderr)
+        return 2
     truth: list[Tensor] = []
     report = Report(out)
+    where = choose_device(device)
     for dtype in dtypes:
-        loaded = load_model(directory, dtype, choose_device(device), dummy=False, max_length=window + 1)
-        for kv in ("auto", "fp8"):
-            parts = worker_parts(loaded, blocks_for(window, 16), kv_cache_dtype=kv)
-            report.section(f"{dtype}, KV {kv}", partial(_compare, parts, windows, truth, f"{dtype}, KV {kv}"))
+        _compare_kv(report, load_model(directory, dtype, where, dummy=False, max_length=window + 1), windows, truth)
     return report.finish()
+
+
+def _compare_kv(report: Report, loaded: LoadedModel, windows: list[list[int]], truth: list[Tensor]) -> None:
+    for kv in ("auto", "fp8"):
+        parts = worker_parts(loaded, blocks_for(max(map(len, windows)), 16), kv_cache_dtype=kv)
+        name = f"{loaded.model.dtype}, KV {kv}"
+        report.section(name, partial(_compare, parts, windows, truth, name))
 
 
 def _compare(parts: WorkerParts, windows: list[list[int]], truth: list[Tensor], name: str) -> Iterator[Figure]:

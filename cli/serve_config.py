@@ -37,11 +37,12 @@ class ServeConfig(SecurityConfig):
     the embedded SmolLM2-135M-Instruct."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
-    """Type of weights, but for 8-bit ones, and of KV. auto: the model's own on a GPU, bfloat16 beside 8-bit weights,
-    float32 on a CPU."""
+    """Type of weights, but for 8-bit ones, and of KV if `kv_cache_dtype` is auto. auto: the model's own on a GPU,
+    bfloat16 beside 8-bit weights, float32 on a CPU."""
 
     kv_cache_dtype: Literal["auto", "fp8"] | None = None
-    """Type of KV. fp8: 8-bit floats (e4m3), half as many bytes for a token as with 16 bits. auto: that of `dtype`."""
+    """Type of KV. fp8: 8-bit floats (e4m3), half as many bytes as with 16 bits; not for every model. auto: that of
+    `dtype`."""
 
     load_format: Literal["auto", "dummy"] | None = None
     """dummy: random weights for the model's config.json, for benchmarks."""

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.fp8 import widened
 from kernels.rope import Rotation, rope_write_kv
 
 _GATHERED_TOKENS = 4096
@@ -73,8 +74,10 @@ def prefill_attention(
             mask = None
         else:
             blocks = batch.block_tables[row, : -(-kv_len // block_size)]
-            keys = key_cache.index_select(0, blocks).flatten(0, 1)[:kv_len].to(q.dtype)
-            values = value_cache.index_select(0, blocks).flatten(0, 1)[:kv_len].to(q.dtype)
+            keys, values = (
+                widened(cache.index_select(0, blocks).flatten(0, 1)[:kv_len], q.dtype)
+                for cache in (key_cache, value_cache)
+            )
             mask = torch.ones(query_len, kv_len, dtype=torch.bool, device=q.device).tril_(kv_len - query_len)
         attended = F.scaled_dot_product_attention(
             queries.unsqueeze(0),
@@ -154,7 +157,7 @@ def _decode_group(q: Tensor, key_cache: Tensor, value_cache: Tensor, group: Deco
     # What lies after a row's end is another sequence's. If that has overflowed, it is infinite or NaN, and stays NaN
     # with the mask's -inf added, or times a weight of 0.
     keys, values = (
-        cache.index_select(0, group.blocks).flatten(0, 1).to(q.dtype).index_fill_(0, group.after_end, 0.0)
+        widened(cache.index_select(0, group.blocks).flatten(0, 1), q.dtype).index_fill_(0, group.after_end, 0.0)
         for cache in (key_cache, value_cache)
     )
     attended = F.scaled_dot_product_attention(

@@ -63,6 +63,14 @@ def rounded(x: Tensor) -> Tensor:
     return x.float().clamp(-LARGEST, LARGEST).to(E4M3)
 
 
+def widened(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in `dtype`. E4M3 is looked up, which takes a CPU a fifth of the time that torch takes to convert it."""
+    if x.dtype != E4M3:
+        return x.to(dtype)
+    every = torch.arange(256, dtype=torch.uint8, device=x.device).view(E4M3).to(dtype)
+    return every.index_select(0, x.view(torch.uint8).flatten().int()).view(x.shape)
+
+
 def dequantize(values: Tensor, scales: Tensor) -> Tensor:
     """The product of values [A, B] and scales [a, b], each of which holds for a block of A / a by B / b. float32."""
     rows, columns = (of // by for of, by in zip(values.shape, scales.shape, strict=True))

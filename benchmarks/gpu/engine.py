@@ -23,6 +23,8 @@ from benchmarks.gpu.timing import copy_bytes_per_second, elapsed, gemm_operation
 from benchmarks.in_process import spec
 from benchmarks.parts import LoadedModel, load_model, worker_parts
 from benchmarks.report import Figure, Report
+from common.device.devices import choose_kv_dtype
+from common.model.dtypes import torch_dtype
 from common.worker.worker_parts import WorkerParts
 from decode_worker.engine import STEP_POLL_SECONDS
 from decode_worker.loop import DecodeLoop
@@ -187,7 +189,8 @@ def _decode(
     wanted = max(batches) * blocks_each
     if device.type == "cuda":
         room = torch.cuda.mem_get_info(device)[0] - MEMORY_KEPT_FREE
-        wanted = min(wanted, room // (16 * floors.kv_bytes(config)))
+        value_bytes = torch_dtype(choose_kv_dtype(kv_cache_dtype, loaded.model.dtype, device)).itemsize
+        wanted = min(wanted, room // (16 * floors.kv_bytes(config, value_bytes)))
     parts = worker_parts(loaded, wanted, kv_cache_dtype=kv_cache_dtype)
     before = _memory_in_use(device)
     started = time.perf_counter()

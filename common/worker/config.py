@@ -27,12 +27,12 @@ class WorkerConfig(SecurityConfig):
     Hugging Face's hub."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of weights, but for 8-bit ones, and of KV. auto: the model's own on a GPU, bfloat16 beside 8-bit weights,
-    float32 on a CPU."""
+    """Type of weights, but for 8-bit ones, and of KV if `kv_cache_dtype` is auto. auto: the model's own on a GPU,
+    bfloat16 beside 8-bit weights, float32 on a CPU."""
 
     kv_cache_dtype: Literal["auto", "fp8"] = "auto"
-    """Type of KV. fp8: 8-bit floats (e4m3), half as many bytes for a token as with 16 bits. Equal on all workers of a
-    cluster. auto: that of `dtype`."""
+    """Type of KV. fp8: 8-bit floats (e4m3), half as many bytes as with 16 bits; not for every model. Equal on all
+    workers of a cluster. auto: that of `dtype`."""
 
     device: Annotated[str, Parameter(validator=_is_device)] = "auto"
     """cpu, cuda or cuda:N. auto: cuda where there is one."""

@@ -110,6 +110,10 @@ def load(
     kv_dtype = choose_kv_dtype(config.kv_cache_dtype, dtype, device)
     if model.quantization is not None and device.type == "cpu":
         log.warning("8-bit weights are slow on a CPU: each is made a float32 every time it is used")
+    if config.kv_cache_dtype == "fp8" and model.qkv_bias:
+        log.warning(
+            "keys of a model with biases may be too large for 8-bit floats, and its answers useless: look first"
+        )
     if config.load_format == "dummy":
         loaded = weights.dummy(model, dtype, device)
     else:

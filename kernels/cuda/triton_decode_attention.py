@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.attention import DecodeAttention
-from kernels.cuda.triton_fp8 import factor, unpaired
+from kernels.cuda.triton_fp8_kv import query_beside, unpaired
 from kernels.cuda.triton_launch import (
     MAX_ARRIVALS,
     arrivals,
@@ -38,6 +38,7 @@ _COMPARED = 8192  # pairs of sequences that the plan's kernel compares at a time
 _MERGED_ELEMENTS = 4096  # elements of the pieces' results that are merged at a time
 _AHEAD = 64  # keys that a program prefetches before it waits for the previous kernel
 _LINE_BYTES = 128  # of an L2 cache line
+_LEAST_INNER = 16  # dimension of a matrix product
 
 
 @triton.jit
@@ -314,7 +315,7 @@ def _decode_kernel(
     counts = (tl.arange(0, TILE) == 0) & is_last
     weight_sum = tl.zeros((ROWS, TILE), tl.float32) + tl.where(counts, 1.0, 0.0)[None, :]
     total = tl.zeros((ROWS, LANES), tl.float32) + new_value.to(tl.float32)
-    query = factor(query, key_cache)
+    query = query_beside(key_cache, query)
     if PAIRED:
         key_pairs = keys.to(tl.pointer_type(tl.int16))
         value_pairs = values.to(tl.pointer_type(tl.int16))
@@ -336,8 +337,8 @@ def _decode_kernel(
         else:
             at = place[:, None] + lane[None, :]
             readable = inside[:, None] if whole_rows else inside[:, None] & in_head[None, :]
-            key = tl.load(keys + at, mask=readable, other=0.0)
-            value = tl.load(values + at, mask=readable, other=0.0)
+            key = tl.load(keys + at, mask=readable, other=0.0).to(query.dtype)
+            value = tl.load(values + at, mask=readable, other=0.0).to(query.dtype)
             score = tl.dot(query, tl.trans(key), input_precision="ieee")
         weight, shrink, largest, weight_sum = _weighted(score * scale, inside, largest, weight_sum)
         weight = weight.to(query.dtype)
@@ -419,7 +420,8 @@ def plan_decode(block_tables: Tensor, seq_lens: Tensor, key_cache: Tensor) -> De
 
 
 def _tile(head_dim: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """Keys per step, warps, and pipeline stages of the decode kernel."""
+    """Keys per step, warps, and pipeline stages of the decode kernel. The plan goes by the cache's dtype, which gives a
+    step as many keys as the query's does, or a multiple."""
     if dtype == torch.float32:
         return (32, 4, 2) if head_dim <= 128 else (16, 4, 2)
     return (64, 4, 2) if head_dim <= 128 else (32, 4, 3)
@@ -443,7 +445,7 @@ def decode_attention(
     lanes = triton.next_power_of_2(head_dim)
     rows_padded = max(16, group_rows)
     items = batch.plan.shape[1]
-    paired = value_cache.dtype == E4M3
+    paired = value_cache.dtype == E4M3 and lanes >= 2 * _LEAST_INNER
     crowded = rows > _shares(num_kv_heads, qkv.device)
     out = torch.empty((rows, num_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
     parts = torch.empty((num_kv_heads, items, group, head_dim), dtype=torch.float32, device=qkv.device)

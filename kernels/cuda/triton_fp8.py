@@ -1,7 +1,6 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
-"""Quantizing to 8-bit floats on CUDA, by itself or with the RMS norm or the gated activation before it, and what a
-query becomes beside KV in 8-bit floats; `kernels.fp8`, `kernels.norm` and `kernels.activation` hold the references and
-the formulas."""
+"""Quantizing to 8-bit floats on CUDA, by itself or with the RMS norm or the gated activation before it; `kernels.fp8`,
+`kernels.norm` and `kernels.activation` hold the references and the formulas."""
 
 from dataclasses import dataclass
 
@@ -16,7 +15,6 @@ from kernels.cuda.triton_norm import normalized
 from kernels.fp8 import E4M3, LARGEST, SMALLEST
 
 _ALIGNED = 8  # rows: cuBLAS takes no fewer, and TMA needs each group's scales to begin at a multiple of 16 bytes
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # by Triton's interpreter, which knows no PTX
 _PART = 1024  # columns of a program where groups are small
 
 
@@ -28,45 +26,6 @@ class Quantized:
     scales: Tensor  # [rows, K / group] float32, with the scales of a group next to each other in memory
     tokens: int  # T
     dtype: torch.dtype  # of x
-
-
-@triton.jit
-def factor(query, cache):
-    """A query as it is multiplied by what `cache` holds, which is converted to the same type. 8-bit floats are exact in
-    float16, and become that in fewer instructions than bfloat16."""
-    if cache.dtype.element_ty == tl.float8e4nv and query.dtype.primitive_bitwidth == 16:
-        return query.to(tl.float16)
-    else:
-        return query
-
-
-@triton.jit
-def unpaired(pairs, dtype: tl.constexpr):
-    """The first and the second of the two 8-bit floats that are each element of `pairs` (int16), as `dtype`.
-
-    Shared memory has no instruction that transposes bytes, as a matrix product needs values, so they are loaded in
-    pairs. Triton itself would take these apart with seven instructions for four of them, instead of three.
-    """
-    if INTERPRETED:
-        first = pairs.to(tl.uint8).to(tl.float8e4nv, bitcast=True)
-        second = (pairs >> 8).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
-    else:
-        first, second = tl.inline_asm_elementwise(
-            """{
-            .reg .b32 sorted;
-            .reg .b16 firsts, seconds;
-            prmt.b32 sorted, $2, 0, 0x3120;
-            mov.b32 {firsts, seconds}, sorted;
-            cvt.rn.f16x2.e4m3x2 $0, firsts;
-            cvt.rn.f16x2.e4m3x2 $1, seconds;
-            }""",
-            "=r,=r,r",
-            [pairs],
-            dtype=(tl.float16, tl.float16),
-            is_pure=True,
-            pack=2,
-        )
-    return first.to(dtype), second.to(dtype)
 
 
 @triton.jit(do_not_specialize=["pitch"])

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.attention import SHORT_TOKENS, PrefillAttention
-from kernels.cuda.triton_fp8 import factor
+from kernels.cuda.triton_fp8_kv import query_beside
 from kernels.cuda.triton_launch import (
     MAX_ARRIVALS,
     arrivals,
@@ -196,7 +196,7 @@ def _prefill_kernel(
     exists = (row < query_len)[:, None] & (lane < HEAD_DIM)[None, :]
     at = (query_start + row).to(tl.int64)[:, None]
     query = tl.load(q + at * q_stride_token + head * q_stride_head + lane[None, :], mask=exists, other=0.0)
-    query_of_cached = factor(query, key_cache)
+    query_of_cached = query_beside(key_cache, query)
     table = block_tables + sequence.to(tl.int64) * table_stride
     kv_head = first_head // GROUP
     cached_keys = key_cache + kv_head * cache_stride_head

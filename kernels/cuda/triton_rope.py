@@ -67,25 +67,27 @@ def _rope_write_kernel(
         a, b = a.to(dtype).to(tl.float32), b.to(dtype).to(tl.float32)
     rotated_low = (a * cos - b * sin).to(dtype)
     rotated_high = (b * cos + a * sin).to(dtype)
-    low = tl.where(is_v[:, None], low, rotated_low)
-    high = tl.where(is_v[:, None], high, rotated_high)
-    kept_low = low.to(tl.float32).to(key_cache.dtype.element_ty)
-    kept_high = high.to(tl.float32).to(key_cache.dtype.element_ty)
     if ROUNDED:
-        low = tl.where(is_q[:, None], low, kept_low.to(tl.float32).to(dtype))
-        high = tl.where(is_q[:, None], high, kept_high.to(tl.float32).to(dtype))
-    changes = exists & (ROUNDED | (head < Q_HEADS + KV_HEADS))[:, None]
-    tl.store(low_at, low, mask=changes)
-    tl.store(high_at, high, mask=changes)
+        key_low = tl.where(is_v[:, None], low, rotated_low).to(tl.float32).to(key_cache.dtype.element_ty)
+        key_high = tl.where(is_v[:, None], high, rotated_high).to(tl.float32).to(key_cache.dtype.element_ty)
+        value_low, value_high = key_low, key_high
+        rotated_low = tl.where(is_q[:, None], rotated_low, key_low.to(tl.float32).to(dtype))
+        rotated_high = tl.where(is_q[:, None], rotated_high, key_high.to(tl.float32).to(dtype))
+        changes = exists
+    else:
+        key_low, key_high, value_low, value_high = rotated_low, rotated_high, low, high
+        changes = exists & (head < Q_HEADS + KV_HEADS)[:, None]
+    tl.store(low_at, rotated_low, mask=changes)
+    tl.store(high_at, rotated_high, mask=changes)
 
     if slot >= 0:
         place = slot // BLOCK_SIZE * cache_stride_block + slot % BLOCK_SIZE * cache_stride_token
         key_at = key_cache + place + (head - Q_HEADS)[:, None] * cache_stride_head + lane[None, :]
         value_at = value_cache + place + (head - Q_HEADS - KV_HEADS)[:, None] * cache_stride_head + lane[None, :]
-        tl.store(key_at, kept_low, mask=exists & is_k[:, None])
-        tl.store(key_at + HALF, kept_high, mask=exists & is_k[:, None])
-        tl.store(value_at, kept_low, mask=exists & is_v[:, None])
-        tl.store(value_at + HALF, kept_high, mask=exists & is_v[:, None])
+        tl.store(key_at, key_low, mask=exists & is_k[:, None])
+        tl.store(key_at + HALF, key_high, mask=exists & is_k[:, None])
+        tl.store(value_at, value_low, mask=exists & is_v[:, None])
+        tl.store(value_at + HALF, value_high, mask=exists & is_v[:, None])
 
 
 def rope_write_kv(

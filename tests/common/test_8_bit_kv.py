@@ -33,11 +33,11 @@ def _differences(actual: Tensor, expected: Tensor) -> Tensor:
 
 
 def _assert_near(actual: Tensor, expected: Tensor) -> None:
-    """Tolerance: half of the rows within 1e-4 of their spread, and all within a twentieth. Where a key or value lies so
-    close to the middle of two 8-bit floats that one rounds it up and the other down, it changes by an eighth."""
+    """Tolerance: the median row is within 0.005 of its spread. Where a key or value lies so close to the middle of two
+    8-bit floats that one rounds it up and the other down, it changes by an eighth. With correct code and other seeds
+    the median reached 0.0005; where the new tokens' keys and values are not rounded, it is 0.04 or more."""
     differences = _differences(actual, expected)
-    assert (differences < 1e-4).float().mean() >= 0.5, differences
-    assert differences.max() < 0.05, differences
+    assert differences.median() < 0.005, differences
 
 
 def test_values_beyond_the_largest_become_the_largest() -> None:
@@ -62,7 +62,7 @@ def test_logits_equal_transformers_with_the_same_rounding(name: str, tmp_path: P
         with torch.inference_mode():
             exact.append(theirs(torch.tensor([tokens]), logits_to_keep=5).logits[0])
     _assert_near(steps.transpose(0, 1), torch.stack(expected))
-    assert _differences(torch.stack(exact), torch.stack(expected)).median() > 0.005, "rounding should matter"
+    assert _differences(torch.stack(exact), torch.stack(expected)).median() > 0.01, "rounding should matter"
 
 
 def test_chunks_and_decode_see_what_a_whole_prompt_sees(tmp_path: Path) -> None:

@@ -34,10 +34,18 @@ def test_8_bit_weights_on_a_cpu_are_warned_of(tmp_path: Path) -> None:
     assert warning["event"].startswith("8-bit weights are slow on a CPU")
 
 
-def _warnings(directory: Path, *, num_blocks: int, max_length: int | None = None) -> list[MutableMapping[str, Any]]:
-    config = WorkerConfig(
-        model=str(directory), load_format="dummy", device="cpu", num_blocks=num_blocks, max_length=max_length
-    )
+@pytest.mark.parametrize(
+    ("biases", "kv", "warned"), [(True, "fp8", True), (True, "auto", False), (False, "fp8", False)]
+)
+def test_8_bit_kv_of_a_model_with_biases_is_warned_of(tmp_path: Path, biases: bool, kv: str, warned: bool) -> None:
+    directory = models.write(tmp_path, models.byte_level())
+    hf_quantized.change_config(directory, attention_bias=biases)
+    warnings = _warnings(directory, num_blocks=-(-models.CONTEXT_LENGTH // 16), kv_cache_dtype=kv)
+    assert [entry["event"].startswith("keys of a model with biases") for entry in warnings] == [True] * warned
+
+
+def _warnings(directory: Path, *, num_blocks: int, **settings: Any) -> list[MutableMapping[str, Any]]:
+    config = WorkerConfig(model=str(directory), load_format="dummy", device="cpu", num_blocks=num_blocks, **settings)
     with capture_logs() as logs:
         worker_parts.load(
             config, inference_pb2.WORKER_ROLE_DECODE, max_batch=1, passes=Passes(tokens=1, rows=1, graphs=0)

@@ -200,6 +200,10 @@ def test_other_shapes_are_left_to_the_kernels(shape: Shape) -> None:
     embedding = torch.zeros((VOCAB, shape.hidden), dtype=torch.bfloat16, device=DEVICE)
     assert fuse_layers([layer], embedding, torch.zeros(1, device=DEVICE), EPS, pool) is None
     fits = SHAPES["small"]
+    pool = torch.zeros((4, 1, 2, 16, fits.kv_heads, fits.head_dim), dtype=torch.float8_e4m3fn, device=DEVICE)
+    embedding = torch.zeros((VOCAB, fits.hidden), dtype=torch.bfloat16, device=DEVICE)
+    layers = [layer_weights(fits, 0, torch.bfloat16)]
+    assert fuse_layers(layers, embedding, torch.zeros(1, device=DEVICE), EPS, pool) is None
     pool = torch.zeros((4, 1, 2, 8, fits.kv_heads, fits.head_dim), device=DEVICE)
     embedding = torch.zeros((VOCAB, fits.hidden), device=DEVICE)
     layers = [layer_weights(fits, 0, torch.float32)]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels.attention import SHORT_TOKENS
+from kernels.fp8 import E4M3
 from tests.kernels.inputs import causal_attention
 
 checks = pytest.importorskip("tests.kernels.checks", exc_type=ImportError)
@@ -68,9 +69,10 @@ def check(
     block_size: int = 16,
     dtype: torch.dtype = torch.float16,
     padding: tuple[int, int] = (0, 0),
+    cache_dtype: torch.dtype | None = None,
 ) -> None:
     attend = flash_attention_3.prefill_attention
-    checks.check_prefill_attention(query_lens, kv_lens, 4, 2, head_dim, block_size, dtype, padding, attend)
+    checks.check_prefill_attention(query_lens, kv_lens, 4, 2, head_dim, block_size, dtype, padding, attend, cache_dtype)
 
 
 @pytest.mark.parametrize("padding", [(0, 0), (7, 3)])
@@ -95,7 +97,9 @@ def test_few_tokens_of_short_sequences_go_to_triton(written: Written) -> None:
 
 
 @pytest.mark.parametrize(
-    "other", [{"dtype": torch.float32}, {"head_dim": 80}, {"block_size": 64}], ids=lambda other: next(iter(other))
+    "other",
+    [{"dtype": torch.float32}, {"head_dim": 80}, {"block_size": 64}, {"cache_dtype": E4M3}],
+    ids=lambda other: next(iter(other)),
 )
 def test_what_it_is_not_made_for_goes_to_triton(written: Written, other: dict[str, Any]) -> None:
     check((129,), (600,), **other)

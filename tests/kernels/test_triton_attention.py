@@ -28,6 +28,14 @@ def test_attention_with_8_bit_kv(heads: int, kv_heads: int, head_dim: int, dtype
     checks.check_prefill_attention((33, 20, 1), (33, 52, 40), *shape, cache_dtype=E4M3)
 
 
+@pytest.mark.parametrize("block_size", [1, 5, 256])
+@pytest.mark.parametrize("head_dim", [16, 32, 96, 256])
+def test_attention_with_8_bit_kv_of_other_shapes(head_dim: int, block_size: int) -> None:
+    shape = (4, 2, head_dim, block_size, torch.float16)
+    checks.check_decode_attention((block_size + 1, 0, 90), *shape, cache_dtype=E4M3)
+    checks.check_prefill_attention((3,), (90,), *shape, cache_dtype=E4M3)
+
+
 @pytest.mark.parametrize("block_size", [1, 5, 16, 64, 256])
 def test_decode_attention_block_sizes(block_size: int) -> None:
     checks.check_decode_attention((block_size, block_size + 1, 130), 4, 2, 64, block_size, torch.float32)

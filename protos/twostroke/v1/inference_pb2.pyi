@@ -1223,6 +1223,7 @@ class GetModelResponse(_message.Message):
     fingerprint: _builtins.str
     """of the weights, dtype and KV layout; equal on every worker"""
     kv_cache_dtype: _builtins.str
+    """dtype, or "float8_e4m3fn" where workers run with --kv-cache-dtype fp8"""
     @_builtins.property
     def eos_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property

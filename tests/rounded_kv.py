@@ -36,8 +36,8 @@ def logits(model: Any, tokens: Sequence[int], count: int) -> Tensor:
 
 
 def assert_greedy(model: Any, prompts: Sequence[Sequence[int]], outputs: Sequence[Sequence[int]], count: int) -> None:
-    """Asserts that each of `outputs` is `count` tokens that the model with rounding finds likeliest, up to GAP and SAME and
-    that these are more than without rounding."""
+    """Asserts that each of `outputs` is `count` tokens that the model finds likeliest with rounding, up to GAP and
+    SAME, and that fewer of them are without."""
     gaps, same_without_rounding = [], []
     for prompt, output in zip(prompts, outputs, strict=True):
         assert len(output) == count

@@ -162,13 +162,13 @@ def _prefill_kernel(
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
     STAGES: tl.constexpr,
-    PARTS: tl.constexpr,
+    CUT: tl.constexpr,
     PART_KEYS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     """ROWS queries of one sequence, of PACK heads that share their keys. They attend to their cached context first,
-    block by block, then to their own chunk. A long context is cut into up to PARTS, and a program attends to one of
-    these; that of the last part has the chunk as well."""
+    block by block, then to their own chunk. If CUT, a long context is cut into up to as many parts as the grid has, and
+    a program attends to one of these; that of the last part has the chunk as well."""
     TOKENS: tl.constexpr = ROWS // PACK
     first_head = tl.program_id(0) * PACK
     tile = tl.program_id(1)
@@ -180,7 +180,7 @@ def _prefill_kernel(
     # a sequence's tiles start with the last, which sees the most keys
     first_query = (query_end // TOKENS + sequence - tile) * TOKENS
     part = tl.program_id(2)
-    cut = tl.maximum(tl.minimum(context_len // PART_KEYS, PARTS), 1)
+    cut = tl.maximum(tl.minimum(context_len // PART_KEYS, tl.num_programs(2)), 1) if CUT else 1
     span = tl.cdiv(tl.cdiv(context_len, cut), TILE) * TILE
     count = tl.maximum(tl.cdiv(context_len, tl.maximum(span, 1)), 1)
     first_key = part * span
@@ -232,11 +232,10 @@ def _prefill_kernel(
     )  # fmt: skip
     total = total / weight_sum[:, None]
     result_row = at * HEADS + head
-    if PARTS == 1:
-        is_whole = True
-    else:
+    is_whole = True
+    if CUT:
         is_whole = count == 1
-        if count > 1:
+        if not is_whole:
             part_row = result_row + part.to(tl.int64) * tokens * HEADS
             part_scale = largest * scale + tl.log2(weight_sum)
             tl.store(parts + part_row * HEAD_DIM + lane[None, :], total, mask=exists)
@@ -315,7 +314,7 @@ def prefill_attention(
         ROWS=rows,
         TILE=tile,
         STAGES=stages,
-        PARTS=count,
+        CUT=count > 1,
         PART_KEYS=_PART_KEYS,
         num_warps=warps,
         **dependent(q.device),

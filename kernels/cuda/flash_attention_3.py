@@ -52,8 +52,8 @@ def prefill_attention(
     tokens, _, head_dim = q.shape
     block_size = key_cache.shape[1]
     short = tokens <= FEW_TOKENS and batch.block_tables.shape[1] * block_size <= SHORT_TOKENS
-    made_for = q.element_size() == 2 and head_dim in HEAD_DIMS and block_size <= MOST_BLOCK_SIZE
-    made_for = made_for and key_cache.dtype == q.dtype  # with KV in 8-bit floats it would want q in them, too
+    one_dtype = key_cache.dtype == q.dtype  # beside KV in 8-bit floats it would want q in them, too
+    made_for = one_dtype and q.element_size() == 2 and head_dim in HEAD_DIMS and block_size <= MOST_BLOCK_SIZE
     if short or not made_for:
         return triton_prefill_attention.prefill_attention(q, k, v, key_cache, value_cache, batch, scale)
     assert _MODULE is not None

@@ -247,7 +247,7 @@ def _decode_kernel(
 ):
     """One item of the plan, for one KV head: its GROUP query heads, as rows of a matrix product padded to ROWS, attend
     to the item's keys. A sequence's last item also has the new token: it computes and writes that token's key and
-    value."""
+    value. PAIRED: the caches are 8-bit floats, and a head is read as its even and its odd elements (`unpaired`)."""
     kv_head = tl.program_id(0)
     item = tl.program_id(1)
     row = tl.arange(0, ROWS)

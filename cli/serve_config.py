@@ -53,6 +53,10 @@ class ServeConfig(SecurityConfig):
     num_blocks: PositiveInt | None = None
     """KV blocks of each worker. Not set: a share of the free memory."""
 
+    host_cache_gib: NonNegativeFloat | None = None
+    """GiB of memory of this machine that each worker that prefills takes for KV blocks that its pool has no room for
+    any more."""
+
     max_length: PositiveInt | None = None
     """Tokens of the longest sequence, prompt and output together. Not set: the model's context length."""
 

@@ -118,9 +118,9 @@ def _frame(before: Sample, now: Sample, *, blocks_beside: bool) -> RenderableTyp
             f"{taken:,.0f}",
             f"{made:,.0f}",
             f"{totals.cached_tokens / totals.prompt_tokens:.0%}" if totals.prompt_tokens else "",
-            *([_blocks(worker.blocks)] if blocks_beside else []),
+            *([_blocks(worker)] if blocks_beside else []),
         )
-        below.add_row(worker.address, _blocks(worker.blocks))
+        below.add_row(worker.address, _blocks(worker))
     answered = _rate(max(now.load.answered - before.load.answered, 0), seconds)  # a router that restarted counts anew
     summary = (
         f"{now.load.queued:,} queued, {now.load.running:,} running; {answered:,.1f} requests/s, "
@@ -139,9 +139,11 @@ STATES = (("in_use", "cyan", "█"), ("reserved", "magenta", "▓"), ("cached", 
 LEGEND = Text(" / ").join(Text(f"{sign} {state.replace('_', ' ')}", style=style) for state, style, sign in STATES)
 
 
-def _blocks(blocks: pb.Blocks) -> Text:
-    """A bar, and the numbers in its order. Reserved blocks are promised but not taken: the bar shows them in place of
-    free ones and, if those are too few, of cached ones."""
+def _blocks(worker: pb.WorkerLoad) -> Text:
+    """A bar, and the numbers in its order; and how many are cached in host memory, where there is a place for that.
+    Reserved blocks are promised but not taken: the bar shows them in place of free ones and, if those are too few, of
+    cached ones."""
+    blocks, in_host_memory = worker.blocks, worker.host_blocks
     reserved_free = min(blocks.reserved, blocks.free)
     reserved_cached = min(blocks.reserved - reserved_free, blocks.cached)
     counts = {
@@ -157,4 +159,5 @@ def _blocks(blocks: pb.Blocks) -> Text:
         cells = round(BAR_CELLS * end / blocks.total) - shown if blocks.total else 0
         bar.append(sign * cells, style)
         shown += cells
-    return bar.append(" " + "/".join(f"{getattr(blocks, state):,}" for state, _, _ in STATES))
+    bar.append(" " + "/".join(f"{getattr(blocks, state):,}" for state, _, _ in STATES))
+    return bar.append(f" + {in_host_memory.cached:,} in host memory") if in_host_memory.total else bar

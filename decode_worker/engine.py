@@ -59,7 +59,7 @@ class Engine:
         self._uncompiled: list[Sequence] = []  # have their KV, but their grammar is not compiled yet
 
     def run(self, lifecycle: Lifecycle) -> None:
-        cache = CacheReport(self._service, self._parts.blocks)
+        cache = CacheReport(self._service, *self._parts.caches)
         load = LoadReport(self._service, self._metrics, self._load, self._claims.kept_from)
         try:
             while not lifecycle.over(idle=self._idle):
@@ -76,9 +76,12 @@ class Engine:
         self._tell_opened()
         self._finish_pulls()
         self._start_compiled()
-        if self._pause() > 0 and not self._own_prompts.busy:
-            return  # until a step is due, sequences that arrive can still join it
+        if self._parts.host_cache is not None:
+            self._parts.host_cache.turn()
+        due = self._pause() == 0  # a step, or a chunk before it
         self._prefill()
+        if not due:
+            return  # until a step is due, sequences that arrive can still join it
         if self._parts.device.type == "cpu":
             # There a step is computed while it is launched: what came of messages and KV need not wait for that. On a
             # GPU the step comes first, since the thread that sends would contend with it for the interpreter.
@@ -87,10 +90,9 @@ class Engine:
 
     def _pause(self) -> float:
         """Seconds that the loop can wait for messages, having nothing else to do."""
-        if self._own_prompts.busy and not self._own_prompts.waits_for_grammar:
-            return 0.0
         pause = min(self._loop.spare_seconds(), STEP_POLL_SECONDS) if self._loop.busy else INTERVAL_SECONDS
-        if self._own_prompts.waits_for_grammar or self._uncompiled:
+        pause = min(pause, self._own_prompts.pause)
+        if self._uncompiled:
             pause = min(pause, GRAMMAR_POLL_SECONDS)
         return min(pause, PULL_POLL_SECONDS) if self._puller.busy else pause
 
@@ -213,13 +215,13 @@ class Engine:
 
     def _announce(self, sequence: Sequence, first: FirstToken) -> None:
         cached = self._cached_tokens(sequence)
-        self._telemetry.prefilled_own(sequence, cached)
+        self._telemetry.prefilled_own(sequence, cached, sequence.loaded_blocks * self._parts.pool.layout.block_size)
         self._service.outgoing(sequence.connection).prefilled.add(
             attempt_id=sequence.attempt_id, first_token=first.token, logprobs=first.logprobs, cached_tokens=cached
         )
 
     def _cached_tokens(self, sequence: Sequence) -> int:
-        """Tokens of the prompt whose KV was in the pool already."""
+        """Tokens of the prompt whose KV was here already."""
         return sequence.cached_blocks * self._parts.pool.layout.block_size
 
     def _start_compiled(self) -> None:
@@ -269,5 +271,6 @@ class Engine:
             waiting=self._scheduler.waiting_count,
             running=self._scheduler.running_count,
             blocks=self._parts.blocks_load(reserved=self._scheduler.promised),
+            host_blocks=self._parts.host_blocks_load,
             totals=self._telemetry.totals,
         )

@@ -1,5 +1,7 @@
 """Starts a decode worker: model, pool, graphs, service, loop."""
 
+from dataclasses import replace
+
 import structlog
 
 from common import garbage, lifecycle
@@ -30,6 +32,8 @@ def main(config: DecodeConfig) -> None:
     passes = graphs.passes(config.max_batch)
     if prefills:
         passes += prompt_graphs.passes(config.prefill_chunk_tokens)
+    else:
+        config = replace(config, host_cache_gib=0.0)  # nobody would look for anything there
     parts = worker_parts.load(config, inference_pb2.WORKER_ROLE_DECODE, config.max_batch, passes)
     parts.hello.prefill_tokens = config.prefill_tokens
     parts.hello.prefill_overflow_tokens = config.prefill_overflow_tokens

@@ -27,9 +27,9 @@ class OwnPrompts:
         return bool(self._sequences) or self._loop.busy
 
     @property
-    def waits_for_grammar(self) -> bool:
-        """Whether all that is left to do waits for grammars to be compiled."""
-        return self._loop.waits_for_grammar
+    def pause(self) -> float:
+        """Seconds that the next turn can wait; infinite: until a prompt comes."""
+        return 0.0 if self._sequences and not self._loop.busy else self._loop.pause
 
     def has(self, attempt_id: int) -> bool:
         """Whether there is such a prompt, or chunks of one that was dropped are still being computed."""
@@ -58,5 +58,6 @@ class OwnPrompts:
         sequence = self._sequences.pop(prompt.attempt_id)
         sequence.blocks = prompt.blocks
         sequence.cached_blocks = prompt.cached_len // self._block_size
+        sequence.loaded_blocks = prompt.loaded_len // self._block_size
         sequence.tokens.append(first.token)
         return sequence

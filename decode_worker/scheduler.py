@@ -33,7 +33,8 @@ class Sequence:
     tokens: list[int]  # prompt and output, as far as the host has read them
     state: State = State.RESERVED
     blocks: list[int] = field(default_factory=list)
-    cached_blocks: int = 0  # leading blocks that the pool already had
+    cached_blocks: int = 0  # leading blocks that the pool already had, or got from host memory
+    loaded_blocks: int = 0  # those of them that came from there
     promised: int = 0  # blocks for output that are not taken yet
     last_hash: bytes = b""  # of the last full block
     kv_len: int = 0  # tokens whose KV is there or is being computed by launched steps

@@ -19,9 +19,9 @@ class DecodeTelemetry(WorkerTelemetry):
         super().__init__(metrics, address)
         self._layout = layout
 
-    def prefilled_own(self, sequence: Sequence, cached: int) -> None:
-        """A sequence's prompt was prefilled here; `cached` of its tokens were in the pool already."""
-        self.prefilled(sequence.trace, sequence.received_at, sequence.kv_len, cached)
+    def prefilled_own(self, sequence: Sequence, cached: int, loaded: int) -> None:
+        """A sequence's prompt was prefilled here; `cached` and `loaded` are of its tokens, as in `prefilled`."""
+        self.prefilled(sequence.trace, sequence.received_at, sequence.kv_len, cached, loaded)
         self._metrics.output_tokens.inc()
 
     def pulled(self, pulled: Pulled) -> None:

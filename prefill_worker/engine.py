@@ -12,7 +12,7 @@ from common.worker.worker_parts import WorkerParts
 from common.worker.worker_service import WorkerService
 from common.worker.worker_telemetry import WorkerTelemetry
 from prefill_worker.leases import Leases
-from prefill_worker.loop import GRAMMAR_POLL_SECONDS, PrefillLoop, Turn
+from prefill_worker.loop import PrefillLoop, Turn
 from prefill_worker.metrics import PrefillMetrics
 from prefill_worker.runner import FirstToken, Runner
 from prefill_worker.scheduler import Prompt
@@ -47,7 +47,7 @@ class Engine:
         self._leases = Leases(parts.blocks, lease_seconds)
 
     def run(self, lifecycle: Lifecycle) -> None:
-        cache = CacheReport(self._service, self._parts.blocks)
+        cache = CacheReport(self._service, *self._parts.caches)
         load = LoadReport(self._service, self._metrics, self._load)
         while not lifecycle.over(idle=self._idle):
             self.turn(lifecycle.draining)
@@ -60,19 +60,15 @@ class Engine:
         self._receive(draining)
         self._expire_leases()
         self._tell(self._loop.turn())
+        if self._parts.host_cache is not None:
+            self._parts.host_cache.turn()
 
     @property
     def _idle(self) -> bool:
         return not (self._scheduler.waiting_count or self._scheduler.running_count or self._leases)
 
-    def _pause(self) -> float:
-        """Seconds that the loop can wait for messages, having nothing else to do."""
-        if self._loop.waits_for_grammar:
-            return GRAMMAR_POLL_SECONDS
-        return 0.0 if self._loop.busy else INTERVAL_SECONDS
-
     def _receive(self, draining: bool) -> None:
-        for received in self._service.receive(self._pause()):
+        for received in self._service.receive(min(self._loop.pause, INTERVAL_SECONDS)):
             if received.message is None:
                 self._scheduler.drop_connection(received.connection)
                 self._leases.end_connection(received.connection)
@@ -118,7 +114,7 @@ class Engine:
                 self._attempts.end(prompt, pb.Ended.CAUSE_REJECTED, first.problem)
 
     def _announce(self, prompt: Prompt, first: FirstToken) -> None:
-        self._telemetry.prefilled(prompt.trace, prompt.received_at, prompt.length, prompt.cached_len)
+        self._telemetry.prefilled(prompt.trace, prompt.received_at, prompt.length, prompt.cached_len, prompt.loaded_len)
         self._leases.grant(prompt, time.monotonic())
         self._service.outgoing(prompt.connection).prefilled.add(
             attempt_id=prompt.attempt_id,
@@ -139,6 +135,7 @@ class Engine:
             running=self._scheduler.running_count,
             leases=len(self._leases),
             blocks=self._parts.blocks_load(reserved=0),
+            host_blocks=self._parts.host_blocks_load,
             totals=self._telemetry.totals,
             pending_tokens=self._scheduler.pending_tokens,
         )

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from common.kv.block_pool import BlockPool
+from common.kv.host_cache import HostCache, Load
 from common.kv.kv_pool import blocks_for
 from common.sampling.guided_sampling import GrammarState
 from common.telemetry.tracing import OFF, Span
@@ -19,10 +20,12 @@ class Prompt:
     connection: int  # of the router that asked for it
     spec: SequenceSpec
     blocks: list[int] = field(default_factory=list)  # all or none; a decode worker's own prompts come with theirs
-    cached_len: int = 0  # tokens whose KV was found in the pool
-    launched_len: int = 0  # tokens whose KV is there or being computed
+    cached_len: int = 0  # tokens whose KV was found, in the pool or in host memory
+    loaded_len: int = 0  # those of them that were in host memory only
+    loads: bool = False  # those are on their way
+    launched_len: int = 0  # tokens whose KV is there, being computed or being loaded
     computed_len: int = 0  # tokens whose KV is there
-    dropped: bool = False  # its blocks are released once its last launched chunk is computed
+    dropped: bool = False  # its blocks are released once its last launched chunk is computed, and its load is over
     awaited: int = 0  # index of the first block that it lacked when it was last looked up
     grammar: GrammarState | None = None  # how far the output is in its grammar, if it follows one
     uncached_tokens: int = 0  # by the router's estimate when it sent the prompt
@@ -56,13 +59,17 @@ def max_chunks(tokens: int) -> int:
 class Scheduler:
     """The waiting queue and the running prompts. Every operation is O(1) per prompt or block."""
 
-    def __init__(self, blocks: BlockPool, block_size: int, max_batch_tokens: int) -> None:
+    def __init__(
+        self, blocks: BlockPool, block_size: int, max_batch_tokens: int, host_cache: HostCache | None = None
+    ) -> None:
         self._blocks = blocks
+        self._host_cache = host_cache
         self._block_size = block_size
         self._max_batch_tokens = max_batch_tokens
         self._max_batch_chunks = max_chunks(max_batch_tokens)
         self._waiting: dict[int, Prompt] = {}  # in order of arrival
         self._running: dict[int, Prompt] = {}  # have blocks, and chunks left to launch or to finish
+        self._loading: list[tuple[Prompt, Load]] = []
         self._computing: set[bytes] = set()  # hashes of blocks that a running prompt has yet to publish
         self.waits_for_grammar = False  # a prompt was left out of the last batch for that
 
@@ -73,6 +80,11 @@ class Scheduler:
     @property
     def running_count(self) -> int:
         return len(self._running)
+
+    @property
+    def waits_for_load(self) -> bool:
+        """Whether KV is on its way from host memory."""
+        return bool(self._loading)
 
     @property
     def pending_tokens(self) -> int:
@@ -106,6 +118,7 @@ class Scheduler:
     def schedule(self) -> list[Chunk]:
         """The next batch; empty when nothing can run now."""
         self.waits_for_grammar = False
+        self._end_loads()
         budget = self._max_batch_tokens
         chunks: list[Chunk] = []
         for prompt in self._candidates():
@@ -121,20 +134,25 @@ class Scheduler:
         """Publishes the blocks that a computed chunk completed. Returns True if that was the whole prompt; its blocks
         then belong to the caller."""
         prompt = chunk.prompt
-        for index in range(prompt.computed_len // self._block_size, chunk.end // self._block_size):
-            self._blocks.publish(prompt.blocks[index], prompt.spec.block_hashes[index])
-            self._computing.discard(prompt.spec.block_hashes[index])
-        prompt.computed_len = chunk.end
+        self._computed(prompt, chunk.end)
         if prompt.dropped:
-            self._release_if_idle(prompt)
             return False
         if chunk.is_last:
             self._leave(prompt)
         return chunk.is_last
 
+    def _computed(self, prompt: Prompt, end: int) -> None:
+        """The KV of the prompt's first `end` tokens is there."""
+        for index in range(prompt.computed_len // self._block_size, end // self._block_size):
+            self._blocks.publish(prompt.blocks[index], prompt.spec.block_hashes[index])
+            self._computing.discard(prompt.spec.block_hashes[index])
+        prompt.computed_len = end
+        if prompt.dropped:
+            self._release_if_idle(prompt)
+
     def _candidates(self) -> Iterator[Prompt]:
         for prompt in self._running.values():
-            if prompt.launched_len < prompt.length and not prompt.dropped:
+            if prompt.launched_len < prompt.length and not prompt.dropped and not prompt.loads:
                 yield prompt
         for prompt in list(self._waiting.values()):
             if prompt.grammar is not None and not prompt.grammar.ready:
@@ -144,11 +162,12 @@ class Scheduler:
                 continue
             if not self._admit(prompt):
                 return
-            yield prompt
+            if not prompt.loads:
+                yield prompt
 
     def _is_being_computed(self, prompt: Prompt) -> bool:
         """Whether a running prompt is about to publish the first block that this one lacks. Waiting for it costs less
-        than computing it twice.
+        than computing it, or loading it, twice.
 
         Blocks that were there at an earlier look are not looked up again: all prompts that wait are asked before every
         batch, and thousands of blocks may precede the one that they wait for. If one of those was evicted since, the
@@ -157,14 +176,16 @@ class Scheduler:
         if not self._computing:
             return False
         hashes, last = prompt.spec.block_hashes, prompt.spec.blocks_before_last_token(self._block_size)
-        while prompt.awaited < last and self._blocks.finds(hashes[prompt.awaited]):
+        while prompt.awaited < last and self._has(hashes[prompt.awaited]):
             prompt.awaited += 1
         return prompt.awaited < last and hashes[prompt.awaited] in self._computing
 
     def _admit(self, prompt: Prompt) -> bool:
-        """Gives a waiting prompt its blocks: the cached ones, and fresh ones for the rest. False if there are too few.
-        A prompt that came with blocks swaps those for cached ones where it can."""
-        hits = self._blocks.match(prompt.spec.hashes_before_last_token(self._block_size))
+        """Gives a waiting prompt its blocks: the cached ones, and fresh ones for the rest, into which it loads what is
+        in host memory. False if there are too few. A prompt that came with blocks swaps those for cached ones where it
+        can."""
+        hashes = prompt.spec.hashes_before_last_token(self._block_size)
+        hits = self._blocks.match(hashes)
         missing = 0 if prompt.blocks else blocks_for(prompt.length, self._block_size) - len(hits)
         if missing > self._blocks.available:
             self._blocks.release(hits)
@@ -175,10 +196,37 @@ class Scheduler:
         del self._waiting[prompt.attempt_id]
         self._running[prompt.attempt_id] = prompt
         self._computing.update(prompt.spec.block_hashes[len(hits) :])
+        if self._host_cache is not None:
+            self._host_cache.touch(hashes[: len(hits)])
+            self._begin_load(prompt, self._host_cache.load(hashes[len(hits) :], prompt.blocks[len(hits) :]))
         return True
 
+    def _begin_load(self, prompt: Prompt, load: Load | None) -> None:
+        if load is None:
+            return
+        prompt.loads = True
+        prompt.loaded_len = load.count * self._block_size
+        prompt.cached_len = prompt.launched_len = prompt.cached_len + prompt.loaded_len
+        self._loading.append((prompt, load))
+
+    def _end_loads(self) -> None:
+        loading, self._loading = self._loading, []
+        for prompt, load in loading:
+            if load.arrived():
+                prompt.loads = False
+                self._computed(prompt, prompt.launched_len)
+            else:
+                self._loading.append((prompt, load))
+
+    def _has(self, block_hash: bytes) -> bool:
+        """Whether it is in the pool, or in host memory and nobody is loading it."""
+        if self._blocks.finds(block_hash):
+            return True
+        host_cache = self._host_cache
+        return host_cache is not None and host_cache.finds(block_hash) and block_hash not in self._computing
+
     def _release_if_idle(self, dropped: Prompt) -> None:
-        """Takes a dropped prompt out, unless a chunk that writes to its blocks is still being computed."""
+        """Takes a dropped prompt out, unless a chunk or a load that writes to its blocks is still under way."""
         if dropped.launched_len == dropped.computed_len:
             self._leave(dropped)
             self._blocks.release(dropped.blocks)

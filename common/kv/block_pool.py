@@ -4,7 +4,7 @@ Pure bookkeeping: no tensor is touched here. Every operation is O(1) per block: 
 list threaded through two arrays, so taking a block out of its middle (a prefix hit) costs as much as one off its end.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 
@@ -33,7 +33,12 @@ class BlockPool:
         generations: one counter for each block, in memory that peers can read; its values are kept. `allocate` raises
             a block's counter each time, before the new owner can write to the block. So a peer that copied a block, and
             afterwards still finds the generation it was told, has copied what it meant to.
+
+    Attributes:
+        on_publish: told of each block that becomes findable, with its hash.
     """
+
+    on_publish: Callable[[int, bytes], None] | None = None
 
     def __init__(self, num_blocks: int, generations: Generations | None = None) -> None:
         if num_blocks < 1:
@@ -168,10 +173,12 @@ class BlockPool:
         known = self._hashes[block]
         if known is not None and known != block_hash:
             raise ValueError(f"block {block} is already published under another hash")
-        if self._by_hash.setdefault(block_hash, block) == block:
+        if known is None and self._by_hash.setdefault(block_hash, block) == block:
             self._hashes[block] = block_hash
             if self._changes is not None:
                 self._changes[block_hash] = True
+            if self.on_publish is not None:
+                self.on_publish(block, block_hash)
 
     def release(self, blocks: Iterable[int]) -> None:
         """Drops one reference from each of `blocks`, given in the order of their sequence.

@@ -1,15 +1,16 @@
 """Transport for CPUs of one host: the pool is a file in /dev/shm; a reader maps it and copies blocks on a thread."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-import numpy.typing as npt
 import structlog
 import torch
 from torch import Tensor
 
+from common.kv import block_rows
+from common.kv.block_rows import Rows
 from common.kv.kv_pool import KvLayout, KvPool
 from common.transport.checks import PROBE_BYTES, check_blocks, digest
 from common.transport.interface import TransferFailed, TransportError
@@ -19,8 +20,6 @@ from common.transport.thread_transfer import ThreadTransfer
 log = structlog.get_logger(__name__)
 
 _MEASURED_BYTES = 16 << 20
-
-Rows = npt.NDArray[np.uint8]  # [num_blocks, block_bytes]; numpy has no bfloat16, and a copy needs no dtype
 
 
 class ShmMemory:
@@ -81,7 +80,7 @@ class ShmPeer:
     def read(self, src_blocks: Sequence[int], dst: KvPool, dst_blocks: Sequence[int]) -> ThreadTransfer:
         if self._rows is None:
             raise TransferFailed("the peer's pool was closed")
-        target = dst.tensor.view(torch.uint8).view(dst.layout.num_blocks, self._block_bytes).numpy()
+        target = block_rows.of_pool(dst)
         check_blocks(src_blocks, len(self._rows), dst_blocks, len(target))
         copy = self._copier.submit(_copy, self._rows, tuple(src_blocks), target, tuple(dst_blocks))
         return ThreadTransfer(copy, "copying from the peer's shared memory")
@@ -110,23 +109,8 @@ def open_peer(descriptor: bytes, layout: KvLayout, device: torch.device) -> ShmP
 
 def _copy(source: Rows, src_blocks: Sequence[int], target: Rows, dst_blocks: Sequence[int]) -> float:
     started = time.perf_counter()
-    for src, dst, count in _runs(src_blocks, dst_blocks):
-        target[dst : dst + count] = source[src : src + count]  # numpy releases the GIL
+    block_rows.copy(source, src_blocks, target, dst_blocks)
     return (time.perf_counter() - started) * 1000
-
-
-def _runs(src_blocks: Sequence[int], dst_blocks: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """Runs of blocks that are consecutive on both sides, as (source, target, count)."""
-    start = 0
-    for end in range(1, len(src_blocks) + 1):
-        length = end - start
-        if (
-            end == len(src_blocks)
-            or src_blocks[end] != src_blocks[start] + length
-            or dst_blocks[end] != dst_blocks[start] + length
-        ):
-            yield src_blocks[start], dst_blocks[start], length
-            start = end
 
 
 def _check_device(device: torch.device) -> None:

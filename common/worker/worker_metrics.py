@@ -17,6 +17,13 @@ class WorkerMetrics:
         self.registry = metrics_server.new_registry()
         blocks = Gauge("twostroke_blocks", "KV blocks of the pool, by state", ("state",), registry=self.registry)
         self._blocks = {state: blocks.labels(state) for state in ("free", "cached", "in_use", "reserved")}
+        host_blocks = Gauge(
+            "twostroke_host_blocks",
+            "KV blocks of the cache in host memory, by state",
+            ("state",),
+            registry=self.registry,
+        )
+        self._host_blocks = {state: host_blocks.labels(state) for state in ("free", "cached", "in_use")}
         self._waiting = Gauge("twostroke_waiting", "Attempts that wait in this worker", registry=self.registry)
         self._running = Gauge("twostroke_running", "Attempts in this worker's batch", registry=self.registry)
         self._leases = Gauge(
@@ -31,6 +38,7 @@ class WorkerMetrics:
         )
         self.computed_tokens = self.prompt_tokens.labels("computed")
         self.cached_tokens = self.prompt_tokens.labels("cache")
+        self.loaded_tokens = self.prompt_tokens.labels("host memory")
 
     def ended(self, cause: "pb.Ended.Cause.ValueType") -> None:
         self._ended.labels(causes.name_of(cause)).inc()
@@ -41,6 +49,8 @@ class WorkerMetrics:
         self._leases.set(load.leases)
         for state, gauge in self._blocks.items():
             gauge.set(getattr(load.blocks, state))
+        for state, gauge in self._host_blocks.items():
+            gauge.set(getattr(load.host_blocks, state))
 
     def serve(self, config: WorkerConfig, certificates: Certificates) -> None:
         """Serves the metrics at `config.metrics_port`, if it is set.

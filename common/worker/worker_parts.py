@@ -11,7 +11,9 @@ import torch
 from common.device.cpu_memory import keep_freed_memory
 from common.device.devices import choose_device, choose_dtype, choose_kv_dtype
 from common.device.gpu_memory import Passes, bytes_for
+from common.kv import host_memory
 from common.kv.block_pool import BlockPool
+from common.kv.host_cache import HostCache
 from common.kv.kv_pool import KvLayout, KvPool, blocks_for, layout_to_proto, view
 from common.kv.pool_size import blocks_that_fit
 from common.model import fingerprint, model_config, model_files, vocabulary, weights
@@ -42,11 +44,17 @@ class WorkerParts:
     device: torch.device
     hello: pb.WorkerHello
     guided: GuidedSampling | None = None  # None: grammars are not supported with this model's files
+    host_cache: HostCache | None = None
 
     @property
     def max_length(self) -> int:
         """Tokens of the longest sequence, prompt and output together."""
         return self.hello.max_length
+
+    @property
+    def caches(self) -> tuple[BlockPool, ...]:
+        """The pools in which a prompt's blocks may be found: that of the device, and that in host memory."""
+        return (self.blocks,) if self.host_cache is None else (self.blocks, self.host_cache.slots)
 
     def check(self, spec: SequenceSpec, length: int) -> None:
         """Raises ValueError, with a sentence, if a sequence of up to `length` tokens cannot be served here."""
@@ -72,16 +80,26 @@ class WorkerParts:
         guided_sampling.warm_up(vocab_size, dtype, self.device)
 
     def blocks_load(self, reserved: int) -> inference_pb2.Blocks:
-        return inference_pb2.Blocks(
-            total=self.blocks.num_blocks,
-            free=self.blocks.free_count,
-            cached=self.blocks.cached_count,
-            in_use=self.blocks.in_use_count,
-            reserved=reserved,
-        )
+        return _counts(self.blocks, reserved)
+
+    @property
+    def host_blocks_load(self) -> inference_pb2.Blocks | None:
+        return _counts(self.host_cache.slots) if self.host_cache is not None else None
 
     def close(self) -> None:
+        if self.host_cache is not None:
+            self.host_cache.close()
         self.memory.close()
+
+
+def _counts(blocks: BlockPool, reserved: int = 0) -> inference_pb2.Blocks:
+    return inference_pb2.Blocks(
+        total=blocks.num_blocks,
+        free=blocks.free_count,
+        cached=blocks.cached_count,
+        in_use=blocks.in_use_count,
+        reserved=reserved,
+    )
 
 
 def load(
@@ -98,6 +116,7 @@ def load(
     Raises:
         ModelError: the model cannot be served, or the pool would not hold a single block.
         TransportError: the transport that was asked for does not work here.
+        HostMemoryError: the host's memory that was asked for cannot be had.
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -124,6 +143,12 @@ def load(
     instance = uuid.uuid4().hex
     transport = config.transport if config.transport != "auto" else ("cuda_ipc" if device.type == "cuda" else "shm")
     memory = create(transport, layout, device, instance)
+    pool = KvPool(layout, view(memory.tensor, layout))
+    blocks = BlockPool(layout.num_blocks, memory.generations)
+    host_cache = None
+    if config.host_cache_gib:
+        slots = host_memory.blocks_in(config.host_cache_gib, layout.block_bytes)
+        host_cache = HostCache(blocks, host_memory.allocate(pool, slots))
     max_length = min(model.context_length, layout.num_blocks * layout.block_size)
     _log_loaded(config.model, dtype, device, layout, max_length, model.context_length)
     ops = select(device)
@@ -145,16 +170,18 @@ def load(
         vocabulary=vocabulary.digest(directory),
         host="" if crosses_hosts(transport) else host_id(),
         guides=guided is not None,
+        host_blocks=host_cache.slots.num_blocks if host_cache is not None else 0,
     )
     return WorkerParts(
         model=Model(model, loaded, ops),
         ops=ops,
-        pool=KvPool(layout, view(memory.tensor, layout)),
+        pool=pool,
         memory=memory,
-        blocks=BlockPool(layout.num_blocks, memory.generations),
+        blocks=blocks,
         device=device,
         hello=hello,
         guided=guided,
+        host_cache=host_cache,
     )
 
 

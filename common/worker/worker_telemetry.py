@@ -21,16 +21,18 @@ class WorkerTelemetry:
         self._metrics = metrics
         self._address = address
 
-    def prefilled(self, trace: Span, received_at: float, length: int, cached: int) -> None:
+    def prefilled(self, trace: Span, received_at: float, length: int, cached: int, loaded: int) -> None:
         """A prompt's KV and its first token were computed here.
 
         Args:
             trace: the attempt's span.
             received_at: when its message came, time.monotonic().
             length: tokens of the prompt.
-            cached: those of them whose KV was in this worker's pool already.
+            cached: those of them whose KV was on this worker already, in its pool or in host memory.
+            loaded: those of the cached ones that were in host memory only.
         """
-        self._metrics.cached_tokens.inc(cached)
+        self._metrics.cached_tokens.inc(cached - loaded)
+        self._metrics.loaded_tokens.inc(loaded)
         self._metrics.computed_tokens.inc(length - cached)
         self.totals.prompt_tokens += length
         self.totals.cached_tokens += cached
@@ -43,5 +45,6 @@ class WorkerTelemetry:
                 "twostroke.worker": self._address,
                 "twostroke.input_tokens": length,
                 "twostroke.cached_tokens": cached,
+                "twostroke.loaded_tokens": loaded,
             },
         )

@@ -187,8 +187,9 @@ class Worker:
             WorkerFault: more blocks would be cached than the worker has.
         """
         self.cache.apply(changes)
-        if len(self.cache) > self.hello.pool.layout.num_blocks:
-            raise WorkerFault(f"it can find {len(self.cache)} of {self.hello.pool.layout.num_blocks} blocks")
+        blocks = self.hello.pool.layout.num_blocks + self.hello.host_blocks
+        if len(self.cache) > blocks:
+            raise WorkerFault(f"it can find {len(self.cache)} of {blocks} blocks")
 
     def take_load(self, load: inference_pb2.WorkerLoad) -> None:
         """Replaces the router's own estimate by what the worker reports. Everything else in the same message must have

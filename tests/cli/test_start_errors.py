@@ -13,10 +13,10 @@ from cli.commands import app
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("part", ["router", "prefill_worker", "decode_worker"])
-def test_a_model_that_is_not_there(part: str) -> None:
+def last_words(part: str, *flags: str) -> str:
+    """The last line of what a part says that cannot start."""
     started = subprocess.run(
-        [sys.executable, "-m", part, "--model=/no/such/model"],
+        [sys.executable, "-m", part, *flags],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'protos'}"},
         capture_output=True,
@@ -24,8 +24,19 @@ def test_a_model_that_is_not_there(part: str) -> None:
         timeout=60,
     )
     assert started.returncode == 1
-    (line,) = started.stderr.splitlines()
-    assert line.startswith(f"twostroke {part.replace('_', '-')}: '/no/such/model' is neither the embedded model")
+    assert "Traceback" not in started.stderr
+    return started.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("part", ["router", "prefill_worker", "decode_worker"])
+def test_a_model_that_is_not_there(part: str) -> None:
+    said = last_words(part, "--model=/no/such/model")
+    assert said.startswith(f"twostroke {part.replace('_', '-')}: '/no/such/model' is neither the embedded model")
+
+
+def test_memory_that_is_not_there() -> None:
+    said = last_words("prefill_worker", "--device=cpu", "--num-blocks=4", "--host-cache-gib=1000000")
+    assert said.startswith("twostroke prefill-worker: --host-cache-gib 1e+06 is more than the ")
 
 
 @pytest.mark.parametrize(
@@ -43,6 +54,7 @@ def test_a_model_that_is_not_there(part: str) -> None:
         ("prefill-worker", "block-size", ("0",)),
         ("prefill-worker", "max-batch-tokens", ("0",)),
         ("prefill-worker", "lease-seconds", ("0",)),
+        ("prefill-worker", "host-cache-gib", ("-1", "nan")),
         ("prefill-worker", "drain-seconds", ("-1",)),
         ("decode-worker", "device", ("gpu", "cuda:x", "0")),
         ("decode-worker", "router", ("router:x",)),

@@ -100,6 +100,16 @@ def test_nothing_is_cut_off_on_a_terminal_of_80_columns() -> None:
     assert [line.split()[-1] for line in lines if "█" in line and "/" in line][:2] == ["25/10/35/40"] * 2
 
 
+def test_what_is_in_host_memory_is_told_beside_the_blocks() -> None:
+    now = load(0, 0, 0, 0)
+    now.workers[1].host_blocks.MergeFrom(pb.Blocks(total=5_000, free=1_000, cached=4_000))
+    for width in (200, 80):
+        lines = text(Sample(0.0, load(0, 0, 0, 0)), Sample(1.0, now), width)
+        blocks = [line.rstrip() for line in lines if "25/10/35/40" in line]
+        assert [line.partition("25/10/35/40")[2] for line in blocks] == [" + 4,000 in host memory", ""]
+        assert not any("…" in line for line in lines)
+
+
 @pytest.fixture
 def router() -> Iterator[FakeRouter]:
     with serving(FakeRouter(load=load(8, 5000, 2500, 20))) as router:

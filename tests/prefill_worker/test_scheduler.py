@@ -1,8 +1,11 @@
 """The prefill worker's queue: budget, chunks, order, prefix hits, and blocks that come home."""
 
 import random
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from common.kv.block_pool import BlockPool
+from common.kv.host_cache import HostCache
 from prefill_worker.leases import Leases
 from prefill_worker.scheduler import Chunk, Prompt, Scheduler
 from tests.specs import spec
@@ -216,3 +219,107 @@ def test_random_arrivals_and_drops_leave_nothing_behind() -> None:
     assert scheduler.waiting_count == scheduler.running_count == len(leases) == 0
     assert pool.in_use_count == 0
     assert pool.cached_count > 0
+
+
+# ------------------------------------------------------------ with host memory
+
+
+class Arriving:
+    """Copies that have arrived once `now` is true."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+        self.now = True
+        self.loaded: list[int] = []  # blocks of the pool
+
+    def save(self, blocks: Sequence[int], slots: Sequence[int]) -> "Arriving":
+        return self
+
+    def load(self, slots: Sequence[int], blocks: Sequence[int]) -> "Arriving":
+        self.loaded += blocks
+        return self
+
+    def done(self) -> bool:
+        return self.now
+
+    def close(self) -> None:
+        pass
+
+
+@dataclass(frozen=True, slots=True)
+class WithHost:
+    pool: BlockPool
+    memory: Arriving
+    cache: HostCache
+    scheduler: Scheduler
+
+    def run(self, *asked: Prompt) -> list[list[tuple[int, int, int]]]:
+        """Computes all that can be computed now, and lets go of it. Returns the batches."""
+        for one in asked:
+            self.scheduler.add(one)
+        batches = []
+        while (chunks := self.scheduler.schedule()) or (self.scheduler.waits_for_load and self.memory.now):
+            for chunk in chunks:
+                if self.scheduler.finish(chunk):
+                    self.pool.release(chunk.prompt.blocks)
+            batches += [spans(chunks)] if chunks else []
+            self.cache.turn()
+            self.cache.turn()
+        return batches
+
+
+def with_host(blocks: int, slots: int = 100, max_batch_tokens: int = 64) -> WithHost:
+    pool, memory = BlockPool(blocks), Arriving(slots)
+    cache = HostCache(pool, memory)
+    return WithHost(pool, memory, cache, Scheduler(pool, BLOCK, max_batch_tokens, cache))
+
+
+def test_blocks_that_were_evicted_are_loaded_and_not_computed() -> None:
+    one = with_host(blocks=6)
+    one.run(prompt(1, numbers(20)), prompt(2, numbers(24, 100)))
+    assert not one.pool.finds(spec(numbers(20), BLOCK).block_hashes[0])
+    again = prompt(3, numbers(20))
+    one.memory.now = False
+    assert (one.run(again), one.scheduler.waits_for_load) == ([], True)
+    one.memory.now = True
+    assert one.run() == [[(3, 16, 20)]], "the last token is computed, and its block with it"
+    assert (again.cached_len, again.loaded_len) == (16, 16)
+    assert one.memory.loaded == again.blocks[:4]
+    assert (one.pool.in_use_count, one.cache.slots.in_use_count) == (0, 0)
+
+
+def test_only_what_the_pool_lacks_is_loaded() -> None:
+    one = with_host(blocks=9)
+    one.run(prompt(1, numbers(20)))
+    one.run(prompt(2, numbers(28, 100)))  # evicts the last three blocks of the first
+    again = prompt(3, numbers(20))
+    assert one.run(again) == [[(3, 16, 20)]]
+    assert (again.cached_len, again.loaded_len) == (16, 8)
+    assert one.memory.loaded == again.blocks[2:4]
+
+
+def test_others_run_while_one_loads_and_a_prompt_with_the_same_prefix_waits_for_it() -> None:
+    one = with_host(blocks=15)
+    one.run(prompt(1, numbers(20)))
+    one.run(prompt(2, numbers(60, 100)))
+    one.memory.now = False
+    assert one.run(prompt(3, numbers(20)), prompt(4, [*numbers(20), 90]), prompt(5, numbers(8, 500))) == [[(5, 0, 8)]]
+    one.memory.now = True
+    assert one.run() == [[(3, 16, 20)], [(4, 20, 21)]]
+    assert len(one.memory.loaded) == 4
+
+
+def test_a_prompt_that_is_dropped_while_it_loads_keeps_its_blocks_until_that_is_over() -> None:
+    one = with_host(blocks=6)
+    one.run(prompt(1, numbers(20)))
+    one.run(prompt(2, numbers(20, 100)))
+    one.memory.now = False
+    one.run(prompt(3, numbers(20)))
+    one.scheduler.drop(3)
+    assert one.scheduler.has(3)
+    assert one.pool.in_use_count == 5
+    one.run(prompt(4, numbers(20, 200)))
+    assert one.scheduler.waiting_count == 1
+    one.memory.now = True
+    assert one.run() == [[(4, 0, 20)]]
+    assert (one.pool.in_use_count, one.cache.slots.in_use_count, one.scheduler.running_count) == (0, 0, 0)

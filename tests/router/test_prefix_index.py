@@ -42,11 +42,14 @@ def name(number: int) -> bytes:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_every_routers_index_is_the_pool_after_whatever_happened(seed: int) -> None:
+@pytest.mark.parametrize("host_blocks", [0, 30])
+def test_every_routers_index_is_the_pool_after_whatever_happened(seed: int, host_blocks: int) -> None:
+    """And what is in host memory, too."""
     random = Random(seed)
     pool, wire = BlockPool(24), Wire()
+    pools = [pool] + ([BlockPool(host_blocks)] if host_blocks else [])
     service: Any = wire
-    report = CacheReport(service, pool)
+    report = CacheReport(service, *pools)
     held: list[list[int]] = []
     for turn in range(300):
         for _ in range(random.choice((1, 1, 2, 40))):  # many in one turn are more than the pool keeps a record of
@@ -59,6 +62,12 @@ def test_every_routers_index_is_the_pool_after_whatever_happened(seed: int) -> N
             held.append(blocks)
             while held and (len(held) > 3 or random.random() < 0.4):
                 pool.release(held.pop(random.randrange(len(held))))
+        for host in pools[1:]:
+            copied = random.sample(sorted(pool.hashes()), min(3, len([*pool.hashes()])))
+            slots = host.allocate(len(copied))
+            for slot, hash in zip(slots, copied, strict=True):
+                host.publish(slot, hash)
+            host.release(slots)
         if random.random() < 0.03:
             wire.routers[turn] = PrefixIndex()
         if wire.routers and random.random() < 0.01:
@@ -66,7 +75,7 @@ def test_every_routers_index_is_the_pool_after_whatever_happened(seed: int) -> N
         report.send()
         wire.flush()
         for index in wire.routers.values():
-            assert index.published == set(pool.hashes())
+            assert index.published == {hash for pool in pools for hash in pool.hashes()}
     assert wire.snapshots > 0
     assert wire.changes > wire.snapshots
 

@@ -3,9 +3,11 @@ before it has read the last one, on a GPU one; here it does either."""
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 from benchmarks.parts import LoadedModel, worker_parts
 from common.kv.cache_report import CacheReport
+from common.kv.host_cache import HostCache
 from common.kv.kv_pool import layout_to_proto
 from common.telemetry.tracing import Tracing
 from common.worker.load_report import LoadReport
@@ -17,6 +19,7 @@ from prefill_worker.engine import Engine as PrefillEngine
 from prefill_worker.metrics import PrefillMetrics
 from prefill_worker.runner import Runner as PromptRunner
 from router.cluster.workers import DECODE, PREFILL
+from tests.simulation.host_memories import HostMemories, SlowMemory
 from tests.simulation.setting import BLOCK, FINGERPRINT, Setting
 from tests.simulation.wire import Wire
 
@@ -25,6 +28,7 @@ class Host:
     """A worker's process.
 
     Attributes:
+        memory: that keeps blocks beside its pool, if any does.
         address: where routers find it; whoever takes its place has the same.
         draining: it takes nothing new, and ends when it is idle.
         dead: its turns are over.
@@ -33,18 +37,30 @@ class Host:
     engine: PrefillEngine | DecodeEngine
     _load: LoadReport
 
-    def __init__(self, address: str, serial: int, model: LoadedModel, setting: Setting, rng: random.Random) -> None:
+    def __init__(
+        self,
+        address: str,
+        serial: int,
+        model: LoadedModel,
+        setting: Setting,
+        memories: HostMemories,
+        rng: random.Random,
+    ) -> None:
         self.address = address
         self.draining = False
         self.dead = False
         self.wire = Wire(address)
         self.parts = worker_parts(model, rng.choice(setting.pools), BLOCK)
+        self.memory: SlowMemory | None = None
+        if slots := rng.choice(setting.host_memories):
+            self.memory = memories.beside(self.parts.pool, slots)
+            self.parts = replace(self.parts, host_cache=HostCache(self.parts.blocks, self.memory))
         self.hello = hello = self.parts.hello
         hello.instance = hello.pool.instance = f"{address}-{serial}"
         hello.pool.descriptor = hello.instance.encode()
         hello.pool.layout.CopyFrom(layout_to_proto(self.parts.pool.layout))
-        hello.fingerprint, hello.guides = FINGERPRINT, True
-        self._cache = CacheReport(self.wire, self.parts.blocks)
+        hello.fingerprint, hello.guides, hello.host_blocks = FINGERPRINT, True, slots
+        self._cache = CacheReport(self.wire, *self.parts.caches)
         self._begin(setting, rng)
 
     def _begin(self, setting: Setting, rng: random.Random) -> None:

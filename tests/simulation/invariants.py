@@ -17,23 +17,25 @@ _MOST_NOISE = 1e-3  # of a log-probability
 
 def blocks_add_up(host: Host) -> None:
     """Each block is in use, cached or free; what is promised is there; no batch is too large."""
-    blocks = host.parts.blocks
-    assert blocks.free_count + blocks.cached_count + blocks.in_use_count == blocks.num_blocks, host.address
+    for pool in host.parts.caches:
+        assert pool.free_count + pool.cached_count + pool.in_use_count == pool.num_blocks, host.address
     if isinstance(host, DecodeHost):
         scheduler = host.engine._scheduler
         promised = sum(sequence.promised for sequence in scheduler._sequences.values())
-        assert promised == scheduler.promised <= blocks.available, f"{host.address} promised what it has not"
+        assert promised == scheduler.promised <= host.parts.blocks.available, f"{host.address} promised what it has not"
         assert scheduler.count <= host.hello.max_batch, f"{host.address} took too many"
 
 
 def hashes_are_true(host: Host, reference: Reference) -> None:
-    """A block that can be found holds the KV that its hash stands for."""
-    found = host.parts.blocks._by_hash
-    assert found.keys() <= reference.kv.keys(), f"{host.address} has a hash of tokens that nobody answers alone"
-    if found:
-        held = host.parts.pool.tensor[list(found.values())]
-        true = torch.stack([reference.kv[block_hash] for block_hash in found])
-        assert torch.allclose(held, true, atol=1e-4, rtol=1e-3), f"{host.address} has other KV behind a hash"
+    """A block that can be found, in the pool or in host memory, holds the KV that its hash stands for."""
+    tensors = [host.parts.pool.tensor] + ([host.memory.tensor] if host.memory is not None else [])
+    for pool, tensor in zip(host.parts.caches, tensors, strict=True):
+        found = pool._by_hash
+        assert found.keys() <= reference.kv.keys(), f"{host.address} has a hash of tokens that nobody answers alone"
+        if found:
+            held = tensor[list(found.values())]
+            true = torch.stack([reference.kv[block_hash] for block_hash in found])
+            assert torch.allclose(held, true, atol=1e-4, rtol=1e-3), f"{host.address} has other KV behind a hash"
 
 
 def answers_are_right(requests: Iterable[Request], reference: Reference) -> None:
@@ -81,15 +83,16 @@ def nothing_is_held(host: Host) -> None:
         held += [batch.sequences, batch._row_of, batch._device_row, batch._device_blocks]
     held += [prompts._running, prompts._waiting, prompts._computing]
     assert not any(held), f"{host.address} still holds {[it for it in held if it]}"
-    assert host.parts.blocks.in_use_count == 0, f"{host.address} still holds blocks"
+    assert not any(pool.in_use_count for pool in host.parts.caches), f"{host.address} still holds blocks"
     assert len(counts._free) == len(counts._sampled), f"{host.address} still counts tokens"
 
 
 def account_is_even(link: Link) -> None:
     """A router knows of a worker without work: that it has none, all its blocks, and what they cache."""
-    worker, blocks = link.worker, link.host.parts.blocks
+    worker, parts = link.worker, link.host.parts
     work = [worker.attempts, worker.decoding, worker.pending_tokens, worker._unanswered_blocks]
     work += [worker._others, worker._others_tokens, worker.cache._under_way, worker.cache._computed_here]
     assert not any(work), f"{worker.address} is thought to be at work"
-    assert worker.cache.published == set(blocks.hashes()), f"{worker.address} is thought to have another cache"
-    assert worker._room == blocks.num_blocks, f"{worker.address} is thought to have {worker._room} blocks"
+    cached = {block_hash for pool in parts.caches for block_hash in pool.hashes()}
+    assert worker.cache.published == cached, f"{worker.address} is thought to have another cache"
+    assert worker._room == parts.blocks.num_blocks, f"{worker.address} is thought to have {worker._room} blocks"

@@ -18,6 +18,7 @@ class Setting:
     prefill_workers: int
     decode_workers: int
     pools: tuple[int, ...]  # each has one of these numbers of blocks
+    host_memories: tuple[int, ...]  # beside each pool is room for one of these numbers of blocks
     lease_seconds: float
     prefills_in_place: bool  # decode workers may
     failing_reads: float  # their share, and that of pools that can't be opened
@@ -46,6 +47,7 @@ def draw(rng: random.Random) -> Setting:
         prefill_workers=rng.choice([0, 1, 1, 2] if in_place else [1, 1, 2]),
         decode_workers=rng.choice([1, 1, 2]),
         pools=rng.choice([(16,), (16, 17), (16, 20, 30), (16, 60), (40,)]),
+        host_memories=rng.choice([(0,), (0, 3, 20), (60,)]),
         lease_seconds=rng.choice([0.05, 1.0, 60.0]),
         prefills_in_place=in_place,
         failing_reads=rng.choice([0.0, 0.0, 0.05, 0.2]),

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
+from common.kv.host_cache import HostCache, Load, _Save
 from decode_worker import pulls
 from decode_worker.scheduler import Scheduler as DecodeScheduler
 from decode_worker.scheduler import Sequence, State
@@ -22,7 +23,7 @@ from tests.simulation.traffic import Traffic
 from tests.simulation.world import run
 from twostroke.v1 import worker_pb2 as pb
 
-FIRST = 26  # with the two seeds after it, it has everything
+FIRST = 44  # with the three seeds after it, it has everything
 ENOUGH = 8  # seeds, should the code under test behave otherwise one day
 HAPPENED = (
     "attempts draining",
@@ -30,6 +31,7 @@ HAPPENED = (
     "attempts lease_lost",
     "attempts preempted",
     "claims",
+    "loads",
     "pools unreadable",
     "prompts cached",
     "prompts in place",
@@ -114,6 +116,24 @@ def hashes_are_published_with_the_reservation(patch: pytest.MonkeyPatch) -> None
     patch.setattr(DecodeScheduler, "reserve", publish)
 
 
+def host_memory_keeps_what_was_overwritten(patch: pytest.MonkeyPatch) -> None:
+    def take(cache: HostCache, save: _Save) -> None:
+        for slot, block_hash in zip(save.slots, save.blocks, strict=True):
+            cache.slots.publish(slot, block_hash)
+        cache.slots.release(save.slots)
+
+    patch.setattr(HostCache, "_take", take)
+
+
+def nobody_waits_for_host_memory(patch: pytest.MonkeyPatch) -> None:
+    def arrived(load: Load) -> bool:
+        slots, load._slots = load._slots, []
+        load._books.release(slots)
+        return True
+
+    patch.setattr(Load, "arrived", arrived)
+
+
 def first_tokens_come_twice(patch: pytest.MonkeyPatch) -> None:
     once = Dispatcher._prefilled
 
@@ -132,12 +152,14 @@ def sequences_outlive_their_routers_stream(patch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("broken", "first", "sentence"),
     [
-        (generations_are_not_compared, 8, "other KV behind a hash"),
-        (prefill_releases_blocks_that_are_written, 8, "nobody holds it"),
-        (decode_releases_blocks_that_are_written, 3, "another answer than alone"),
+        (generations_are_not_compared, 13, "other KV behind a hash"),
+        (prefill_releases_blocks_that_are_written, 2, "nobody holds it"),
+        (decode_releases_blocks_that_are_written, 1, "another answer than alone|argument 2 is shorter"),
         (hashes_are_published_with_the_reservation, 1, "other KV behind a hash"),
+        (host_memory_keeps_what_was_overwritten, 9, "other KV behind a hash"),
+        (nobody_waits_for_host_memory, 9, "other KV behind a hash"),
         (first_tokens_come_twice, 1, "another answer than alone"),
-        (sequences_outlive_their_routers_stream, 17, "no end to the work of decode"),
+        (sequences_outlive_their_routers_stream, 2, "no end to the work of decode"),
     ],
 )
 def test_what_is_broken_is_found(

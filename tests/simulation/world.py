@@ -15,6 +15,7 @@ from router.errors import CallError
 from tests.simulation import faults, invariants, load, logs, setting
 from tests.simulation.clock import Clock
 from tests.simulation.host import DecodeHost, Host, PrefillHost
+from tests.simulation.host_memories import HostMemories
 from tests.simulation.link import Link
 from tests.simulation.model import Model
 from tests.simulation.reads import Pools
@@ -70,6 +71,7 @@ class World:
         self._reference = Reference(model)
         self.tasks = Tasks(0.5, rng)
         self.pools = Pools(self._setting.failing_reads, rng)
+        self._memories = HostMemories(rng)
 
     async def run(self) -> None:
         self._routers = [RouterSide(self._setting, self._rng) for _ in range(self._setting.routers)]
@@ -117,7 +119,7 @@ class World:
             if address not in self._hosts and self._likely(restart):
                 kind = PrefillHost if role == PREFILL else DecodeHost
                 model = self._model.with_grammars(self.tasks)
-                host = kind(address, next(self._serials), model, self._setting, self._rng)
+                host = kind(address, next(self._serials), model, self._setting, self._memories, self._rng)
                 self._hosts[address] = host
                 self.pools.add(host)
 
@@ -136,6 +138,7 @@ class World:
         await asyncio.sleep(0)  # what routers have put off, and their timers
         self.tasks.go_on()
         self.pools.go_on()
+        self._memories.go_on()
         for host in self._rng.sample([*self._hosts.values()], len(self._hosts)):
             if not host.dead and self._likely(0.7):
                 host.turn(partial(self._connect, host))
@@ -181,6 +184,7 @@ class World:
             counts["requests resumed"] += request.resumes > 0
             counts["requests guided"] += request.prompt.grammar != ""
             counts["tokens"] += len(request.output)
+        counts["loads"] += self._memories.loads
 
     def _likely(self, chance: float) -> bool:
         return self._rng.random() < chance

@@ -1388,6 +1388,7 @@ class WorkerLoad(_message.Message):
     BLOCKS_FIELD_NUMBER: _builtins.int
     TOTALS_FIELD_NUMBER: _builtins.int
     PENDING_TOKENS_FIELD_NUMBER: _builtins.int
+    HOST_BLOCKS_FIELD_NUMBER: _builtins.int
     address: _builtins.str
     instance: _builtins.str
     """new for every start of the worker"""
@@ -1406,6 +1407,10 @@ class WorkerLoad(_message.Message):
     def blocks(self) -> Global___Blocks: ...
     @_builtins.property
     def totals(self) -> Global___Totals: ...
+    @_builtins.property
+    def host_blocks(self) -> Global___Blocks:
+        """of its cache in host memory; not set if it has none"""
+
     def __init__(
         self,
         *,
@@ -1419,10 +1424,11 @@ class WorkerLoad(_message.Message):
         blocks: Global___Blocks | None = ...,
         totals: Global___Totals | None = ...,
         pending_tokens: _builtins.int = ...,
+        host_blocks: Global___Blocks | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "totals", b"totals"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "host_blocks", b"host_blocks", "totals", b"totals"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "blocks", b"blocks", "instance", b"instance", "leases", b"leases", "pending_tokens", b"pending_tokens", "ready", b"ready", "role", b"role", "running", b"running", "totals", b"totals", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "blocks", b"blocks", "host_blocks", b"host_blocks", "instance", b"instance", "leases", b"leases", "pending_tokens", b"pending_tokens", "ready", b"ready", "role", b"role", "running", b"running", "totals", b"totals", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -590,6 +590,7 @@ class WorkerHello(_message.Message):
     VOCABULARY_FIELD_NUMBER: _builtins.int
     HOST_FIELD_NUMBER: _builtins.int
     GUIDES_FIELD_NUMBER: _builtins.int
+    HOST_BLOCKS_FIELD_NUMBER: _builtins.int
     instance: _builtins.str
     role: _inference_pb2.WorkerRole.ValueType
     model: _builtins.str
@@ -615,6 +616,8 @@ class WorkerHello(_message.Message):
     """the same for workers that KV can go between: the id of their host, or empty where their transport crosses hosts"""
     guides: _builtins.bool
     """makes output follow a grammar"""
+    host_blocks: _builtins.int
+    """that it can keep in host memory, and find there beside those of its pool"""
     @_builtins.property
     def pool(self) -> Global___PoolHandle: ...
     @_builtins.property
@@ -641,10 +644,11 @@ class WorkerHello(_message.Message):
         vocabulary: _builtins.str = ...,
         host: _builtins.str = ...,
         guides: _builtins.bool = ...,
+        host_blocks: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["pool", b"pool"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "fingerprint", b"fingerprint", "guides", b"guides", "host", b"host", "instance", b"instance", "max_batch", b"max_batch", "max_length", b"max_length", "model", b"model", "pool", b"pool", "prefill_overflow_seconds", b"prefill_overflow_seconds", "prefill_overflow_tokens", b"prefill_overflow_tokens", "prefill_tokens", b"prefill_tokens", "role", b"role", "version", b"version", "vocab_size", b"vocab_size", "vocabulary", b"vocabulary"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "fingerprint", b"fingerprint", "guides", b"guides", "host", b"host", "host_blocks", b"host_blocks", "instance", b"instance", "max_batch", b"max_batch", "max_length", b"max_length", "model", b"model", "pool", b"pool", "prefill_overflow_seconds", b"prefill_overflow_seconds", "prefill_overflow_tokens", b"prefill_overflow_tokens", "prefill_tokens", b"prefill_tokens", "role", b"role", "version", b"version", "vocab_size", b"vocab_size", "vocabulary", b"vocabulary"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -19,7 +19,8 @@ TOLERANCE = Holdings(files=4, threads=4, memory_mib=16.0)
 TOLERANCE_OF_WORKERS = replace(TOLERANCE, memory_mib=48.0)
 
 _HELD = re.compile(
-    r"^twostroke_(?:queued|running|waiting|leases|blocks\{state=\"(?:in_use|reserved)\"\}) (\S+)$", re.MULTILINE
+    r"^twostroke_(?:queued|running|waiting|leases|(?:host_)?blocks\{state=\"(?:in_use|reserved)\"\}) (\S+)$",
+    re.MULTILINE,
 )
 
 

@@ -29,7 +29,7 @@ WARM_UP_SHARE = 20  # percent
 
 # Pools with less room than all callers want, so that sequences are preempted; a queue that is full at times; prompts
 # computed on both sides.
-WORKER_FLAGS = {"num-blocks": 160}
+WORKER_FLAGS = {"num-blocks": 160, "host-cache-gib": 0.01}
 PREFILL_FLAGS = {"max-batch-tokens": 128}
 DECODE_FLAGS = {"prefill-tokens": 24, "num-blocks": 96}
 ROUTER_FLAGS = {"headroom-tokens": 1, "max-queue": 6}

@@ -132,6 +132,7 @@ def test_a_request_is_one_trace(cluster: Cluster, traces: Collector) -> None:
         "twostroke.worker": attempt.attributes["twostroke.prefill_worker"],
         "twostroke.input_tokens": answer.prompt.prompt_tokens,
         "twostroke.cached_tokens": 0,
+        "twostroke.loaded_tokens": 0,
     }
     assert transfer.attributes["twostroke.worker"] == attempt.attributes["twostroke.decode_worker"]
     assert transfer.attributes["twostroke.blocks"] == -(-answer.prompt.prompt_tokens // 16)

@@ -22,6 +22,7 @@ from cli.readiness import Readiness
 from cli.serve_config import ServeConfig
 from cli.stopping import STOP_SECONDS, end_command, stop, stop_signals
 from common import lifecycle
+from common.kv import host_room
 from common.model import hub_name, model_files
 from common.model.hub_name import HubName
 from common.network import listening
@@ -66,6 +67,9 @@ def serve(
         and config.metrics_port + config.prefill_workers + config.decode_workers > 65_535
     ):
         raise SettingsError(f"--metrics-port {config.metrics_port}: the workers take the ports after it, up to 65535")
+    if config.host_cache_gib:
+        prefills = bool(config.prefill_tokens or config.prefill_overflow_tokens)
+        host_room.check(config.host_cache_gib, config.prefill_workers + prefills * config.decode_workers)
     listen = _with_port(config.listen)
     listening.check(listen)  # before the model comes, which may take minutes
     config = _downloaded(config)

@@ -54,8 +54,8 @@ class ServeConfig(SecurityConfig):
     """KV blocks of each worker. Not set: a share of the free memory."""
 
     host_cache_gib: NonNegativeFloat | None = None
-    """GiB of memory of this machine that each worker that prefills takes for KV blocks that its pool has no room for
-    any more."""
+    """GiB of this machine's memory that each worker that prefills takes for copies of KV blocks, which can be loaded
+    once its pool has no room for them any more; so it should be more than the pool has."""
 
     max_length: PositiveInt | None = None
     """Tokens of the longest sequence, prompt and output together. Not set: the model's context length."""

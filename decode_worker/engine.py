@@ -76,17 +76,12 @@ class Engine:
         self._tell_opened()
         self._finish_pulls()
         self._start_compiled()
-        if self._parts.host_cache is not None:
-            self._parts.host_cache.turn()
-        due = self._pause() == 0  # a step, or a chunk before it
+        due = self._pause() == 0  # a step, or a chunk before it; until then, sequences that arrive can still join it
         self._prefill()
-        if not due:
-            return  # until a step is due, sequences that arrive can still join it
-        if self._parts.device.type == "cpu":
-            # There a step is computed while it is launched: what came of messages and KV need not wait for that. On a
-            # GPU the step comes first, since the thread that sends would contend with it for the interpreter.
-            self._service.flush()
-        self._tell(self._loop.turn())
+        if due:
+            self._step()
+        if self._parts.host_cache is not None:
+            self._parts.host_cache.turn()  # behind the step, which runs meanwhile
 
     def _pause(self) -> float:
         """Seconds that the loop can wait for messages, having nothing else to do."""
@@ -237,6 +232,13 @@ class Engine:
         sequence.running_since = time.monotonic()
         if not self._loop.start(sequence):
             self._attempts.end(sequence, pb.Ended.CAUSE_FINISHED)
+
+    def _step(self) -> None:
+        if self._parts.device.type == "cpu":
+            # There a step is computed while it is launched: what came of messages and KV need not wait for that. On a
+            # GPU the step comes first, since the thread that sends would contend with it for the interpreter.
+            self._service.flush()
+        self._tell(self._loop.turn())
 
     def _tell(self, turn: Turn) -> None:
         for step in turn.steps:

@@ -32,8 +32,9 @@ def main(config: DecodeConfig) -> None:
     passes = graphs.passes(config.max_batch)
     if prefills:
         passes += prompt_graphs.passes(config.prefill_chunk_tokens)
-    else:
-        config = replace(config, host_cache_gib=0.0)  # nobody would look for anything there
+    elif config.host_cache_gib:
+        log.info("takes no memory of the host for KV: this worker never prefills, and would find nothing there")
+        config = replace(config, host_cache_gib=0.0)
     parts = worker_parts.load(config, inference_pb2.WORKER_ROLE_DECODE, config.max_batch, passes)
     parts.hello.prefill_tokens = config.prefill_tokens
     parts.hello.prefill_overflow_tokens = config.prefill_overflow_tokens

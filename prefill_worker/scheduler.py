@@ -22,7 +22,7 @@ class Prompt:
     blocks: list[int] = field(default_factory=list)  # all or none; a decode worker's own prompts come with theirs
     cached_len: int = 0  # tokens whose KV was found, in the pool or in host memory
     loaded_len: int = 0  # those of them that were in host memory only
-    loads: bool = False  # those are on their way
+    loading: bool = False  # those are on their way
     launched_len: int = 0  # tokens whose KV is there, being computed or being loaded
     computed_len: int = 0  # tokens whose KV is there
     dropped: bool = False  # its blocks are released once its last launched chunk is computed, and its load is over
@@ -134,14 +134,16 @@ class Scheduler:
         """Publishes the blocks that a computed chunk completed. Returns True if that was the whole prompt; its blocks
         then belong to the caller."""
         prompt = chunk.prompt
-        self._computed(prompt, chunk.end)
+        self._advance(prompt, chunk.end)
         if prompt.dropped:
             return False
         if chunk.is_last:
             self._leave(prompt)
+            if self._host_cache is not None:
+                self._host_cache.touch(prompt.spec.block_hashes)
         return chunk.is_last
 
-    def _computed(self, prompt: Prompt, end: int) -> None:
+    def _advance(self, prompt: Prompt, end: int) -> None:
         """The KV of the prompt's first `end` tokens is there."""
         for index in range(prompt.computed_len // self._block_size, end // self._block_size):
             self._blocks.publish(prompt.blocks[index], prompt.spec.block_hashes[index])
@@ -152,7 +154,7 @@ class Scheduler:
 
     def _candidates(self) -> Iterator[Prompt]:
         for prompt in self._running.values():
-            if prompt.launched_len < prompt.length and not prompt.dropped and not prompt.loads:
+            if prompt.launched_len < prompt.length and not prompt.dropped and not prompt.loading:
                 yield prompt
         for prompt in list(self._waiting.values()):
             if prompt.grammar is not None and not prompt.grammar.ready:
@@ -162,7 +164,7 @@ class Scheduler:
                 continue
             if not self._admit(prompt):
                 return
-            if not prompt.loads:
+            if not prompt.loading:
                 yield prompt
 
     def _is_being_computed(self, prompt: Prompt) -> bool:
@@ -197,14 +199,13 @@ class Scheduler:
         self._running[prompt.attempt_id] = prompt
         self._computing.update(prompt.spec.block_hashes[len(hits) :])
         if self._host_cache is not None:
-            self._host_cache.touch(hashes[: len(hits)])
             self._begin_load(prompt, self._host_cache.load(hashes[len(hits) :], prompt.blocks[len(hits) :]))
         return True
 
     def _begin_load(self, prompt: Prompt, load: Load | None) -> None:
         if load is None:
             return
-        prompt.loads = True
+        prompt.loading = True
         prompt.loaded_len = load.count * self._block_size
         prompt.cached_len = prompt.launched_len = prompt.cached_len + prompt.loaded_len
         self._loading.append((prompt, load))
@@ -213,8 +214,8 @@ class Scheduler:
         loading, self._loading = self._loading, []
         for prompt, load in loading:
             if load.arrived():
-                prompt.loads = False
-                self._computed(prompt, prompt.launched_len)
+                prompt.loading = False
+                self._advance(prompt, prompt.launched_len)
             else:
                 self._loading.append((prompt, load))
 

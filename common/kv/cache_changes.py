@@ -5,6 +5,13 @@ from collections.abc import Iterator, Mapping
 from common.kv.prefix_hash import HASH_BYTES
 from twostroke.v1 import worker_pb2 as pb
 
+FIELDS = ("cache", "host_cache")  # of a worker's message: of its pool, and of what it keeps in host memory
+
+
+def of(message: pb.WorkerMessage) -> Iterator[pb.CacheChanges]:
+    """The changes in a message, in the order of `FIELDS`."""
+    return (getattr(message, field) for field in FIELDS)
+
 
 def pack(changes: Mapping[bytes, bool]) -> pb.CacheChanges:
     """`changes`: hashes that can be found now (True), or not any more (False)."""

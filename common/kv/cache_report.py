@@ -1,7 +1,4 @@
-"""Tells routers which blocks a worker need not compute, so that they can send requests to where their prefix is."""
-
-from collections.abc import Iterable, Mapping
-from itertools import chain
+"""Tells routers which blocks a worker can find, so that they can send requests to where their prefix is."""
 
 from common.kv import cache_changes
 from common.kv.block_pool import BlockPool
@@ -10,7 +7,12 @@ from twostroke.v1 import worker_pb2 as pb
 
 
 class CacheReport:
-    """Tells a new router everything that can be found in one of the `pools`, and the others what has changed."""
+    """Tells a new router everything that can be found, and the others what has changed.
+
+    Args:
+        service: where it is sent.
+        pools: the worker's, and that in host memory if it has one.
+    """
 
     def __init__(self, service: WorkerService, *pools: BlockPool) -> None:
         self._service = service
@@ -20,26 +22,14 @@ class CacheReport:
     def send(self) -> None:
         """Puts what changed since the last call into each router's outgoing message."""
         known, self._connections = self._connections, self._service.connections
-        changes = self._take_changes()
-        packed = cache_changes.pack(changes) if changes else None
-        for connection in self._connections:
-            if changes is None or connection not in known:
-                self._service.outgoing(connection).cache.CopyFrom(
-                    pb.CacheChanges(snapshot=True, published=b"".join(self._hashes()))
-                )
-            elif packed is not None:
-                self._service.outgoing(connection).cache.CopyFrom(packed)
-
-    def _take_changes(self) -> Mapping[bytes, bool] | None:
-        taken = [pool.take_changes() for pool in self._pools]
-        changes = [changes for changes in taken if changes is not None]
-        if len(changes) < len(taken):
-            return None
-        if len(changes) == 1:
-            return changes[0]
-        changed = chain.from_iterable(changes)
-        return {block_hash: any(pool.finds(block_hash) for pool in self._pools) for block_hash in changed}
-
-    def _hashes(self) -> Iterable[bytes]:
-        """Each once, and always in the same order."""
-        return dict.fromkeys(chain.from_iterable(pool.hashes() for pool in self._pools))
+        for field, pool in zip(cache_changes.FIELDS, self._pools, strict=False):
+            changes = pool.take_changes()
+            packed = cache_changes.pack(changes) if changes else None
+            for connection in self._connections:
+                if changes is None or connection not in known:
+                    told = pb.CacheChanges(snapshot=True, published=b"".join(pool.hashes()))
+                elif packed is not None:
+                    told = packed
+                else:
+                    continue
+                getattr(self._service.outgoing(connection), field).CopyFrom(told)

@@ -6,9 +6,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 import structlog
 
-from common.device import cpu_memory
 from common.kv import block_rows
-from common.kv.host_cache import HostMemory, HostMemoryError
+from common.kv.host_cache import HostMemory
+from common.kv.host_room import HostMemoryError
 from common.kv.kv_pool import KvPool
 
 log = structlog.get_logger(__name__)
@@ -18,13 +18,8 @@ def blocks_in(gib: float, block_bytes: int) -> int:
     """How many blocks fit `gib` GiB of the host's memory.
 
     Raises:
-        HostMemoryError: not a single one does, or there is less memory.
+        HostMemoryError: not a single one does.
     """
-    available = cpu_memory.available_bytes()
-    if gib * 2**30 > available:
-        raise HostMemoryError(
-            f"--host-cache-gib {gib:g} is more than the {available / 2**30:.1f} GiB of memory that are available"
-        )
     num_blocks = int(gib * 2**30) // block_bytes
     if not num_blocks:
         raise HostMemoryError(f"--host-cache-gib {gib:g} is less than one KV block, which has {block_bytes} bytes")
@@ -46,23 +41,25 @@ def allocate(pool: KvPool, num_blocks: int) -> HostMemory:
 
 
 class PlainMemory:
-    """Beside a pool that is itself in the host's memory; a thread copies. See host_cache.HostMemory."""
+    """Beside a pool that is itself in the host's memory; threads copy. See host_cache.HostMemory."""
 
     def __init__(self, pool: KvPool, num_blocks: int) -> None:
         self.num_blocks = num_blocks
         self._pool = block_rows.of_pool(pool)
         self._host = np.empty((num_blocks, pool.layout.block_bytes), np.uint8)
         self._host.fill(0)  # takes the memory now: where it is missing, the kernel would end this process later
-        self._copier = ThreadPoolExecutor(max_workers=1, thread_name_prefix="host-cache")
+        # Apart, so that a prompt does not wait for what others have published.
+        self._saver, self._loader = (ThreadPoolExecutor(1, thread_name_prefix="host-cache") for _ in range(2))
 
     def save(self, blocks: Sequence[int], slots: Sequence[int]) -> "ThreadCopy":
-        return ThreadCopy(self._copier.submit(block_rows.copy, self._pool, tuple(blocks), self._host, tuple(slots)))
+        return ThreadCopy(self._saver.submit(block_rows.copy, self._pool, tuple(blocks), self._host, tuple(slots)))
 
     def load(self, slots: Sequence[int], blocks: Sequence[int]) -> "ThreadCopy":
-        return ThreadCopy(self._copier.submit(block_rows.copy, self._host, tuple(slots), self._pool, tuple(blocks)))
+        return ThreadCopy(self._loader.submit(block_rows.copy, self._host, tuple(slots), self._pool, tuple(blocks)))
 
     def close(self) -> None:
-        self._copier.shutdown()
+        self._saver.shutdown()
+        self._loader.shutdown()
 
 
 class ThreadCopy:

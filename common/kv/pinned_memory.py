@@ -10,7 +10,7 @@ import cupy
 import torch
 
 from common.kv import block_rows
-from common.kv.host_cache import HostMemoryError
+from common.kv.host_room import HostMemoryError
 from common.kv.kv_pool import KvPool
 
 _TO_HOST, _TO_DEVICE = cupy.cuda.runtime.memcpyDeviceToHost, cupy.cuda.runtime.memcpyHostToDevice

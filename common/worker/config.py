@@ -60,8 +60,8 @@ class WorkerConfig(SecurityConfig):
     """KV blocks in the pool. Not set: a share of the free memory."""
 
     host_cache_gib: NonNegativeFloat = 0.0
-    """GiB of the host's memory for KV blocks that the pool has no room for any more. Loading them takes a fraction of
-    the time that computing them again would. Decode workers that never prefill take none."""
+    """GiB of the host's memory for copies of KV blocks, which can be loaded once the pool has no room for them any
+    more; so it should be more than the pool has. Decode workers that never prefill take none."""
 
     max_length: PositiveInt | None = None
     """Tokens of the longest sequence, prompt and output together. Not set: the model's context length, or the whole

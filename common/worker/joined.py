@@ -11,7 +11,7 @@ def most_that_join(messages: Sequence[pb.WorkerMessage]) -> int:
     count, has_load = 0, False
     logprobs: bool | None = None  # whether the tokens have any
     for number, message in enumerate(messages, 1):
-        if message.cache.snapshot:  # takes the place of what was known before
+        if any(changes.snapshot for changes in cache_changes.of(message)):  # takes the place of what was known before
             break
         if message.HasField("tokens"):
             if logprobs is not None and logprobs != bool(message.tokens.logprobs):
@@ -30,12 +30,14 @@ def join(messages: Sequence[pb.WorkerMessage]) -> pb.WorkerMessage:
     whole, *later = messages
     if not later:
         return whole
-    changes: dict[bytes, bool] = {}
+    of_pools: list[dict[bytes, bool]] = [{} for _ in cache_changes.FIELDS]
     for message in messages:
-        cache_changes.note(changes, message.cache)
+        for changes, noted in zip(cache_changes.of(message), of_pools, strict=True):
+            cache_changes.note(noted, changes)
     for message in later:
         whole.ClearField("load")
         whole.MergeFrom(message)
-    if changes:
-        whole.cache.CopyFrom(cache_changes.pack(changes))
+    for changes, noted in zip(cache_changes.of(whole), of_pools, strict=True):
+        if noted:
+            changes.CopyFrom(cache_changes.pack(noted))
     return whole

@@ -11,7 +11,7 @@ import torch
 from common.device.cpu_memory import keep_freed_memory
 from common.device.devices import choose_device, choose_dtype, choose_kv_dtype
 from common.device.gpu_memory import Passes, bytes_for
-from common.kv import host_memory
+from common.kv import host_memory, host_room
 from common.kv.block_pool import BlockPool
 from common.kv.host_cache import HostCache
 from common.kv.kv_pool import KvLayout, KvPool, blocks_for, layout_to_proto, view
@@ -87,9 +87,11 @@ class WorkerParts:
         return _counts(self.host_cache.slots) if self.host_cache is not None else None
 
     def close(self) -> None:
-        if self.host_cache is not None:
-            self.host_cache.close()
-        self.memory.close()
+        try:
+            if self.host_cache is not None:
+                self.host_cache.close()
+        finally:
+            self.memory.close()
 
 
 def _counts(blocks: BlockPool, reserved: int = 0) -> inference_pb2.Blocks:
@@ -118,6 +120,8 @@ def load(
         TransportError: the transport that was asked for does not work here.
         HostMemoryError: the host's memory that was asked for cannot be had.
     """
+    if config.host_cache_gib:
+        host_room.check(config.host_cache_gib)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     device = choose_device(config.device)

@@ -10,10 +10,16 @@ from twostroke.v1 import worker_pb2
 
 class PrefixIndex:
     """The hashes of blocks that a worker has reported, and of the attempts under way there, which it will report
-    soon."""
+    soon.
+
+    Attributes:
+        published: in its pool.
+        in_host_memory: what it keeps there; only a prompt that is computed on this worker gets it from there.
+    """
 
     def __init__(self) -> None:
         self.published: set[bytes] = set()
+        self.in_host_memory: set[bytes] = set()
         self._under_way: Counter[bytes] = Counter()
         self._computed_here: Counter[bytes] = Counter()  # of those, by this worker: not pulled from another
 
@@ -21,10 +27,10 @@ class PrefixIndex:
         return len(self.published)
 
     def apply(self, changes: worker_pb2.CacheChanges) -> None:
-        if changes.snapshot:
-            self.published.clear()
-        self.published.update(cache_changes.unpack(changes.published))
-        self.published.difference_update(cache_changes.unpack(changes.dropped))
+        _apply(changes, self.published)
+
+    def apply_host(self, changes: worker_pb2.CacheChanges) -> None:
+        _apply(changes, self.in_host_memory)
 
     def begin(self, hashes: Sequence[bytes], computed_here: bool) -> None:
         """An attempt with these blocks begins.
@@ -43,17 +49,20 @@ class PrefixIndex:
         if computed_here:
             _take_away(self._computed_here, hashes)
 
-    def hits(self, hashes: Sequence[bytes]) -> int:
-        """How many of the leading `hashes` are in the cache, or will be once the attempts under way have their KV."""
-        return _leading_in_either(self.published, self._under_way, hashes)
+    def hits(self, hashes: Sequence[bytes], *, computed_here: bool) -> int:
+        """How many of the leading `hashes` a sequence that comes now need neither compute nor pull, once the attempts
+        under way have their KV. `computed_here`: its prompt is, so that it also gets what is in host memory."""
+        places = (self.published, self._under_way)
+        return _leading_in_any((*places, self.in_host_memory) if computed_here else places, hashes)
 
     def computed(self, hashes: Sequence[bytes]) -> int:
-        """How many of the leading `hashes` a prompt that is computed here will find: those in the cache, and those that
-        this worker computes for prompts before it. What a prefill worker still has to compute may come much later."""
-        return _leading_in_either(self.published, self._computed_here, hashes)
+        """How many of the leading `hashes` a prompt that is computed here will find: those in the pool or in host
+        memory, and those that this worker computes for prompts before it. What a prefill worker still has to compute
+        may come much later."""
+        return _leading_in_any((self.published, self.in_host_memory, self._computed_here), hashes)
 
     def shared(self, hashes: Sequence[bytes]) -> int:
-        """How many of the leading `hashes` are both in the cache and in use: for these a sequence takes no more
+        """How many of the leading `hashes` are both in the pool and in use: for these a sequence takes no more
         room."""
         return min(_leading(self.published, hashes), _leading(self._under_way, hashes))
 
@@ -63,7 +72,15 @@ class PrefixIndex:
 
     def may_have_computed(self, block_hash: bytes) -> bool:
         """False if `computed` is certain not to reach this hash."""
-        return block_hash in self.published or block_hash in self._computed_here
+        places = (self.published, self.in_host_memory, self._computed_here)
+        return any(block_hash in place for place in places)
+
+
+def _apply(changes: worker_pb2.CacheChanges, known: set[bytes]) -> None:
+    if changes.snapshot:
+        known.clear()
+    known.update(cache_changes.unpack(changes.published))
+    known.difference_update(cache_changes.unpack(changes.dropped))
 
 
 def _take_away(counter: Counter[bytes], hashes: Iterable[bytes]) -> None:
@@ -78,8 +95,8 @@ def _leading(found: Container[bytes], hashes: Sequence[bytes], start: int = 0) -
     return len(list(takewhile(found.__contains__, islice(hashes, start, None))))
 
 
-def _leading_in_either(one: Container[bytes], other: Container[bytes], hashes: Sequence[bytes]) -> int:
+def _leading_in_any(places: Iterable[Container[bytes]], hashes: Sequence[bytes]) -> int:
     count = 0
-    while more := _leading(one, hashes, count) or _leading(other, hashes, count):
+    while more := next(filter(None, (_leading(place, hashes, count) for place in places)), 0):
         count += more
     return count

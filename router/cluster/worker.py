@@ -1,6 +1,7 @@
 """One connected worker, from its hello to the end of its stream: what it has to do, its room, and messages to it."""
 
 import time
+from collections.abc import Collection
 from typing import TypeVar
 
 from router.cluster.circuit import Circuit
@@ -91,8 +92,7 @@ class Worker:
         return tokens <= self._max_length
 
     def missing_tokens(self, request: Request) -> int:
-        """Tokens of the request that are not in its cache and would have to be computed; always the last one at
-        least."""
+        """Tokens of the request that it does not have and would have to compute; always the last one at least."""
         return max(request.length - self.cache.computed(request.block_hashes) * self._block_size, 1)
 
     @property
@@ -187,9 +187,12 @@ class Worker:
             WorkerFault: more blocks would be cached than the worker has.
         """
         self.cache.apply(changes)
-        blocks = self.hello.pool.layout.num_blocks + self.hello.host_blocks
-        if len(self.cache) > blocks:
-            raise WorkerFault(f"it can find {len(self.cache)} of {blocks} blocks")
+        _check_count(self.cache.published, self.hello.pool.layout.num_blocks)
+
+    def take_host_cache(self, changes: worker_pb2.CacheChanges) -> None:
+        """Raises WorkerFault, in the same way, of the blocks in the worker's host memory."""
+        self.cache.apply_host(changes)
+        _check_count(self.cache.in_host_memory, self.hello.host_blocks)
 
     def take_load(self, load: inference_pb2.WorkerLoad) -> None:
         """Replaces the router's own estimate by what the worker reports. Everything else in the same message must have
@@ -220,6 +223,11 @@ class Worker:
 
     def send_ended(self, attempt_id: int) -> None:
         self.outbox.last().ended.append(attempt_id)
+
+
+def _check_count(found: Collection[bytes], blocks: int) -> None:
+    if len(found) > blocks:
+        raise WorkerFault(f"it can find {len(found)} of {blocks} blocks")
 
 
 M = TypeVar("M", worker_pb2.Prefill, worker_pb2.Reserve)

@@ -2,6 +2,7 @@
 
 import math
 
+from common.kv import cache_changes
 from common.kv.prefix_hash import HASH_BYTES
 from router.validate import MAX_LOGPROBS
 from twostroke.v1 import worker_pb2
@@ -38,9 +39,10 @@ def check(message: worker_pb2.WorkerMessage, vocab_size: int) -> None:
     for ended in message.ended:
         if ended.cause not in worker_pb2.Ended.Cause.values():
             raise WorkerFault(f"an attempt ended of the unknown cause {ended.cause}")
-    for hashes in (message.cache.published, message.cache.dropped):
-        if len(hashes) % HASH_BYTES:
-            raise WorkerFault(f"hashes of {HASH_BYTES} bytes came as {len(hashes)} bytes")
+    for changes in cache_changes.of(message):
+        for hashes in (changes.published, changes.dropped):
+            if len(hashes) % HASH_BYTES:
+                raise WorkerFault(f"hashes of {HASH_BYTES} bytes came as {len(hashes)} bytes")
 
 
 def check_location(kv: worker_pb2.KvLocation, pool: worker_pb2.PoolHandle, blocks: int) -> None:

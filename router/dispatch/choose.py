@@ -129,7 +129,8 @@ def best_decode(request: Request, able: list[Worker], prefill_of: PrefillOf) -> 
     doubtful = {reads for reads, prefill in prefill_of.items() if is_doubtful(prefill)}
 
     def cost(worker: Worker) -> tuple[bool, bool, int, int]:
-        saved = worker.cache.hits(request.block_hashes) - worker.blocks(worker.pending_tokens)
+        hits = worker.cache.hits(request.block_hashes, computed_here=worker.prefills(request))
+        saved = hits - worker.blocks(worker.pending_tokens)
         avoided = worker.instance in request.avoid
         return avoided, worker.reads in doubtful, -worker.room - HIT_WORTH * saved, len(worker.cache)
 

@@ -160,6 +160,8 @@ class Dispatcher:
         """
         if message.HasField("cache"):
             worker.take_cache(message.cache)
+        if message.HasField("host_cache"):
+            worker.take_host_cache(message.host_cache)
         for opened in message.opened:
             self.workers.opened(worker, opened)
         self._handle_each(self._reserved, worker, message.reserved)

@@ -36,7 +36,7 @@ def test_a_model_that_is_not_there(part: str) -> None:
 
 def test_memory_that_is_not_there() -> None:
     said = last_words("prefill_worker", "--device=cpu", "--num-blocks=4", "--host-cache-gib=1000000")
-    assert said.startswith("twostroke prefill-worker: --host-cache-gib 1e+06 is more than the ")
+    assert said.startswith("twostroke prefill-worker: --host-cache-gib 1e+06 is more than nine tenths of the memory ")
 
 
 @pytest.mark.parametrize(

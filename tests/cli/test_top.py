@@ -106,7 +106,7 @@ def test_what_is_in_host_memory_is_told_beside_the_blocks() -> None:
     for width in (200, 80):
         lines = text(Sample(0.0, load(0, 0, 0, 0)), Sample(1.0, now), width)
         blocks = [line.rstrip() for line in lines if "25/10/35/40" in line]
-        assert [line.partition("25/10/35/40")[2] for line in blocks] == [" + 4,000 in host memory", ""]
+        assert [line.partition("25/10/35/40")[2] for line in blocks] == [" + 4,000/5,000 in host memory", ""]
         assert not any("…" in line for line in lines)
 
 

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from common.device import cpu_memory
-from common.kv import host_memory, kv_pool
+from common.kv import host_cache, host_memory, host_room, kv_pool
 from common.kv.block_pool import BlockPool
-from common.kv.host_cache import HostCache, HostMemoryError, Load
+from common.kv.host_cache import HostCache, Load
+from common.kv.host_room import HostMemoryError
 from common.kv.kv_pool import KvLayout, KvPool
 
 LAYOUT = KvLayout(num_blocks=6, num_layers=2, block_size=4, num_kv_heads=1, head_dim=8, dtype="bfloat16")
@@ -36,6 +37,10 @@ class SlowCopy:
 
     def done(self) -> bool:
         return not self._left
+
+    @property
+    def left(self) -> int:
+        return len(self._left)
 
 
 class SlowMemory:
@@ -94,7 +99,6 @@ class HostCacheAgainstContents(RuleBasedStateMachine):
         blocks += self.pool.allocate(missing)
         for block in blocks[found:]:
             self.memory.pool[block] = -1
-        self.cache.touch(hashes[:found])
         prompt = Prompt(numbers, blocks, found, self.cache.load(hashes[found:], blocks[found:]))
         if prompt.load is None:
             self.compute(prompt)
@@ -119,6 +123,7 @@ class HostCacheAgainstContents(RuleBasedStateMachine):
             if index >= prompt.found + loaded:
                 self.memory.pool[block] = number
             self.pool.publish(block, name(number))
+        self.cache.touch([name(number) for number in prompt.numbers])
         self.complete.append(prompt)
 
     @precondition(lambda self: self.complete)
@@ -196,7 +201,7 @@ def test_blocks_that_the_pool_gave_up_come_back_as_they_were() -> None:
     assert load is not None
     assert load.count == 5
     while not load.arrived():
-        pass
+        cache.turn()
     assert torch.equal(pool.tensor[fresh[:5]], contents)
     assert not pool.tensor[fresh[5]].any()
     assert cache.slots.in_use_count == 0
@@ -233,13 +238,51 @@ def test_nothing_is_copied_twice() -> None:
     assert sum(cache.slots.generation(slot) for slot in range(8)) == 2
 
 
-def test_memory_is_counted_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_memory, "available_bytes", lambda: 1 * GIB)
+def test_much_is_copied_in_parts_and_a_few_of_these_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_cache, "PART_BLOCKS", 4)
+    memory, blocks = SlowMemory([0] * 40, 40), BlockPool(40)
+    cache = HostCache(blocks, memory)
+    taken = publish(blocks, 19)
+    for number, block in enumerate(taken):
+        memory.pool[block] = number
+    parts = []
+    while not cache.settled:
+        cache.turn()
+        parts.append([copy.left for copy in memory.under_way])
+        while memory.under_way:
+            memory.go_on(0)
+    assert parts == [[4, 4], [4, 4], [3], []]
+    blocks.release(taken)
+    fresh = blocks.allocate(40)[:19]
+    load = cache.load([name(number) for number in range(19)], fresh)
+    assert load is not None
+    parts = []
+    while not load.arrived():
+        parts.append([copy.left for copy in memory.under_way])
+        while memory.under_way:
+            memory.go_on(0)
+        cache.turn()
+    assert parts == [[4, 4], [4, 4], [3]]
+    assert [memory.pool[block] for block in fresh] == list(range(19))
+    assert cache.slots.in_use_count == 0
+
+
+def test_memory_is_counted_in_blocks() -> None:
     assert host_memory.blocks_in(1, 3_000) == GIB // 3_000
     with pytest.raises(
         HostMemoryError, match=r"--host-cache-gib 1e-07 is less than one KV block, which has 3000 bytes"
     ):
         host_memory.blocks_in(1e-7, 3_000)
-    for gib in (1.01, float("inf")):
-        with pytest.raises(HostMemoryError, match=r"is more than the 1\.0 GiB of memory that are available"):
-            host_memory.blocks_in(gib, 3_000)
+
+
+def test_memory_that_is_not_there_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_memory, "available_bytes", lambda: 10 * GIB)
+    host_room.check(9)
+    host_room.check(3, workers=3)
+    for gib in (9.01, float("inf")):
+        with pytest.raises(
+            HostMemoryError, match=r"--host-cache-gib \S+ is more than nine tenths .* 10\.0 GiB; ask for"
+        ):
+            host_room.check(gib)
+    with pytest.raises(HostMemoryError, match=r"--host-cache-gib 3\.1 for each of 3 workers is more"):
+        host_room.check(3.1, workers=3)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 
+from common.kv.cache_changes import FIELDS
 from common.worker import unsent
 from common.worker.unsent import MOST_JOINED, Unsent
 from twostroke.v1 import inference_pb2
@@ -22,6 +23,12 @@ def sent(*messages: WorkerMessage) -> list[WorkerMessage]:
 
 def step(attempts: Sequence[int], tokens: Sequence[int], logprobs: Sequence[Logprobs] = ()) -> WorkerMessage:
     return WorkerMessage(tokens=StepTokens(attempt_ids=attempts, token_ids=tokens, logprobs=logprobs))
+
+
+def told(field: str, changes: CacheChanges) -> WorkerMessage:
+    message = WorkerMessage()
+    getattr(message, field).CopyFrom(changes)
+    return message
 
 
 def large() -> WorkerMessage:
@@ -65,19 +72,24 @@ def test_the_last_load_counts_and_has_everything_before_it_counted_in() -> None:
     assert messages == [first_steps, step([1], [12])]
 
 
-def test_of_what_happened_to_a_hash_the_last_counts() -> None:
-    published = WorkerMessage(cache=CacheChanges(published=ONE + OTHER))
-    dropped = WorkerMessage(cache=CacheChanges(dropped=ONE))
-    again = WorkerMessage(cache=CacheChanges(published=ONE))
-    (message,) = sent(published, dropped)
-    assert message.cache == CacheChanges(published=OTHER, dropped=ONE)
-    (message,) = sent(WorkerMessage(cache=CacheChanges(dropped=ONE)), again)
-    assert message.cache == CacheChanges(published=ONE)
+@pytest.mark.parametrize("field", FIELDS)
+def test_of_what_happened_to_a_hash_the_last_counts(field: str) -> None:
+    both, one = (told(field, CacheChanges(published=published)) for published in (ONE + OTHER, ONE))
+    dropped = told(field, CacheChanges(dropped=ONE))
+    assert sent(both, dropped) == [told(field, CacheChanges(published=OTHER, dropped=ONE))]
+    assert sent(dropped, one) == [one]
 
 
-def test_a_snapshot_of_the_cache_is_sent_alone() -> None:
-    snapshot = WorkerMessage(cache=CacheChanges(snapshot=True, published=ONE))
-    change = WorkerMessage(cache=CacheChanges(published=OTHER))
+def test_what_happened_in_the_pool_and_in_host_memory_stays_apart() -> None:
+    in_pool, in_host = CacheChanges(published=ONE), CacheChanges(dropped=ONE)
+    joined = WorkerMessage(cache=in_pool, host_cache=in_host)
+    assert sent(WorkerMessage(host_cache=in_host), WorkerMessage(cache=in_pool)) == [joined]
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_a_snapshot_of_the_cache_is_sent_alone(field: str) -> None:
+    snapshot = told(field, CacheChanges(snapshot=True, published=ONE))
+    change = told(field, CacheChanges(published=OTHER))
     assert sent(change, snapshot, change) == [change, snapshot, change]
 
 

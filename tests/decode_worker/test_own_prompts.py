@@ -9,11 +9,15 @@ import torch
 
 from benchmarks.in_process import spec
 from benchmarks.parts import LoadedModel, worker_parts
+from common.kv import host_memory
 from common.kv.block_pool import BlockPool
+from common.kv.host_cache import HostCache
+from common.kv.host_memory import ThreadCopy
 from common.worker.sequence import SequenceSpec
 from decode_worker.loop import DecodeLoop
 from decode_worker.scheduler import State
 from kernels.ops import REFERENCE
+from prefill_worker.loop import LOAD_POLL_SECONDS
 from tests.common import hf_models
 from tests.one_worker import OneWorker
 from twostroke.v1 import worker_pb2 as pb
@@ -232,6 +236,46 @@ def test_sampled_answers_with_penalties_do_not_depend_on_who_prefills_beside(loa
     specs = [spec(tokens, len(tokens) + 10, temperature=0.9, seed=3, block_size=BLOCK) for tokens in asked]
     alone = [worker(loaded).run([one])[0] for one in specs]
     assert worker(loaded, chunk_tokens=4).run(specs) == alone
+
+
+def with_host_memory(loaded: LoadedModel, blocks: int, slots: int) -> tuple[OneWorker, HostCache]:
+    parts = worker_parts(loaded, blocks, BLOCK)
+    cache = HostCache(parts.blocks, host_memory.allocate(parts.pool, slots))
+    return OneWorker(replace(parts, host_cache=cache), chunk_tokens=16), cache
+
+
+def test_prompts_are_loaded_and_answers_stay_the_same(loaded: LoadedModel, theirs: tuple[Any, Path]) -> None:
+    asked = prompts((16, 40, 61, 30, 50))
+    one, cache = with_host_memory(loaded, blocks=28, slots=100)
+    wanted = hf_models.greedy(theirs[0], asked, 12)
+    for _ in range(3):
+        assert one.run([greedy(tokens, 12) for tokens in asked]) == wanted
+    assert one._engine._metrics.loaded_tokens._value.get() > 100
+    while not cache.settled:
+        cache.turn()
+    assert cache.slots.in_use_count == 0
+
+
+def test_a_sequence_that_is_dropped_while_it_alone_loads_gives_its_blocks_back(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its worker has nothing else to do, and goes on until the load is over."""
+    one, cache = with_host_memory(loaded, blocks=20, slots=100)
+    first, other = prompts((40, 60))
+    one.run([greedy(first, 2), greedy(other, 2)])
+    arrived, copies_arrive = ThreadCopy.done, False
+    monkeypatch.setattr(ThreadCopy, "done", lambda copy: copies_arrive and arrived(copy))
+    attempt = one.ask(greedy(first, 2))
+    one.turn()
+    one.cancel(attempt)
+    for _ in range(3):
+        one.turn()
+    assert not one._engine._idle
+    assert one._wire.timeouts[-1] == LOAD_POLL_SECONDS
+    assert one.parts.blocks.in_use_count == 10
+    copies_arrive = True
+    one.finish()
+    assert cache.slots.in_use_count == 0
 
 
 def test_nothing_is_ever_lost_whoever_leaves_whenever(loaded: LoadedModel) -> None:

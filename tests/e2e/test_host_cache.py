@@ -22,9 +22,10 @@ TOKENS = 4
 )
 def test_prompts_asked_again_are_loaded_and_answers_stay_the_same(role: str, flags: dict[str, object]) -> None:
     asked = prompts(LENGTHS, seed=8)
-    small = {**BLOCKS, **flags, "host-cache-gib": 0.05}
+    small = {**BLOCKS, **flags}
     cluster = Cluster(
         prefill=role == "prefill",
+        worker_flags={"host-cache-gib": 0.05},
         prefill_flags=small if role == "prefill" else {},
         decode_flags=small if role == "decode" else {},
         metrics=True,
@@ -33,6 +34,7 @@ def test_prompts_asked_again_are_loaded_and_answers_stay_the_same(role: str, fla
         answers = [cluster.ask_all(asked, TOKENS) for _ in range(2)]
         cluster.assert_blocks_home()
         (worker,) = cluster.workers(role)
+        others = [other for other in cluster.client.load().workers if other.instance != worker.instance]
         cluster.wait_for(lambda: cluster.workers(role)[0].host_blocks.in_use == 0)
         url = f"http://127.0.0.1:{cluster.metrics_ports[f'{role}-0']}/metrics"
         metrics = urllib.request.urlopen(url, timeout=10).read().decode()
@@ -43,6 +45,7 @@ def test_prompts_asked_again_are_loaded_and_answers_stay_the_same(role: str, fla
         cached = usage.prefill_cached_tokens if role == "prefill" else usage.decode_cached_tokens
         assert cached == (len(prompt) - 1) // 16 * 16
     assert worker.host_blocks.total == HOST_BLOCKS
+    assert all(worker.host_blocks.total == 0 for worker in others), "they never prefill"
     assert worker.host_blocks.cached > worker.blocks.total
     (line,) = [line for line in metrics.splitlines() if 'prompt_tokens_total{source="host memory"}' in line]
     assert float(line.rpartition(" ")[2]) > sum(LENGTHS) / 2

@@ -19,7 +19,9 @@ OUTPUT_TOKENS = 64
 REQUESTS, AT_ONCE = 2_000, 128
 
 
-@pytest.fixture(scope="module", params=["one GPU", "two GPUs", "two GPUs, NIXL", "two GPUs, NIXL over TCP"])
+@pytest.fixture(
+    scope="module", params=["one GPU", "one GPU, host memory", "two GPUs", "two GPUs, NIXL", "two GPUs, NIXL over TCP"]
+)
 def cluster(request: pytest.FixtureRequest, smollm2: Path) -> Iterator[Cluster]:
     two, over_nixl = "two GPUs" in request.param, "NIXL" in request.param
     if two and torch.cuda.device_count() < 2:
@@ -31,14 +33,17 @@ def cluster(request: pytest.FixtureRequest, smollm2: Path) -> Iterator[Cluster]:
     with pytest.MonkeyPatch.context() as patch:
         if "TCP" in request.param:  # as between hosts without RDMA
             patch.setenv("UCX_TLS", "tcp,cuda_copy")
-        yield from _running(flags, smollm2, two)
+        prefill: dict[str, object] = {"device": "cuda:1"} if two else {}
+        if "host memory" in request.param:
+            prefill |= {"num-blocks": 192, "host-cache-gib": 2}  # of the 32 prompts below, the pool holds a third
+        yield from _running(flags, smollm2, prefill)
 
 
-def _running(flags: dict[str, object], smollm2: Path, two: bool) -> Iterator[Cluster]:
+def _running(flags: dict[str, object], smollm2: Path, prefill: dict[str, object]) -> Iterator[Cluster]:
     with Cluster(
         router_flags={"model": smollm2, "worker-grace": 60},
         worker_flags=flags | {"device": "cuda:0"},
-        prefill_flags={"device": "cuda:1"} if two else {},
+        prefill_flags=prefill,
         decode_flags={"max-batch": 64},
     ) as cluster:
         yield cluster
@@ -50,8 +55,10 @@ def test_32_prompts_at_once_twice(cluster: Cluster, smollm2: Path) -> None:
         answers = cluster.ask_all(asked, OUTPUT_TOKENS)
         assert_greedy(smollm2, asked, [answer.token_ids for answer in answers], OUTPUT_TOKENS)
         cluster.assert_blocks_home()
-    assert answers[-1].finish is not None
-    assert answers[-1].finish.usage.decode_cached_tokens > 1_000
+    for answer in answers:
+        usage = answer.finish.usage
+        assert usage.decode_cached_tokens == usage.prompt_tokens // 16 * 16
+        assert usage.prefill_cached_tokens == (usage.prompt_tokens - 1) // 16 * 16
 
 
 def test_cancels_at_random_moments(cluster: Cluster, smollm2: Path) -> None:

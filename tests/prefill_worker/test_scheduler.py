@@ -298,6 +298,16 @@ def test_only_what_the_pool_lacks_is_loaded() -> None:
     assert one.memory.loaded == again.blocks[2:4]
 
 
+def test_what_prompts_use_again_is_the_last_to_go_from_host_memory() -> None:
+    one = with_host(blocks=40, slots=10)
+    one.run(prompt(1, numbers(17)))
+    one.run(prompt(2, numbers(17, 100)))
+    one.run(prompt(3, numbers(17)))  # finds all in the pool
+    one.run(prompt(4, numbers(17, 200)))
+    kept = [[one.cache.finds(name) for name in spec(numbers(17, start), BLOCK).block_hashes] for start in (0, 100)]
+    assert kept == [[True] * 4, [True, True, False, False]]
+
+
 def test_others_run_while_one_loads_and_a_prompt_with_the_same_prefix_waits_for_it() -> None:
     one = with_host(blocks=15)
     one.run(prompt(1, numbers(20)))

@@ -6,6 +6,7 @@ import pytest
 from router.cluster.circuit import Circuit
 from router.cluster.prefix_index import PrefixIndex
 from router.cluster.worker import Worker
+from router.cluster.worker_faults import WorkerFault
 from router.dispatch import choose
 from router.dispatch.request import Prompt, Request
 from router.mailbox import Mailbox
@@ -58,6 +59,35 @@ def test_prefill_goes_where_other_routers_have_less_waiting() -> None:
     assert choose.best_prefill(request(), [quiet, shared]) is shared
     shared.take_load(inference_pb2.WorkerLoad(ready=True, pending_tokens=10**9))
     assert choose.best_prefill(request(), [shared]) is shared, "others may not keep this router out"
+
+
+def test_what_is_in_host_memory_draws_prompts_that_are_computed_there() -> None:
+    """Those that are pulled get nothing from it."""
+    host = worker_pb2.CacheChanges(published=b"".join(HASHES[:8]))
+    prefills, pulls = (worker(DECODE, free=70, host_blocks=8, prefill_tokens=tokens) for tokens in (BLOCK, 0))
+    for holder, wins in ((prefills, True), (pulls, False)):
+        holder.take_host_cache(host)
+        roomy = worker(DECODE, free=100)
+        assert (choose.best_decode(request(), [roomy, holder], {}) is holder) == wins
+    holder = worker(PREFILL, host_blocks=8)
+    holder.take_host_cache(host)
+    assert choose.best_prefill(request(), [worker(PREFILL), holder]) is holder
+
+
+def test_a_sequence_takes_room_for_what_is_only_in_host_memory() -> None:
+    made = worker(DECODE, free=9, host_blocks=8, prefill_tokens=BLOCK)
+    made.take_host_cache(worker_pb2.CacheChanges(published=b"".join(HASHES[:8])))
+    made.cache.begin(HASHES[:8], computed_here=True)
+    made.reserve(9)
+    assert not made.has_room(request(), 9 * BLOCK)
+    assert made.new_blocks(request(), 9 * BLOCK) == 9
+
+
+def test_more_in_host_memory_than_fits_there_is_a_fault() -> None:
+    made = worker(PREFILL, host_blocks=2)
+    made.take_host_cache(worker_pb2.CacheChanges(published=b"".join(HASHES[:2])))
+    with pytest.raises(WorkerFault, match="it can find 3 of 2 blocks"):
+        made.take_host_cache(worker_pb2.CacheChanges(published=HASHES[2]))
 
 
 def test_a_hole_in_the_cache_ends_what_is_found() -> None:

@@ -30,10 +30,11 @@ class Wire:
 
     def flush(self) -> None:
         for connection, message in self.messages.items():
-            changes = worker_pb2.WorkerMessage.FromString(message.SerializeToString()).cache
-            self.routers[connection].apply(changes)
-            self.snapshots += changes.snapshot
-            self.changes += not changes.snapshot
+            received = worker_pb2.WorkerMessage.FromString(message.SerializeToString())
+            self.routers[connection].apply(received.cache)
+            self.routers[connection].apply_host(received.host_cache)
+            self.snapshots += received.cache.snapshot
+            self.changes += not received.cache.snapshot
         self.messages.clear()
 
 
@@ -44,7 +45,7 @@ def name(number: int) -> bytes:
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("host_blocks", [0, 30])
 def test_every_routers_index_is_the_pool_after_whatever_happened(seed: int, host_blocks: int) -> None:
-    """And what is in host memory, too."""
+    """And knows what is in host memory."""
     random = Random(seed)
     pool, wire = BlockPool(24), Wire()
     pools = [pool] + ([BlockPool(host_blocks)] if host_blocks else [])
@@ -75,9 +76,26 @@ def test_every_routers_index_is_the_pool_after_whatever_happened(seed: int, host
         report.send()
         wire.flush()
         for index in wire.routers.values():
-            assert index.published == {hash for pool in pools for hash in pool.hashes()}
+            known = [index.published, index.in_host_memory][: len(pools)]
+            assert known == [set(pool.hashes()) for pool in pools]
     assert wire.snapshots > 0
     assert wire.changes > wire.snapshots
+
+
+def test_what_is_in_host_memory_needs_no_computing_but_takes_room() -> None:
+    """And a sequence whose prompt another worker computes gets nothing from there."""
+    index = PrefixIndex()
+    chain = [name(number) for number in range(6)]
+    index.apply(worker_pb2.CacheChanges(published=chain[0]))
+    index.apply_host(worker_pb2.CacheChanges(published=b"".join(chain[:4])))
+    index.begin(chain, computed_here=False)
+    index.end(chain[4:], computed_here=False)
+    assert index.computed(chain) == 4
+    assert index.shared(chain) == 1
+    assert index.may_have_computed(chain[3])
+    assert not index.may_share(chain[3])
+    index.end(chain[:4], computed_here=False)
+    assert (index.hits(chain, computed_here=False), index.hits(chain, computed_here=True)) == (1, 4)
 
 
 def test_a_turn_without_news_sends_nothing() -> None:
@@ -95,16 +113,16 @@ def test_what_is_under_way_counts_as_found_until_it_ends() -> None:
     chain = [name(number) for number in range(4)]
     index.begin(chain[:3], computed_here=False)
     index.begin(chain[:2], computed_here=True)
-    assert index.hits(chain) == 3
+    assert index.hits(chain, computed_here=False) == 3
     assert index.computed(chain) == 2
     assert index.shared(chain) == 0
     index.apply(worker_pb2.CacheChanges(published=b"".join(chain[:3])))
     assert index.shared(chain) == index.computed(chain) == 3
     index.end(chain[:3], computed_here=False)
-    assert (index.hits(chain), index.shared(chain)) == (3, 2)
+    assert (index.hits(chain, computed_here=False), index.shared(chain)) == (3, 2)
     index.end(chain[:2], computed_here=True)
     index.apply(worker_pb2.CacheChanges(dropped=chain[1]))
-    assert (index.hits(chain), index.computed(chain), index.shared(chain)) == (1, 1, 0)
+    assert (index.hits(chain, computed_here=False), index.computed(chain), index.shared(chain)) == (1, 1, 0)
 
 
 def test_what_is_counted_is_what_a_walk_along_the_chain_finds() -> None:
@@ -117,7 +135,7 @@ def test_what_is_counted_is_what_a_walk_along_the_chain_finds() -> None:
         index.begin(here, computed_here=True)
         index.begin(elsewhere, computed_here=False)
         under_way = {*here, *elsewhere}
-        assert index.hits(chain) == walk(chain, {*published, *under_way})
+        assert index.hits(chain, computed_here=False) == walk(chain, {*published, *under_way})
         assert index.computed(chain) == walk(chain, {*published, *here})
         assert index.shared(chain) == walk(chain, {*published} & under_way)
 

@@ -93,6 +93,7 @@ def account_is_even(link: Link) -> None:
     work = [worker.attempts, worker.decoding, worker.pending_tokens, worker._unanswered_blocks]
     work += [worker._others, worker._others_tokens, worker.cache._under_way, worker.cache._computed_here]
     assert not any(work), f"{worker.address} is thought to be at work"
-    cached = {block_hash for pool in parts.caches for block_hash in pool.hashes()}
-    assert worker.cache.published == cached, f"{worker.address} is thought to have another cache"
+    known = [worker.cache.published, worker.cache.in_host_memory][: len(parts.caches)]
+    cached = [set(pool.hashes()) for pool in parts.caches]
+    assert known == cached, f"{worker.address} is thought to have another cache"
     assert worker._room == parts.blocks.num_blocks, f"{worker.address} is thought to have {worker._room} blocks"

@@ -494,6 +494,7 @@ class WorkerMessage(_message.Message):
     LOAD_FIELD_NUMBER: _builtins.int
     CACHE_FIELD_NUMBER: _builtins.int
     OPENED_FIELD_NUMBER: _builtins.int
+    HOST_CACHE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___WorkerHello:
         """in the first message, alone"""
@@ -518,6 +519,10 @@ class WorkerMessage(_message.Message):
 
     @_builtins.property
     def opened(self) -> _containers.RepeatedCompositeFieldContainer[Global___PoolOpened]: ...
+    @_builtins.property
+    def host_cache(self) -> Global___CacheChanges:
+        """the same of what it keeps in host memory"""
+
     def __init__(
         self,
         *,
@@ -530,10 +535,11 @@ class WorkerMessage(_message.Message):
         load: _inference_pb2.WorkerLoad | None = ...,
         cache: Global___CacheChanges | None = ...,
         opened: _abc.Iterable[Global___PoolOpened] | None = ...,
+        host_cache: Global___CacheChanges | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "hello", b"hello", "load", b"load", "tokens", b"tokens"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "hello", b"hello", "host_cache", b"host_cache", "load", b"load", "tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "ended", b"ended", "hello", b"hello", "load", b"load", "opened", b"opened", "prefilled", b"prefilled", "reserved", b"reserved", "started", b"started", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "ended", b"ended", "hello", b"hello", "host_cache", b"host_cache", "load", b"load", "opened", b"opened", "prefilled", b"prefilled", "reserved", b"reserved", "started", b"started", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -18,7 +18,10 @@ TOKENS = 4
 
 @pytest.mark.parametrize(
     ("role", "flags"),
-    [("prefill", {"max-batch-tokens": 64}), ("decode", {"prefill-tokens": 512, "prefill-chunk-tokens": 64})],
+    [
+        ("prefill", {"max-batch-tokens": 64}),
+        pytest.param("decode", {"prefill-tokens": 512, "prefill-chunk-tokens": 64}, marks=pytest.mark.slow),
+    ],
 )
 def test_prompts_asked_again_are_loaded_and_answers_stay_the_same(role: str, flags: dict[str, object]) -> None:
     asked = prompts(LENGTHS, seed=8)

@@ -5,7 +5,7 @@ import pytest
 
 from router.cluster.circuit import Circuit
 from router.cluster.prefix_index import PrefixIndex
-from router.cluster.worker import Worker
+from router.cluster.worker import LOADED_WHILE_COMPUTED, Worker
 from router.cluster.worker_faults import WorkerFault
 from router.dispatch import choose
 from router.dispatch.request import Prompt, Request
@@ -64,7 +64,7 @@ def test_prefill_goes_where_other_routers_have_less_waiting() -> None:
 def test_what_is_in_host_memory_draws_prompts_that_are_computed_there() -> None:
     """Those that are pulled get nothing from it."""
     host = worker_pb2.CacheChanges(published=b"".join(HASHES[:8]))
-    prefills, pulls = (worker(DECODE, free=70, host_blocks=8, prefill_tokens=tokens) for tokens in (BLOCK, 0))
+    prefills, pulls = (worker(DECODE, free=70, host_blocks=8, prefill_tokens=tokens) for tokens in (2 * BLOCK, 0))
     for holder, wins in ((prefills, True), (pulls, False)):
         holder.take_host_cache(host)
         roomy = worker(DECODE, free=100)
@@ -72,6 +72,14 @@ def test_what_is_in_host_memory_draws_prompts_that_are_computed_there() -> None:
     holder = worker(PREFILL, host_blocks=8)
     holder.take_host_cache(host)
     assert choose.best_prefill(request(), [worker(PREFILL), holder]) is holder
+    assert choose.best_prefill(request(), [holder, faster := worker(PREFILL, cached=8)]) is faster
+
+
+def test_what_is_loaded_counts_for_a_part_of_its_computing() -> None:
+    made = worker(PREFILL, cached=2, host_blocks=8)
+    assert made.missing_tokens(request()) == 6 * BLOCK + 5
+    made.take_host_cache(worker_pb2.CacheChanges(published=b"".join(HASHES[1:6])))
+    assert made.missing_tokens(request()) == 2 * BLOCK + 5 + 4 * BLOCK // LOADED_WHILE_COMPUTED
 
 
 def test_a_sequence_takes_room_for_what_is_only_in_host_memory() -> None:

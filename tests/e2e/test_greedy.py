@@ -98,7 +98,7 @@ def test_preemption_every_few_steps() -> None:
 
 
 def test_streams_that_share_a_call(pair: Cluster) -> None:
-    asked = prompts(ALL_LENGTHS, seed=5)
+    asked = prompts(ALL_LENGTHS[:25], seed=5)
 
     async def ask(client: AsyncClient, prompt: Sequence[int]) -> list[int]:
         stream = client.stream(prompt, max_tokens=32, temperature=0, ignore_eos=True)

@@ -56,7 +56,8 @@ def serve(
         raise SystemExit(f"twostroke serve: there is no flag {command[0]}")
     if command and shutil.which(command[0]) is None:
         raise SystemExit(f"twostroke serve: there is no command {command[0]!r}")
-    if not (config.prefill_workers or config.prefill_tokens or config.prefill_overflow_tokens):
+    decode_prefills = bool(config.prefill_tokens or config.prefill_overflow_tokens)
+    if not (config.prefill_workers or decode_prefills):
         raise SettingsError(
             "with --prefill-workers 0 nobody prefills: let decode workers do it, with --prefill-tokens 1 or more"
         )
@@ -68,8 +69,7 @@ def serve(
     ):
         raise SettingsError(f"--metrics-port {config.metrics_port}: the workers take the ports after it, up to 65535")
     if config.host_cache_gib:
-        prefills = bool(config.prefill_tokens or config.prefill_overflow_tokens)
-        host_room.check(config.host_cache_gib, config.prefill_workers + prefills * config.decode_workers)
+        host_room.check(config.host_cache_gib, config.prefill_workers + decode_prefills * config.decode_workers)
     listen = _with_port(config.listen)
     listening.check(listen)  # before the model comes, which may take minutes
     config = _downloaded(config)

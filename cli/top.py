@@ -160,8 +160,6 @@ def _blocks(worker: pb.WorkerLoad) -> Text:
         bar.append(sign * cells, style)
         shown += cells
     bar.append(" " + "/".join(f"{getattr(blocks, state):,}" for state, _, _ in STATES))
-    return (
+    if in_host_memory.total:
         bar.append(f" + {in_host_memory.cached:,}/{in_host_memory.total:,} in host memory")
-        if in_host_memory.total
-        else bar
-    )
+    return bar

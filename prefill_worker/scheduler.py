@@ -22,7 +22,6 @@ class Prompt:
     blocks: list[int] = field(default_factory=list)  # all or none; a decode worker's own prompts come with theirs
     cached_len: int = 0  # tokens whose KV was found, in the pool or in host memory
     loaded_len: int = 0  # those of them that were in host memory only
-    loading: bool = False  # those are on their way
     launched_len: int = 0  # tokens whose KV is there, being computed or being loaded
     computed_len: int = 0  # tokens whose KV is there
     dropped: bool = False  # its blocks are released once its last launched chunk is computed, and its load is over
@@ -35,6 +34,11 @@ class Prompt:
     @property
     def length(self) -> int:
         return len(self.spec.token_ids)
+
+    @property
+    def loading(self) -> bool:
+        """Whether KV is on its way from host memory."""
+        return self.computed_len < self.cached_len
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +209,6 @@ class Scheduler:
     def _begin_load(self, prompt: Prompt, load: Load | None) -> None:
         if load is None:
             return
-        prompt.loading = True
         prompt.loaded_len = load.count * self._block_size
         prompt.cached_len = prompt.launched_len = prompt.cached_len + prompt.loaded_len
         self._loading.append((prompt, load))
@@ -214,7 +217,6 @@ class Scheduler:
         loading, self._loading = self._loading, []
         for prompt, load in loading:
             if load.arrived():
-                prompt.loading = False
                 self._advance(prompt, prompt.launched_len)
             else:
                 self._loading.append((prompt, load))

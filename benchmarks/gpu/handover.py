@@ -15,6 +15,7 @@ from pathlib import Path
 import cupy
 import torch
 
+from benchmarks.gpu.timing import launched
 from benchmarks.pool_owner import pool_owner
 from benchmarks.report import Figure, Report
 from common.kv.kv_pool import KvLayout, allocate
@@ -48,15 +49,8 @@ def gigabytes_per_second(layout: KvLayout, milliseconds: float) -> float:
 def timed(start: Callable[[cupy.cuda.Stream], None]) -> tuple[float, float]:
     """Median milliseconds until what `start` enqueues has ended, and until it is enqueued."""
     stream = cupy.cuda.Stream(non_blocking=True)
-    whole, enqueued = [], []
-    for _ in range(REPEATS + 2):
-        stream.synchronize()
-        began = time.perf_counter()
-        start(stream)
-        enqueued.append((time.perf_counter() - began) * 1000)
-        stream.synchronize()
-        whole.append((time.perf_counter() - began) * 1000)
-    return statistics.median(whole[2:]), statistics.median(enqueued[2:])
+    whole, enqueued = launched(lambda: start(stream), stream.synchronize, REPEATS)
+    return 1000 * whole, 1000 * enqueued
 
 
 def measure(layout: KvLayout, device: int, across: bool) -> Iterator[Figure]:

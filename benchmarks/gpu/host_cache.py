@@ -7,11 +7,9 @@ One worker does both, prefill and decode. Questions come in a closed loop, each 
 """
 
 import random
-import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -19,14 +17,12 @@ from cyclopts import App
 
 from benchmarks.cluster import Cluster, Flags
 from benchmarks.gpu import models
+from benchmarks.gpu.timing import launched
 from benchmarks.load.config import Limits, LoadConfig
-from benchmarks.load.record import Record
-from benchmarks.load.run import run
+from benchmarks.load.processes import run_load
 from benchmarks.load.summary import Distribution, Summary, summarize
 from benchmarks.report import Figure, Report
-from common.kv.host_cache import Copy
 from common.kv.kv_pool import KvLayout, allocate
-from twostroke import AsyncClient, event_loop
 
 TIMEOUT = 120.0
 # Of Llama-3.1-8B in bfloat16: 8,192 tokens, out of twice as many.
@@ -97,7 +93,7 @@ def main(
         def serve(key: str, **flags: object) -> Summary:
             workers: list[tuple[str, Flags]] = [("decode_worker", {**worker, **flags})]
             with Cluster({"model": model}, workers, (logs or Path(folder) / "logs") / key) as cluster:
-                records = event_loop.run(_ask(cluster.target, load))
+                records = run_load(cluster.target, load, TIMEOUT)
             summary = summarize(records, Limits())
             if summary.errors:
                 raise RuntimeError(f"requests failed: {summary.errors}")
@@ -128,11 +124,6 @@ def main(
     return report.finish()
 
 
-async def _ask(target: str, load: LoadConfig) -> list[Record]:
-    async with AsyncClient(target, timeout=TIMEOUT) as client:
-        return await run(client, load, lambda _: None)
-
-
 def _latency(what: str, measured: Distribution | None, against: Distribution | None) -> Figure:
     assert measured is not None
     assert against is not None
@@ -159,8 +150,8 @@ def _copies() -> Iterator[Figure]:
         "load": lambda: device.copy_(plain, non_blocking=True),
     }
     for key, start in runs.items():
-        seconds, launching = _timed(start)
-        bound, _ = _timed(whole[key])
+        seconds, launching = launched(start, torch.cuda.synchronize, REPEATS)
+        bound, _ = launched(whole[key], torch.cuda.synchronize, REPEATS)
         yield Figure(
             f"{key}: GB/s, and ms of CPU to launch",
             f"{len(plain) / seconds / 1e9:.1f}, {1000 * launching:.2f}",
@@ -168,19 +159,6 @@ def _copies() -> Iterator[Figure]:
             bound / seconds,
             AT_LEAST,
         )
-
-
-def _timed(start: Callable[[], Copy | torch.Tensor]) -> tuple[float, float]:
-    """Median seconds until what `start` launches has ended, and until it is launched."""
-    whole, launching = [], []
-    for _ in range(REPEATS + 2):
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        start()
-        launching.append(time.perf_counter() - began)
-        torch.cuda.synchronize()
-        whole.append(time.perf_counter() - began)
-    return statistics.median(whole[2:]), statistics.median(launching[2:])
 
 
 if __name__ == "__main__":

@@ -31,6 +31,20 @@ def elapsed(device: torch.device, work: Callable[[], object], *, idle: bool = Tr
     return float(begin.elapsed_time(end)) / 1000
 
 
+def launched(start: Callable[[], object], wait: Callable[[], object], repeats: int) -> tuple[float, float]:
+    """By the host's clock, until what `start` launches has ended, which `wait` waits for, and until it is launched:
+    medians of `repeats` runs, after two that do not count."""
+    whole, launching = [], []
+    for _ in range(repeats + 2):
+        wait()
+        began = time.perf_counter()
+        start()
+        launching.append(time.perf_counter() - began)
+        wait()
+        whole.append(time.perf_counter() - began)
+    return statistics.median(whole[2:]), statistics.median(launching[2:])
+
+
 def median(device: torch.device, work: Callable[[], object], repeats: int) -> float:
     """The median of `repeats` runs, after two that do not count."""
     for _ in range(2):

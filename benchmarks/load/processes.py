@@ -28,10 +28,12 @@ def start(
 ) -> list[Future[list[Record]]]:
     """Starts each config's load in a process of `pool`, against the router at `target` (host:port). A request that
     takes longer than `timeout` seconds fails."""
-    return [pool.submit(_load, target, config, timeout) for config in configs]
+    return [pool.submit(run_load, target, config, timeout) for config in configs]
 
 
-def _load(target: str, config: LoadConfig, timeout: float) -> list[Record]:
+def run_load(target: str, config: LoadConfig, timeout: float) -> list[Record]:
+    """The same in this process, to its end."""
+
     async def load() -> list[Record]:
         async with AsyncClient(target, timeout=timeout, share_call=config.share_call) as client:
             return await run(client, config, lambda _: None)

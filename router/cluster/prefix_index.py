@@ -61,11 +61,12 @@ class PrefixIndex:
         may come much later."""
         return _leading_in_any((self.published, self.in_host_memory, self._computed_here), hashes)
 
-    def loaded(self, hashes: Sequence[bytes]) -> int:
-        """How many of those that `computed` counts come from host memory, if it counts all of `hashes`."""
+    def loaded(self, hashes: Sequence[bytes], computed: int) -> int:
+        """How many of the first `computed` hashes, which a prompt that is computed here will find, are in host memory
+        or behind what is."""
         if not self.in_host_memory:
             return 0
-        return len(hashes) - _leading_in_any((self.published, self._computed_here), hashes)
+        return computed - _leading_in_any((self.published, self._computed_here), hashes)
 
     def shared(self, hashes: Sequence[bytes]) -> int:
         """How many of the leading `hashes` are both in the pool and in use: for these a sequence takes no more

@@ -99,7 +99,7 @@ class Worker:
         """Tokens of the request that it does not have and would have to compute; always the last one at least. Those
         that it would load count as what it computes in that time."""
         found = self.cache.computed(request.block_hashes)
-        loaded = self.cache.loaded(request.block_hashes[:found]) * self._block_size // LOADED_WHILE_COMPUTED
+        loaded = self.cache.loaded(request.block_hashes, found) * self._block_size // LOADED_WHILE_COMPUTED
         return max(request.length - found * self._block_size, 1) + loaded
 
     @property

@@ -55,7 +55,15 @@ class Layout:
 
 def _cluster(name: str, router: Flags, workers: Sequence[tuple[str, Flags]], clients: int, logs: Path) -> Layout:
     overflow = ("prefill-overflow-tokens", "prefill-overflow-seconds")
-    shown = ("device", "num-blocks", "max-batch", "max-batch-tokens", "prefill-chunk-tokens", *overflow)
+    shown = (
+        "device",
+        "num-blocks",
+        "max-batch",
+        "max-batch-tokens",
+        "prefill-chunk-tokens",
+        "kv-cache-dtype",
+        *overflow,
+    )
     settings = [
         f"{module} " + ", ".join(f"{flag} {flags[flag]}" for flag in shown if flag in flags)
         for module, flags in workers
@@ -144,6 +152,7 @@ def main(
     max_batch_tokens: int = 2048,
     prefill_chunk_tokens: int = 512,
     overflow_seconds: float = 0.0,
+    kv_cache_dtype: Literal["auto", "fp8"] = "auto",
     vllm_batch_tokens: int | None = None,
     logs: Path | None = None,
 ) -> int:
@@ -171,6 +180,7 @@ def main(
     max_batch_tokens: of the prefill worker's batch.
     prefill_chunk_tokens: of prompts that a worker which does both computes between two decode steps.
     overflow_seconds: that a request waits before the decode worker helps out with it.
+    kv_cache_dtype: as our workers take it.
     vllm_batch_tokens: of a step of vLLM, prompts and answers together; not set: what vLLM takes for these GPUs.
     logs: folder for the clusters' logs; not set: one that is removed.
     """
@@ -182,7 +192,7 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         model = models.write(name, Path(folder))
         longest = max(4096, prompt_tokens + output_tokens)
-        worker = models.worker(model, device, longest)
+        worker = {**models.worker(model, device, longest), "kv-cache-dtype": kv_cache_dtype}
         prefill = {**worker, "num-blocks": prefill_blocks, "max-batch-tokens": max_batch_tokens}
         decode = {**worker, "num-blocks": decode_blocks, "max-batch": max_batch}
         helping = {

@@ -20,7 +20,15 @@ REQUESTS, AT_ONCE = 2_000, 128
 
 
 @pytest.fixture(
-    scope="module", params=["one GPU", "one GPU, host memory", "two GPUs", "two GPUs, NIXL", "two GPUs, NIXL over TCP"]
+    scope="module",
+    params=[
+        "one GPU",
+        "one GPU, host memory",
+        "two GPUs",
+        "two GPUs, host memory",
+        "two GPUs, NIXL",
+        "two GPUs, NIXL over TCP",
+    ],
 )
 def cluster(request: pytest.FixtureRequest, smollm2: Path) -> Iterator[Cluster]:
     two, over_nixl = "two GPUs" in request.param, "NIXL" in request.param

@@ -3,8 +3,9 @@ streams are calls of their own, or share one.
 
 Fake workers use the time (in tenths of a millisecond, modulo) as token ids, so that every token tells its age. "Router"
 ages are taken in the router, once gRPC has accepted the token's message; "client" ages are taken where the client
-receives it, and include Python on both sides. In the "bare" runs there is no router and no worker, but a gRPC server
-that writes ready-made chunks to the same clients at the same pace: that is gRPC's share.
+receives it, and include Python on both sides. The router's "own" share is from when gRPC gave it the worker's message
+to when it gave gRPC the client's. In the "bare" runs there is no router and no worker, but a gRPC server that writes
+ready-made chunks to the same clients at the same pace: that is gRPC's share.
 
     python -m benchmarks.router --json router.json
 """
@@ -12,13 +13,15 @@ that writes ready-made chunks to the same clients at the same pace: that is gRPC
 import asyncio
 import gc
 import json
+import math
 import multiprocessing
 import statistics
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
+from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias, TypeVar
 
@@ -33,7 +36,9 @@ from common.model.model_files import EMBEDDED, resolve
 from common.worker.unsent import Unsent
 from router.answers.detokenizer import Detokenizer
 from router.cluster.fan_out import fan_out
+from router.cluster.worker import Worker
 from router.config import RouterConfig
+from router.dispatch.dispatcher import Dispatcher
 from router.dispatch.request import Prompt, Request
 from router.grammars.guides import Guides
 from router.mailbox import Mailbox
@@ -48,7 +53,8 @@ FIRST_TOKEN, TICKS, TICKS_PER_SECOND = 1_000, 40_000, 10_000
 PROMPT = tuple(range(500, 532))
 
 Number = TypeVar("Number", int, float)
-Written: TypeAlias = tuple[int, Any]  # a tick, and the message that gRPC accepted then
+Written: TypeAlias = tuple[float, float, Any]  # when gRPC was given a message, when it accepted it, and the message
+Read: TypeAlias = tuple[float, set[int]]  # when a worker's message had been read, and its tokens
 
 app = cyclopts.App(help=__doc__)
 spawn = multiprocessing.get_context("spawn")
@@ -60,6 +66,8 @@ class Figures:
     offered: float  # tokens/s that the fake workers make
     delivered: float  # tokens/s that reached the clients
     messages: float  # messages/s that carried them
+    own_p50_ms: float  # nan where there is no router
+    own_p99_ms: float
     router_p50_ms: float
     router_p99_ms: float
     client_p50_ms: float
@@ -78,7 +86,11 @@ class Arrivals:
 
 
 def tick(_length: int = 0) -> int:
-    return FIRST_TOKEN + int(time.monotonic() * TICKS_PER_SECOND) % TICKS
+    return tick_of(time.monotonic())
+
+
+def tick_of(seconds: float) -> int:
+    return FIRST_TOKEN + int(seconds * TICKS_PER_SECOND) % TICKS
 
 
 def age_ms(token: int, now: int) -> float:
@@ -145,6 +157,8 @@ async def _router(pipe: Connection, directory: Path, addresses: Sequence[str]) -
     config = RouterConfig(listen="127.0.0.1:0", prefill=tuple(addresses[:1]), decode=tuple(addresses[1:]))
     service = Router(config, model, Tokenizer(directory, model), Guides(directory, model))
     written: list[Written] = []
+    read: list[Read] = []
+    _note_reads(service.dispatcher, read)
     for method in ("GenerateStream", "GenerateMany"):
         setattr(service.service, method, _timed(getattr(service.service, method), written))
     port = await service.start()
@@ -160,8 +174,19 @@ async def _router(pipe: Connection, directory: Path, addresses: Sequence[str]) -
     began = time.process_time()
     await asyncio.to_thread(pipe.recv)
     cpu = time.process_time() - began
-    pipe.send((_ages(written), cpu))
+    pipe.send((*_ages(written, read), cpu))
     await service.stop(0)
+
+
+def _note_reads(dispatcher: Dispatcher, read: list[Read]) -> None:
+    received = dispatcher.received
+
+    def noted(worker: Worker, message: worker_pb2.WorkerMessage) -> None:
+        if message.tokens.token_ids:
+            read.append((time.monotonic(), set(message.tokens.token_ids)))
+        received(worker, message)
+
+    setattr(dispatcher, "received", noted)  # noqa: B010
 
 
 def _timed(method: Any, written: list[Written]) -> Any:
@@ -184,18 +209,39 @@ class _Timed:
         self._written = written
 
     async def write(self, message: Any) -> None:
+        given = time.monotonic()
         await self._write(message)
-        self._written.append((tick(), message))
+        self._written.append((given, time.monotonic(), message))
 
 
-def _ages(written: list[Written]) -> "array[float]":
-    """Of each token when its message was accepted, ms."""
-    ages = array("d")
-    for at, message in written:
-        many = isinstance(message, inference_pb2.GenerateManyResponse)
-        for chunk in (event.chunk for event in message.events) if many else (message,):
-            ages.extend(age_ms(token, at) for token in chunk.delta.token_ids)
-    return ages
+def _ages(written: list[Written], read: list[Read]) -> tuple["array[float]", "array[float]"]:
+    """Of each token, in ms: for how long the router had it, and its age when gRPC accepted its message. Where workers
+    made tokens in the same tenth of a millisecond, the first that was read counts for all."""
+    own, ages = array("d"), array("d")
+    read_at: dict[int, float] = {}
+    reads = iter(read)
+    following = next(reads, None)
+    for given, accepted, message in sorted(written, key=itemgetter(0)):
+        while following is not None and following[0] <= given:
+            at, tokens = following
+            for token in tokens:
+                if at - read_at.get(token, -math.inf) > TICKS / TICKS_PER_SECOND / 2:  # else it is the same tick
+                    read_at[token] = at
+            following = next(reads, None)
+        for token in _tokens(message):
+            ages.append(age_ms(token, tick_of(accepted)))
+            if token in read_at:  # the prefill worker's are not
+                own.append(1000 * (given - read_at[token]))
+    return own, ages
+
+
+def _tokens(message: Any) -> Iterator[int]:
+    if not isinstance(message, inference_pb2.GenerateManyResponse):
+        yield from message.delta.token_ids
+        return
+    yield from message.deltas.token_ids
+    for event in message.events:
+        yield from event.chunk.delta.token_ids
 
 
 def bare(pipe: Connection, groups: int, step_seconds: float) -> None:
@@ -221,7 +267,7 @@ async def _bare(pipe: Connection, groups: int, step_seconds: float) -> None:
     await asyncio.to_thread(pipe.recv)
     for step in steps:
         step.cancel()
-    pipe.send((service.ages, time.process_time() - began))
+    pipe.send((array("d"), service.ages, time.process_time() - began))
     await server.stop(0)
 
 
@@ -328,7 +374,7 @@ def _measure(
     client_pipe.send(server_pipe.recv())
     arrivals, client_cpu = client_pipe.recv()
     server_pipe.send("stop")
-    server_ages, server_cpu = server_pipe.recv()
+    own, server_ages, server_cpu = server_pipe.recv()
     server.join()
     client.join()
     times, in_messages = _steady(arrivals.times), _steady(arrivals.tokens)
@@ -338,6 +384,7 @@ def _measure(
         tokens_per_second,
         sum(in_messages) / elapsed,
         len(in_messages) / elapsed,
+        *(_p50_p99(_steady(own)) if own else (math.nan, math.nan)),
         *_p50_p99(_steady(server_ages)),
         *_p50_p99(_steady(arrivals.ages)),
         1e6 * server_cpu / len(arrivals.times),
@@ -415,7 +462,14 @@ def main(
     runs.append(run("120,000 tokens/s, one call", directory, streams, 1, 120_000, seconds, shared=True))
     rate, microseconds = fan_out_rate(streams), detokenize_microseconds(directory)
     table = Table(
-        "run", "offered/s", "delivered/s", "messages/s", "router p50, p99 ms", "client p50, p99 ms", "CPU µs a token"
+        "run",
+        "offered/s",
+        "delivered/s",
+        "messages/s",
+        "own p50, p99 ms",
+        "router p50, p99 ms",
+        "client p50, p99 ms",
+        "CPU µs a token",
     )
     for figures in runs:
         table.add_row(
@@ -423,11 +477,12 @@ def main(
             f"{figures.offered:,.0f}",
             f"{figures.delivered:,.0f}",
             f"{figures.messages:,.0f}",
+            f"{figures.own_p50_ms:.1f}, {figures.own_p99_ms:.1f}",
             f"{figures.router_p50_ms:.1f}, {figures.router_p99_ms:.1f}",
             f"{figures.client_p50_ms:.1f}, {figures.client_p99_ms:.1f}",
             f"{figures.router_cpu_us:.0f} + {figures.client_cpu_us:.0f}",
         )
-    console = Console(width=140)
+    console = Console(width=150)
     console.print(table)
     console.print(
         f"worker message to request buffers: {rate:,.0f} tokens/s; detokenizing: {microseconds:.2f} µs a token"

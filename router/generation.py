@@ -15,7 +15,7 @@ from common.model.model_config import ModelConfig
 from common.telemetry.tracing import Span
 from router import request_trace, validate
 from router.answers import tool_call
-from router.answers.answer import Answer
+from router.answers.answer import Answer, News
 from router.answers.answer_parser import AnswerParser
 from router.callers.limits import CALLER
 from router.callers.waiting_bytes import WaitingBytes
@@ -43,8 +43,13 @@ class Generation:
     Attributes:
         choices: each is posted to the mailbox it was made with, when there is news of it.
         prompt: the first chunk.
+        plain: there is one choice, whose deltas are text, and token ids if the caller wants these, alone.
+        want_token_ids: whether the caller gets them.
+        over: nothing comes any more.
         failure: what it ends with instead of its finishes. What came before it is given all the same.
     """
+
+    __slots__ = ("_answers", "_ended", "choices", "failure", "finishes", "over", "plain", "prompt", "want_token_ids")
 
     def __init__(
         self,
@@ -58,40 +63,44 @@ class Generation:
         self.prompt = pb.GenerateChunk(
             prompt=pb.PromptInfo(request_id=job.request_id, prompt_tokens=prompt_tokens, seed=job.seed)
         )
+        self.plain = len(choices) == 1 and job.logprobs is None and not job.parsed
+        self.over = False
         self.failure: CallError | None = None
         self.finishes: list[pb.Finish] = []
+        self.want_token_ids = job.want_token_ids
         self._answers = answers
         self._ended = ended
-
-    @property
-    def over(self) -> bool:
-        return self.failure is not None or len(self.finishes) == len(self.choices)
 
     @property
     def output_tokens(self) -> int:
         return sum(answer.tokens for answer in self._answers)
 
-    def advance(self, choice: Request, chunk: pb.GenerateChunk) -> bool:
-        """Writes the next chunk of a choice that was posted into an empty one. Whether there is anything to send."""
+    def take(self, choice: Request) -> News | None:
+        """What came next of a choice that was posted; None: there is nothing to send."""
         choice.posted = False
         answer = self._answers[choice.index]
         if answer.over:
-            return False
-        chunk.index = choice.index
-        finish = answer.advance(chunk.delta)
-        if answer.behind and finish is None:
-            choice.post()
-        # What came before a failure is given all the same, and may have ended the answer.
-        failure = choice.failure if finish is None and not answer.behind else None
+            return None
+        news = text, tokens, finish = answer.take()
         if finish is not None:
-            chunk.finish.CopyFrom(finish)
             self.finishes.append(finish)
+            self.over = len(self.finishes) == len(self.choices)
             self._ended(choice)
             _log_finish(choice, finish)
-        if failure is not None:
-            self.failure = failure
-            return chunk.delta.ByteSize() > 0
-        return True
+        elif answer.behind:
+            choice.post()
+        elif choice.failure is not None:  # what came before it is given all the same, and may have ended the answer
+            self.failure, self.over = choice.failure, True
+            return news if tokens or text else None
+        return news
+
+    def write(self, choice: Request, news: News, chunk: pb.GenerateChunk) -> None:
+        """Writes what was taken last of a choice into an empty chunk."""
+        chunk.index = choice.index
+        self._answers[choice.index].write(news, chunk.delta)
+        _, _, finish = news
+        if finish is not None:
+            chunk.finish.CopyFrom(finish)
 
 
 class Generator:

@@ -19,17 +19,13 @@ from router.dispatch.request import Request
 from router.errors import CallError, Exhausted, InvalidArgument
 from router.generation import Generation, Generator
 from router.mailbox import Mailbox
+from router.many_message import MOST_BYTES, Event, Message
 from router.metrics import Metrics
 from twostroke.v1 import inference_pb2 as pb
 
 log = structlog.get_logger(__name__)
 
 MANY, BEGIN = "GenerateMany", "GenerateMany.Begin"  # the call, and each of its requests
-
-# After so many events, or bytes, other calls get their turn. gRPC's clients refuse messages of over 4 MiB, and one
-# event has at most `answer.MOST_TOKENS`.
-EVENTS_PER_MESSAGE = 64
-BYTES_PER_MESSAGE = 64 << 10
 
 # Requests of a call that may be under way; further ones are refused. Of these, so many may wait to be told: then the
 # caller does not read, and is not read.
@@ -41,7 +37,6 @@ FAULT = CallError(grpc.StatusCode.INTERNAL, "a fault of the router")
 
 FULL = Exhausted(f"the call has {MOST_UNDER_WAY} requests under way")
 
-Event = pb.GenerateManyResponse.Event
 End = pb.GenerateManyResponse.End
 
 
@@ -51,12 +46,16 @@ class _Served:
     Attributes:
         events: what there is to say of it besides the chunks of its answers, and before further ones.
         done: set when its answers are over, or have failed.
+        in_columns: its deltas go into the message's columns.
     """
+
+    __slots__ = ("__weakref__", "done", "ended", "events", "generation", "in_columns", "left", "number")
 
     def __init__(self, number: int) -> None:
         self.number = number
+        self.in_columns = False
         self.generation: Generation | None = None
-        self.events: list[pb.GenerateManyResponse.Event] = []
+        self.events: list[Event] = []
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.ended = False
         self.left = False  # the task that writes has passed its end
@@ -172,6 +171,7 @@ class Many:
                 self._generator.begin(begin.request, self._mailbox, trace) as generation,
             ):
                 served.generation = generation
+                served.in_columns = begin.reads_deltas and generation.plain
                 self._of.update(dict.fromkeys(generation.choices, served))
                 try:
                     self._say(served, Event(id=served.number, chunk=generation.prompt))
@@ -195,56 +195,54 @@ class Many:
 
     # ------------------------------------------------------------ to the caller
 
-    def _say(self, served: _Served, event: pb.GenerateManyResponse.Event) -> None:
+    def _say(self, served: _Served, event: Event) -> None:
         served.events.append(event)
         self._mailbox.post(served)
 
     async def _write(self, write: Callable[[pb.GenerateManyResponse], Awaitable[None]]) -> None:
         told_of_drain = False
         while self._failure is None and (self._served or not self._closed):
-            response, size = pb.GenerateManyResponse(), 0
+            message = Message()
             for item in await self._mailbox.take():
-                served = self._of.get(item) if isinstance(item, Request) else item
+                choice, served = (item, self._of.get(item)) if isinstance(item, Request) else (None, item)
                 if served is None:
                     continue
                 if served.events:
-                    response.events.extend(served.events)
-                    size += sum(event.ByteSize() for event in served.events)
+                    message.say(served.number, served.events)
                     served.events.clear()
-                if isinstance(item, Request):
-                    size += self._advance(served, item, response)
+                if choice is not None:
+                    self._advance(served, choice, message)
                 elif served.ended:
                     self._leave(served)
-                if len(response.events) >= EVENTS_PER_MESSAGE or size >= BYTES_PER_MESSAGE:
-                    response.draining = told_of_drain = self._draining
-                    await write(response)
-                    response, size = pb.GenerateManyResponse(), 0
-            if response.events or self._draining > told_of_drain:
-                response.draining = told_of_drain = self._draining
-                await write(response)
+                if message.size >= MOST_BYTES:
+                    told_of_drain = self._draining
+                    await write(message.finished(told_of_drain))
+                    message = Message()
+            if not message.empty or self._draining > told_of_drain:
+                told_of_drain = self._draining
+                await write(message.finished(told_of_drain))
         failure, self._failure = self._failure, None  # whose frames will hold this
         if failure is not None:
             raise failure
 
-    def _advance(self, served: _Served, choice: Request, response: pb.GenerateManyResponse) -> int:
-        """Adds what is new of a choice. Returns how many bytes that is."""
-        generation = served.generation
+    def _advance(self, served: _Served, choice: Request, message: Message) -> None:
+        """Adds what is new of a choice."""
+        generation, failure = served.generation, None
         assert generation is not None
-        # Made where it stays: a message that is put into another one is copied.
-        event, has_news, failure = response.events.add(id=served.number), False, None
         try:
-            has_news = generation.advance(choice, event.chunk)
+            if (news := generation.take(choice)) is not None:
+                text, tokens, finish = news
+                if served.in_columns and finish is None and served.number not in message.with_events:
+                    message.add_delta(served.number, text, tokens if generation.want_token_ids else ())
+                else:
+                    message.add_chunk(served.number, partial(generation.write, choice, news))
         except Exception as error:  # a bug, at the cost of this request alone
             failure = error
-        if not served.done.done():
+        if (failure is not None or generation.over) and not served.done.done():
             if failure := failure or generation.failure:
                 served.done.set_exception(failure)
-            elif generation.over:
+            else:
                 served.done.set_result(None)
-        if not has_news:
-            del response.events[-1]
-            return 0
-        return event.ByteSize()
 
     def _leave(self, served: _Served) -> None:
         if not served.left:

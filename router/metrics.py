@@ -3,6 +3,7 @@
 from prometheus_client import Counter, Gauge, Histogram
 
 from common.telemetry import metrics_server
+from common.telemetry.plain_histogram import PlainHistogram
 
 LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 # As the answer's `Timing` names them.
@@ -23,7 +24,7 @@ class Metrics:
             buckets=LATENCY_BUCKETS,
             registry=self.registry,
         )
-        self.inter_token = Histogram(
+        self.inter_token = PlainHistogram(
             "twostroke_inter_token_seconds",
             "Between deltas of a choice that carry tokens, whatever their number (ITL)",
             buckets=TOKEN_BUCKETS,

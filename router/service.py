@@ -147,8 +147,9 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                 yield generation.prompt
                 while not generation.over:
                     for choice in await mailbox.take():
-                        chunk = pb.GenerateChunk()
-                        if generation.advance(choice, chunk):
+                        if (news := generation.take(choice)) is not None:
+                            chunk = pb.GenerateChunk()
+                            generation.write(choice, news, chunk)
                             yield chunk
                         if generation.failure is not None:
                             raise generation.failure

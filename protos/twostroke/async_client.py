@@ -210,9 +210,9 @@ class AsyncClient:
         if self._share_call and request.ByteSize() <= MOST_BYTES:
             try:
                 with _closing_as_error():
-                    async with aclosing(self._shared.chunks(request, timeout)) as chunks:
-                        async for chunk in chunks:
-                            yield piece_of(chunk)
+                    async with aclosing(self._shared.pieces(request, timeout)) as pieces:
+                        async for piece in pieces:
+                            yield piece
                 return
             except Refused:
                 pass

@@ -4,7 +4,7 @@ import asyncio
 import itertools
 import math
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import suppress
 from contextvars import Context
 from typing import TypeAlias
@@ -12,10 +12,11 @@ from typing import TypeAlias
 import grpc
 
 from twostroke.errors import TwostrokeError, closed, error_of, error_with, shut_down
+from twostroke.results import Piece, piece_of
 from twostroke.v1 import inference_pb2 as pb
 
 Call: TypeAlias = "grpc.aio.StreamStreamCall[pb.GenerateManyRequest, pb.GenerateManyResponse]"
-Inbox: TypeAlias = "asyncio.Queue[pb.GenerateManyResponse.Event | TwostrokeError | Refused]"
+Inbox: TypeAlias = "asyncio.Queue[Piece | pb.GenerateManyResponse.Event | TwostrokeError | Refused]"
 
 # A larger request has a call of its own: the router reads one request of a shared call after the other, large ones take
 # turns with those of other calls, and one that it cannot take ends the call.
@@ -42,9 +43,7 @@ class SharedCall:
         self._lane: _Lane | None = None
         self._refused_at = -math.inf
 
-    async def chunks(
-        self, request: pb.GenerateRequest, timeout: float | None
-    ) -> AsyncGenerator[pb.GenerateChunk, None]:
+    async def pieces(self, request: pb.GenerateRequest, timeout: float | None) -> AsyncGenerator[Piece, None]:
         """As a call of `GenerateStream`. Leaving the loop cancels the request.
 
         Raises:
@@ -69,6 +68,10 @@ class SharedCall:
         try:
             while True:
                 event = await inbox.get()
+                if isinstance(event, Piece):
+                    begun = True
+                    yield event
+                    continue
                 if isinstance(event, Refused):
                     self._refused_at = time.monotonic()
                 if isinstance(event, Exception):
@@ -82,7 +85,7 @@ class SharedCall:
                         raise error_with(code, event.end.message, timeout)
                     return
                 begun = True
-                yield event.chunk
+                yield piece_of(event.chunk)
         finally:
             if timer is not None:
                 timer.cancel()
@@ -109,7 +112,7 @@ class _Lane:
         """Returns the request's number; what comes of it goes to `inbox`."""
         number = next(self._numbers)
         self._inboxes[number] = inbox
-        begin = pb.GenerateManyRequest.Begin(request=request, timeout_seconds=timeout)
+        begin = pb.GenerateManyRequest.Begin(request=request, timeout_seconds=timeout, reads_deltas=True)
         self._outgoing.put_nowait(pb.GenerateManyRequest(id=number, begin=begin))
         return number
 
@@ -131,6 +134,9 @@ class _Lane:
             async for response in self._call:
                 heard = True
                 self.closed = self.closed or response.draining
+                for number, piece in _pieces_of(response.deltas):
+                    if (inbox := self._inboxes.get(number)) is not None:
+                        inbox.put_nowait(piece)
                 for event in response.events:
                     if (inbox := self._inboxes.get(event.id)) is not None:
                         inbox.put_nowait(event)
@@ -147,6 +153,15 @@ class _Lane:
                 # Each is raised on its own.
                 inbox.put_nowait(Refused() if refused else type(error)(error.message, error.code))
             self._tasks[0].cancel()
+
+
+def _pieces_of(deltas: pb.GenerateManyResponse.Deltas) -> Iterator[tuple[int, Piece]]:
+    """Each with its request's number."""
+    token_ids, begin = tuple(deltas.token_ids), 0
+    for number, text, count in zip(deltas.ids, deltas.texts, deltas.token_counts, strict=True):
+        end = begin + count
+        yield number, Piece(text, "", (), token_ids[begin:end], (), 0, None, None)
+        begin = end
 
 
 # gRPC's words where a message is written to a call that has just ended, whatever it ended with.

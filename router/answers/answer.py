@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from typing import TypeAlias
 
 from router.answers.answer_parser import AnswerParser
 from router.answers.detokenizer import NO_SIGNS
@@ -17,14 +18,35 @@ from twostroke.v1 import worker_pb2
 MOST_TOKENS = 256
 
 
+News: TypeAlias = tuple[str, Sequence[int], pb.Finish | None]
+"""What came of an answer: text, `MOST_TOKENS` at most, which the text may lag behind, and how it ended if it did.
+A plain tuple, since there is one for every token."""
+
+
 class Answer:
-    """What the client sees of a `Request`. The tokens that came since the last call of `advance` become one delta, so
-    it goes at the client's pace. While it is `behind` there are more than a delta may have.
+    """What the client sees of a `Request`. The tokens that came since the last call of `take` become one delta, so it
+    goes at the client's pace. While it is `behind` there are more than a delta may have.
 
     Args:
         begins_text: the answer does not continue the prompt's text; see `Tokenizer.detokenizer`.
         parser: takes reasoning and tool calls out of the text; None if the client did not ask for that.
     """
+
+    __slots__ = (
+        "_detokenizer",
+        "_eos_token_ids",
+        "_job",
+        "_last_at",
+        "_metrics",
+        "_parser",
+        "_request",
+        "_silent_stops",
+        "_stops",
+        "_token_bytes",
+        "behind",
+        "over",
+        "tokens",
+    )
 
     def __init__(
         self,
@@ -54,8 +76,8 @@ class Answer:
         self.over = False
         self.behind = False
 
-    def advance(self, delta: pb.Delta) -> pb.Finish | None:
-        """Writes what came next, up to `MOST_TOKENS`, into an empty delta. Returns the finish if the answer is over."""
+    def take(self) -> News:
+        """What came next."""
         request = self._request
         begin, was_behind = self.tokens, self.behind
         tokens = request.output[begin : begin + MOST_TOKENS]
@@ -75,6 +97,11 @@ class Answer:
             finish = self._finished_by_token()
         if tokens and not was_behind:
             self._measure()
+        return text, tokens, finish
+
+    def write(self, news: News, delta: pb.Delta) -> None:
+        """Writes what was taken last into an empty delta."""
+        text, tokens, finish = news
         if self._parser is None:
             delta.text = text
         else:
@@ -85,9 +112,8 @@ class Answer:
         if self._job.want_token_ids:
             delta.token_ids.extend(tokens)
         if self._job.logprobs is not None:
-            pairs = zip(tokens, request.take_logprobs(len(tokens)), strict=True)
+            pairs = zip(tokens, self._request.take_logprobs(len(tokens)), strict=True)
             delta.logprobs.extend(self._token_logprob(token, logprobs) for token, logprobs in pairs)
-        return finish
 
     # ------------------------------------------------------------ text
 

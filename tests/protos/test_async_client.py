@@ -69,13 +69,13 @@ async def test_a_router_that_knows_no_shared_calls(router: FakeRouter) -> None:
 async def test_a_shared_call_that_is_refused_late_leaves_its_request_the_rest_of_the_time(
     router: FakeRouter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def chunks(*_: object) -> AsyncGenerator[Any, None]:
+    async def pieces(*_: object) -> AsyncGenerator[Any, None]:
         await asyncio.sleep(0.6)
         if not router.requests:
             raise shared_call.Refused
         yield
 
-    monkeypatch.setattr(shared_call.SharedCall, "chunks", chunks)
+    monkeypatch.setattr(shared_call.SharedCall, "pieces", pieces)
     router.step_seconds = 0.1
     async with AsyncClient(router.address, share_call=True) as client:
         with pytest.raises(twostroke.DeadlineExceeded, match=r"its timeout of 0\.8 s"):  # 5 steps take 0.5 s

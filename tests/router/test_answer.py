@@ -31,7 +31,7 @@ def test_tokens_that_come_together_end_one_gap(model: Path, monkeypatch: pytest.
         now += gap
         for _ in range(tokens):
             choice.add(41)
-        reader.advance(pb.Delta())
+        reader.take()
     value = metrics.registry.get_sample_value
     assert value("twostroke_inter_token_seconds_count") == 3
     assert value("twostroke_inter_token_seconds_sum") == 0.125 + 2.0 + 0.5
@@ -54,7 +54,8 @@ def test_a_reader_that_is_far_behind_catches_up_in_several_steps(model: Path, st
     deltas = []
     while not reader.over:
         delta = pb.Delta()
-        finish = reader.advance(delta)
+        news = _, _, finish = reader.take()
+        reader.write(news, delta)
         assert (finish is None) == reader.behind
         deltas.append(delta)
     assert max(len(delta.token_ids) for delta in deltas) == answer.MOST_TOKENS

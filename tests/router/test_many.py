@@ -4,8 +4,9 @@ import asyncio
 import gc
 import math
 import weakref
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +45,26 @@ Code = grpc.StatusCode
 Begin, Cancel = pb.GenerateManyRequest.Begin, pb.GenerateManyRequest.Cancel
 
 
-def begin(number: int, timeout: float | None = None, **fields: Any) -> pb.GenerateManyRequest:
-    return pb.GenerateManyRequest(id=number, begin=Begin(request=request(**fields), timeout_seconds=timeout))
+def begin(
+    number: int, timeout: float | None = None, *, reads_deltas: bool = False, **fields: Any
+) -> pb.GenerateManyRequest:
+    begin = Begin(request=request(**fields), timeout_seconds=timeout, reads_deltas=reads_deltas)
+    return pb.GenerateManyRequest(id=number, begin=begin)
 
 
 async def events_of(call: Any) -> AsyncIterator[pb.GenerateManyResponse.Event]:
+    """In their order; deltas as the events that they would be otherwise."""
     async for response in call:
-        for event in response.events:
+        for event in (*in_columns(response.deltas), *response.events):
             yield event
+
+
+def in_columns(deltas: pb.GenerateManyResponse.Deltas) -> Iterator[pb.GenerateManyResponse.Event]:
+    token_ids = iter(deltas.token_ids)
+    for number, text, count in zip(deltas.ids, deltas.texts, deltas.token_counts, strict=True):
+        delta = pb.Delta(text=text, token_ids=islice(token_ids, count))
+        yield pb.GenerateManyResponse.Event(id=number, chunk=pb.GenerateChunk(delta=delta))
+    assert not list(token_ids)
 
 
 async def events_until_end(call: Any, number: int) -> list[pb.GenerateManyResponse.Event]:
@@ -91,17 +104,21 @@ async def test_a_hundred_streams_share_a_call(model: Path) -> None:
         assert len(it.router.service._many) == 1
 
 
+@pytest.mark.parametrize("reads_deltas", [True, False])
 @pytest.mark.parametrize(
-    "fields",
+    ("fields", "plain"),
     [
-        {},
-        {"n": 3, "sampling": pb.Sampling(seed=MAX_SEED)},
-        {"response": pb.ResponseOptions(logprobs=2)},
-        {"stopping": {"stop": ["e"]}, "max_tokens": 60},
-        {"stopping": {"stop_token_ids": [62]}, "max_tokens": 60},
+        ({}, True),
+        ({"n": 3, "sampling": pb.Sampling(seed=MAX_SEED)}, False),
+        ({"response": pb.ResponseOptions(logprobs=2)}, False),
+        ({"response": pb.ResponseOptions(token_ids=False)}, True),
+        ({"stopping": {"stop": ["e"]}, "max_tokens": 60}, True),
+        ({"stopping": {"stop_token_ids": [62]}, "max_tokens": 60}, True),
     ],
 )
-async def test_an_answer_is_the_one_of_a_call_of_its_own(model: Path, fields: dict[str, Any]) -> None:
+async def test_an_answer_is_the_one_of_a_call_of_its_own(
+    model: Path, fields: dict[str, Any], plain: bool, reads_deltas: bool
+) -> None:
     def told(chunks: list[pb.GenerateChunk]) -> list[Any]:
         told = []
         for index in range(max(chunk.index for chunk in chunks) + 1):
@@ -119,11 +136,34 @@ async def test_an_answer_is_the_one_of_a_call_of_its_own(model: Path, fields: di
     asked: dict[str, Any] = {"sampling": pb.Sampling(seed=3), "max_tokens": 12} | fields
     async with cluster(model) as it:
         alone = [chunk async for chunk in it.stub.GenerateStream(request(**asked))]
-        call = it.stub.GenerateMany(iter([begin(0), begin(5, **asked)]))
-        events = [event async for event in events_of(call) if event.id == 5]
+        call = it.stub.GenerateMany(iter([begin(0), begin(5, reads_deltas=reads_deltas, **asked)]))
+        responses = [response async for response in call]
+        events = [event for it in responses for event in (*in_columns(it.deltas), *it.events) if event.id == 5]
+        assert any(response.deltas.ids for response in responses) == (plain and reads_deltas)
         assert events[0].chunk.HasField("prompt")
         assert events[-1].end == pb.GenerateManyResponse.End()
         assert told([event.chunk for event in events[:-1]]) == told(alone)
+
+
+async def test_deltas_come_after_the_prompt_however_late_they_are_written(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take = Mailbox.take
+
+    async def later(mailbox: Mailbox[Any]) -> list[Any]:
+        await asyncio.sleep(0.05)
+        return await take(mailbox)
+
+    monkeypatch.setattr(Mailbox, "take", later)
+    async with cluster(model, decodes=[Script(step_seconds=0.005)]) as it:
+        asked = [begin(number, reads_deltas=True, max_tokens=40) for number in range(20)]
+        responses = [response async for response in it.stub.GenerateMany(iter(asked))]
+        assert sum(len(response.deltas.ids) for response in responses) >= 40
+        for number in range(20):
+            told = [event for it in responses for event in (*in_columns(it.deltas), *it.events) if event.id == number]
+            assert told[0].chunk.HasField("prompt")
+            assert tokens_of(told) == expected(40)
+            assert told[-1].HasField("end")
 
 
 async def test_a_lost_worker_is_made_up_for(model: Path) -> None:
@@ -157,23 +197,34 @@ async def test_a_wrong_request_ends_alone(model: Path) -> None:
         assert calls_of(it, "GenerateMany.Begin", "INVALID_ARGUMENT") == 1
 
 
-async def test_a_bug_that_one_request_meets_ends_that_one(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    advance = Generation.advance
+@pytest.mark.parametrize("where", ["take", "write"])
+async def test_a_bug_that_one_request_meets_ends_that_one(
+    model: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    works = getattr(Generation, where)
 
-    def broken(generation: Generation, choice: Request, chunk: pb.GenerateChunk) -> bool:
+    def broken(generation: Generation, choice: Request, *what: Any) -> Any:
         if choice.id == "meets it" and len(choice.output) > 3:
-            chunk.delta.text = "half"
+            if where == "write":
+                what[1].delta.text = "half"
             raise RuntimeError("a bug")
-        return advance(generation, choice, chunk)
+        return works(generation, choice, *what)
 
-    monkeypatch.setattr(Generation, "advance", broken)
+    monkeypatch.setattr(Generation, where, broken)
     async with (
         cluster(model, decodes=[Script(step_seconds=0.01)]) as it,
         AsyncClient(it.address, share_call=True) as client,
     ):
         other = asyncio.ensure_future(streamed(client, max_tokens=30))
+        texts: list[str] = []
+
+        async def listen() -> None:
+            async for piece in client.stream(PROMPT, max_tokens=30, request_id="meets it", logprobs=0):
+                texts.append(piece.text)
+
         with pytest.raises(TwostrokeError, match="a fault of the router; its log says more"):
-            await streamed(client, max_tokens=30, request_id="meets it")
+            await listen()
+        assert "half" not in texts
         assert await other == expected(30)
 
 
@@ -515,7 +566,7 @@ async def test_nothing_is_left_for_the_garbage_collector(model: Path, monkeypatc
 
 
 async def test_messages_have_so_many_bytes(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(many, "BYTES_PER_MESSAGE", 2000)
+    monkeypatch.setattr(many, "MOST_BYTES", 20_000)
     async with cluster(model) as it:
         asked = [begin(number, max_tokens=300, response=pb.ResponseOptions(logprobs=2)) for number in range(20)]
         call = it.stub.GenerateMany(iter(asked))
@@ -524,7 +575,7 @@ async def test_messages_have_so_many_bytes(model: Path, monkeypatch: pytest.Monk
         tokens = 0
         async for response in call:
             sizes = [event.ByteSize() for event in response.events]
-            assert sum(sizes) < 2000 + 2 * max(sizes)
+            assert sum(sizes) < 20_000 + 2 * max(sizes)
             tokens += sum(len(event.chunk.delta.logprobs) for event in response.events)
         assert tokens == 20 * 300
 

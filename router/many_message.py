@@ -1,0 +1,71 @@
+"""The message of a shared call that is being made."""
+
+from collections.abc import Callable, Sequence
+from itertools import chain
+
+from twostroke.v1 import inference_pb2 as pb
+
+# After so many bytes other calls get their turn. gRPC's clients refuse messages of over 4 MiB, and one event has at
+# most `answer.MOST_TOKENS`. For the time that they take, an event and a delta count as so many bytes at least: there
+# are 64 of the ones, or 256 of the others, in a message.
+MOST_BYTES = 64 << 10
+EVENT_BYTES, DELTA_BYTES = MOST_BYTES // 64, MOST_BYTES // 256
+
+Event = pb.GenerateManyResponse.Event
+
+
+class Message:
+    """Events of requests, and their deltas in columns.
+
+    Attributes:
+        size: at `MOST_BYTES` it is to be sent.
+        with_events: the requests that have events in it. Before these no delta can be added.
+    """
+
+    __slots__ = ("_deltas", "_events", "_response", "size", "with_events")
+
+    def __init__(self) -> None:
+        self._response = pb.GenerateManyResponse()
+        self._events = self._response.events
+        self.with_events: set[int] = set()
+        self.size = 0
+        self._deltas: list[tuple[int, str, Sequence[int]]] = []
+
+    @property
+    def empty(self) -> bool:
+        return not (self._events or self._deltas)
+
+    def say(self, number: int, events: Sequence[Event]) -> None:
+        """Adds a copy of some events of a request."""
+        self._events.extend(events)
+        self.with_events.add(number)
+        self.size += sum(max(EVENT_BYTES, event.ByteSize()) for event in events)
+
+    def add_chunk(self, number: int, write: Callable[[pb.GenerateChunk], None]) -> None:
+        """Adds an event with what `write` makes of an empty chunk; nothing if it raises."""
+        # Made where it stays: a message that is put into another one is copied.
+        event = self._events.add(id=number)
+        try:
+            write(event.chunk)
+        except BaseException:
+            del self._events[-1]
+            raise
+        self.with_events.add(number)
+        self.size += max(EVENT_BYTES, event.ByteSize())
+
+    def add_delta(self, number: int, text: str, token_ids: Sequence[int]) -> None:
+        self._deltas.append((number, text, token_ids))
+        size = 4 * len(text) + 5 * len(token_ids)  # no character, and no token id, takes more bytes
+        self.size += size if size > DELTA_BYTES else DELTA_BYTES
+
+    def finished(self, draining: bool) -> pb.GenerateManyResponse:
+        response = self._response
+        if self._deltas:
+            deltas = response.deltas
+            numbers, texts, token_ids = zip(*self._deltas, strict=True)
+            deltas.ids.extend(numbers)
+            deltas.texts.extend(texts)
+            deltas.token_counts.extend(map(len, token_ids))
+            deltas.token_ids.extend(chain.from_iterable(token_ids))
+        response.draining = draining
+        return response

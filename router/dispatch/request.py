@@ -76,6 +76,9 @@ class Request:
     output: list[int] = field(default_factory=list)
     taken: int = 0  # tokens of the output that were put into messages to the client
     complete: bool = False  # the last token was a stop token, or the last that `max_length` allows
+    most_tokens: int = field(init=False)  # of output, for which `max_length` has room
+    stop_token_ids: frozenset[int] = field(init=False)
+    wants_logprobs: bool = field(init=False)
     logprobs: list[bytes] = field(default_factory=list)  # of the tokens not yet taken, if the client asked for them
     kind: Kind | None = None  # that `block_hashes` are for
     block_hashes: list[bytes] = field(default_factory=list)
@@ -88,11 +91,9 @@ class Request:
     decode_cached_tokens: int | None = None
     timing: inference_pb2.Timing = field(default_factory=inference_pb2.Timing)
 
-    most_tokens: int = field(init=False)  # of output, for which `max_length` has room
-    wants_logprobs: bool = field(init=False)
-
     def __post_init__(self) -> None:
         self.limit(self.max_length)
+        self.stop_token_ids = self.prompt.stop_token_ids
         self.wants_logprobs = self.sampling.HasField("logprobs")
 
     def limit(self, max_length: int) -> None:
@@ -127,7 +128,7 @@ class Request:
         """Adds the next token of the output. Not to be called once the request is complete."""
         output = self.output
         output.append(token)
-        if token in self.prompt.stop_token_ids or len(output) >= self.most_tokens:
+        if token in self.stop_token_ids or len(output) >= self.most_tokens:
             self.complete = True
         if not self.posted:
             self.posted = True

@@ -22,7 +22,7 @@ class Detokenizer:
         signs: text for some tokens, in place of their bytes; it may contain lone surrogates.
     """
 
-    __slots__ = ("_cut", "_decoder", "_opening", "_signs", "_strip", "_table")
+    __slots__ = ("_decoder", "_opening", "_plain", "_signs", "_strip", "_table")
 
     def __init__(
         self,
@@ -36,16 +36,20 @@ class Detokenizer:
         self._opening = opening
         self._signs = signs
         self._decoder = _new_decoder("replace")
-        self._cut = False  # the decoder has the beginning of a character
+        self._plain = False  # the next token's bytes are its text, unless they are not whole characters
 
     def feed(self, tokens: Sequence[int]) -> str:
+        if self._plain and len(tokens) == 1 and tokens[0] not in self._signs:
+            try:  # nearly all tokens are whole characters, and this takes a third of the time
+                return self._table[tokens[0]].decode()
+            except UnicodeDecodeError:
+                pass
         if self._signs and not self._signs.keys().isdisjoint(tokens):
             return self._feed_with_signs(tokens)
         return self._decoded(tokens)
 
     def finish(self) -> str:
         """The rest: U+FFFD if the sequence ended inside a character, else nothing."""
-        self._cut = False
         return self._without_leading_space(self._decoder.decode(b"", True))
 
     def _feed_with_signs(self, tokens: Sequence[int]) -> str:
@@ -60,21 +64,17 @@ class Detokenizer:
         return "".join(pieces)
 
     def _decoded(self, tokens: Sequence[int]) -> str:
-        table = self._table
-        if len(tokens) == 1 and self._opening is None and not self._strip and not self._cut:
-            try:  # nearly all tokens are whole characters, and this takes a third of the time
-                return table[tokens[0]].decode()
-            except UnicodeDecodeError:
-                pass
-        spelled = [table[token] for token in tokens]
+        spelled = [self._table[token] for token in tokens]
         if self._opening is not None:
             first = next((place for place, text in enumerate(spelled) if text), None)
             if first is not None:
                 spelled[first] = self._opening[tokens[first]]
                 self._opening = None
         text = self._decoder.decode(b"".join(spelled))
-        self._cut = bool(self._decoder.getstate()[0])
-        return self._without_leading_space(text)
+        text = self._without_leading_space(text)
+        begins_character = bool(self._decoder.getstate()[0])
+        self._plain = self._opening is None and not self._strip and not begins_character
+        return text
 
     def _without_leading_space(self, text: str) -> str:
         if self._strip and text:

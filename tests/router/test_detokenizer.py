@@ -82,6 +82,26 @@ def test_a_sign_stands_for_a_token_and_between_others(tokenizer: Tokenizer, ids:
     assert "".join(pieces) == sign.join(plain.feed(tokens) + plain.finish() for tokens in between)
 
 
+@pytest.mark.parametrize("tokenizer", [BYTE_LEVEL, BYTE_FALLBACK, METASPACE], ids=NAMES)
+def test_one_token_at_a_time_also_behind_some_that_have_no_text(tokenizer: Tokenizer) -> None:
+    known = token_bytes.read(tokenizer, models.VOCAB_SIZE)
+    silent, sign = 0, "\ud800"
+    spoken = tokenizer.encode(" the quick é🙂 fox the").ids
+    ids = [silent, silent, *spoken, silent, *spoken]
+    detokenizer = Detokenizer(known.without_special(), known.strip_leading_space, known.opening)
+    pieces = [detokenizer.feed([token]) for token in ids] + [detokenizer.finish()]
+    assert "".join(pieces) == tokenizer.decode(ids)
+    signed = Detokenizer(known.without_special(), known.strip_leading_space, known.opening, {silent: sign})
+    pieces = [signed.feed([token]) for token in [*spoken, silent, *spoken]] + [signed.finish()]
+    assert "".join(pieces).split(sign)[0] == tokenizer.decode(spoken)
+    assert "".join(pieces).replace(sign, "") == tokenizer.decode(spoken + spoken)
+
+
+def test_a_leading_space_goes_also_behind_a_token_without_text() -> None:
+    detokenizer = Detokenizer([b"", b" the"], strip_leading_space=True)
+    assert [detokenizer.feed([token]) for token in (0, 1, 1)] == ["", "the", " the"]
+
+
 def test_an_added_token_keeps_the_space_that_the_normalizer_makes_a_part_of_it() -> None:
     tokenizer = models.byte_fallback()
     tokenizer.add_tokens(["<tool>"])  # as transformers adds tokens that are not special: they are normalized

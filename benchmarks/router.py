@@ -16,10 +16,13 @@ import json
 import math
 import multiprocessing
 import statistics
+import threading
 import time
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from operator import itemgetter
 from pathlib import Path
@@ -46,11 +49,12 @@ from router.prompts.tokenizer import Tokenizer
 from router.server import Router
 from router.turnstile import Turnstile
 from tests.router.fake_worker import DECODE, PREFILL, FakeWorker, Script
-from twostroke import AsyncClient, event_loop
+from twostroke import AsyncClient, Client, Piece, event_loop
 from twostroke.v1 import inference_pb2, inference_pb2_grpc, worker_pb2
 
 FIRST_TOKEN, TICKS, TICKS_PER_SECOND = 1_000, 40_000, 10_000
 PROMPT = tuple(range(500, 532))
+THREADS = 64  # of the client without an event loop
 
 Number = TypeVar("Number", int, float)
 Written: TypeAlias = tuple[float, float, Any]  # when gRPC was given a message, when it accepted it, and the message
@@ -83,6 +87,13 @@ class Arrivals:
     times: "array[float]"  # of each message
     tokens: "array[int]"  # in each message
     ages: "array[float]"  # of each token, ms
+
+    def add(self, piece: Piece) -> None:
+        if piece.token_ids:
+            self.times.append(time.monotonic())
+            self.tokens.append(len(piece.token_ids))
+            now = tick()
+            self.ages.extend(age_ms(token, now) for token in piece.token_ids)
 
 
 def tick(_length: int = 0) -> int:
@@ -312,18 +323,33 @@ async def _clients(pipe: Connection, address: str, streams: int, tokens: int, sh
 
     async def one(client: AsyncClient) -> None:
         async for piece in client.stream(PROMPT, max_tokens=tokens, ignore_eos=True):
-            if token_ids := piece.token_ids:
-                arrivals.times.append(time.monotonic())
-                arrivals.tokens.append(len(token_ids))
-                now = tick()
-                arrivals.ages.extend(age_ms(token, now) for token in token_ids)
+            arrivals.add(piece)
 
     async with AsyncClient(address, share_call=shared) as client:
         await asyncio.gather(*(one(client) for _ in range(streams)))
     pipe.send((arrivals, time.process_time()))
 
 
+def threads(pipe: Connection, streams: int, tokens: int, shared: bool) -> None:
+    """A thread for each stream."""
+    arrivals, address = Arrivals(array("d"), array("I"), array("d")), pipe.recv()
+    gc.disable()
+    one_at_a_time = threading.Lock()
+
+    def one(client: Client) -> None:
+        for piece in client.stream(PROMPT, max_tokens=tokens, ignore_eos=True):
+            with one_at_a_time:
+                arrivals.add(piece)
+
+    with Client(address, share_call=shared) as client, ThreadPoolExecutor(streams) as pool:
+        for done in [pool.submit(one, client) for _ in range(streams)]:
+            done.result()
+    pipe.send((arrivals, time.process_time()))
+
+
 # ---------------------------------------------------------------- one run
+
+Reader: TypeAlias = Callable[[Connection, int, int, bool], None]
 
 
 def run(
@@ -334,6 +360,7 @@ def run(
     tokens_per_second: float,
     seconds: float,
     shared: bool = False,
+    reader: Reader = clients,
 ) -> Figures:
     """Offers `tokens_per_second` to `streams` streams, spread evenly over the decode workers. `shared`: all streams are
     one call."""
@@ -344,7 +371,7 @@ def run(
     router_pipe, router_end = spawn.Pipe()
     router_pipe.send(pipe.recv())
     server = spawn.Process(target=router, args=(router_end, directory))
-    figures = _measure(name, streams, tokens_per_second, seconds, shared, server, router_pipe)
+    figures = _measure(name, streams, tokens_per_second, seconds, shared, reader, server, router_pipe)
     pipe.send("stop")
     behind.join()
     return figures
@@ -354,7 +381,7 @@ def run_bare(name: str, streams: int, groups: int, tokens_per_second: float, sec
     """Sends the same tokens from a gRPC server that has them ready."""
     pipe, its = spawn.Pipe()
     server = spawn.Process(target=bare, args=(its, groups, streams / tokens_per_second))
-    return _measure(name, streams, tokens_per_second, seconds, False, server, pipe)
+    return _measure(name, streams, tokens_per_second, seconds, False, clients, server, pipe)
 
 
 def _measure(
@@ -363,12 +390,13 @@ def _measure(
     tokens_per_second: float,
     seconds: float,
     shared: bool,
+    reader: Reader,
     server: Any,
     server_pipe: Connection,
 ) -> Figures:
     client_pipe, client_end = spawn.Pipe()
     tokens = int(seconds * tokens_per_second / streams)
-    client = spawn.Process(target=clients, args=(client_end, streams, tokens, shared))
+    client = spawn.Process(target=reader, args=(client_end, streams, tokens, shared))
     server.start()
     client.start()
     client_pipe.send(server_pipe.recv())
@@ -460,6 +488,9 @@ def main(
             runs.append(run_bare("  the same, bare gRPC", streams, decode_workers, offered, seconds))
         runs.append(run("  the same, one call", directory, streams, decode_workers, offered, seconds, shared=True))
     runs.append(run("120,000 tokens/s, one call", directory, streams, 1, 120_000, seconds, shared=True))
+    name, in_threads = f"3,000 tokens/s, {THREADS} threads", partial(run, reader=threads)
+    runs.append(in_threads(name, directory, THREADS, 1, 3_000, seconds))
+    runs.append(in_threads("  the same, one call", directory, THREADS, 1, 3_000, seconds, shared=True))
     rate, microseconds = fan_out_rate(streams), detokenize_microseconds(directory)
     table = Table(
         "run",

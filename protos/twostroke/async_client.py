@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Self, TypeVar, Unpack
 import grpc
 from google.protobuf.wrappers_pb2 import Int32Value, StringValue
 
+from twostroke.async_shared_call import AsyncSharedCall
 from twostroke.channel import (
     DEFAULT_TARGET,
     HEALTH_FROM_BYTES,
@@ -31,7 +32,7 @@ from twostroke.chat import ChatOptions, Messages
 from twostroke.errors import closed, error_of, unusable
 from twostroke.request import Options, Prompt, chat_request, detokenize_request, generate_request, tokenize_request
 from twostroke.results import Generation, Piece, generation_of, piece_of
-from twostroke.shared_call import MOST_BYTES, Refused, SharedCall
+from twostroke.shared_call import MOST_BYTES, Refused
 from twostroke.v1 import inference_pb2 as pb
 from twostroke.v1.inference_pb2_grpc import InferenceStub
 
@@ -44,12 +45,7 @@ _Response = TypeVar("_Response")
 
 class AsyncClient:
     """A connection to a Twostroke router, for one event loop; connects at its first call. `Client` says what the
-    other arguments mean.
-
-    Args:
-        share_call: streamed answers share one call, so that tokens which come at the same time come in one message:
-            with many at once, that saves most of what they cost this process and the router. What is not read as fast
-            as it comes waits in this process.
+    arguments mean.
 
     Example:
         async with AsyncClient("localhost:8600") as client:
@@ -86,8 +82,8 @@ class AsyncClient:
         return InferenceStub(self._channel)
 
     @cached_property
-    def _shared(self) -> SharedCall:
-        return SharedCall(lambda: self._stub.GenerateMany(metadata=self._metadata))
+    def _shared(self) -> AsyncSharedCall:
+        return AsyncSharedCall(lambda: self._stub.GenerateMany(metadata=self._metadata))
 
     async def close(self) -> None:
         """Cancels what is under way and closes the connection."""

@@ -10,6 +10,7 @@ import pytest
 import twostroke
 from tests.protos.fake_router import FakeRouter, serving
 from twostroke import AsyncClient, shared_call
+from twostroke.async_shared_call import AsyncSharedCall
 
 
 @pytest.fixture
@@ -75,7 +76,7 @@ async def test_a_shared_call_that_is_refused_late_leaves_its_request_the_rest_of
             raise shared_call.Refused
         yield
 
-    monkeypatch.setattr(shared_call.SharedCall, "pieces", pieces)
+    monkeypatch.setattr(AsyncSharedCall, "pieces", pieces)
     router.step_seconds = 0.1
     async with AsyncClient(router.address, share_call=True) as client:
         with pytest.raises(twostroke.DeadlineExceeded, match=r"its timeout of 0\.8 s"):  # 5 steps take 0.5 s

@@ -3,12 +3,15 @@
 import asyncio
 import gc
 import math
+import threading
 import weakref
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, TypeAlias
 
 import grpc
 import pytest
@@ -18,7 +21,7 @@ from structlog.testing import capture_logs
 from benchmarks.load.config import LoadConfig
 from cli import bench
 from cli.options import Connection
-from router import accounting, many, service
+from router import accounting, errors, many, service, validate
 from router.callers import api_keys
 from router.dispatch.dispatcher import STOPPED
 from router.dispatch.request import Request
@@ -30,9 +33,11 @@ from tests.router.fake_worker import DECODE, FakeWorker, Script
 from tests.router.test_auth import Keys
 from twostroke import (
     AsyncClient,
+    Client,
     DeadlineExceeded,
     InvalidArgument,
     Overloaded,
+    Piece,
     TwostrokeError,
     Unauthenticated,
     Unavailable,
@@ -87,16 +92,52 @@ def calls_of(it: Cluster, method: str, code: str = "OK") -> float:
     return calls or 0
 
 
-async def streamed(client: AsyncClient, prompt: tuple[int, ...] = PROMPT, **options: Any) -> list[int]:
+class Threads:
+    """`Client`, each step of whose answers is taken by a thread."""
+
+    def __init__(self, target: str, *, share_call: bool) -> None:
+        self._client = Client(target, share_call=share_call)
+        self._threads = ThreadPoolExecutor(100)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+        self._threads.shutdown(wait=False)
+
+    async def close(self) -> None:
+        await asyncio.to_thread(self._client.close)
+
+    async def stream(self, prompt: tuple[int, ...], **options: Any) -> AsyncIterator[Piece]:
+        step = partial(asyncio.get_running_loop().run_in_executor, self._threads)
+        pieces = self._client.stream(prompt, **options)
+        try:
+            while (piece := await step(next, pieces, None)) is not None:
+                yield piece
+        finally:
+            await step(pieces.close)
+
+
+Shared: TypeAlias = Callable[[str], AsyncClient | Threads]
+
+
+@pytest.fixture(params=[AsyncClient, Threads], ids=["asyncio", "threads"])
+def shared(request: pytest.FixtureRequest) -> Shared:
+    """Makes a client whose answers share a call."""
+    return partial(request.param, share_call=True)
+
+
+async def streamed(client: AsyncClient | Threads, prompt: tuple[int, ...] = PROMPT, **options: Any) -> list[int]:
     return [token async for piece in client.stream(prompt, **options) for token in piece.token_ids]
 
 
 # ------------------------------------------------------------ answers
 
 
-async def test_a_hundred_streams_share_a_call(model: Path) -> None:
+async def test_a_hundred_streams_share_a_call(model: Path, shared: Shared) -> None:
     prompts = [(*PROMPT, *range(40, 40 + length)) for length in range(100)]
-    async with cluster(model, decodes=[Script(), Script()]) as it, AsyncClient(it.address, share_call=True) as client:
+    async with cluster(model, decodes=[Script(), Script()]) as it, shared(it.address) as client:
         answers = await asyncio.gather(*(streamed(client, prompt, max_tokens=30) for prompt in prompts))
         assert answers == [expected(30, prompt) for prompt in prompts]
         assert calls_of(it, "GenerateMany.Begin") == 100
@@ -166,9 +207,9 @@ async def test_deltas_come_after_the_prompt_however_late_they_are_written(
             assert told[-1].HasField("end")
 
 
-async def test_a_lost_worker_is_made_up_for(model: Path) -> None:
+async def test_a_lost_worker_is_made_up_for(model: Path, shared: Shared) -> None:
     workers = [FakeWorker(DECODE, Script(step_seconds=0.01)) for _ in range(2)]
-    async with cluster(model, decodes=workers) as it, AsyncClient(it.address, share_call=True) as client:
+    async with cluster(model, decodes=workers) as it, shared(it.address) as client:
         answers = [asyncio.ensure_future(streamed(client, max_tokens=60)) for _ in range(6)]
         await eventually(lambda: all(len(worker.running) > 1 for worker in workers))
         await workers[0].die()
@@ -188,8 +229,8 @@ async def test_a_load_may_share_a_call(model: Path) -> None:
 # ------------------------------------------------------------ how one of them ends
 
 
-async def test_a_wrong_request_ends_alone(model: Path) -> None:
-    async with cluster(model) as it, AsyncClient(it.address, share_call=True) as client:
+async def test_a_wrong_request_ends_alone(model: Path, shared: Shared) -> None:
+    async with cluster(model) as it, shared(it.address) as client:
         running = asyncio.ensure_future(streamed(client, max_tokens=40))
         with pytest.raises(InvalidArgument, match=r"sampling.top_p: 3"):
             await streamed(client, top_p=3)
@@ -199,7 +240,7 @@ async def test_a_wrong_request_ends_alone(model: Path) -> None:
 
 @pytest.mark.parametrize("where", ["take", "write"])
 async def test_a_bug_that_one_request_meets_ends_that_one(
-    model: Path, monkeypatch: pytest.MonkeyPatch, where: str
+    model: Path, shared: Shared, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     works = getattr(Generation, where)
 
@@ -213,7 +254,7 @@ async def test_a_bug_that_one_request_meets_ends_that_one(
     monkeypatch.setattr(Generation, where, broken)
     async with (
         cluster(model, decodes=[Script(step_seconds=0.01)]) as it,
-        AsyncClient(it.address, share_call=True) as client,
+        shared(it.address) as client,
     ):
         other = asyncio.ensure_future(streamed(client, max_tokens=30))
         texts: list[str] = []
@@ -226,6 +267,20 @@ async def test_a_bug_that_one_request_meets_ends_that_one(
             await listen()
         assert "half" not in texts
         assert await other == expected(30)
+
+
+async def test_an_error_that_speaks_of_closing_is_the_requests(
+    model: Path, shared: Shared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As gRPC does, of a channel."""
+
+    def check(*_: object) -> None:
+        raise errors.InvalidArgument("guide", "a bracket is not closed")
+
+    monkeypatch.setattr(validate, "check", check)
+    async with cluster(model) as it, shared(it.address) as client:
+        with pytest.raises(InvalidArgument, match="guide: a bracket is not closed"):
+            await streamed(client)
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 5, 20])
@@ -244,10 +299,10 @@ async def test_a_cancel_at_any_moment(model: Path, steps: int) -> None:
             assert await call.code() is Code.OK
 
 
-async def test_who_leaves_the_loop_cancels_one_request(model: Path) -> None:
+async def test_who_leaves_the_loop_cancels_one_request(model: Path, shared: Shared) -> None:
     async with (
         cluster(model, decodes=[Script(step_seconds=0.01)]) as it,
-        AsyncClient(it.address, share_call=True) as client,
+        shared(it.address) as client,
     ):
         others = [asyncio.ensure_future(streamed(client, max_tokens=30)) for _ in range(3)]
         async for piece in client.stream(PROMPT, max_tokens=1000):
@@ -281,10 +336,10 @@ async def test_a_cancel_before_its_prompt_is_tokenized(model: Path, monkeypatch:
         assert await call.code() is Code.OK
 
 
-async def test_a_deadline_is_the_requests_own(model: Path) -> None:
+async def test_a_deadline_is_the_requests_own(model: Path, shared: Shared) -> None:
     async with (
         cluster(model, decodes=[Script(step_seconds=0.02)]) as it,
-        AsyncClient(it.address, share_call=True) as client,
+        shared(it.address) as client,
     ):
         other = asyncio.ensure_future(streamed(client, max_tokens=30))
         with pytest.raises(DeadlineExceeded, match=r"the call did not end within its timeout of 0\.2 s"):
@@ -310,8 +365,8 @@ async def test_the_router_keeps_to_the_deadline_by_itself(model: Path) -> None:
         call.cancel()
 
 
-async def test_a_client_notices_a_deadline_that_its_router_does_not(model: Path) -> None:
-    async with cluster(model, decodes=[Script(silent=True)]) as it, AsyncClient(it.address, share_call=True) as client:
+async def test_a_client_notices_a_deadline_that_its_router_does_not(model: Path, shared: Shared) -> None:
+    async with cluster(model, decodes=[Script(silent=True)]) as it, shared(it.address) as client:
         stuck = it.router.service._generator.begin
         it.router.service._generator.begin = None  # type: ignore[method-assign, assignment]
         with pytest.raises(TwostrokeError, match="a fault of the router; its log says more"):
@@ -322,9 +377,9 @@ async def test_a_client_notices_a_deadline_that_its_router_does_not(model: Path)
 
 
 async def test_where_no_more_calls_are_taken_each_request_has_one_of_its_own(
-    model: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, shared: Shared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with cluster(model) as it, AsyncClient(it.address, share_call=True) as client:
+    async with cluster(model) as it, shared(it.address) as client:
         monkeypatch.setattr(service, "MOST_OPEN_OF_A_HOST", 0)
         assert await asyncio.gather(*(streamed(client, max_tokens=6) for _ in range(5))) == [expected(6)] * 5
         assert await streamed(client, max_tokens=6) == expected(6)
@@ -335,8 +390,8 @@ async def test_where_no_more_calls_are_taken_each_request_has_one_of_its_own(
         assert calls_of(it, "GenerateMany.Begin") == 1
 
 
-async def test_a_large_request_has_a_call_of_its_own(model: Path) -> None:
-    async with cluster(model) as it, AsyncClient(it.address, share_call=True) as client:
+async def test_a_large_request_has_a_call_of_its_own(model: Path, shared: Shared) -> None:
+    async with cluster(model) as it, shared(it.address) as client:
         with pytest.raises(InvalidArgument):  # it does not fit the model
             await streamed(client, tuple([40] * MOST_BYTES))
         assert calls_of(it, "GenerateStream", "INVALID_ARGUMENT") == 1
@@ -358,12 +413,14 @@ async def test_a_fault_before_it_begins(model: Path, monkeypatch: pytest.MonkeyP
         assert not any(call._served for call in it.router.service._many)
 
 
-async def test_a_timeout_is_not_counted_as_a_cancel(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_timeout_is_not_counted_as_a_cancel(
+    model: Path, shared: Shared, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Though the client's clock is ahead, and its cancel arrives before the router's deadline."""
     monkeypatch.setattr(accounting, "DEADLINE_TOLERANCE", 1.0)
     async with (
         cluster(model, decodes=[Script(step_seconds=0.02)]) as it,
-        AsyncClient(it.address, share_call=True) as client,
+        shared(it.address) as client,
     ):
         passed = (streamed(client, max_tokens=1000, timeout=0.2 + 0.003 * number) for number in range(20))
         results = await asyncio.gather(*passed, return_exceptions=True)
@@ -406,9 +463,9 @@ async def test_what_is_no_message_ends_the_call(model: Path) -> None:
         await eventually(it.nothing_held)
 
 
-async def test_a_client_that_is_gone_takes_its_requests_along(model: Path) -> None:
+async def test_a_client_that_is_gone_takes_its_requests_along(model: Path, shared: Shared) -> None:
     async with cluster(model, decodes=[Script(step_seconds=0.01)]) as it:
-        client = AsyncClient(it.address, share_call=True)
+        client = shared(it.address)
         answers = [asyncio.ensure_future(streamed(client, max_tokens=1000)) for _ in range(5)]
         await eventually(lambda: len(it.decodes[0].running) == 5)
         await client.close()
@@ -419,10 +476,35 @@ async def test_a_client_that_is_gone_takes_its_requests_along(model: Path) -> No
         await eventually(lambda: not it.router.service._many)
 
 
-async def test_a_router_that_stops_waits_for_what_runs_and_not_for_the_call(model: Path) -> None:
+async def test_a_client_that_is_closed_takes_nothing_more(model: Path, shared: Shared) -> None:
+    async with cluster(model) as it, shared(it.address) as client:
+        assert await streamed(client, max_tokens=5) == expected(5)
+        await client.close()
+        with pytest.raises(TwostrokeError, match=r"the client (is closed; further calls need a new one|was closed)"):
+            await streamed(client)
+
+
+async def test_a_client_that_is_forgotten_leaves_no_thread(model: Path) -> None:
+    def forgotten(address: str) -> list[int]:
+        client = Client(address, share_call=True)
+        pieces = list(client.stream(PROMPT, max_tokens=5))
+        assert call_threads()
+        return [token for piece in pieces for token in piece.token_ids]
+
+    def call_threads() -> list[threading.Thread]:
+        return [thread for thread in threading.enumerate() if thread.name == "twostroke-shared-call"]
+
+    async with cluster(model) as it:
+        assert await asyncio.to_thread(forgotten, it.address) == expected(5)
+        gc.collect()
+        await eventually(lambda: not call_threads())
+        await eventually(lambda: not it.router.service._many)
+
+
+async def test_a_router_that_stops_waits_for_what_runs_and_not_for_the_call(model: Path, shared: Shared) -> None:
     async with (
         cluster(model, decodes=[Script(step_seconds=0.01)]) as it,
-        AsyncClient(it.address, share_call=True) as client,
+        shared(it.address) as client,
     ):
         answer = asyncio.ensure_future(streamed(client, max_tokens=40))
         await eventually(lambda: len(it.decodes[0].running) == 1)
@@ -433,10 +515,10 @@ async def test_a_router_that_stops_waits_for_what_runs_and_not_for_the_call(mode
             await streamed(client)
 
 
-async def test_a_router_that_stops_does_not_wait_for_who_goes_on_asking(model: Path) -> None:
+async def test_a_router_that_stops_does_not_wait_for_who_goes_on_asking(model: Path, shared: Shared) -> None:
     async with (
         cluster(model, decodes=[Script(step_seconds=0.005)]) as it,
-        AsyncClient(it.address, share_call=True) as client,
+        shared(it.address) as client,
     ):
         over = False
 
@@ -469,8 +551,8 @@ async def test_what_outlasts_the_drain_is_unavailable(model: Path) -> None:
             await stopping
 
 
-async def test_the_client_calls_again_after_its_call_has_ended(model: Path) -> None:
-    async with cluster(model) as it, AsyncClient(it.address, share_call=True) as client:
+async def test_the_client_calls_again_after_its_call_has_ended(model: Path, shared: Shared) -> None:
+    async with cluster(model) as it, shared(it.address) as client:
         assert await streamed(client) == expected(len(await streamed(client)))
         for call in it.router.service._many:
             call.drain()
@@ -479,11 +561,11 @@ async def test_the_client_calls_again_after_its_call_has_ended(model: Path) -> N
 
 
 @asynccontextmanager
-async def drained(model: Path) -> AsyncIterator[tuple[Cluster, AsyncClient]]:
+async def drained(model: Path, shared: Shared) -> AsyncIterator[tuple[Cluster, AsyncClient | Threads]]:
     """A call that has just been told to end, while an answer is still under way in it, which gets to its end."""
     async with (
         cluster(model, decodes=[Script(step_seconds=0.01)]) as it,
-        AsyncClient(it.address, share_call=True) as client,
+        shared(it.address) as client,
     ):
         running = asyncio.ensure_future(streamed(client, max_tokens=100))
         await eventually(lambda: len(it.decodes[0].running) == 1)
@@ -494,15 +576,15 @@ async def drained(model: Path) -> AsyncIterator[tuple[Cluster, AsyncClient]]:
         await eventually(lambda: call not in it.router.service._many)
 
 
-async def test_a_call_that_is_about_to_end_takes_nothing_more(model: Path) -> None:
-    async with drained(model) as (it, client):
+async def test_a_call_that_is_about_to_end_takes_nothing_more(model: Path, shared: Shared) -> None:
+    async with drained(model, shared) as (it, client):
         await asyncio.sleep(0.1)
         assert await streamed(client, max_tokens=5) == expected(5)
         assert len(it.router.service._many) == 2
 
 
-async def test_what_crosses_the_news_of_a_drain_has_a_call_of_its_own(model: Path) -> None:
-    async with drained(model) as (it, client):
+async def test_what_crosses_the_news_of_a_drain_has_a_call_of_its_own(model: Path, shared: Shared) -> None:
+    async with drained(model, shared) as (it, client):
         assert await streamed(client, max_tokens=5) == expected(5)
         assert calls_of(it, "GenerateMany.Begin", "UNAVAILABLE") == 1
         assert calls_of(it, "GenerateStream") == 1

@@ -3,8 +3,9 @@ streams are calls of their own, or share one.
 
 Fake workers use the time (in tenths of a millisecond, modulo) as token ids, so that every token tells its age. "Router"
 ages are taken in the router, once gRPC has accepted the token's message; "client" ages are taken where the client
-receives it, and include Python on both sides. The router's "own" share is from when gRPC gave it the worker's message
-to when it gave gRPC the client's. In the "bare" runs there is no router and no worker, but a gRPC server that writes
+receives it, and include Python on both sides. A router has a token "in hand" from when gRPC gave it the worker's
+message to when it gave gRPC the client's. For how long a message waits to be read, and what gRPC takes to parse and to
+send it, is in the "router" ages alone. In the "bare" runs there is no router and no worker, but a gRPC server that writes
 ready-made chunks to the same clients at the same pace: that is gRPC's share.
 
     python -m benchmarks.router --json router.json
@@ -70,8 +71,8 @@ class Figures:
     offered: float  # tokens/s that the fake workers make
     delivered: float  # tokens/s that reached the clients
     messages: float  # messages/s that carried them
-    own_p50_ms: float  # nan where there is no router
-    own_p99_ms: float
+    in_hand_p50_ms: float | None  # None: there is no router
+    in_hand_p99_ms: float | None
     router_p50_ms: float
     router_p99_ms: float
     client_p50_ms: float
@@ -228,7 +229,7 @@ class _Timed:
 def _ages(written: list[Written], read: list[Read]) -> tuple["array[float]", "array[float]"]:
     """Of each token, in ms: for how long the router had it, and its age when gRPC accepted its message. Where workers
     made tokens in the same tenth of a millisecond, the first that was read counts for all."""
-    own, ages = array("d"), array("d")
+    in_hand, ages = array("d"), array("d")
     read_at: dict[int, float] = {}
     reads = iter(read)
     following = next(reads, None)
@@ -242,8 +243,8 @@ def _ages(written: list[Written], read: list[Read]) -> tuple["array[float]", "ar
         for token in _tokens(message):
             ages.append(age_ms(token, tick_of(accepted)))
             if token in read_at:  # the prefill worker's are not
-                own.append(1000 * (given - read_at[token]))
-    return own, ages
+                in_hand.append(1000 * (given - read_at[token]))
+    return in_hand, ages
 
 
 def _tokens(message: Any) -> Iterator[int]:
@@ -402,17 +403,18 @@ def _measure(
     client_pipe.send(server_pipe.recv())
     arrivals, client_cpu = client_pipe.recv()
     server_pipe.send("stop")
-    own, server_ages, server_cpu = server_pipe.recv()
+    in_hand, server_ages, server_cpu = server_pipe.recv()
     server.join()
     client.join()
     times, in_messages = _steady(arrivals.times), _steady(arrivals.tokens)
     elapsed = times[-1] - times[0]
+    known: tuple[float | None, float | None] = _p50_p99(_steady(in_hand)) if in_hand else (None, None)
     return Figures(
         name,
         tokens_per_second,
         sum(in_messages) / elapsed,
         len(in_messages) / elapsed,
-        *(_p50_p99(_steady(own)) if own else (math.nan, math.nan)),
+        *known,
         *_p50_p99(_steady(server_ages)),
         *_p50_p99(_steady(arrivals.ages)),
         1e6 * server_cpu / len(arrivals.times),
@@ -428,6 +430,12 @@ def _steady(values: "array[Number]") -> "array[Number]":
 def _p50_p99(values: Sequence[float]) -> tuple[float, float]:
     hundredths = statistics.quantiles(values, n=100)
     return hundredths[49], hundredths[98]
+
+
+def _in_hand(figures: Figures) -> str:
+    if figures.in_hand_p50_ms is None or figures.in_hand_p99_ms is None:
+        return "–"
+    return f"{figures.in_hand_p50_ms:.1f}, {figures.in_hand_p99_ms:.1f}"
 
 
 # ---------------------------------------------------------------- the inner loops
@@ -497,7 +505,7 @@ def main(
         "offered/s",
         "delivered/s",
         "messages/s",
-        "own p50, p99 ms",
+        "in hand p50, p99 ms",
         "router p50, p99 ms",
         "client p50, p99 ms",
         "CPU µs a token",
@@ -508,7 +516,7 @@ def main(
             f"{figures.offered:,.0f}",
             f"{figures.delivered:,.0f}",
             f"{figures.messages:,.0f}",
-            f"{figures.own_p50_ms:.1f}, {figures.own_p99_ms:.1f}",
+            _in_hand(figures),
             f"{figures.router_p50_ms:.1f}, {figures.router_p99_ms:.1f}",
             f"{figures.client_p50_ms:.1f}, {figures.client_p99_ms:.1f}",
             f"{figures.router_cpu_us:.0f} + {figures.client_cpu_us:.0f}",

@@ -44,7 +44,7 @@ class Generation:
         choices: each is posted to the mailbox it was made with, when there is news of it.
         prompt: the first chunk.
         plain: there is one choice, whose deltas are text, and token ids if the caller wants these, alone.
-        want_token_ids: whether the caller gets them.
+        want_token_ids: the caller gets token ids beside the text.
         over: nothing comes any more.
         failure: what it ends with instead of its finishes. What came before it is given all the same.
     """

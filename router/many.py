@@ -19,7 +19,7 @@ from router.dispatch.request import Request
 from router.errors import CallError, Exhausted, InvalidArgument
 from router.generation import Generation, Generator
 from router.mailbox import Mailbox
-from router.many_message import MOST_BYTES, Event, Message
+from router.many_message import MESSAGE_BYTES, Event, Message
 from router.metrics import Metrics
 from twostroke.v1 import inference_pb2 as pb
 
@@ -49,6 +49,7 @@ class _Served:
         in_columns: its deltas go into the message's columns.
     """
 
+    # Weak references let a test see that none is left.
     __slots__ = ("__weakref__", "done", "ended", "events", "generation", "in_columns", "left", "number")
 
     def __init__(self, number: int) -> None:
@@ -204,17 +205,17 @@ class Many:
         while self._failure is None and (self._served or not self._closed):
             message = Message()
             for item in await self._mailbox.take():
-                choice, served = (item, self._of.get(item)) if isinstance(item, Request) else (None, item)
+                served = self._of.get(item) if isinstance(item, Request) else item
                 if served is None:
                     continue
                 if served.events:
                     message.say(served.number, served.events)
                     served.events.clear()
-                if choice is not None:
-                    self._advance(served, choice, message)
+                if isinstance(item, Request):
+                    self._advance(served, item, message)
                 elif served.ended:
                     self._leave(served)
-                if message.size >= MOST_BYTES:
+                if message.size >= MESSAGE_BYTES:
                     told_of_drain = self._draining
                     await write(message.finished(told_of_drain))
                     message = Message()

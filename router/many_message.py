@@ -6,10 +6,10 @@ from itertools import chain
 from twostroke.v1 import inference_pb2 as pb
 
 # After so many bytes other calls get their turn. gRPC's clients refuse messages of over 4 MiB, and one event has at
-# most `answer.MOST_TOKENS`. For the time that they take, an event and a delta count as so many bytes at least: there
-# are 64 of the ones, or 256 of the others, in a message.
-MOST_BYTES = 64 << 10
-EVENT_BYTES, DELTA_BYTES = MOST_BYTES // 64, MOST_BYTES // 256
+# most `answer.MOST_TOKENS`. For the time that they take, an event and a delta count as so many bytes at least: a
+# message has at most 64 of the ones, or 256 of the others.
+MESSAGE_BYTES = 64 << 10
+EVENT_BYTES, DELTA_BYTES = MESSAGE_BYTES // 64, MESSAGE_BYTES // 256
 
 Event = pb.GenerateManyResponse.Event
 
@@ -18,8 +18,8 @@ class Message:
     """Events of requests, and their deltas in columns.
 
     Attributes:
-        size: at `MOST_BYTES` it is to be sent.
-        with_events: the requests that have events in it. Before these no delta can be added.
+        size: at `MESSAGE_BYTES` it is to be sent.
+        with_events: the requests that have events in it. A delta that were added now would come before these.
     """
 
     __slots__ = ("_deltas", "_events", "_response", "size", "with_events")
@@ -54,8 +54,12 @@ class Message:
         self.size += max(EVENT_BYTES, event.ByteSize())
 
     def add_delta(self, number: int, text: str, token_ids: Sequence[int]) -> None:
+        """
+        Raises:
+            UnicodeEncodeError: protobuf would refuse the text, and with it the whole message.
+        """
+        size = (len(text) if text.isascii() else len(text.encode())) + 5 * len(token_ids)  # 5: the most that one takes
         self._deltas.append((number, text, token_ids))
-        size = 4 * len(text) + 5 * len(token_ids)  # no character, and no token id, takes more bytes
         self.size += size if size > DELTA_BYTES else DELTA_BYTES
 
     def finished(self, draining: bool) -> pb.GenerateManyResponse:

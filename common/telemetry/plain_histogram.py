@@ -11,8 +11,8 @@ from prometheus_client.utils import floatToGoString
 
 
 class PlainHistogram(Collector):
-    """Without labels, exemplars and locks: `observe` is for one thread, and takes a fifth of the time that
-    prometheus_client's own takes, which would be a third of what a token takes the router. Any thread may collect.
+    """Without labels, exemplars, locks and the time of its creation. `observe` is for one thread, and takes a fifth of
+    the time of prometheus_client's own, which took a third of what a token takes the router. Any thread may collect.
     """
 
     def __init__(self, name: str, documentation: str, buckets: Sequence[float], registry: CollectorRegistry) -> None:
@@ -26,6 +26,10 @@ class PlainHistogram(Collector):
     def observe(self, value: float) -> None:
         self._counts[bisect_left(self._bounds, value)] += 1
         self._sum += value
+
+    def describe(self) -> Iterator[HistogramMetricFamily]:
+        """Without samples: the registry asks for the name."""
+        yield HistogramMetricFamily(self._name, self._documentation)
 
     def collect(self) -> Iterator[HistogramMetricFamily]:
         names = [*map(floatToGoString, self._bounds), "+Inf"]

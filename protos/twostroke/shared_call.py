@@ -64,7 +64,7 @@ class Progress:
     def __init__(self, timeout: float | None) -> None:
         self.ended = False
         self._timeout = timeout
-        self._begun = False
+        self._begun = False  # the first that is told of a request is an event
 
     def piece(self, item: Item, *, closed: bool) -> Piece | None:
         """The piece that this is; None: the answer is complete.
@@ -79,7 +79,6 @@ class Progress:
         if isinstance(item, Exception):
             raise item
         if isinstance(item, Piece):
-            self._begun = True
             return item
         if not item.HasField("end"):
             self._begun = True

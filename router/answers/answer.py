@@ -19,8 +19,8 @@ MOST_TOKENS = 256
 
 
 News: TypeAlias = tuple[str, Sequence[int], pb.Finish | None]
-"""What came of an answer: text, `MOST_TOKENS` at most, which the text may lag behind, and how it ended if it did.
-A plain tuple, since there is one for every token."""
+"""What came of an answer: text; tokens, at most `MOST_TOKENS`, which the text may lag behind; and how it ended, if it
+did. A plain tuple, since there is one for every token."""
 
 
 class Answer:

@@ -77,7 +77,7 @@ class Request:
     taken: int = 0  # tokens of the output that were put into messages to the client
     complete: bool = False  # the last token was a stop token, or the last that `max_length` allows
     most_tokens: int = field(init=False)  # of output, for which `max_length` has room
-    stop_token_ids: frozenset[int] = field(init=False)
+    stop_token_ids: frozenset[int] = field(init=False)  # the prompt's, nearer to `add`
     wants_logprobs: bool = field(init=False)
     logprobs: list[bytes] = field(default_factory=list)  # of the tokens not yet taken, if the client asked for them
     kind: Kind | None = None  # that `block_hashes` are for

@@ -3,7 +3,9 @@
 import math
 import random
 
+import pytest
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
+from prometheus_client.registry import Collector
 
 from common.telemetry.plain_histogram import PlainHistogram
 
@@ -20,8 +22,12 @@ def test_it_tells_what_the_librarys_own_tells() -> None:
         plain.observe(value)
         library.observe(value)
     assert told(ours) == told(its)
+    names = ["gap_seconds_bucket", "gap_seconds_sum"]
+    assert told(ours.restricted_registry(names)) == told(its.restricted_registry(names)) != []
+    with pytest.raises(ValueError, match="Duplicated"):
+        Histogram("gap_seconds", "Gaps", registry=ours)
 
 
-def told(registry: CollectorRegistry) -> list[str]:
+def told(registry: Collector) -> list[str]:
     lines = generate_latest(registry).decode().splitlines()
-    return [line for line in lines if "_created" not in line]
+    return [line for line in lines if "_created" not in line]  # which ours does not tell

@@ -5,7 +5,7 @@ import gc
 import math
 import threading
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from functools import partial
@@ -27,6 +27,7 @@ from router.dispatch.dispatcher import STOPPED
 from router.dispatch.request import Request
 from router.generation import Generation
 from router.mailbox import Mailbox
+from router.many_message import DELTA_BYTES, Message
 from router.validate import MAX_SEED
 from tests.router.cluster import PROMPT, Cluster, cluster, eventually, expected, request
 from tests.router.fake_worker import DECODE, FakeWorker, Script
@@ -135,11 +136,20 @@ async def streamed(client: AsyncClient | Threads, prompt: tuple[int, ...] = PROM
 # ------------------------------------------------------------ answers
 
 
-async def test_a_hundred_streams_share_a_call(model: Path, shared: Shared) -> None:
+async def test_a_hundred_streams_share_a_call(model: Path, shared: Shared, monkeypatch: pytest.MonkeyPatch) -> None:
+    add, in_columns = Message.add_delta, 0
+
+    def counted(message: Message, number: int, text: str, token_ids: Sequence[int]) -> None:
+        nonlocal in_columns
+        in_columns += len(token_ids)
+        add(message, number, text, token_ids)
+
+    monkeypatch.setattr(Message, "add_delta", counted)
     prompts = [(*PROMPT, *range(40, 40 + length)) for length in range(100)]
     async with cluster(model, decodes=[Script(), Script()]) as it, shared(it.address) as client:
         answers = await asyncio.gather(*(streamed(client, prompt, max_tokens=30) for prompt in prompts))
         assert answers == [expected(30, prompt) for prompt in prompts]
+        assert in_columns > 100 * 30 / 2
         assert calls_of(it, "GenerateMany.Begin") == 100
         assert calls_of(it, "GenerateStream") == 0
         assert len(it.router.service._many) == 1
@@ -238,20 +248,24 @@ async def test_a_wrong_request_ends_alone(model: Path, shared: Shared) -> None:
         assert calls_of(it, "GenerateMany.Begin", "INVALID_ARGUMENT") == 1
 
 
-@pytest.mark.parametrize("where", ["take", "write"])
+@pytest.mark.parametrize("where", ["take", "write", "text"])
 async def test_a_bug_that_one_request_meets_ends_that_one(
     model: Path, shared: Shared, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    works = getattr(Generation, where)
+    method = "write" if where == "write" else "take"
+    works = getattr(Generation, method)
 
     def broken(generation: Generation, choice: Request, *what: Any) -> Any:
         if choice.id == "meets it" and len(choice.output) > 3:
+            if where == "text":
+                return "\ud800", [40], None  # which cannot be sent
             if where == "write":
                 what[1].delta.text = "half"
             raise RuntimeError("a bug")
         return works(generation, choice, *what)
 
-    monkeypatch.setattr(Generation, where, broken)
+    monkeypatch.setattr(Generation, method, broken)
+    options: Any = {"logprobs": 0} if where == "write" else {}  # which are in no column
     async with (
         cluster(model, decodes=[Script(step_seconds=0.01)]) as it,
         shared(it.address) as client,
@@ -260,7 +274,7 @@ async def test_a_bug_that_one_request_meets_ends_that_one(
         texts: list[str] = []
 
         async def listen() -> None:
-            async for piece in client.stream(PROMPT, max_tokens=30, request_id="meets it", logprobs=0):
+            async for piece in client.stream(PROMPT, max_tokens=30, request_id="meets it", **options):
                 texts.append(piece.text)
 
         with pytest.raises(TwostrokeError, match="a fault of the router; its log says more"):
@@ -648,7 +662,7 @@ async def test_nothing_is_left_for_the_garbage_collector(model: Path, monkeypatc
 
 
 async def test_messages_have_so_many_bytes(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(many, "MOST_BYTES", 20_000)
+    monkeypatch.setattr(many, "MESSAGE_BYTES", 2_000)
     async with cluster(model) as it:
         asked = [begin(number, max_tokens=300, response=pb.ResponseOptions(logprobs=2)) for number in range(20)]
         call = it.stub.GenerateMany(iter(asked))
@@ -657,9 +671,20 @@ async def test_messages_have_so_many_bytes(model: Path, monkeypatch: pytest.Monk
         tokens = 0
         async for response in call:
             sizes = [event.ByteSize() for event in response.events]
-            assert sum(sizes) < 20_000 + 2 * max(sizes)
+            assert sum(sizes) < 2_000 + 2 * max(sizes)
             tokens += sum(len(event.chunk.delta.logprobs) for event in response.events)
         assert tokens == 20 * 300
+
+
+async def test_messages_have_so_many_deltas(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(many, "MESSAGE_BYTES", 4 * DELTA_BYTES)
+    async with cluster(model) as it:
+        call = it.stub.GenerateMany(iter([begin(number, max_tokens=50, reads_deltas=True) for number in range(20)]))
+        responses = [response async for response in call]
+        assert max(len(response.deltas.ids) for response in responses) == 4
+        told = [event for response in responses for event in (*in_columns(response.deltas), *response.events)]
+        for number in range(20):
+            assert tokens_of([event for event in told if event.id == number]) == expected(50)
 
 
 async def test_a_call_has_so_many_requests_at_once(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from router.many_message import DELTA_BYTES, EVENT_BYTES, MOST_BYTES, Message
+from router.many_message import DELTA_BYTES, EVENT_BYTES, MESSAGE_BYTES, Message
 from twostroke.v1 import inference_pb2 as pb
 
 Event = pb.GenerateManyResponse.Event
@@ -42,20 +42,20 @@ def test_nothing_is_left_of_what_fails_to_be_written() -> None:
 def test_other_calls_get_their_turn_after_so_many() -> None:
     end = [Event(id=1, end=pb.GenerateManyResponse.End())]
     for add, most in (
-        (lambda message: message.add_delta(1, "word", [1]), MOST_BYTES // DELTA_BYTES),
-        (lambda message: message.say(1, end), MOST_BYTES // EVENT_BYTES),
-        (lambda message: message.add_chunk(1, lambda _: None), MOST_BYTES // EVENT_BYTES),
+        (lambda message: message.add_delta(1, "word", [1]), MESSAGE_BYTES // DELTA_BYTES),
+        (lambda message: message.say(1, end), MESSAGE_BYTES // EVENT_BYTES),
+        (lambda message: message.add_chunk(1, lambda _: None), MESSAGE_BYTES // EVENT_BYTES),
     ):
         message = Message()
         for count in range(most):
-            assert message.size < MOST_BYTES, count
+            assert message.size < MESSAGE_BYTES, count
             add(message)
-        assert message.size >= MOST_BYTES
+        assert message.size >= MESSAGE_BYTES
 
 
 @pytest.mark.parametrize("text", ["a", "\U0001f600"])
 def test_a_message_is_as_large_as_it_says_at_most(text: str) -> None:
     message = Message()
-    while message.size < MOST_BYTES:
+    while message.size < MESSAGE_BYTES:
         message.add_delta((1 << 63) + 1, text * 500, [(1 << 32) - 1] * 100)
     assert len(message.finished(draining=False).SerializeToString()) < 1.2 * message.size

@@ -22,7 +22,7 @@ from tests.router.answering import (
     answering,
 )
 from tests.router.cluster import cluster, request
-from twostroke import Message, ToolCall
+from twostroke import AsyncClient, Message, ToolCall
 from twostroke.v1 import inference_pb2 as pb
 
 CALLED = '{"name": "weather", "arguments": {"place": "Zürich", "day": 1.0}}'
@@ -111,6 +111,18 @@ async def test_a_stream_has_the_same_parts(tmp_path: Path) -> None:
             assert [piece.finish.reason for piece in own if piece.finish] == ["eos"]
         first, second = (choice.tool_calls[0].id for choice in whole.choices)
         assert first != second
+
+
+async def test_a_shared_call_has_the_same_parts(tmp_path: Path) -> None:
+    answer = f"<think>\nHm.\n</think>\n\nI look.\n<tool_call>\n{CALLED}\n</tool_call>"
+    async with (
+        answering(tmp_path, LIKE_QWEN, answer, tools=[WEATHER]) as (it, _),
+        AsyncClient(it.address, share_call=True) as client,
+    ):
+        pieces = [piece async for piece in client.stream_chat([QUESTION], tools=[WEATHER], max_tokens=400)]
+        assert "".join(piece.text for piece in pieces) == "I look."
+        assert "".join(piece.reasoning_content for piece in pieces) == "Hm."
+        assert [call.arguments for piece in pieces for call in piece.tool_calls] == [ARGUMENTS]
 
 
 async def test_an_answer_that_is_not_parsed_is_text(tmp_path: Path) -> None:

@@ -5,8 +5,8 @@ Fake workers use the time (in tenths of a millisecond, modulo) as token ids, so 
 ages are taken in the router, once gRPC has accepted the token's message; "client" ages are taken where the client
 receives it, and include Python on both sides. A router has a token "in hand" from when gRPC gave it the worker's
 message to when it gave gRPC the client's. For how long a message waits to be read, and what gRPC takes to parse and to
-send it, is in the "router" ages alone. In the "bare" runs there is no router and no worker, but a gRPC server that writes
-ready-made chunks to the same clients at the same pace: that is gRPC's share.
+send it, is in the "router" ages alone. In the "bare" runs there is no router and no worker, but a gRPC server that
+writes ready-made chunks to the same clients at the same pace: that is gRPC's share.
 
     python -m benchmarks.router --json router.json
 """

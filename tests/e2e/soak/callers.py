@@ -25,7 +25,17 @@ from twostroke import (
 # No request takes so long, whatever was done to the cluster: one that does is lost.
 LOST_SECONDS = 60.0
 
-WAYS = {"unary": 30, "stream": 25, "leave": 8, "shared": 25, "shared leave": 8, "deadline": 12, "wrong": 6}
+WAYS = {
+    "unary": 30,
+    "stream": 20,
+    "leave": 6,
+    "shared": 20,
+    "shared leave": 6,
+    "shared by threads": 20,
+    "shared by threads, leave": 6,
+    "deadline": 12,
+    "wrong": 6,
+}
 
 
 @dataclass
@@ -45,6 +55,7 @@ class Tally:
 class Caller:
     clients: Mapping[str, Client]  # by the router's name among the parts
     shared: Mapping[str, SharedStreams]
+    shared_by_threads: Mapping[str, Client]
     references: Mapping[Question, Answer]
     outages: Outages
     tally: Tally
@@ -61,7 +72,8 @@ class Caller:
         router = self.rng.choice(list(self.clients))
         began = time.monotonic()
         try:
-            outcome, problem = self._outcome(way, self.clients[router], self.shared[router], question)
+            client = self.shared_by_threads[router] if "threads" in way else self.clients[router]
+            outcome, problem = self._outcome(way, client, self.shared[router], question)
         except TwostrokeError as error:
             outcome = error.code.name
             problem = self._judge(way, error, router, began)
@@ -85,12 +97,12 @@ class Caller:
         match way:
             case "unary":
                 return self._compare(question, client.generate(question.prompt, timeout=LOST_SECONDS, **options))
-            case "stream":
+            case "stream" | "shared by threads":
                 pieces = list(client.stream(question.prompt, timeout=LOST_SECONDS, **options))
                 return self._compare_pieces(question, pieces)
             case "shared":
                 return self._compare_pieces(question, shared.pieces(question.prompt, LOST_SECONDS, options))
-            case "leave":
+            case "leave" | "shared by threads, leave":
                 stream = client.stream(question.prompt, timeout=LOST_SECONDS, **options)
                 pieces = list(itertools.islice(stream, self._few()))
                 stream.close()

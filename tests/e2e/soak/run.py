@@ -19,7 +19,7 @@ from tests.e2e.soak.outages import Outages
 from tests.e2e.soak.questions import WRONG, Answer, Question, draw
 from tests.e2e.soak.shared import SharedStreams
 from tests.e2e.tiny import tiny_cluster
-from twostroke import InvalidArgument
+from twostroke import Client, InvalidArgument
 
 QUESTIONS = 30
 CALLERS = 8
@@ -77,7 +77,8 @@ def soak(directory: Path, seconds: float, seed: int, say: Callable[[str], None] 
         references = _ask_in_peace(cluster, questions)
         outages = Outages()
         shared = [stack.enter_context(SharedStreams(target)) for target in cluster.targets]
-        callers = _callers(cluster, shared, references, outages, report.tally, seed)
+        by_threads = [stack.enter_context(Client(target, share_call=True)) for target in cluster.targets]
+        callers = _callers(cluster, shared, by_threads, references, outages, report.tally, seed)
         hands = _hands(cluster, outages, seed)
         began = time.monotonic()
         phases = max(2, round(seconds / LONGEST_PHASE_SECONDS))
@@ -124,15 +125,17 @@ def _ask_in_peace(cluster: Cluster, questions: Sequence[Question]) -> dict[Quest
 def _callers(
     cluster: Cluster,
     shared: Sequence[SharedStreams],
+    by_threads: Sequence[Client],
     references: Mapping[Question, Answer],
     outages: Outages,
     tally: Tally,
     seed: int,
 ) -> list[Caller]:
-    clients = {f"router-{index}": client for index, client in enumerate(cluster.clients)}
-    calls = {f"router-{index}": streams for index, streams in enumerate(shared)}
+    names = [f"router-{index}" for index in range(len(cluster.clients))]
+    clients, in_threads = (dict(zip(names, those, strict=True)) for those in (cluster.clients, by_threads))
+    streams = dict(zip(names, shared, strict=True))
     return [
-        Caller(clients, calls, references, outages, tally, random.Random(f"{seed} caller {serial}"))
+        Caller(clients, streams, in_threads, references, outages, tally, random.Random(f"{seed} caller {serial}"))
         for serial in range(CALLERS)
     ]
 

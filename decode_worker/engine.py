@@ -80,8 +80,7 @@ class Engine:
         self._prefill()
         if due:
             self._step()
-        if self._parts.host_cache is not None:
-            self._parts.host_cache.turn()  # behind the step, which runs meanwhile
+        self._parts.turn_host_cache()  # behind the step, which runs meanwhile
 
     def _pause(self) -> float:
         """Seconds that the loop can wait for messages, having nothing else to do."""
@@ -96,7 +95,9 @@ class Engine:
         return not (self._scheduler.count or self._loop.busy or self._puller.busy or self._own_prompts.busy)
 
     def _receive(self, draining: bool) -> None:
-        for received in self._service.receive(self._pause()):
+        messages = self._service.receive(self._pause())
+        self._parts.turn_host_cache()  # what has been copied counts, though its block may be given away now
+        for received in messages:
             if received.message is None:
                 for orphan in self._scheduler.of_connection(received.connection):
                     self._drop(orphan)

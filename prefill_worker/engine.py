@@ -59,9 +59,9 @@ class Engine:
         """Takes in what has arrived, and computes one batch. `draining`: accepts no new attempts."""
         self._receive(draining)
         self._expire_leases()
+        self._parts.turn_host_cache()  # what has been copied counts, though its block may be given away now
         self._tell(self._loop.turn())
-        if self._parts.host_cache is not None:
-            self._parts.host_cache.turn()
+        self._parts.turn_host_cache()
 
     @property
     def _idle(self) -> bool:

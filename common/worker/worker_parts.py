@@ -86,6 +86,11 @@ class WorkerParts:
     def host_blocks_load(self) -> inference_pb2.Blocks | None:
         return _counts(self.host_cache.slots) if self.host_cache is not None else None
 
+    def turn_host_cache(self) -> None:
+        """See `HostCache.turn`; nothing where no host memory is kept."""
+        if self.host_cache is not None:
+            self.host_cache.turn()
+
     def close(self) -> None:
         try:
             if self.host_cache is not None:

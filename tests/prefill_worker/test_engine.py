@@ -1,11 +1,14 @@
 """What the prefill worker's engine takes, and what it answers where it takes nothing."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from benchmarks.in_process import spec
 from benchmarks.parts import worker_parts
+from common.kv.host_cache import HostCache
 from prefill_worker import engine
 from tests.one_prefill_worker import OnePrefillWorker
 from tests.one_worker import load_tiny
@@ -66,6 +69,36 @@ def test_a_sequence_may_become_longer_than_any_that_this_worker_holds(one: OnePr
     asked.sequence.stop_token_ids.append(7)
     one.send(pb.RouterMessage(prefills=[asked]))
     assert [prefilled.attempt_id for prefilled in one.turn().prefilled] == [1]
+
+
+class AtOnce:
+    """Host memory that copies nothing, in no time."""
+
+    num_blocks = 10
+
+    def save(self, blocks: Sequence[int], slots: Sequence[int]) -> "AtOnce":
+        return self
+
+    def load(self, slots: Sequence[int], blocks: Sequence[int]) -> "AtOnce":
+        raise NotImplementedError
+
+    def done(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        pass
+
+
+def test_what_has_been_copied_counts_though_its_block_is_given_away_next(tmp_path: Path) -> None:
+    parts = worker_parts(load_tiny(tmp_path), 3, BLOCK)  # as many as a prompt takes
+    cache = HostCache(parts.blocks, AtOnce())
+    one = OnePrefillWorker(replace(parts, host_cache=cache), max_batch_tokens=16)
+    for attempt in (1, 2, 3):
+        one.send(pb.RouterMessage(ended=[attempt - 1], prefills=[prefill(attempt)]))
+        assert [prefilled.attempt_id for prefilled in one.turn().prefilled] == [attempt]
+    for attempt in (1, 2):
+        hashes = spec([40 + attempt] * 10, 20, temperature=0, block_size=BLOCK).block_hashes
+        assert [cache.finds(block_hash) for block_hash in hashes] == [True, True]
 
 
 def test_what_is_to_be_computed_counts_until_it_is_complete_or_dropped(one: OnePrefillWorker) -> None:

@@ -68,7 +68,7 @@ class Generation:
         self.failure: CallError | None = None
         self.finishes: list[pb.Finish] = []
         self.want_token_ids = job.want_token_ids
-        self._answers = answers
+        self._answers = tuple(answers)
         self._ended = ended
 
     @property

@@ -56,7 +56,7 @@ class _Served:
         self.number = number
         self.in_columns = False
         self.generation: Generation | None = None
-        self.events: list[Event] = []
+        self.events: tuple[Event, ...] = ()
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.ended = False
         self.left = False  # the task that writes has passed its end
@@ -197,7 +197,7 @@ class Many:
     # ------------------------------------------------------------ to the caller
 
     def _say(self, served: _Served, event: Event) -> None:
-        served.events.append(event)
+        served.events += (event,)
         self._mailbox.post(served)
 
     async def _write(self, write: Callable[[pb.GenerateManyResponse], Awaitable[None]]) -> None:
@@ -210,7 +210,7 @@ class Many:
                     continue
                 if served.events:
                     message.say(served.number, served.events)
-                    served.events.clear()
+                    served.events = ()
                 if isinstance(item, Request):
                     self._advance(served, item, message)
                 elif served.ended:

@@ -8,6 +8,7 @@ from ctypes import c_float
 from dataclasses import dataclass
 
 from common.model.model_config import ModelConfig
+from router.equal_sets import one_of
 from router.errors import InvalidArgument, at_most
 from router.grammars import tool_choice
 from router.prompts import template_input
@@ -86,7 +87,9 @@ def check(request: pb.GenerateRequest, model: ModelConfig) -> Job:
         raise InvalidArgument("chat.tool_choice", "a required tool call cannot go with a guide")
     if guide is not None or must_call:
         _fits_a_guide(request.stopping, "a guide" if guide is not None else "a required tool call")
-    own_stops = frozenset(request.stopping.stop_token_ids)
+    stop_token_ids = frozenset(request.stopping.stop_token_ids)
+    if not request.stopping.ignore_eos:
+        stop_token_ids = stop_token_ids.union(model.eos_token_ids)
     return Job(
         request_id=request.request_id or uuid.uuid4().hex,
         n=n,
@@ -96,7 +99,7 @@ def check(request: pb.GenerateRequest, model: ModelConfig) -> Job:
         max_tokens=max_tokens,
         min_tokens=request.stopping.min_tokens,
         stop=tuple(dict.fromkeys(request.stopping.stop)),
-        stop_token_ids=own_stops if request.stopping.ignore_eos else own_stops.union(model.eos_token_ids),
+        stop_token_ids=one_of(stop_token_ids),
         include_stop=request.stopping.include_stop,
         want_token_ids=request.response.token_ids if request.response.HasField("token_ids") else True,
         logprobs=logprobs,

@@ -8,6 +8,7 @@ from router.answers.answer_parser import AnswerParser
 from router.answers.detokenizer import NO_SIGNS
 from router.answers.stop_strings import StopStrings
 from router.dispatch.request import Request, State
+from router.equal_sets import one_of
 from router.metrics import Metrics
 from router.prompts.tokenizer import Tokenizer
 from router.validate import Job
@@ -70,7 +71,7 @@ class Answer:
             signs=NO_SIGNS if parser is None else tokenizer.answer_format.signs,
         )
         self._stops = StopStrings(job.stop) if job.stop else None
-        self._silent_stops = job.stop_token_ids - self._spoken_stops(tokenizer.token_bytes.special)
+        self._silent_stops = one_of(job.stop_token_ids - self._spoken_stops(tokenizer.token_bytes.special))
         self._last_at: float | None = None
         self.tokens = 0  # of the request's output that were put into the answer
         self.over = False

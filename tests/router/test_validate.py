@@ -120,3 +120,10 @@ def test_what_does_not_fit_is_refused(
         validate.check_length(prompt, checked(stopping=pb.Stopping(**stopping)), MODEL, pool)
     assert refused.value.message.startswith(f"{field}: ")
     assert limit in refused.value.message
+
+
+def test_equal_stop_tokens_of_requests_are_one_object() -> None:
+    asked = [checked(stopping=pb.Stopping(stop_token_ids=[40 + number // 2])) for number in range(4)]
+    assert asked[0].stop_token_ids is asked[1].stop_token_ids
+    assert asked[2].stop_token_ids is asked[3].stop_token_ids
+    assert [max(job.stop_token_ids) for job in asked] == [40, 40, 41, 41]

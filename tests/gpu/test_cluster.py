@@ -1,7 +1,6 @@
 """Whole clusters on GPUs: a process each, KV handed over by CUDA IPC or NIXL, on one shared GPU and on two."""
 
 import asyncio
-import operator
 import random
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -64,17 +63,10 @@ def test_32_prompts_at_once_twice(cluster: Cluster, smollm2: Path) -> None:
         answers = cluster.ask_all(asked, OUTPUT_TOKENS)
         assert_greedy(smollm2, asked, [answer.token_ids for answer in answers], OUTPUT_TOKENS)
         cluster.assert_blocks_home()
-    usages = [answer.finish.usage for answer in answers]
-    for usage in usages:
+    for answer in answers:
+        usage = answer.finish.usage
         assert usage.decode_cached_tokens == usage.prompt_tokens // 16 * 16
-    cached = [usage.prefill_cached_tokens for usage in usages]
-    most = [(usage.prompt_tokens - 1) // 16 * 16 for usage in usages]
-    if cluster.workers("prefill")[0].host_blocks.total:
-        # What the pool needed for something else before it had been copied is lost, with all that continues it.
-        assert all(map(operator.le, cached, most))
-        assert sum(cached) > 0.7 * sum(most)
-    else:
-        assert cached == most
+        assert usage.prefill_cached_tokens == (usage.prompt_tokens - 1) // 16 * 16
 
 
 def test_cancels_at_random_moments(cluster: Cluster, smollm2: Path) -> None:

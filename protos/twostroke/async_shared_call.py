@@ -14,7 +14,7 @@ import grpc
 from twostroke import shared_call
 from twostroke.errors import closed, error_of, error_with, shut_down
 from twostroke.results import Piece
-from twostroke.shared_call import REFUSALS, Item, Progress, Refused, begin_of, cancel_of, items_of
+from twostroke.shared_call import REFUSALS, Item, Progress, Refused, begin_of, cancel_of, items_of, last_item
 from twostroke.v1 import inference_pb2 as pb
 
 Call: TypeAlias = "grpc.aio.StreamStreamCall[pb.GenerateManyRequest, pb.GenerateManyResponse]"
@@ -124,8 +124,7 @@ class _Lane:
         finally:
             self.closed = self.over = True
             for inbox in self._inboxes.values():
-                # Each is raised on its own.
-                inbox.put_nowait(Refused() if self.refused else type(error)(error.message, error.code))
+                inbox.put_nowait(last_item(error, refused=self.refused))
             self._tasks[0].cancel()
 
 

@@ -51,6 +51,16 @@ def cancel_of(number: int) -> pb.GenerateManyRequest:
     return pb.GenerateManyRequest(id=number, cancel=pb.GenerateManyRequest.Cancel())
 
 
+def last_item(error: TwostrokeError, *, refused: bool) -> Item:
+    """What a call that is over leaves for one of its requests, to be raised on its own.
+
+    Args:
+        error: how the call ended.
+        refused: nothing ever came of it, and requests need calls of their own.
+    """
+    return Refused() if refused else type(error)(error.message, error.code)
+
+
 class Progress:
     """Of one request.
 

@@ -13,7 +13,7 @@ import grpc
 from twostroke import shared_call
 from twostroke.errors import error_of, error_with, shut_down
 from twostroke.results import Piece
-from twostroke.shared_call import REFUSALS, Item, Progress, Refused, begin_of, cancel_of, items_of
+from twostroke.shared_call import REFUSALS, Item, Progress, Refused, begin_of, cancel_of, items_of, last_item
 from twostroke.v1 import inference_pb2 as pb
 
 OpenCall: TypeAlias = "Callable[[Iterator[pb.GenerateManyRequest]], grpc._CallIterator[pb.GenerateManyResponse]]"
@@ -74,7 +74,7 @@ class SyncSharedCall:
 
 
 class _Lane:
-    """One call. Its methods are called with the lock held.
+    """One call. `begin` and `leave` are called with the lock held.
 
     Attributes:
         closed: it takes no more requests.
@@ -119,6 +119,5 @@ class _Lane:
             with self._lock:
                 self.closed = True
                 for inbox in self._inboxes.values():
-                    # Each is raised on its own.
-                    inbox.put(Refused() if self.refused else type(error)(error.message, error.code))
+                    inbox.put(last_item(error, refused=self.refused))
             self._outgoing.put(None)

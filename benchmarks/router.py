@@ -14,18 +14,16 @@ writes ready-made chunks to the same clients at the same pace: that is gRPC's sh
 import asyncio
 import gc
 import json
-import math
 import multiprocessing
 import statistics
 import threading
 import time
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing.connection import Connection
-from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias, TypeVar
 
@@ -34,15 +32,14 @@ import grpc
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.router_delays import RouterDelays, age_ms, tick
 from common import garbage
 from common.model.model_config import ModelConfig, load_config
 from common.model.model_files import EMBEDDED, resolve
 from common.worker.unsent import Unsent
 from router.answers.detokenizer import Detokenizer
 from router.cluster.fan_out import fan_out
-from router.cluster.worker import Worker
 from router.config import RouterConfig
-from router.dispatch.dispatcher import Dispatcher
 from router.dispatch.request import Prompt, Request
 from router.grammars.guides import Guides
 from router.mailbox import Mailbox
@@ -53,13 +50,10 @@ from tests.router.fake_worker import DECODE, PREFILL, FakeWorker, Script
 from twostroke import AsyncClient, Client, Piece, event_loop
 from twostroke.v1 import inference_pb2, inference_pb2_grpc, worker_pb2
 
-FIRST_TOKEN, TICKS, TICKS_PER_SECOND = 1_000, 40_000, 10_000
 PROMPT = tuple(range(500, 532))
 THREADS = 64  # of the client without an event loop
 
 Number = TypeVar("Number", int, float)
-Written: TypeAlias = tuple[float, float, Any]  # when gRPC was given a message, when it accepted it, and the message
-Read: TypeAlias = tuple[float, set[int]]  # when a worker's message had been read, and its tokens
 
 app = cyclopts.App(help=__doc__)
 spawn = multiprocessing.get_context("spawn")
@@ -95,18 +89,6 @@ class Arrivals:
             self.tokens.append(len(piece.token_ids))
             now = tick()
             self.ages.extend(age_ms(token, now) for token in piece.token_ids)
-
-
-def tick(_length: int = 0) -> int:
-    return tick_of(time.monotonic())
-
-
-def tick_of(seconds: float) -> int:
-    return FIRST_TOKEN + int(seconds * TICKS_PER_SECOND) % TICKS
-
-
-def age_ms(token: int, now: int) -> float:
-    return 1000 * ((now - token) % TICKS) / TICKS_PER_SECOND
 
 
 # ---------------------------------------------------------------- the processes
@@ -168,11 +150,7 @@ async def _router(pipe: Connection, directory: Path, addresses: Sequence[str]) -
     model = load_config(directory)
     config = RouterConfig(listen="127.0.0.1:0", prefill=tuple(addresses[:1]), decode=tuple(addresses[1:]))
     service = Router(config, model, Tokenizer(directory, model), Guides(directory, model))
-    written: list[Written] = []
-    read: list[Read] = []
-    _note_reads(service.dispatcher, read)
-    for method in ("GenerateStream", "GenerateMany"):
-        setattr(service.service, method, _timed(getattr(service.service, method), written))
+    delays = RouterDelays(service)
     port = await service.start()
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
         stub = inference_pb2_grpc.InferenceStub(channel)
@@ -186,74 +164,8 @@ async def _router(pipe: Connection, directory: Path, addresses: Sequence[str]) -
     began = time.process_time()
     await asyncio.to_thread(pipe.recv)
     cpu = time.process_time() - began
-    pipe.send((*_ages(written, read), cpu))
+    pipe.send((*delays.ages(), cpu))
     await service.stop(0)
-
-
-def _note_reads(dispatcher: Dispatcher, read: list[Read]) -> None:
-    received = dispatcher.received
-
-    def noted(worker: Worker, message: worker_pb2.WorkerMessage) -> None:
-        if message.tokens.token_ids:
-            read.append((time.monotonic(), set(message.tokens.token_ids)))
-        received(worker, message)
-
-    setattr(dispatcher, "received", noted)  # noqa: B010
-
-
-def _timed(method: Any, written: list[Written]) -> Any:
-    async def timed(request: Any, context: Any) -> None:
-        await method(request, _Timed(context, written))
-
-    return timed
-
-
-class _Timed:
-    """A call's context that notes when gRPC has accepted each message. What is done with that waits for the end: it
-    would take as long as the router itself."""
-
-    def __init__(self, context: Any, written: list[Written]) -> None:
-        self.abort = context.abort
-        self.invocation_metadata = context.invocation_metadata
-        self.peer = context.peer
-        self.time_remaining = context.time_remaining
-        self._write = context.write
-        self._written = written
-
-    async def write(self, message: Any) -> None:
-        given = time.monotonic()
-        await self._write(message)
-        self._written.append((given, time.monotonic(), message))
-
-
-def _ages(written: list[Written], read: list[Read]) -> tuple["array[float]", "array[float]"]:
-    """Of each token, in ms: for how long the router had it, and its age when gRPC accepted its message. Where workers
-    made tokens in the same tenth of a millisecond, the first that was read counts for all."""
-    in_hand, ages = array("d"), array("d")
-    read_at: dict[int, float] = {}
-    reads = iter(read)
-    following = next(reads, None)
-    for given, accepted, message in sorted(written, key=itemgetter(0)):
-        while following is not None and following[0] <= given:
-            at, tokens = following
-            for token in tokens:
-                if at - read_at.get(token, -math.inf) > TICKS / TICKS_PER_SECOND / 2:  # else it is the same tick
-                    read_at[token] = at
-            following = next(reads, None)
-        for token in _tokens(message):
-            ages.append(age_ms(token, tick_of(accepted)))
-            if token in read_at:  # the prefill worker's are not
-                in_hand.append(1000 * (given - read_at[token]))
-    return in_hand, ages
-
-
-def _tokens(message: Any) -> Iterator[int]:
-    if not isinstance(message, inference_pb2.GenerateManyResponse):
-        yield from message.delta.token_ids
-        return
-    yield from message.deltas.token_ids
-    for event in message.events:
-        yield from event.chunk.delta.token_ids
 
 
 def bare(pipe: Connection, groups: int, step_seconds: float) -> None:

@@ -30,6 +30,7 @@ class InProcess:
         max_batch: most sequences in a decode step.
         max_batch_tokens: most tokens in a prefill batch.
         headroom_tokens: output tokens that room is reserved for, for each sequence.
+        drafts: tokens that a decode step may draft behind each.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class InProcess:
         max_batch: int,
         max_batch_tokens: int,
         headroom_tokens: int = 1024,
+        drafts: int = 0,
     ) -> None:
         self._prefill, self._decode = prefill, decode
         self._block_size = prefill.pool.layout.block_size
@@ -47,7 +49,7 @@ class InProcess:
         self.prefill_runner = PrefillRunner(prefill)
         self.prefill_runner.capture(max_batch_tokens)
         self._prompts = PrefillLoop(prefill, self.prefill_runner, max_batch_tokens)
-        self.decode_runner = DecodeRunner(decode, max_batch)
+        self.decode_runner = DecodeRunner(decode, max_batch, drafts)
         self._loop = DecodeLoop(decode, self.decode_runner, max_batch)
         self.preemptions = 0
 

@@ -9,6 +9,7 @@ from cyclopts.types import NonNegativeFloat, NonNegativeInt, Port, PositiveFloat
 
 from common.network.addresses import Listen
 from common.security.security_config import SecurityConfig
+from decode_worker.config import Drafts
 from router.config import Silence
 
 
@@ -68,6 +69,10 @@ class ServeConfig(SecurityConfig):
 
     max_batch: PositiveInt | None = None
     """Most sequences that a decode worker decodes together."""
+
+    draft_tokens: Drafts | None = None
+    """Speculative decoding: tokens that are drafted behind each, as they followed before in the same prompt or answer,
+    and kept if sampling gives them as well."""
 
     prefill_tokens: NonNegativeInt | None = None
     """Prompts with at most this many tokens uncached on the decode worker are prefilled there, without a hand-over."""

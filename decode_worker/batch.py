@@ -13,9 +13,10 @@ from decode_worker.scheduler import Sequence
 # Length of a row without a sequence, which steps leave alone.
 UNUSED = -1
 
-# Columns of the buffer, of one int32 for each row; the seeds take the first two.
-TOKENS, LENGTHS, TEMPERATURE, TOP_P, MIN_P, TOP_K = range(2, 8)
-COLUMNS = 8
+# Columns of the buffer, of one int32 for each row; the seeds take the first two. Block tables follow, and begin at a
+# multiple of 16 bytes with any number of rows.
+TOKENS, LENGTHS, TEMPERATURE, TOP_P, MIN_P, TOP_K, LIMITS = range(2, 9)
+COLUMNS = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +30,9 @@ class BatchState:
     top_p: Tensor  # [R] float32
     min_p: Tensor  # [R] float32
     top_k: Tensor  # [R] int32
+    limits: Tensor  # [R] int32, how many tokens may have KV: there are blocks for them, and the sequence needs it
     block_tables: Tensor  # [R, M] int32
+    history: Tensor  # [R, L] int32: all tokens up to the next one; L is 0 if nothing is drafted
 
     def first(self, rows: int) -> "BatchState":
         """Views of the first rows."""
@@ -41,7 +44,9 @@ class BatchState:
             self.top_p[:rows],
             self.min_p[:rows],
             self.top_k[:rows],
+            self.limits[:rows],
             self.block_tables[:rows],
+            self.history[:rows],
         )
 
 
@@ -51,16 +56,23 @@ class DecodeBatch:
     Args:
         max_rows: most sequences.
         max_blocks: blocks of the longest sequence.
+        block_size: tokens in a block.
+        history: tokens of a sequence that are kept on the device: those of the longest one, or none.
         device: where the batch lies.
     """
 
-    def __init__(self, max_rows: int, max_blocks: int, device: torch.device) -> None:
+    def __init__(
+        self, max_rows: int, max_blocks: int, block_size: int, device: torch.device, *, history: int = 0
+    ) -> None:
         self.sequences: list[Sequence] = []
         self._device = device
         self._max_rows = max_rows
         self._max_blocks = max_blocks
+        self._block_size = block_size
+        self._history = history
         self._tables_at = COLUMNS * max_rows
-        self._buffer = torch.zeros(self._tables_at + max_rows * max_blocks, dtype=torch.int32, device=device)
+        self._history_at = self._tables_at + max_rows * max_blocks
+        self._buffer = torch.zeros(self._history_at + max_rows * history, dtype=torch.int32, device=device)
         columns = self._buffer[: self._tables_at].view(COLUMNS, max_rows)
         self.state = BatchState(
             seeds=self._buffer[: 2 * max_rows].view(torch.int64),
@@ -70,7 +82,9 @@ class DecodeBatch:
             top_p=columns[TOP_P].view(torch.float32),
             min_p=columns[MIN_P].view(torch.float32),
             top_k=columns[TOP_K],
-            block_tables=self._buffer[self._tables_at :].view(max_rows, max_blocks),
+            limits=columns[LIMITS],
+            block_tables=self._buffer[self._tables_at : self._history_at].view(max_rows, max_blocks),
+            history=self._buffer[self._history_at :].view(max_rows, history),
         )
         self.state.lengths.fill_(UNUSED)
         self._row_of: dict[Sequence, int] = {}
@@ -109,7 +123,8 @@ class DecodeBatch:
         ]
         if moved:
             source, target = to_device(np.asarray(moved, dtype=np.int64).T.copy(), self._device)
-            self.state.tokens[target] = self.state.tokens[source]
+            for column in (self.state.tokens, self.state.lengths, self.state.history):
+                column[target] = column[source]
         edits = [self._row_edit(row) for row in self._changed_rows]
         self._changed_rows.clear()
         edits += [self._growth_edit(sequence) for sequence in self.sequences if self._has_grown(sequence)]
@@ -125,14 +140,20 @@ class DecodeBatch:
         """The sequence's new blocks: where in the buffer, and what."""
         known = self._device_blocks[sequence]
         self._device_blocks[sequence] = len(sequence.blocks)
-        start = self._tables_at + self._row_of[sequence] * self._max_blocks
+        row = self._row_of[sequence]
+        start = self._tables_at + row * self._max_blocks
+        where = [LIMITS * self._max_rows + row, *range(start + known, start + len(sequence.blocks))]
         return (
-            np.arange(start + known, start + len(sequence.blocks), dtype=np.int64),
-            np.asarray(sequence.blocks[known:], dtype=np.int32),
+            np.asarray(where, dtype=np.int64),
+            np.asarray([self._limit(sequence), *sequence.blocks[known:]], dtype=np.int32),
         )
 
+    def _limit(self, sequence: Sequence) -> int:
+        return min(len(sequence.blocks) * self._block_size, sequence.spec.max_length - 1)
+
     def _row_edit(self, row: int) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
-        """All of a row, except the token of a sequence that only moved: where in the buffer, and what."""
+        """All of a row, except what steps move on in that of a sequence that was here before: where in the buffer, and
+        what."""
         rows = self._max_rows
         if row >= len(self.sequences):
             return np.asarray([LENGTHS * rows + row], dtype=np.int64), np.asarray([UNUSED], dtype=np.int32)
@@ -140,16 +161,21 @@ class DecodeBatch:
         sampling = sequence.spec.sampling
         seed = np.asarray([sampling.seed], dtype=np.uint64).view(np.int32)
         floats = np.asarray([sampling.temperature, sampling.top_p, sampling.min_p], dtype=np.float32).view(np.int32)
-        columns = [2 * row, 2 * row + 1, *(column * rows + row for column in range(LENGTHS, COLUMNS))]
-        values = [*seed, sequence.kv_len, *floats, sampling.top_k]
-        if sequence not in self._device_row:
-            # The host knows the token of a new row. That of a moved row may not have left the last step yet.
-            columns.append(TOKENS * rows + row)
-            values.append(sequence.tokens[sequence.kv_len])
-        self._device_row[sequence] = row
         table_at = self._tables_at + row * self._max_blocks
+        where: list[NDArray[np.int64]] = [
+            np.asarray([2 * row, 2 * row + 1, *(column * rows + row for column in range(TEMPERATURE, LIMITS + 1))]),
+            np.arange(table_at, table_at + len(sequence.blocks)),
+        ]
+        values = [*seed, *floats, sampling.top_k, self._limit(sequence), *sequence.blocks]
+        if sequence not in self._device_row:
+            # Later the host learns what it says only when a step has been read, and others have been launched.
+            history_at = self._history_at + row * self._history
+            said = sequence.tokens[: self._history]
+            where += (
+                np.asarray([TOKENS * rows + row, LENGTHS * rows + row]),
+                np.arange(history_at, history_at + len(said)),
+            )
+            values += (sequence.tokens[sequence.kv_len], sequence.kv_len, *said)
+        self._device_row[sequence] = row
         self._device_blocks[sequence] = len(sequence.blocks)
-        return (
-            np.concatenate([np.asarray(columns, dtype=np.int64), np.arange(table_at, table_at + len(sequence.blocks))]),
-            np.concatenate([np.asarray(values, dtype=np.int32), np.asarray(sequence.blocks, dtype=np.int32)]),
-        )
+        return np.concatenate(where), np.asarray(values, dtype=np.int32)

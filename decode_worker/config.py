@@ -1,10 +1,15 @@
 """Settings of a decode worker; their docstrings are the help of the command line."""
 
 from dataclasses import dataclass
+from typing import Annotated, TypeAlias
 
+from cyclopts import Parameter
 from cyclopts.types import NonNegativeFloat, NonNegativeInt, PositiveInt
+from cyclopts.validators import Number
 
 from common.worker.config import WorkerConfig
+
+Drafts: TypeAlias = Annotated[int, Parameter(validator=Number(gte=0, lte=15))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,6 +18,10 @@ class DecodeConfig(WorkerConfig):
 
     max_batch: PositiveInt = 64
     """Most sequences in a decode step."""
+
+    draft_tokens: Drafts = 0
+    """Speculative decoding: tokens that are drafted behind each in steps of few sequences, as they followed before in
+    the same prompt or answer, and kept if sampling gives them as well. 0: none."""
 
     prefill_tokens: NonNegativeInt = 0
     """Prompts with at most this many tokens uncached on this worker are prefilled here, without a hand-over. With this

@@ -1,5 +1,6 @@
 """CUDA graphs of the decode step, one for each batch size of a ladder, captured at start."""
 
+from collections.abc import Mapping
 from functools import partial
 
 import torch
@@ -9,6 +10,7 @@ from tqdm import tqdm
 from common.device.gpu_memory import Passes
 from common.device.graph_capture import capture
 from decode_worker.batch import BatchState
+from decode_worker.drafting import most_sequences
 from decode_worker.step import Stepper
 
 
@@ -18,16 +20,22 @@ def ladder(max_batch: int) -> tuple[int, ...]:
     return (*(size for size in sizes if size < max_batch), max_batch)
 
 
-def passes(max_batch: int) -> Passes:
+def passes(max_batch: int, drafts: int = 0) -> Passes:
     """What `DecodeGraphs` for batches of up to `max_batch` will need memory for."""
-    return Passes(max_batch, max_batch, 2 * len(ladder(max_batch)))
+    made = Passes(max_batch, max_batch, 2 * len(ladder(max_batch)))
+    if drafts:
+        most = most_sequences(max_batch, drafts)
+        rows = most * (drafts + 1)
+        made += Passes(rows, rows, len(ladder(most)))
+    return made
 
 
 class DecodeGraphs:
     """The captured step. `plain` is the whole step. `logits` stops before sampling, which then runs eagerly: for
-    batches in which a sequence wants penalties, biases, log-probabilities or a grammar."""
+    batches in which a sequence wants penalties, biases, log-probabilities or a grammar. `drafted` is the whole step
+    with `drafts` behind each token, for batches that may have them."""
 
-    def __init__(self, stepper: Stepper, state: BatchState, max_batch: int) -> None:
+    def __init__(self, stepper: Stepper, state: BatchState, max_batch: int, drafts: int) -> None:
         self._sizes = ladder(max_batch)
         self._state = state
         self._plain: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
@@ -38,16 +46,23 @@ class DecodeGraphs:
             rows = state.first(size)
             for graphs, step in ((self._plain, stepper.plain), (self._logits, stepper.logits)):
                 graphs[size] = capture(partial(step, rows), pool)
+        self._drafted: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        sizes = ladder(most_sequences(max_batch, drafts)) if drafts else ()
+        for size in tqdm(sizes[::-1], desc="capturing CUDA graphs with drafts", unit="graph", disable=not sizes):
+            self._drafted[size] = capture(partial(stepper.drafted, state.first(size), drafts), pool)
 
     def plain(self, rows: int) -> Tensor:
-        graph, tokens = self._plain[self._padded(rows)]
-        graph.replay()
-        return tokens[:rows]
+        return _replayed(self._plain, rows)
 
     def logits(self, rows: int) -> Tensor:
-        graph, logits = self._logits[self._padded(rows)]
-        graph.replay()
-        return logits[:rows]
+        return _replayed(self._logits, rows)
 
-    def _padded(self, rows: int) -> int:
-        return next(size for size in self._sizes if size >= rows)
+    def drafted(self, rows: int) -> Tensor:
+        return _replayed(self._drafted, rows)
+
+
+def _replayed(graphs: Mapping[int, tuple[torch.cuda.CUDAGraph, Tensor]], rows: int) -> Tensor:
+    """The first rows of what the smallest graph gives that holds them."""
+    graph, output = graphs[min(size for size in graphs if size >= rows)]
+    graph.replay()
+    return output[:rows]

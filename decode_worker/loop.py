@@ -16,11 +16,14 @@ from twostroke.v1 import worker_pb2 as pb
 
 @dataclass(frozen=True, slots=True)
 class StepTokens:
-    """What a step gave, in parallel lists. `logprobs` is empty if no sequence asked for any."""
+    """What a step gave, in parallel lists: a sequence is there once for each of its tokens, which may be several if
+    there were drafts. `logprobs` is empty if no sequence asked for any."""
 
     sequences: list[Sequence]
     tokens: list[int]
     logprobs: list[pb.Logprobs]
+    batch: int  # sequences of the step
+    drafts: int  # behind each of its tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +84,11 @@ class DecodeLoop:
         return turn
 
     def _grow(self, turn: Turn) -> None:
-        starved = self.scheduler.grow(self._batch.sequences)
+        starved = self.scheduler.grow(self._batch.sequences, self._runner.drafts)
         if not starved:
             return
-        while self._in_flight:  # a preempted sequence keeps all its tokens; and one that ends here frees its blocks
+        # A preempted sequence keeps all its tokens; and one that ends here frees its blocks, or is none of them.
+        while self._in_flight:
             self._read(self._in_flight.popleft(), turn)
         while starved := self.scheduler.grow([sequence for sequence in starved if sequence in self._batch]):
             victim = self.scheduler.cheapest()
@@ -99,20 +103,22 @@ class DecodeLoop:
             self._pace.begins(time.monotonic(), len(step.sequences))
         for sequence in step.sequences:
             sequence.kv_len += 1
+            sequence.drafts_in_flight += step.drafts
             sequence.steps_in_flight += 1
             if not sequence.wants_step:
                 self._runner.remove(sequence)
         return step
 
     def _read(self, step: Step, turn: Turn) -> None:
-        tokens = step.tokens.get().tolist()
+        tokens_of = step.read()
         self._pace.ended(step.seconds)
         if self._in_flight:
             self._pace.begins(time.monotonic(), len(self._in_flight[0].sequences))
         logprobs = step.logprobs.read() if step.logprobs is not None else {}
-        read = StepTokens([], [], [])
-        for row, (sequence, token) in enumerate(zip(step.sequences, tokens, strict=True)):
+        read = StepTokens([], [], [], len(step.sequences), step.drafts)
+        for row, (sequence, tokens) in enumerate(zip(step.sequences, tokens_of, strict=True)):
             sequence.steps_in_flight -= 1
+            sequence.drafts_in_flight -= step.drafts
             if sequence.state is State.OVER:
                 self.scheduler.release_if_idle(sequence)
                 continue
@@ -120,12 +126,18 @@ class DecodeLoop:
                 self.drop(sequence)
                 turn.failed.append((sequence, step.problems[row]))
                 continue
-            self.scheduler.deliver(sequence, token)
-            read.sequences.append(sequence)
-            read.tokens.append(token)
-            if logprobs:
-                read.logprobs.append(logprobs.get(row, pb.Logprobs()))
-            if sequence.spec.ends_with(token, len(sequence.tokens)):
-                self.drop(sequence)
-                turn.finished.append(sequence)
+            sequence.kv_len += len(tokens) - 1
+            for token in tokens:
+                self.scheduler.deliver(sequence, token)
+                read.sequences.append(sequence)
+                read.tokens.append(token)
+                if logprobs:
+                    read.logprobs.append(logprobs.get(row, pb.Logprobs()))
+                if sequence.spec.ends_with(token, len(sequence.tokens)):
+                    self.drop(sequence)
+                    turn.finished.append(sequence)
+                    break
+            if not sequence.wants_step and sequence in self._batch:  # the launched step ends it, as drafts were kept
+                self._runner.remove(sequence)
+        self._runner.took(step, tokens_of)
         turn.steps.append(read)

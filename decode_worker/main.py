@@ -29,7 +29,7 @@ def main(config: DecodeConfig) -> None:
     known = peers.of_worker(config)
     spans = tracing.start(config.otlp_endpoint, "twostroke-decode-worker")
     prefills = bool(config.prefill_tokens or config.prefill_overflow_tokens)
-    passes = graphs.passes(config.max_batch)
+    passes = graphs.passes(config.max_batch, config.draft_tokens)
     if prefills:
         passes += prompt_graphs.passes(config.prefill_chunk_tokens)
     elif config.host_cache_gib:
@@ -40,7 +40,7 @@ def main(config: DecodeConfig) -> None:
     parts.hello.prefill_overflow_tokens = config.prefill_overflow_tokens
     parts.hello.prefill_overflow_seconds = config.prefill_overflow_seconds
     try:
-        runner = Runner(parts, config.max_batch)
+        runner = Runner(parts, config.max_batch, config.draft_tokens)
         prompt_runner = PromptRunner(parts)
         if prefills:
             prompt_runner.capture(config.prefill_chunk_tokens)

@@ -15,6 +15,12 @@ class DecodeMetrics(WorkerMetrics):
             "twostroke_batch_sequences", "Sequences of a step", buckets=SEQUENCE_BUCKETS, registry=self.registry
         )
         self.output_tokens = Counter("twostroke_output_tokens", "Tokens generated", registry=self.registry)
+        self.drafted_tokens = Counter(
+            "twostroke_drafted_tokens", "Tokens drafted and run through the model", registry=self.registry
+        )
+        self.kept_drafts = Counter(
+            "twostroke_kept_drafts", "Drafted tokens that sampling gave as well", registry=self.registry
+        )
         self.pulled_tokens = self.prompt_tokens.labels("prefill worker")
         self.handover_bytes = Counter(
             "twostroke_handover_bytes", "KV pulled from prefill workers", registry=self.registry

@@ -1,6 +1,8 @@
 """Launches decode steps: as CUDA graphs on a GPU, eagerly on a CPU."""
 
+import time
 from collections.abc import Mapping
+from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
 import structlog
@@ -14,6 +16,7 @@ from common.sampling.host_logprobs import HostLogprobs
 from common.sampling.special_sampling import AdjustedRows, TokenCounts, wants_adjusting, wants_logprobs
 from common.worker.worker_parts import WorkerParts
 from decode_worker.batch import DecodeBatch
+from decode_worker.drafting import Drafting
 from decode_worker.graphs import DecodeGraphs
 from decode_worker.scheduler import Sequence
 from decode_worker.step import Stepper
@@ -26,24 +29,45 @@ class Step:
     """A launched step: its sequences, row by row, and what it gives for each of them once the device is done."""
 
     sequences: tuple[Sequence, ...]
-    tokens: HostCopy
+    tokens: HostCopy  # [B]; with drafts [B, drafts + 1], after the last -1
     logprobs: HostLogprobs | None
     beginning: torch.cuda.Event | None  # on the device's clock
     late: bool  # the step before it was already over
     problems: Mapping[int, str]  # by row: the sequence's grammar failed, and its token means nothing
+    plain: bool = False  # its sequences want nothing that a step with drafts cannot give
+    drafts: int = 0  # behind each token
+    launch_seconds: float = 0.0
+
+    def read(self) -> list[list[int]]:
+        """The new tokens of each sequence; waits for them."""
+        tokens = self.tokens.get().tolist()
+        if not self.drafts:
+            return [[token] for token in tokens]
+        return [[token for token in row if token >= 0] for row in tokens]
 
     @property
     def seconds(self) -> float:
         """How long the step took. Only once its tokens have arrived."""
+        if self.beginning is None:  # on a CPU it is over when it is launched
+            return self.launch_seconds
         return self.tokens.seconds_since(self.beginning)
 
 
 class Runner:
-    """Owns the batch on the device and what a step needs besides. On a GPU `launch` returns at once."""
+    """Owns the batch on the device and what a step needs besides. On a GPU `launch` returns at once.
 
-    def __init__(self, parts: WorkerParts, max_batch: int) -> None:
-        max_blocks = blocks_for(parts.max_length, parts.pool.layout.block_size)
-        self.batch = DecodeBatch(max_batch, max_blocks, parts.device)
+    Args:
+        parts: the model and the pool.
+        max_batch: most sequences in a step.
+        drafts: tokens that a step may draft behind each; 0: none.
+    """
+
+    def __init__(self, parts: WorkerParts, max_batch: int, drafts: int = 0) -> None:
+        block_size = parts.pool.layout.block_size
+        max_blocks, history = blocks_for(parts.max_length, block_size), parts.max_length if drafts else 0
+        self.batch = DecodeBatch(max_batch, max_blocks, block_size, parts.device, history=history)
+        self.drafts = drafts
+        self._drafting = Drafting(drafts, max_batch) if drafts else None
         self._stepper = Stepper(parts.model, parts.pool, parts.ops, parts.model.fused_layers(parts.pool))
         self._counts = TokenCounts(parts.model.config.vocab_size, parts.device)
         self._slots: dict[Sequence, int] = {}  # in the token counts, of sequences whose logits are adjusted
@@ -54,7 +78,7 @@ class Runner:
         self.graphs: DecodeGraphs | None = None
         if parts.device.type == "cuda":
             log.info("a sequence alone", layers="in one launch" if self._stepper.alone else "kernel by kernel")
-            self.graphs = DecodeGraphs(self._stepper, self.batch.state, max_batch)
+            self.graphs = DecodeGraphs(self._stepper, self.batch.state, max_batch, drafts)
             parts.warm_up_sampling()
 
     def add(self, sequence: Sequence) -> None:
@@ -78,13 +102,15 @@ class Runner:
     @torch.inference_mode()
     def launch(self, before: Step | None) -> Step:
         """One step of every sequence in the batch. `before` is the step launched last, if it has not been read yet."""
-        beginning = mark(self.batch.state.tokens.device)
+        began, beginning = time.monotonic(), mark(self.batch.state.tokens.device)
         self.batch.upload()
         sequences = tuple(self.batch.sequences)
         rows = len(sequences)
         if not self._slots and not self._with_logprobs and not self._with_grammar:
-            tokens = self._plain(rows)
-            return Step(sequences, HostCopy(tokens), None, beginning, late=_is_over(before), problems={})
+            drafts = self.drafts if self._drafting is not None and self._drafting.pays(sequences) else 0
+            tokens = self._drafted(rows) if drafts else self._plain(rows)
+            late, seconds = _is_over(before), time.monotonic() - began
+            return Step(sequences, HostCopy(tokens), None, beginning, late, {}, True, drafts, seconds)
         state = self.batch.state.first(rows)
         logits = self._logits(rows)
         late = _is_over(before)
@@ -103,16 +129,16 @@ class Runner:
         """The tokens that grammars allow next. Waits for the step before if a grammar depends on it; the device
         meanwhile runs the model for the step that is being launched."""
         assert self._guided is not None
-        unread: dict[Sequence, int] = {}
+        unread: dict[Sequence, list[int]] = {}
         if before is not None and any(sequence.steps_in_flight for sequence in self._with_grammar):
-            unread = dict(zip(before.sequences, before.tokens.get().tolist(), strict=True))
+            unread = dict(zip(before.sequences, before.read(), strict=True))
         states: dict[int, GrammarState] = {}
         for row, sequence in enumerate(self.batch.sequences):
             if (state := sequence.grammar) is None:
                 continue
             state.accept(sequence.tokens[sequence.spec.prompt_length + len(state.output) :])
             if sequence.steps_in_flight:
-                state.accept([unread[sequence]])
+                state.accept(unread[sequence])
             states[row] = state
         return self._guided.allowed(states)
 
@@ -120,6 +146,20 @@ class Runner:
         if self.graphs is not None:
             return self.graphs.plain(rows)
         return self._stepper.plain(self.batch.state.first(rows))
+
+    def _drafted(self, rows: int) -> Tensor:
+        if self.graphs is not None:
+            return self.graphs.drafted(rows)
+        return self._stepper.drafted(self.batch.state.first(rows), self.drafts)
+
+    def took(self, step: Step, tokens: Items[Items[int]]) -> None:
+        """A step has been read, and gave these tokens of each sequence."""
+        if self._drafting is None or not step.plain:
+            return
+        self._drafting.took(len(step.sequences), step.drafts > 0, step.seconds)
+        if step.drafts:
+            for sequence, new in zip(step.sequences, tokens, strict=True):
+                self._drafting.kept(sequence, len(new) - 1)
 
     def _logits(self, rows: int) -> Tensor:
         if self.graphs is not None:

@@ -5,7 +5,7 @@ not taken, so the prefix cache can use them until they are needed.
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
@@ -37,12 +37,19 @@ class Sequence:
     loaded_blocks: int = 0  # those of them that came from there
     promised: int = 0  # blocks for output that are not taken yet
     last_hash: bytes = b""  # of the last full block
-    kv_len: int = 0  # tokens whose KV is there or is being computed by launched steps
+    kv_len: int = 0  # tokens whose KV is there or is being computed by launched steps, without drafts
+    drafts_in_flight: int = 0  # of launched steps: so many further tokens may turn out to have KV
+    drafts_kept: float = 1.0  # of a step with drafts, averaged over the last ones
     steps_in_flight: int = 0  # launched steps that write to its blocks and have not been read; a pull counts as one
     grammar: GrammarState | None = None  # how far the output is in its grammar, if it follows one
     trace: Span = OFF  # of the attempt
     received_at: float = field(default_factory=time.monotonic)
     running_since: float = 0.0
+
+    @property
+    def reach(self) -> int:
+        """The most that `kv_len` may turn out to be."""
+        return self.kv_len + self.drafts_in_flight
 
     @property
     def wants_step(self) -> bool:
@@ -111,20 +118,33 @@ class Scheduler:
             self._blocks.publish(sequence.blocks[index], hashes[index])
         sequence.last_hash = hashes[-1] if hashes else sequence.spec.cache_root
 
-    def grow(self, running: Iterable[Sequence]) -> list[Sequence]:
-        """Gives each sequence the block that its next step writes to. Returns those that got none."""
+    def grow(self, running: Items[Sequence], drafts: int = 0) -> list[Sequence]:
+        """Gives each sequence the block that its next step writes to, and if there is room for all, those that so many
+        drafts would be written to. Returns the sequences that cannot run yet: no block is left, or it takes the result
+        of launched steps to know whether they end before that step."""
         starved = []
         for sequence in running:
-            if sequence.kv_len < len(sequence.blocks) * self._block_size or not sequence.wants_step:
+            if not sequence.wants_step:
                 continue
+            may_be_over = sequence.reach + 1 >= sequence.spec.max_length
+            if may_be_over or not self._grow_to(sequence, sequence.reach + 1):
+                starved.append(sequence)
+        if drafts and not starved:
+            for sequence in running:
+                if sequence.wants_step:
+                    self._grow_to(sequence, min(sequence.reach + 1 + drafts, sequence.spec.max_length - 1))
+        return starved
+
+    def _grow_to(self, sequence: Sequence, tokens: int) -> bool:
+        """Whether there are blocks now for so many tokens."""
+        while len(sequence.blocks) * self._block_size < tokens:
             if sequence.promised:
                 sequence.promised -= 1
                 self.promised -= 1
             elif self._blocks.available <= self.promised:
-                starved.append(sequence)
-                continue
+                return False
             sequence.blocks += self._blocks.allocate(1)
-        return starved
+        return True
 
     def cheapest(self) -> Sequence:
         """The running sequence that costs least to bring back: the one with the fewest tokens to prefill again.

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from common.kv.kv_pool import KvPool
+from common.model.packed_attention import packed_attention
 from common.model.transformer import Model
 from decode_worker.batch import BatchState
 from kernels.ops import LayersOfOneToken, Ops
@@ -30,7 +31,7 @@ class Stepper:
 
     def advance(self, state: BatchState, tokens: Tensor) -> None:
         """Makes `tokens` [B] the input of the next step."""
-        self.ops.advance(state.tokens, state.lengths, tokens)
+        self.ops.advance(state.tokens, state.lengths, state.history, tokens)
 
     def plain(self, state: BatchState) -> Tensor:
         """The whole step, if no sequence wants penalties, biases, log-probabilities or a grammar. Returns tokens [B]
@@ -39,6 +40,21 @@ class Stepper:
         tokens = self._draw(state, logits, seq_lens)
         self.advance(state, tokens)
         return tokens
+
+    def drafted(self, state: BatchState, count: int) -> Tensor:
+        """The whole step with up to `count` drafts behind each token; otherwise as `plain`. Returns the new tokens
+        [B, count + 1] int32 of each sequence, then -1."""
+        block_size = self.pool.layout.block_size
+        rows = self.ops.draft(state.lengths, state.limits, state.history, state.block_tables, count, block_size)
+        attend = packed_attention(self.model.config, self.ops, rows.attention)
+        hidden = self.model.forward(rows.tokens, rows.positions, rows.slots, self.pool, attend)
+        temperature, top_k, top_p, min_p, seeds = (
+            column.index_select(0, rows.owners)
+            for column in (state.temperature, state.top_k, state.top_p, state.min_p, state.seeds)
+        )
+        logits = self.model.logits(hidden)
+        drawn = self.ops.sample(logits, temperature, top_k, top_p, min_p, seeds, rows.positions + 1)
+        return self.ops.accept(state.tokens, state.lengths, state.history, rows, drawn, count)
 
     def _run(self, state: BatchState) -> tuple[Tensor, Tensor]:
         """Logits [B, V], and the sequences' lengths [B] int32 including the token that was run."""

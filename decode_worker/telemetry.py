@@ -45,7 +45,10 @@ class DecodeTelemetry(WorkerTelemetry):
 
     def stepped(self, step: StepTokens) -> None:
         """A step gave its tokens."""
-        self._metrics.batch_sequences.observe(len(step.sequences))
+        self._metrics.batch_sequences.observe(step.batch)
+        if step.drafts:
+            self._metrics.drafted_tokens.inc(step.batch * step.drafts)
+            self._metrics.kept_drafts.inc(len(step.tokens) - len(set(step.sequences)))
         self._metrics.output_tokens.inc(len(step.tokens))
         self.totals.output_tokens += len(step.tokens)
 

@@ -8,8 +8,9 @@ import structlog
 import torch
 from torch import Tensor
 
-from kernels import attention, experts, linear, rope, sampling, step
+from kernels import attention, drafts, experts, linear, rope, sampling, step
 from kernels.attention import DecodeAttention, PrefillAttention
+from kernels.drafts import DraftedRows
 from kernels.experts import Experts
 from kernels.fp8 import Weight
 from kernels.hidden import Hidden
@@ -72,7 +73,9 @@ class Ops:
     decode_attention: Callable[[Tensor, Rotation, Tensor, Tensor, DecodeAttention, float], Tensor]
     sample: Sample
     locate: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
-    advance: Callable[[Tensor, Tensor, Tensor], None]
+    advance: Callable[[Tensor, Tensor, Tensor, Tensor], None]
+    draft: Callable[[Tensor, Tensor, Tensor, Tensor, int, int], DraftedRows]
+    accept: Callable[[Tensor, Tensor, Tensor, DraftedRows, Tensor, int], Tensor]
     fuse_layers: Callable[[Sequence[LayerWeights], Tensor, Tensor, float, Tensor], LayersOfOneToken | None]
 
 
@@ -100,6 +103,8 @@ REFERENCE = Ops(
     sample=sampling.sample,
     locate=step.locate,
     advance=step.advance,
+    draft=drafts.draft,
+    accept=drafts.accept,
     fuse_layers=fuse_layers,
 )
 
@@ -120,6 +125,7 @@ def _cuda(device: torch.device) -> Ops:
         flash_attention_3,
         persistent_layers,
         triton_decode_attention,
+        triton_drafts,
         triton_experts,
         triton_prefill_attention,
         triton_rope,
@@ -141,5 +147,7 @@ def _cuda(device: torch.device) -> Ops:
         sample=triton_sampling.sample,
         locate=triton_step.locate,
         advance=triton_step.advance,
+        draft=triton_drafts.draft,
+        accept=triton_drafts.accept,
         fuse_layers=persistent_layers.fuse_layers,
     )

@@ -18,8 +18,13 @@ def locate(lengths: Tensor, block_tables: Tensor, block_size: int) -> tuple[Tens
     return positions, slots, lengths + 1
 
 
-def advance(tokens: Tensor, lengths: Tensor, drawn: Tensor) -> None:
+def advance(tokens: Tensor, lengths: Tensor, history: Tensor, drawn: Tensor) -> None:
     """Makes `drawn` [B] int32 the input tokens of the next step. Changes tokens and lengths, [B] int32, in place;
-    a length of -1 (no sequence) stays."""
+    a length of -1 (no sequence) stays. history [B, L] int32: the sequences' tokens, which drawn is added to, after the
+    first lengths + 1; if L is 0 they are not kept."""
     tokens.copy_(drawn)
-    lengths.add_(lengths >= 0)
+    there = lengths >= 0
+    lengths.add_(there)
+    if history.shape[1]:
+        rows = there.nonzero().squeeze(1)
+        history[rows, lengths[rows].long()] = drawn[rows]

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from common.kv.kv_pool import KvPool
+from common.model.packed_attention import packed_attention
 from common.model.transformer import Model
 from kernels.ops import Ops
-from kernels.rope import Rotation
 from prefill_worker.batch import PackedBatch
 from prefill_worker.draws import Draws
 
@@ -22,12 +22,7 @@ class Forward:
 
     def last_hidden(self, batch: PackedBatch) -> Tensor:
         """Runs the model and writes the KV of all tokens. Returns hidden states [B, H] of `batch.last_tokens`."""
-        scale = self.model.config.head_dim**-0.5
-
-        def attend(qkv: Tensor, rotation: Rotation, key_cache: Tensor, value_cache: Tensor) -> Tensor:
-            q, k, v = self.ops.rope_write_kv(qkv, rotation, key_cache, value_cache)
-            return self.ops.prefill_attention(q, k, v, key_cache, value_cache, batch.attention, scale)
-
+        attend = packed_attention(self.model.config, self.ops, batch.attention)
         hidden = self.model.forward(batch.tokens, batch.positions, batch.slots, self.pool, attend)
         return hidden.index_select(0, batch.last_tokens)
 

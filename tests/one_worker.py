@@ -68,10 +68,17 @@ class OneWorker:
         parts: the model and the pool.
         chunk_tokens: of prompts, computed between two steps.
         graphs: False turns CUDA graphs off.
+        drafts: behind each token.
     """
 
     def __init__(
-        self, parts: WorkerParts, *, chunk_tokens: int = 512, max_batch: int = 32, graphs: bool = True
+        self,
+        parts: WorkerParts,
+        *,
+        chunk_tokens: int = 512,
+        max_batch: int = 32,
+        graphs: bool = True,
+        drafts: int = 0,
     ) -> None:
         self.parts = parts
         self.outputs: dict[int, list[int]] = {}  # by attempt
@@ -79,7 +86,7 @@ class OneWorker:
         self.refused: set[int] = set()
         self.ended: dict[int, pb.Ended.Cause.ValueType] = {}
         self.tokens_of_step: list[list[int]] = []  # the attempts of each step
-        runner = Runner(parts, max_batch)
+        runner = Runner(parts, max_batch, drafts)
         prompt_runner = PromptRunner(parts)
         if graphs:
             prompt_runner.capture(chunk_tokens)

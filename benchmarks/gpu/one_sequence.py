@@ -55,7 +55,7 @@ def _measure(device: torch.device, copy: float, name: str, folder: Path, context
     parts = worker_parts(loaded, 2 * width, BLOCK_SIZE)
     fused = Stepper(parts.model, parts.pool, parts.ops, parts.model.fused_layers(parts.pool))
     one_by_one = replace(fused, alone=None)
-    state = DecodeBatch(1, width, device).state
+    state = DecodeBatch(1, width, parts.pool.layout.block_size, device).state
     state.block_tables[0] = torch.tensor(parts.blocks.allocate(width), device=device)
     for context in contexts:
         state.lengths.fill_(context - 1)

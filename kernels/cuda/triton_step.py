@@ -37,13 +37,26 @@ def _locate_kernel(
 
 
 @triton.jit
-def _advance_kernel(tokens, lengths, drawn, rows, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr):
+def _advance_kernel(
+    tokens,
+    lengths,
+    history,
+    drawn,
+    rows,
+    history_stride,
+    KEEPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = row < rows
     wait_for_previous(DEPENDENT)
     length = tl.load(lengths + row, mask=inside, other=-1)
-    tl.store(tokens + row, tl.load(drawn + row, mask=inside), mask=inside)
+    token = tl.load(drawn + row, mask=inside)
+    tl.store(tokens + row, token, mask=inside)
     tl.store(lengths + row, length + (length >= 0).to(tl.int32), mask=inside)
+    if KEEPS:
+        tl.store(history + row.to(tl.int64) * history_stride + length + 1, token, mask=inside & (length >= 0))
 
 
 def locate(lengths: Tensor, block_tables: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -68,10 +81,19 @@ def locate(lengths: Tensor, block_tables: Tensor, block_size: int) -> tuple[Tens
     return positions, slots, seq_lens
 
 
-def advance(tokens: Tensor, lengths: Tensor, drawn: Tensor) -> None:
+def advance(tokens: Tensor, lengths: Tensor, history: Tensor, drawn: Tensor) -> None:
     """`kernels.step.advance` for CUDA tensors."""
     rows = lengths.shape[0]
     if rows:
         _advance_kernel[(triton.cdiv(rows, _BLOCK),)](
-            tokens, lengths, drawn, rows, BLOCK=_BLOCK, num_warps=4, **dependent(lengths.device)
+            tokens,
+            lengths,
+            history,
+            drawn,
+            rows,
+            history.stride(0),
+            KEEPS=history.shape[1] > 0,
+            BLOCK=_BLOCK,
+            num_warps=4,
+            **dependent(lengths.device),
         )

@@ -9,7 +9,8 @@ from decode_worker.batch import UNUSED, DecodeBatch
 from decode_worker.scheduler import Sequence, State
 from tests.specs import spec
 
-ROWS, BLOCKS = 5, 6
+ROWS, BLOCKS, BLOCK = 5, 6, 4
+HISTORY = 30
 
 
 def sequence(attempt_id: int) -> Sequence:
@@ -23,14 +24,14 @@ def sequence(attempt_id: int) -> Sequence:
 
 def test_rows_match_through_random_changes() -> None:
     random_ = random.Random(5)
-    batch = DecodeBatch(ROWS, BLOCKS, torch.device("cpu"))
-    token_of: dict[int, int] = {}
+    batch = DecodeBatch(ROWS, BLOCKS, BLOCK, torch.device("cpu"), history=HISTORY)
+    texts: dict[int, list[int]] = {}
     next_id = 1
     for _ in range(2_000):
         for _ in range(random_.randrange(3)):
             if len(batch) < ROWS and random_.random() < 0.6:
                 seq = sequence(next_id)
-                token_of[next_id] = seq.tokens[-1]
+                texts[next_id] = list(seq.tokens)
                 batch.add(seq)
                 next_id += 1
             elif batch:
@@ -41,8 +42,11 @@ def test_rows_match_through_random_changes() -> None:
         batch.upload()
         state = batch.state
         for row, seq in enumerate(batch.sequences):
-            assert state.tokens[row] == token_of[seq.attempt_id]
-            assert state.lengths[row] == seq.kv_len
+            text = texts[seq.attempt_id]
+            assert state.tokens[row] == text[-1]
+            assert state.lengths[row] == len(text) - 1
+            assert state.history[row, : len(text)].tolist() == text
+            assert state.limits[row] == min(len(seq.blocks) * BLOCK, seq.spec.max_length - 1)
             assert state.block_tables[row, : len(seq.blocks)].tolist() == seq.blocks
             assert state.seeds[row].item() % 2**64 == seq.spec.sampling.seed
             assert state.temperature[row] == seq.spec.sampling.temperature
@@ -50,17 +54,17 @@ def test_rows_match_through_random_changes() -> None:
             assert state.top_p[row] == 0.25
             assert state.min_p[row] == 0.125
         assert (state.lengths[len(batch) :] == UNUSED).all()
-        # A step: tokens and lengths move on where they are, the host learns the token later.
-        active = len(batch)
-        state.tokens[:active] += 1
-        state.lengths[:active] += 1
-        for seq in batch.sequences:
-            token_of[seq.attempt_id] += 1
+        # A step: the rows move on where they are, each by some tokens. The host knows only that there is one, at least.
+        for row, seq in enumerate(batch.sequences):
+            text = texts[seq.attempt_id]
+            text += range(text[-1] + 1, text[-1] + 1 + min(random_.randrange(1, 4), HISTORY - len(text)))
+            state.tokens[row], state.lengths[row] = text[-1], len(text) - 1
+            state.history[row, : len(text)] = torch.tensor(text)
             seq.kv_len += 1
 
 
 def test_a_turn_without_changes_uploads_nothing() -> None:
-    batch = DecodeBatch(ROWS, BLOCKS, torch.device("cpu"))
+    batch = DecodeBatch(ROWS, BLOCKS, BLOCK, torch.device("cpu"))
     batch.add(sequence(1))
     batch.upload()
     before = batch.state.block_tables.clone()

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
+from urllib.request import urlopen
 
 from common.network.free_port import free_port
 from common.transport import sweep
@@ -126,6 +127,13 @@ class Cluster:
 
         with ThreadPoolExecutor(len(asked)) as pool:
             return list(pool.map(ask, asked))
+
+    def metric(self, part: str, sample: str) -> float:
+        """What a part's metrics say, by the sample's name and labels as they stand there."""
+        with urlopen(f"http://127.0.0.1:{self.metrics_ports[part]}/metrics", timeout=10) as response:
+            lines: list[str] = response.read().decode().splitlines()
+        (value,) = [line.removeprefix(sample) for line in lines if line.startswith(f"{sample} ")]
+        return float(value)
 
     def workers(self, role: str, client: Client | None = None) -> list[pb.WorkerLoad]:
         """The workers of a role that take requests, as a router sees them: the first, or that of `client`."""

@@ -50,6 +50,18 @@ def test_other_ways(prefill: int, decode: int, flags: dict[str, object]) -> None
     assert_all_greedy(asked, answers, 24)
 
 
+def test_drafts() -> None:
+    """The second time with prefix hits; with a pool that has no room for all at once."""
+    asked = prompts(SOME_LENGTHS, seed=2)
+    flags = {"draft-tokens": 4, "num-blocks": 40}
+    with Cluster(metrics=True, router_flags={"headroom-tokens": 1}, decode_flags=flags) as cluster:
+        for _ in range(2):
+            answers = cluster.ask_all(asked, 24)
+            cluster.assert_blocks_home()
+            assert_all_greedy(asked, answers, 24)
+        assert cluster.metric("decode-0", "twostroke_kept_drafts_total") > 0
+
+
 def test_prefix_hits_on_either_side_and_on_both(pair: Cluster) -> None:
     asked = prompts((40, 100, 260), seed=3)
     first = pair.ask_all(asked, 12)

@@ -98,7 +98,9 @@ def _calls() -> dict[str, Callable[[], object]]:
         "_rms_norm_kernel": lambda: checks.check_rms_norm(5, 576, dtype),
         "_silu_mul_kernel": lambda: checks.check_silu_mul(5, 1536, dtype),
         "_locate_kernel": lambda: checks.check_step(37, 16),
-        "_advance_kernel": lambda: checks.check_step(37, 16),
+        "_advance_kernel": lambda: checks.check_step(37, 16, history=70),
+        "_draft_kernel": lambda: checks.check_drafts([0, -1, 40, 5_000], 4, 16),
+        "_accept_kernel": lambda: checks.check_drafts([0, -1, 40, 5_000], 4, 16),
         "persistent_layers": lambda: persistent.check_steps(persistent.make_case(persistent.SHAPES["small"], 41), [41]),
     }
 

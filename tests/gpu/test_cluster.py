@@ -24,6 +24,7 @@ REQUESTS, AT_ONCE = 2_000, 128
     params=[
         "one GPU",
         "one GPU, host memory",
+        "one GPU, drafts",
         "two GPUs",
         "two GPUs, host memory",
         "two GPUs, NIXL",
@@ -44,15 +45,20 @@ def cluster(request: pytest.FixtureRequest, smollm2: Path) -> Iterator[Cluster]:
         prefill: dict[str, object] = {"device": "cuda:1"} if two else {}
         if "host memory" in request.param:
             prefill |= {"num-blocks": 192, "host-cache-gib": 2}  # of the 32 prompts below, the pool holds a third
-        yield from _running(flags, smollm2, prefill)
+        decode: dict[str, object] = {"max-batch": 64}
+        if "drafts" in request.param:
+            decode["draft-tokens"] = 4
+        yield from _running(flags, smollm2, prefill, decode)
 
 
-def _running(flags: dict[str, object], smollm2: Path, prefill: dict[str, object]) -> Iterator[Cluster]:
+def _running(
+    flags: dict[str, object], smollm2: Path, prefill: dict[str, object], decode: dict[str, object]
+) -> Iterator[Cluster]:
     with Cluster(
         router_flags={"model": smollm2, "worker-grace": 60},
         worker_flags=flags | {"device": "cuda:0"},
         prefill_flags=prefill,
-        decode_flags={"max-batch": 64},
+        decode_flags=decode,
     ) as cluster:
         yield cluster
 

@@ -13,6 +13,7 @@ from benchmarks.in_process import InProcess, spec
 from benchmarks.parts import LoadedModel, load_model, worker_parts
 from common.sampling.parameters import SamplingParams
 from common.worker.sequence import SequenceSpec
+from decode_worker.drafting import Drafting
 from decode_worker.pace import Pace
 from tests import rounded_kv
 from tests.gpu import tiny_models
@@ -44,6 +45,7 @@ class Engines:
             max_batch=settings.get("max_batch", 32),
             max_batch_tokens=settings.get("max_batch_tokens", 2048),
             headroom_tokens=settings.get("headroom_tokens", 1024),
+            drafts=settings.get("drafts", 0),
         )
         if not graphs:
             engine.decode_runner.graphs = engine.prefill_runner.graphs = None
@@ -126,13 +128,66 @@ def test_preemption(smol: Engines) -> None:
     assert engine.blocks_home()
 
 
+@pytest.fixture
+def drafts(monkeypatch: pytest.MonkeyPatch) -> int:
+    """How many are behind each token, in every step that may have some."""
+    monkeypatch.setattr(Drafting, "pays", lambda self, sequences: len(sequences) <= self._most_sequences)
+    return 4
+
+
 @pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "eager"])
-def test_8_bit_kv(smol: Engines, graphs: bool) -> None:
+def test_drafts(smol: Engines, graphs: bool, drafts: int) -> None:
+    """The second time with prefix hits on both sides."""
+    asked = text(smol.directory, LENGTHS)
+    engine = smol.engine(blocks=1024, graphs=graphs, drafts=drafts)
+    for _ in range(2):
+        assert_greedy(smol.directory, asked, engine.run(greedy(asked, OUTPUT_TOKENS)), OUTPUT_TOKENS)
+    assert engine.blocks_home()
+
+
+def test_drafts_of_many_sequences_with_preemption(smol: Engines, drafts: int) -> None:
+    asked = text(smol.directory, [1 + 7 * index for index in range(56)])
+    engine = smol.engine(blocks=200, max_batch=64, headroom_tokens=1, drafts=drafts)
+    assert_greedy(smol.directory, asked, engine.run(greedy(asked, 48)), 48)
+    assert engine.preemptions > 0
+    assert engine.blocks_home()
+
+
+def test_drafts_beside_sequences_that_have_none(smol: Engines, drafts: int) -> None:
+    asked = text(smol.directory, SOME_LENGTHS)
+    specs = greedy(asked, 32)
+    special = SamplingParams(temperature=0, logprobs=2, logit_bias=((5, 0.0),))
+    specs[3] = replace(specs[3], sampling=special, max_length=len(asked[3]) + 9)
+    outputs = smol.engine(blocks=512, drafts=drafts).run(specs)
+    assert len(outputs[3]) == 9
+    del asked[3], outputs[3]
+    assert_greedy(smol.directory, asked, outputs, 32)
+
+
+def test_drafts_do_not_change_what_is_sampled(smol: Engines, drafts: int) -> None:
+    asked = text(smol.directory, (33,) * 16)
+    specs = [spec(tokens, 33 + 32, temperature=0.8, seed=index) for index, tokens in enumerate(asked)]
+    plain, drafted = (smol.engine(blocks=512, drafts=count).run(specs) for count in (0, drafts))
+    for wanted, prompt, without, output in zip(specs, asked, plain, drafted, strict=True):
+        assert_same_draws(smol.directory, prompt, wanted.sampling, without, output)
+
+
+def test_every_architecture_with_drafts(tiny: Engines, drafts: int) -> None:
+    asked = noise(SOME_LENGTHS)
+    engine = tiny.engine(blocks=512, drafts=drafts)
+    assert_greedy(tiny.directory, asked, engine.run(greedy(asked, 32)), 32)
+    assert engine.blocks_home()
+
+
+@pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "eager"])
+@pytest.mark.parametrize("with_drafts", [False, True], ids=["", "drafts"])
+def test_8_bit_kv(smol: Engines, graphs: bool, with_drafts: bool, drafts: int) -> None:
     """The second time with prefix hits on both sides; preempted, and in chunks."""
     if torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("this GPU has no 8-bit floats")
     asked = text(smol.directory, SOME_LENGTHS)
-    engine = smol.engine(blocks=100, graphs=graphs, kv="fp8", headroom_tokens=1, max_batch_tokens=256)
+    settings = {"headroom_tokens": 1, "max_batch_tokens": 256, "drafts": drafts * with_drafts}
+    engine = smol.engine(blocks=34, graphs=graphs, kv="fp8", **settings)
     outputs = [engine.run(greedy(asked, 48)) for _ in range(2)]
     rounded_kv.assert_greedy(reference(smol.directory), asked * 2, [*outputs[0], *outputs[1]], 48)
     assert engine.preemptions > 0
@@ -149,8 +204,10 @@ def test_a_seeded_sequence_is_the_same_alone_and_in_a_batch(smol: Engines) -> No
     assert len({tuple(output) for output in together}) == 16
 
 
-def test_no_request_waits_for_a_kernel_to_be_compiled(smollm2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    one = OneWorker(worker_parts(load(smollm2, "bfloat16", 512).loaded, 300), chunk_tokens=128)
+def test_no_request_waits_for_a_kernel_to_be_compiled(
+    smollm2: Path, monkeypatch: pytest.MonkeyPatch, drafts: int
+) -> None:
+    one = OneWorker(worker_parts(load(smollm2, "bfloat16", 512).loaded, 300), chunk_tokens=128, drafts=drafts)
     missing: list[str] = []
     triton = pytest.importorskip("triton")
     monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", lambda *, repr, **_: missing.append(repr))
@@ -171,10 +228,12 @@ def test_when_steps_are_launched_changes_no_token(smol: Engines, monkeypatch: py
 
 
 @pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "eager"])
-def test_bfloat16_stays_close(smollm2: Path, graphs: bool) -> None:
+@pytest.mark.parametrize("with_drafts", [False, True], ids=["", "drafts"])
+def test_bfloat16_stays_close(smollm2: Path, graphs: bool, with_drafts: bool, drafts: int) -> None:
     engines = load(smollm2, "bfloat16", 2048)
     asked = text(smollm2, LENGTHS)
-    outputs = engines.engine(blocks=1024, graphs=graphs).run(greedy(asked, OUTPUT_TOKENS))
+    engine = engines.engine(blocks=1024, graphs=graphs, drafts=drafts * with_drafts)
+    outputs = engine.run(greedy(asked, OUTPUT_TOKENS))
     gap = torch.cat([gaps(smollm2, prompt, output) for prompt, output in zip(asked, outputs, strict=True)])
     assert gap.max() <= BF16_GAP
     assert (gap == 0).float().mean() >= BF16_SAME

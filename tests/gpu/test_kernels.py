@@ -73,6 +73,14 @@ def test_logits_of_many_tokens() -> None:
 
 def test_step() -> None:
     checks.check_step(300, 16)
+    checks.check_step(300, 16, history=70)
+
+
+@pytest.mark.parametrize("count", [1, 4, 15])
+@pytest.mark.parametrize("lengths", [[0], [5, -1, 100, 2047, 2048, 2049], [*range(51)], [100_000, 3, 40_000]])
+def test_drafts(lengths: list[int], count: int) -> None:
+    checks.check_drafts(lengths, count, 16)
+    checks.check_drafts(lengths, count, 16, vocab=50_000)
 
 
 def test_kernels_that_start_early_wait_for_what_they_read() -> None:

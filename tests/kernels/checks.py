@@ -12,11 +12,12 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels import activation, experts, linear, norm, rope, sampling, step
+from kernels import activation, drafts, experts, linear, norm, rope, sampling, step
 from kernels.cuda import (
     fastest_linear,
     triton_activation,
     triton_decode_attention,
+    triton_drafts,
     triton_experts,
     triton_norm,
     triton_prefill_attention,
@@ -150,8 +151,8 @@ def check_add_experts(tokens: int, normalized: bool, dtype: torch.dtype) -> None
     assert_close(added.states, expected.states)
 
 
-def check_step(rows: int, block_size: int) -> None:
-    """Bit for bit; every third row has no sequence."""
+def check_step(rows: int, block_size: int, *, history: int = 0) -> None:
+    """Bit for bit; every third row has no sequence. `history`: tokens of a sequence that are kept."""
     lengths = torch.arange(rows, dtype=torch.int32, device=DEVICE) * 7 % (4 * block_size)
     lengths[2::3] = -1
     order = torch.randperm(4 * rows, generator=torch.Generator().manual_seed(0))
@@ -164,11 +165,48 @@ def check_step(rows: int, block_size: int) -> None:
         assert mine.dtype == theirs.dtype
         assert torch.equal(mine, theirs)
     drawn = torch.arange(rows, dtype=torch.int32, device=DEVICE) + 100
-    tokens, expected_lengths = torch.zeros_like(drawn), lengths.clone()
-    step.advance(tokens.clone(), expected_lengths, drawn)
-    triton_step.advance(tokens, lengths, drawn)
+    tokens, texts = torch.zeros_like(drawn), torch.zeros((rows, history), dtype=torch.int32, device=DEVICE)
+    expected_lengths, expected_texts = lengths.clone(), texts.clone()
+    step.advance(tokens.clone(), expected_lengths, expected_texts, drawn)
+    triton_step.advance(tokens, lengths, texts, drawn)
     assert torch.equal(tokens, drawn)
     assert torch.equal(lengths, expected_lengths)
+    assert torch.equal(texts, expected_texts)
+
+
+def check_drafts(lengths: list[int], count: int, block_size: int, vocab: int = 3) -> None:
+    """Drafts behind sequences of these lengths, some of which have little room left, and what is kept of them; bit for
+    bit. A small vocabulary makes many matches, and many drafts right."""
+    generator = torch.Generator().manual_seed(len(lengths) + count)
+    room = max(lengths) + 2 * count + 2
+    blocks = -(-room // block_size)
+    tables = torch.randperm(len(lengths) * blocks, generator=generator).int().view(len(lengths), blocks).to(DEVICE)
+    history = torch.randint(vocab, (len(lengths), room), generator=generator, dtype=torch.int32).to(DEVICE)
+    known = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+    limits = known + torch.randint(1, 2 * count + 2, known.shape, generator=generator, dtype=torch.int32).to(DEVICE)
+    expected = drafts.draft(known.cpu(), limits.cpu(), history.cpu(), tables.cpu(), count, block_size)
+    rows = triton_drafts.draft(known, limits, history, tables, count, block_size)
+    used = len(expected.tokens)
+    assert len(rows.tokens) == len(lengths) * (count + 1)
+    for name, padding in (("tokens", 0), ("positions", 0), ("slots", -1), ("owners", 0)):
+        mine, theirs = getattr(rows, name).cpu(), getattr(expected, name)
+        assert mine.dtype == theirs.dtype
+        assert torch.equal(mine[:used], theirs), name
+        assert (mine[used:] == padding).all(), name
+    assert torch.equal(rows.attention.cu_query_lens.cpu(), expected.attention.cu_query_lens)
+    assert torch.equal(rows.attention.seq_lens.cpu(), expected.attention.seq_lens)
+
+    drawn = torch.randint(vocab, (len(rows.tokens),), generator=generator, dtype=torch.int32)
+    follows = torch.arange(used - 1)
+    right = follows[torch.rand(used - 1, generator=generator) < 0.7]
+    drawn[right] = expected.tokens[right + 1]
+    tokens = torch.zeros_like(known)
+    theirs_in_place = tokens.cpu(), known.cpu(), history.cpu()
+    theirs = drafts.accept(*theirs_in_place, expected, drawn[:used], count)
+    mine = triton_drafts.accept(tokens, known, history, rows, drawn.to(DEVICE), count)
+    assert torch.equal(mine.cpu(), theirs)
+    for left, right in zip((tokens, known, history), theirs_in_place, strict=True):
+        assert torch.equal(left.cpu(), right)
 
 
 def check_silu_mul(rows: int, width: int, dtype: torch.dtype) -> None:

@@ -48,3 +48,18 @@ def test_nothing_to_do() -> None:
 @pytest.mark.parametrize(("rows", "block_size"), [(1, 16), (200, 5)])
 def test_step(rows: int, block_size: int) -> None:
     checks.check_step(rows, block_size)
+
+
+def test_step_that_keeps_tokens() -> None:
+    checks.check_step(200, 5, history=21)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "count", "block_size"), [([0], 1, 16), ([9, -1, 1, 0, 40], 4, 4), ([5000, 2048, 2049, 7, -1], 7, 16)]
+)
+def test_drafts(lengths: list[int], count: int, block_size: int) -> None:
+    checks.check_drafts(lengths, count, block_size)
+
+
+def test_drafts_where_little_is_said_twice() -> None:
+    checks.check_drafts([300, 301, 302], 3, 16, vocab=5_000)

@@ -103,7 +103,7 @@ class DecodeHost(Host):
             self.hello.prefill_overflow_seconds = rng.choice([0, 0.1])
         metrics, most = DecodeMetrics(), self.hello.max_batch
         own = OwnPrompts(self.parts, PromptRunner(self.parts), chunk_tokens=rng.choice([4, 16]))
-        runner = DecodeRunner(self.parts, most)
+        runner = DecodeRunner(self.parts, most, setting.drafts)
         self.engine = DecodeEngine(self.parts, self.wire, runner, own, metrics, Tracing(), most)
         self.engine._loop._steps_ahead, own._loop._batches_ahead = rng.randrange(2), rng.randrange(2)
         self._load = LoadReport(self.wire, metrics, self.engine._load, self.engine._claims.kept_from)

@@ -21,10 +21,10 @@ _TEXTS = 4
 _LENGTHS = (1, 3, 4, 5, 7, 8, 9, 12, 16, 20, 31, 32, 40, 62)
 
 
-def draw(rng: random.Random, serials: Iterator[int]) -> list[Request]:
-    """The choices of one call."""
-    prompt, most_tokens = _prompt(rng)
-    sampling = _sampling(rng)
+def draw(rng: random.Random, serials: Iterator[int], *, plain: bool) -> list[Request]:
+    """The choices of one call, `plain` with neither penalties, biases, log-probabilities nor grammars."""
+    prompt, most_tokens = _prompt(rng, plain)
+    sampling = _plain_sampling(rng) if plain else _sampling(rng)
     length = len(prompt.token_ids) + most_tokens
     call = f"call-{next(serials)}"
     choices = []
@@ -36,7 +36,7 @@ def draw(rng: random.Random, serials: Iterator[int]) -> list[Request]:
     return choices
 
 
-def _prompt(rng: random.Random) -> tuple[Prompt, int]:
+def _prompt(rng: random.Random, plain: bool) -> tuple[Prompt, int]:
     """And the most tokens that may follow."""
     text, length = rng.randrange(_TEXTS), rng.choice(_LENGTHS)
     tokens = [(37 * text + 7 * place) % 500 + 40 for place in range(length)]
@@ -44,17 +44,21 @@ def _prompt(rng: random.Random) -> tuple[Prompt, int]:
         tokens[-1] = rng.randrange(40, VOCAB_SIZE)
     room = MAX_LENGTH - length
     most = min(rng.choice([1, 1, 2, 3, 4, 5, 8, 12, 20, 40, room]), room)
-    grammar = rng.choice(("", "", "", *_GRAMMARS))
+    grammar = "" if plain else rng.choice(("", "", "", *_GRAMMARS))
     ends_late = not grammar and rng.random() < 0.5
     stops = frozenset({EOS}) if grammar or ends_late else frozenset(rng.sample(range(VOCAB_SIZE), 60))
-    least = 0 if grammar else rng.choice([0, 0, min(most, 5), most])
+    least = 0 if grammar or plain else rng.choice([0, 0, min(most, 5), most])
     return Prompt(tuple(tokens), length + least, stops, rng.choice(["", "", "salt"]), grammar), most
 
 
-def _sampling(rng: random.Random) -> pb.SamplingParams:
-    sampling = pb.SamplingParams(
+def _plain_sampling(rng: random.Random) -> pb.SamplingParams:
+    return pb.SamplingParams(
         temperature=rng.choice([0.0, 1.0, 1.0]), top_p=1.0, repetition_penalty=1.0, seed=rng.randrange(3)
     )
+
+
+def _sampling(rng: random.Random) -> pb.SamplingParams:
+    sampling = _plain_sampling(rng)
     if rng.random() < 0.3:
         sampling.repetition_penalty, sampling.frequency_penalty, sampling.presence_penalty = 1.3, 0.7, 0.3
     if rng.random() < 0.2:

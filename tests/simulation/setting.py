@@ -21,6 +21,8 @@ class Setting:
     host_memories: tuple[int, ...]  # beside each pool is room for one of these numbers of blocks
     lease_seconds: float
     prefills_in_place: bool  # decode workers may
+    drafts: int  # of decode workers, behind each token
+    plain: bool  # nobody asks for what steps with drafts cannot give
     failing_reads: float  # their share, and that of pools that can't be opened
     faults: bool  # workers die and drain, streams break
     patient: bool  # routers wait for workers, and resume, for as long as it takes: no request fails
@@ -41,7 +43,7 @@ class Setting:
 
 
 def draw(rng: random.Random) -> Setting:
-    in_place = rng.random() < 0.5
+    in_place, drafts = rng.random() < 0.5, rng.choice([0, 0, 1, 4])
     return Setting(
         routers=rng.choice([1, 1, 2]),
         prefill_workers=rng.choice([0, 1, 1, 2] if in_place else [1, 1, 2]),
@@ -50,6 +52,8 @@ def draw(rng: random.Random) -> Setting:
         host_memories=rng.choice([(0,), (0, 3, 20), (60,)]),
         lease_seconds=rng.choice([0.05, 1.0, 60.0]),
         prefills_in_place=in_place,
+        drafts=drafts,
+        plain=drafts > 0 and rng.random() < 0.7,
         failing_reads=rng.choice([0.0, 0.0, 0.05, 0.2]),
         faults=rng.random() < 0.7,
         patient=rng.random() < 0.6,

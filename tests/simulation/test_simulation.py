@@ -4,13 +4,21 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
+import torch
+from torch import Tensor
 
 from common.kv.host_cache import HostCache, Load, _Save
 from decode_worker import pulls
+from decode_worker.batch import BatchState, DecodeBatch
+from decode_worker.drafting import Drafting
 from decode_worker.scheduler import Scheduler as DecodeScheduler
 from decode_worker.scheduler import Sequence, State
+from decode_worker.step import Stepper
+from kernels import drafts
+from kernels.drafts import DraftedRows
 from prefill_worker.scheduler import Prompt
 from prefill_worker.scheduler import Scheduler as PrefillScheduler
 from router.cluster.worker import Worker
@@ -23,7 +31,7 @@ from tests.simulation.traffic import Traffic
 from tests.simulation.world import run
 from twostroke.v1 import worker_pb2 as pb
 
-FIRST = 38  # with the four seeds after it, it has everything
+FIRST = 2  # with the three seeds after it, it has everything
 ENOUGH = 8  # seeds, should the code under test behave otherwise one day
 HAPPENED = (
     "attempts draining",
@@ -31,6 +39,7 @@ HAPPENED = (
     "attempts lease_lost",
     "attempts preempted",
     "claims",
+    "drafts kept",
     "loads",
     "pools unreadable",
     "prompts cached",
@@ -64,8 +73,14 @@ def run_all(seeds: range, tiny: Model) -> Traffic:
     return traffic
 
 
-def test_everything_happens_and_nothing_goes_wrong(tiny: Model) -> None:
-    traffic = Traffic()
+def test_everything_happens_and_nothing_goes_wrong(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    traffic, kept = Traffic(), Drafting.kept
+
+    def counted(sequence: Sequence, drafts: int) -> None:
+        traffic.counts["drafts kept"] += drafts
+        kept(sequence, drafts)
+
+    monkeypatch.setattr(Drafting, "kept", staticmethod(counted))
     for seed in range(FIRST, FIRST + ENOUGH):
         run(seed, tiny, traffic)
         missing = [what for what in HAPPENED if not traffic.counts[what]]
@@ -135,6 +150,25 @@ def nobody_waits_for_host_memory(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Load, "arrived", arrived)
 
 
+def drafts_are_kept_unseen(patch: pytest.MonkeyPatch) -> None:
+    drafted = Stepper.drafted
+
+    def accept(
+        tokens: Tensor, lengths: Tensor, history: Tensor, rows: DraftedRows, drawn: Tensor, count: int
+    ) -> Tensor:
+        drawn[:-1] = torch.where(rows.owners[1:] == rows.owners[:-1], rows.tokens[1:], drawn[:-1])
+        return drafts.accept(tokens, lengths, history, rows, drawn, count)
+
+    def unseen(stepper: Stepper, state: BatchState, count: int) -> Tensor:
+        return drafted(replace(stepper, ops=replace(stepper.ops, accept=accept)), state, count)
+
+    patch.setattr(Stepper, "drafted", unseen)
+
+
+def drafts_are_written_where_the_sequence_has_no_blocks(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(DecodeBatch, "_limit", lambda _batch, sequence: sequence.spec.max_length - 1)
+
+
 def first_tokens_come_twice(patch: pytest.MonkeyPatch) -> None:
     once = Dispatcher._prefilled
 
@@ -153,14 +187,16 @@ def sequences_outlive_their_routers_stream(patch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("broken", "first", "sentence"),
     [
-        (generations_are_not_compared, 13, WRONG_KV),
+        (generations_are_not_compared, 33, WRONG_KV),
         (prefill_releases_blocks_that_are_written, 2, "nobody holds it"),
-        (decode_releases_blocks_that_are_written, 1, "another answer than alone|argument 2 is shorter"),
+        (decode_releases_blocks_that_are_written, 4, "another answer than alone|argument 2 is shorter"),
         (hashes_are_published_with_the_reservation, 1, WRONG_KV),
-        (host_memory_keeps_what_was_overwritten, 13, WRONG_KV),
-        (nobody_waits_for_host_memory, 9, WRONG_KV),
+        (host_memory_keeps_what_was_overwritten, 2, WRONG_KV),
+        (nobody_waits_for_host_memory, 2, WRONG_KV),
+        (drafts_are_kept_unseen, 5, "another answer than alone|a hash of tokens that nobody answers alone"),
+        (drafts_are_written_where_the_sequence_has_no_blocks, 18, WRONG_KV),
         (first_tokens_come_twice, 1, "another answer than alone"),
-        (sequences_outlive_their_routers_stream, 2, "no end to the work of decode"),
+        (sequences_outlive_their_routers_stream, 5, "no end to the work of decode"),
     ],
 )
 def test_what_is_broken_is_found(

@@ -94,7 +94,7 @@ class World:
 
     def _ask(self) -> None:
         if self._likely(0.25):
-            choices = load.draw(self._rng, self._serials)
+            choices = load.draw(self._rng, self._serials, plain=self._setting.plain)
             self._reference.answer_first(choices)
             router = self._rng.choice(self._routers)
             try:

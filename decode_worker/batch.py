@@ -13,8 +13,8 @@ from decode_worker.scheduler import Sequence
 # Length of a row without a sequence, which steps leave alone.
 UNUSED = -1
 
-# Columns of the buffer, of one int32 for each row; the seeds take the first two. Block tables follow, and begin at a
-# multiple of 16 bytes with any number of rows.
+# Columns of the buffer, of one int32 for each row; the seeds take the first two. So many that the block tables, which
+# follow, begin at a multiple of 16 bytes with any number of rows.
 TOKENS, LENGTHS, TEMPERATURE, TOP_P, MIN_P, TOP_K, LIMITS = range(2, 9)
 COLUMNS = 12
 
@@ -123,21 +123,28 @@ class DecodeBatch:
         ]
         if moved:
             source, target = to_device(np.asarray(moved, dtype=np.int64).T.copy(), self._device)
-            for column in (self.state.tokens, self.state.lengths, self.state.history):
-                column[target] = column[source]
+            self.state.tokens[target] = self.state.tokens[source]
+            self.state.lengths[target] = self.state.lengths[source]
+            if self._history:
+                self.state.history[target] = self.state.history[source]
+        if self._history:
+            for row in self._changed_rows:
+                if row < len(self.sequences) and (sequence := self.sequences[row]) not in self._device_row:
+                    said = np.asarray(sequence.tokens, dtype=np.int32)
+                    self.state.history[row, : len(said)] = to_device(said, self._device)
         edits = [self._row_edit(row) for row in self._changed_rows]
         self._changed_rows.clear()
-        edits += [self._growth_edit(sequence) for sequence in self.sequences if self._has_grown(sequence)]
+        edits += [self._growth_edit(sequence) for sequence in self.sequences if self._has_other_blocks(sequence)]
         if edits:
             where = np.concatenate([edit[0] for edit in edits])
             values = np.concatenate([edit[1] for edit in edits])
             self._buffer[to_device(where, self._device)] = to_device(values, self._device)
 
-    def _has_grown(self, sequence: Sequence) -> bool:
+    def _has_other_blocks(self, sequence: Sequence) -> bool:
         return self._device_blocks[sequence] != len(sequence.blocks)
 
     def _growth_edit(self, sequence: Sequence) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
-        """The sequence's new blocks: where in the buffer, and what."""
+        """The sequence's new blocks, if it has any, and its limit: where in the buffer, and what."""
         known = self._device_blocks[sequence]
         self._device_blocks[sequence] = len(sequence.blocks)
         row = self._row_of[sequence]
@@ -169,13 +176,8 @@ class DecodeBatch:
         values = [*seed, *floats, sampling.top_k, self._limit(sequence), *sequence.blocks]
         if sequence not in self._device_row:
             # Later the host learns what it says only when a step has been read, and others have been launched.
-            history_at = self._history_at + row * self._history
-            said = sequence.tokens[: self._history]
-            where += (
-                np.asarray([TOKENS * rows + row, LENGTHS * rows + row]),
-                np.arange(history_at, history_at + len(said)),
-            )
-            values += (sequence.tokens[sequence.kv_len], sequence.kv_len, *said)
+            where.append(np.asarray([TOKENS * rows + row, LENGTHS * rows + row]))
+            values += (sequence.tokens[sequence.kv_len], sequence.kv_len)
         self._device_row[sequence] = row
         self._device_blocks[sequence] = len(sequence.blocks)
         return np.concatenate(where), np.asarray(values, dtype=np.int32)

@@ -12,11 +12,13 @@ MOST_ROWS = 256
 # Steps of each kind that are remembered; the shortest counts. With another process on the same GPU some take longer.
 REMEMBERED = 8
 
-# After so many steps of one kind the other is tried again: sequences grow, and come to repeat themselves.
-RETRY_STEPS = 64
+# Share of the time that may be lost by trying the way that gave fewer tokens, as sequences come to repeat themselves.
+TRIAL_COST = 0.01
 
 # Weight of a sequence's last step in how many of its drafts are kept.
 NEWEST = 0.25
+
+CLOCK_TICK = 1e-6  # seconds, at least, that a step takes
 
 
 def most_sequences(max_batch: int, drafts: int) -> int:
@@ -32,34 +34,30 @@ class Drafting:
     """
 
     def __init__(self, drafts: int, max_batch: int) -> None:
-        self.drafts = drafts
         self._most_sequences = most_sequences(max_batch, drafts)
         # By sequences in the batch, and whether there were drafts.
         self._seconds: dict[tuple[int, bool], deque[float]] = defaultdict(lambda: deque(maxlen=REMEMBERED))
-        self._drafted = False  # the steps until now, so many of them
-        self._steps = 0
+        self._steps = 0  # since the worse way was tried
 
     def pays(self, sequences: Items[Sequence]) -> bool:
         """Whether the next step, of these sequences, should have drafts."""
-        if not 0 < len(sequences) <= self._most_sequences:
+        count = len(sequences)
+        if not 0 < count <= self._most_sequences:
             return False
-        drafted = self._pays(sequences)
-        if drafted is self._drafted and self._steps >= RETRY_STEPS:
-            drafted = not drafted
-        self._steps = self._steps + 1 if drafted is self._drafted else 0
-        self._drafted = drafted
-        return drafted
-
-    def _pays(self, sequences: Items[Sequence]) -> bool:
-        without, with_drafts = (self._seconds[len(sequences), drafted] for drafted in (False, True))
+        without, with_drafts = (self._seconds[count, drafted] for drafted in (False, True))
         if not (without and with_drafts):
             return not with_drafts
-        tokens = sum(1 + sequence.drafts_kept for sequence in sequences)
-        return tokens * min(without) >= len(sequences) * min(with_drafts)
+        kept = sum(sequence.drafts_kept for sequence in sequences) / count
+        gain = (1 + kept) * min(without) / min(with_drafts)  # tokens a second, of those without
+        if self._steps * TRIAL_COST > 1 - min(gain, 1 / gain):
+            self._steps = 0
+            return gain < 1
+        self._steps += 1
+        return gain >= 1
 
     def took(self, sequences: int, drafted: bool, seconds: float) -> None:
         """A step is over."""
-        self._seconds[sequences, drafted].append(seconds)
+        self._seconds[sequences, drafted].append(max(seconds, CLOCK_TICK))
 
     @staticmethod
     def kept(sequence: Sequence, drafts: int) -> None:

@@ -26,7 +26,7 @@ def passes(max_batch: int, drafts: int = 0) -> Passes:
     if drafts:
         most = most_sequences(max_batch, drafts)
         rows = most * (drafts + 1)
-        made += Passes(rows, rows, len(ladder(most)))
+        made += Passes(rows, rows, len(ladder(most)), histories=max_batch)
     return made
 
 

@@ -22,8 +22,8 @@ class StepTokens:
     sequences: list[Sequence]
     tokens: list[int]
     logprobs: list[pb.Logprobs]
-    batch: int  # sequences of the step
-    drafts: int  # behind each of its tokens
+    batch: int  # different sequences
+    drafts: int  # that the step had behind each token
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +90,8 @@ class DecodeLoop:
         # A preempted sequence keeps all its tokens; and one that ends here frees its blocks, or is none of them.
         while self._in_flight:
             self._read(self._in_flight.popleft(), turn)
+        if self._runner.drafts:
+            self.scheduler.give_back_drafts_blocks(self._batch.sequences)
         while starved := self.scheduler.grow([sequence for sequence in starved if sequence in self._batch]):
             victim = self.scheduler.cheapest()
             self.drop(victim)
@@ -115,7 +117,10 @@ class DecodeLoop:
         if self._in_flight:
             self._pace.begins(time.monotonic(), len(self._in_flight[0].sequences))
         logprobs = step.logprobs.read() if step.logprobs is not None else {}
-        read = StepTokens([], [], [], len(step.sequences), step.drafts)
+        sequences: list[Sequence] = []
+        read_tokens: list[int] = []
+        read_logprobs: list[pb.Logprobs] = []
+        batch = 0
         for row, (sequence, tokens) in enumerate(zip(step.sequences, tokens_of, strict=True)):
             sequence.steps_in_flight -= 1
             sequence.drafts_in_flight -= step.drafts
@@ -126,18 +131,19 @@ class DecodeLoop:
                 self.drop(sequence)
                 turn.failed.append((sequence, step.problems[row]))
                 continue
+            batch += 1
             sequence.kv_len += len(tokens) - 1
             for token in tokens:
                 self.scheduler.deliver(sequence, token)
-                read.sequences.append(sequence)
-                read.tokens.append(token)
+                sequences.append(sequence)
+                read_tokens.append(token)
                 if logprobs:
-                    read.logprobs.append(logprobs.get(row, pb.Logprobs()))
+                    read_logprobs.append(logprobs.get(row, pb.Logprobs()))
                 if sequence.spec.ends_with(token, len(sequence.tokens)):
                     self.drop(sequence)
                     turn.finished.append(sequence)
                     break
-            if not sequence.wants_step and sequence in self._batch:  # the launched step ends it, as drafts were kept
+            if step.drafts and not sequence.wants_step and sequence in self._batch:  # the launched step ends it
                 self._runner.remove(sequence)
         self._runner.took(step, tokens_of)
-        turn.steps.append(read)
+        turn.steps.append(StepTokens(sequences, read_tokens, read_logprobs, batch, step.drafts))

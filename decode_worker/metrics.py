@@ -16,7 +16,7 @@ class DecodeMetrics(WorkerMetrics):
         )
         self.output_tokens = Counter("twostroke_output_tokens", "Tokens generated", registry=self.registry)
         self.drafted_tokens = Counter(
-            "twostroke_drafted_tokens", "Tokens drafted and run through the model", registry=self.registry
+            "twostroke_drafted_tokens", "Tokens drafted in steps of running sequences", registry=self.registry
         )
         self.kept_drafts = Counter(
             "twostroke_kept_drafts", "Drafted tokens that sampling gave as well", registry=self.registry

@@ -34,7 +34,7 @@ class Step:
     beginning: torch.cuda.Event | None  # on the device's clock
     late: bool  # the step before it was already over
     problems: Mapping[int, str]  # by row: the sequence's grammar failed, and its token means nothing
-    plain: bool = False  # its sequences want nothing that a step with drafts cannot give
+    may_draft: bool = False  # its sequences want nothing that a step with drafts cannot give
     drafts: int = 0  # behind each token
     launch_seconds: float = 0.0
 
@@ -154,7 +154,7 @@ class Runner:
 
     def took(self, step: Step, tokens: Items[Items[int]]) -> None:
         """A step has been read, and gave these tokens of each sequence."""
-        if self._drafting is None or not step.plain:
+        if self._drafting is None or not step.may_draft:
             return
         self._drafting.took(len(step.sequences), step.drafts > 0, step.seconds)
         if step.drafts:

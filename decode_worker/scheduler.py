@@ -5,6 +5,7 @@ not taken, so the prefix cache can use them until they are needed.
 """
 
 import time
+from collections.abc import Iterable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -36,6 +37,7 @@ class Sequence:
     cached_blocks: int = 0  # leading blocks that the pool already had, or got from host memory
     loaded_blocks: int = 0  # those of them that came from there
     promised: int = 0  # blocks for output that are not taken yet
+    safe_length: int = 0  # tokens up to which it is not preempted while others can be: it has reserved room for them
     last_hash: bytes = b""  # of the last full block
     kv_len: int = 0  # tokens whose KV is there or is being computed by launched steps, without drafts
     drafts_in_flight: int = 0  # of launched steps: so many further tokens may turn out to have KV
@@ -96,8 +98,8 @@ class Scheduler:
         hits = self._blocks.match(spec.hashes_before_last_token(self._block_size) if prefills else spec.block_hashes)
         for_prompt = blocks_for(length, self._block_size)
         # The very last token is never run, so it needs no room for KV.
-        for_all = blocks_for(min(length + headroom_tokens, spec.max_length - 1), self._block_size)
-        promised = max(for_all - for_prompt, 0)
+        safe_length = min(length + headroom_tokens, spec.max_length - 1)
+        promised = max(blocks_for(safe_length, self._block_size) - for_prompt, 0)
         missing = for_prompt - len(hits)
         if missing + promised > self._blocks.available - self.promised - kept_blocks:
             self._blocks.release(hits)
@@ -105,6 +107,7 @@ class Scheduler:
         sequence.blocks = hits + self._blocks.allocate(missing)
         sequence.cached_blocks = len(hits)
         sequence.promised = promised
+        sequence.safe_length = safe_length
         sequence.kv_len = length
         self.promised += promised
         self._sequences[sequence.attempt_id] = sequence
@@ -124,10 +127,10 @@ class Scheduler:
         of launched steps to know whether they end before that step."""
         starved = []
         for sequence in running:
-            if not sequence.wants_step:
-                continue
-            may_be_over = sequence.reach + 1 >= sequence.spec.max_length
-            if may_be_over or not self._grow_to(sequence, sequence.reach + 1):
+            needed, most = sequence.reach + 1, sequence.spec.max_length
+            if needed < most and needed <= len(sequence.blocks) * self._block_size:
+                continue  # as for nearly all
+            if sequence.wants_step and (needed >= most or not self._grow_to(sequence, needed)):
                 starved.append(sequence)
         if drafts and not starved:
             for sequence in running:
@@ -146,18 +149,30 @@ class Scheduler:
             sequence.blocks += self._blocks.allocate(1)
         return True
 
+    def give_back_drafts_blocks(self, running: Iterable[Sequence]) -> None:
+        """Releases the blocks that only drafts would be written to, and promises again those of them that were. To be
+        called while no step is in flight."""
+        for sequence in running:
+            kept = blocks_for(sequence.kv_len + 1, self._block_size)
+            drafts_blocks = sequence.blocks[kept:]
+            del sequence.blocks[kept:]
+            self._blocks.release(drafts_blocks)
+            promised = max(blocks_for(sequence.safe_length, self._block_size) - len(sequence.blocks), 0)
+            self.promised += promised - sequence.promised
+            sequence.promised = promised
+
     def cheapest(self) -> Sequence:
         """The running sequence that costs least to bring back: the one with the fewest tokens to prefill again.
 
-        Sequences that still have promised blocks come last. As a starved sequence has none, one is safe for as long as
-        its promise lasts. Routers ask for more with each preemption, up to all that a sequence may need, so there is
-        progress however scarce blocks are.
+        Sequences that have not made the tokens yet that room was reserved for come last. A starved sequence has made
+        them, so there is another one for as long as they are safe. Routers ask for more with each preemption, up to all
+        that a sequence may need, so there is progress however scarce blocks are.
         """
         running = (sequence for sequence in self._sequences.values() if sequence.state is State.RUNNING)
-        return min(running, key=lambda sequence: (sequence.promised > 0, len(sequence.tokens)))
+        return min(running, key=lambda sequence: (len(sequence.tokens) <= sequence.safe_length, len(sequence.tokens)))
 
     def deliver(self, sequence: Sequence, token: int) -> None:
-        """A step of the sequence is over: it wrote one token's KV, and made `token`."""
+        """Adds the token that a step made behind those whose KV is there now."""
         sequence.tokens.append(token)
         computed = len(sequence.tokens) - 1
         if computed % self._block_size == 0:

@@ -48,7 +48,7 @@ class DecodeTelemetry(WorkerTelemetry):
         self._metrics.batch_sequences.observe(step.batch)
         if step.drafts:
             self._metrics.drafted_tokens.inc(step.batch * step.drafts)
-            self._metrics.kept_drafts.inc(len(step.tokens) - len(set(step.sequences)))
+            self._metrics.kept_drafts.inc(len(step.tokens) - step.batch)
         self._metrics.output_tokens.inc(len(step.tokens))
         self.totals.output_tokens += len(step.tokens)
 

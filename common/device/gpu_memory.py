@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import torch
+
 from common.model.dtypes import torch_dtype
 from common.model.model_config import ModelConfig
 
@@ -15,9 +17,15 @@ class Passes:
     tokens: int  # of the largest pass
     rows: int  # of logits in the largest pass
     graphs: int  # number of graphs
+    histories: int = 0  # sequences whose tokens are kept beside them
 
     def __add__(self, other: "Passes") -> "Passes":
-        return Passes(self.tokens + other.tokens, self.rows + other.rows, self.graphs + other.graphs)
+        return Passes(
+            self.tokens + other.tokens,
+            self.rows + other.rows,
+            self.graphs + other.graphs,
+            self.histories + other.histories,
+        )
 
 
 def bytes_for(passes: Passes, model: ModelConfig, dtype: str) -> int:
@@ -37,4 +45,5 @@ def bytes_for(passes: Passes, model: ModelConfig, dtype: str) -> int:
         quantized = max(activated, model.num_heads * model.head_dim, model.hidden_size) // 2
     activations = passes.tokens * (4 * model.hidden_size + attention + mlp + quantized)
     logits = passes.rows * model.vocab_size
-    return 2 * (activations + logits) * torch_dtype(dtype).itemsize + passes.graphs * GRAPH_BYTES
+    histories = passes.histories * model.context_length * torch.int32.itemsize
+    return 2 * (activations + logits) * torch_dtype(dtype).itemsize + passes.graphs * GRAPH_BYTES + histories

@@ -3,6 +3,8 @@
 import random
 from collections import Counter
 
+import pytest
+
 from common.kv.block_pool import BlockPool
 from common.kv.prefix_hash import block_hashes
 from decode_worker.scheduler import Scheduler, Sequence, State
@@ -75,7 +77,7 @@ def test_growth_uses_the_promise_first_and_starves_at_others_promises() -> None:
     assert scheduler.grow([other]) == [other], "the block that is left is promised"
     assert scheduler.grow([promised]) == []
     assert pool.in_use_count == 4
-    assert scheduler.cheapest() is promised  # both have as many tokens, and neither a promise left
+    assert scheduler.cheapest() is other, "the first has not made the tokens yet that it reserved room for"
     scheduler.end(promised)
     assert scheduler.grow([other]) == []
 
@@ -88,6 +90,58 @@ def test_a_sequence_with_a_promise_is_preempted_last() -> None:
     start(scheduler, short)
     start(scheduler, long)
     assert scheduler.cheapest() is long
+
+
+@pytest.mark.parametrize("drafts", [0, 4, 15])
+@pytest.mark.parametrize("block", [1, 16])
+def test_a_sequence_is_safe_for_as_many_tokens_as_it_reserved_room_for(block: int, drafts: int) -> None:
+    """However many blocks it took for drafts, none of which was right."""
+    scheduler = Scheduler(BlockPool(200), block, max_batch=8)
+    seq, other = (
+        Sequence(attempt, 0, spec(range(99 * attempt, 99 * attempt + 20), block), list(range(20))) for attempt in (1, 2)
+    )
+    assert scheduler.reserve(seq, headroom_tokens=32)
+    assert scheduler.reserve(other, headroom_tokens=0)
+    start(scheduler, seq)
+    start(scheduler, other)
+    other.tokens += range(50)
+    for made in range(1, 40):
+        assert scheduler.cheapest() is (other if made <= 32 else seq)
+        assert not scheduler.grow([seq], drafts)
+        seq.kv_len += 1
+        scheduler.deliver(seq, 7)
+
+
+@pytest.mark.parametrize("blocks", range(6, 30))
+def test_drafts_preempt_nothing(blocks: int) -> None:
+    """A step that lacks a block gets what was taken for drafts, before anything is preempted."""
+
+    def steps_until_starved(drafts: int) -> int | None:
+        pool = BlockPool(blocks)
+        scheduler = Scheduler(pool, BLOCK, max_batch=8)
+        running = [sequence(1, 8, 40), sequence(2, 12, 20, start=50), sequence(3, 8, 24, start=100)]
+        if not all(scheduler.reserve(seq, headroom_tokens=6) for seq in running):
+            return None
+        for seq in running:
+            start(scheduler, seq)
+        for made in range(100):
+            if starved := scheduler.grow(running, drafts):
+                scheduler.give_back_drafts_blocks(running)
+                if scheduler.grow(starved):
+                    return made
+            for seq in list(running):
+                seq.kv_len += 1
+                scheduler.deliver(seq, 7)
+                if not seq.wants_step:
+                    running.remove(seq)
+                    scheduler.end(seq)
+            scheduler.give_back_drafts_blocks(running if made % 3 else [])
+            assert scheduler.promised == sum(seq.promised for seq in running)
+            assert pool.in_use_count == sum(len(seq.blocks) for seq in running)
+        assert (pool.in_use_count, scheduler.promised) == (0, 0)
+        return None
+
+    assert steps_until_starved(8) == steps_until_starved(0)
 
 
 def test_filled_blocks_are_found_by_the_next_turn() -> None:

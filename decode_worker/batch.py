@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from common.device.device_io import to_device
+from common.device.device_io import copy_to_device, to_device
 from decode_worker.scheduler import Sequence
 
 # Length of a row without a sequence, which steps leave alone.
@@ -21,7 +21,8 @@ COLUMNS = 12
 
 @dataclass(frozen=True, slots=True)
 class BatchState:
-    """Device tensors of R rows, all views of one int32 buffer, so that one scatter writes all changes of a turn."""
+    """Device tensors of R rows. All but the history are views of one int32 buffer, so that one scatter writes all
+    changes of a turn."""
 
     seeds: Tensor  # [R] int64
     tokens: Tensor  # [R] int32, the token that the next step consumes
@@ -71,8 +72,7 @@ class DecodeBatch:
         self._block_size = block_size
         self._history = history
         self._tables_at = COLUMNS * max_rows
-        self._history_at = self._tables_at + max_rows * max_blocks
-        self._buffer = torch.zeros(self._history_at + max_rows * history, dtype=torch.int32, device=device)
+        self._buffer = torch.zeros(self._tables_at + max_rows * max_blocks, dtype=torch.int32, device=device)
         columns = self._buffer[: self._tables_at].view(COLUMNS, max_rows)
         self.state = BatchState(
             seeds=self._buffer[: 2 * max_rows].view(torch.int64),
@@ -83,8 +83,8 @@ class DecodeBatch:
             min_p=columns[MIN_P].view(torch.float32),
             top_k=columns[TOP_K],
             limits=columns[LIMITS],
-            block_tables=self._buffer[self._tables_at : self._history_at].view(max_rows, max_blocks),
-            history=self._buffer[self._history_at :].view(max_rows, history),
+            block_tables=self._buffer[self._tables_at :].view(max_rows, max_blocks),
+            history=torch.zeros((max_rows, history), dtype=torch.int32, device=device),
         )
         self.state.lengths.fill_(UNUSED)
         self._row_of: dict[Sequence, int] = {}
@@ -128,10 +128,7 @@ class DecodeBatch:
             if self._history:
                 self.state.history[target] = self.state.history[source]
         if self._history:
-            for row in self._changed_rows:
-                if row < len(self.sequences) and (sequence := self.sequences[row]) not in self._device_row:
-                    said = np.asarray(sequence.tokens, dtype=np.int32)
-                    self.state.history[row, : len(said)] = to_device(said, self._device)
+            self._upload_history()
         edits = [self._row_edit(row) for row in self._changed_rows]
         self._changed_rows.clear()
         edits += [self._growth_edit(sequence) for sequence in self.sequences if self._has_other_blocks(sequence)]
@@ -139,6 +136,14 @@ class DecodeBatch:
             where = np.concatenate([edit[0] for edit in edits])
             values = np.concatenate([edit[1] for edit in edits])
             self._buffer[to_device(where, self._device)] = to_device(values, self._device)
+
+    def _upload_history(self) -> None:
+        """What new sequences have said. Later the host learns that only when a step has been read, and others have been
+        launched."""
+        for row in self._changed_rows:
+            if row < len(self.sequences) and (sequence := self.sequences[row]) not in self._device_row:
+                said = np.asarray(sequence.tokens, dtype=np.int32)
+                copy_to_device(said, self.state.history[row])
 
     def _has_other_blocks(self, sequence: Sequence) -> bool:
         return self._device_blocks[sequence] != len(sequence.blocks)
@@ -175,7 +180,7 @@ class DecodeBatch:
         ]
         values = [*seed, *floats, sampling.top_k, self._limit(sequence), *sequence.blocks]
         if sequence not in self._device_row:
-            # Later the host learns what it says only when a step has been read, and others have been launched.
+            # The host knows where a new row is. A moved one may not have left the last step yet.
             where.append(np.asarray([TOKENS * rows + row, LENGTHS * rows + row]))
             values += (sequence.tokens[sequence.kv_len], sequence.kv_len)
         self._device_row[sequence] = row

@@ -4,9 +4,9 @@
 # Settings, as environment variables:
 #   PYTHON    the Python that has torch, triton, cupy and cuda-bindings (python3)
 #   STEPS     what to run; by default: kernels-tests engine-tests fp8-tests kernels handover engine interference
-#             one-sequence throughput. Only on request: memcheck, which needs compute-sanitizer; host-cache (4 minutes, 45 GiB of
-#             memory); on two GPUs, crossover (2 minutes), goodput and goodput-long (8 to 10 minutes each); on two or more, scaling
-#             (4 minutes)
+#             one-sequence throughput. Only on request: memcheck, which needs compute-sanitizer; drafts (1 minute); host-cache
+#             (4 minutes, 45 GiB of memory); on two GPUs, crossover (2 minutes), goodput and goodput-long (8 to 10 minutes
+#             each); on two or more, scaling (4 minutes)
 #   TWOSTROKE_TEST_MODEL    SmolLM2-135M-Instruct as a directory or GGUF file, if its package is not installed
 # Each step has a time limit, and a step that fails does not keep the next ones from running. Exit code 1: a step failed.
 set -uo pipefail
@@ -43,6 +43,7 @@ run kernels 150 "$python" -m benchmarks.gpu.kernels "$out/kernels.json"
 run handover 60 "$python" -m benchmarks.gpu.handover "$out/handover.json"
 run engine 210 "$python" -m benchmarks.gpu.engine --out "$out/engine.json"
 run interference 200 "$python" -m benchmarks.gpu.interference --out "$out/interference.json" --logs "$out/interference"
+run drafts 120 "$python" -m benchmarks.gpu.drafts --out "$out/drafts.json"
 run host-cache 300 "$python" -m benchmarks.gpu.host_cache --out "$out/host_cache.json" --logs "$out/host-cache"
 run one-sequence 90 "$python" -m benchmarks.gpu.one_sequence --out "$out/one_sequence.json"
 if (($(nvidia-smi --list-gpus | wc -l) > 1)); then

@@ -31,7 +31,7 @@ WARM_UP_SHARE = 20  # percent
 # computed on both sides.
 WORKER_FLAGS = {"num-blocks": 160, "host-cache-gib": 0.01}
 PREFILL_FLAGS = {"max-batch-tokens": 128}
-DECODE_FLAGS = {"prefill-tokens": 24, "num-blocks": 96}
+DECODE_FLAGS = {"prefill-tokens": 24, "num-blocks": 96, "draft-tokens": 3}
 ROUTER_FLAGS = {"headroom-tokens": 1, "max-queue": 6}
 
 

@@ -22,8 +22,12 @@ class StepTokens:
     sequences: list[Sequence]
     tokens: list[int]
     logprobs: list[pb.Logprobs]
-    batch: int  # different sequences
     drafts: int  # that the step had behind each token
+
+    @property
+    def batch(self) -> int:
+        """Number of sequences."""
+        return len(set(self.sequences)) if self.drafts else len(self.sequences)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,10 +121,7 @@ class DecodeLoop:
         if self._in_flight:
             self._pace.begins(time.monotonic(), len(self._in_flight[0].sequences))
         logprobs = step.logprobs.read() if step.logprobs is not None else {}
-        sequences: list[Sequence] = []
-        read_tokens: list[int] = []
-        read_logprobs: list[pb.Logprobs] = []
-        batch = 0
+        read = StepTokens([], [], [], step.drafts)
         for row, (sequence, tokens) in enumerate(zip(step.sequences, tokens_of, strict=True)):
             sequence.steps_in_flight -= 1
             sequence.drafts_in_flight -= step.drafts
@@ -131,14 +132,13 @@ class DecodeLoop:
                 self.drop(sequence)
                 turn.failed.append((sequence, step.problems[row]))
                 continue
-            batch += 1
             sequence.kv_len += len(tokens) - 1
             for token in tokens:
                 self.scheduler.deliver(sequence, token)
-                sequences.append(sequence)
-                read_tokens.append(token)
+                read.sequences.append(sequence)
+                read.tokens.append(token)
                 if logprobs:
-                    read_logprobs.append(logprobs.get(row, pb.Logprobs()))
+                    read.logprobs.append(logprobs.get(row, pb.Logprobs()))
                 if sequence.spec.ends_with(token, len(sequence.tokens)):
                     self.drop(sequence)
                     turn.finished.append(sequence)
@@ -146,4 +146,4 @@ class DecodeLoop:
             if step.drafts and not sequence.wants_step and sequence in self._batch:  # the launched step ends it
                 self._runner.remove(sequence)
         self._runner.took(step, tokens_of)
-        turn.steps.append(StepTokens(sequences, read_tokens, read_logprobs, batch, step.drafts))
+        turn.steps.append(read)

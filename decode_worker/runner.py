@@ -109,8 +109,17 @@ class Runner:
         if not self._slots and not self._with_logprobs and not self._with_grammar:
             drafts = self.drafts if self._drafting is not None and self._drafting.pays(sequences) else 0
             tokens = self._drafted(rows) if drafts else self._plain(rows)
-            late, seconds = _is_over(before), time.monotonic() - began
-            return Step(sequences, HostCopy(tokens), None, beginning, late, {}, True, drafts, seconds)
+            return Step(
+                sequences,
+                HostCopy(tokens),
+                None,
+                beginning,
+                late=_is_over(before),
+                problems={},
+                may_draft=True,
+                drafts=drafts,
+                launch_seconds=time.monotonic() - began,
+            )
         state = self.batch.state.first(rows)
         logits = self._logits(rows)
         late = _is_over(before)

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+import pytest
 import torch
 
 from benchmarks.parts import LoadedModel, load_model
@@ -14,6 +15,7 @@ from common.telemetry.tracing import Tracing
 from common.worker.sequence import SequenceSpec
 from common.worker.worker_parts import WorkerParts
 from common.worker.worker_service import Received, WorkerService
+from decode_worker.drafting import Drafting
 from decode_worker.engine import Engine
 from decode_worker.metrics import DecodeMetrics
 from decode_worker.own_prompts import OwnPrompts
@@ -25,6 +27,11 @@ from tests.specs import sequence_to_proto
 from twostroke.v1 import worker_pb2 as pb
 
 ROUTER = 0
+
+
+def always_draft(patch: pytest.MonkeyPatch) -> None:
+    """Every step that may have drafts has some."""
+    patch.setattr(Drafting, "pays", lambda self, sequences: len(sequences) <= self._most_sequences)
 
 
 def load_tiny(directory: Path) -> LoadedModel:
@@ -160,6 +167,10 @@ class OneWorker:
                 waiting.appendleft((index, self._resumed(spec, attempt), 1_000 if came_back else headroom_tokens))
         self.finish()
         return outputs
+
+    @property
+    def drafts_kept(self) -> int:
+        return int(self._engine._metrics.kept_drafts._value.get())
 
     @property
     def preemptions(self) -> int:

@@ -1,9 +1,7 @@
 """Speculative decoding: the same tokens in fewer steps, and only while that is faster."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
@@ -17,7 +15,7 @@ from decode_worker.drafting import Drafting, most_sequences
 from decode_worker.graphs import ladder, passes
 from decode_worker.scheduler import Sequence
 from tests import guided
-from tests.one_worker import OneWorker, load_tiny
+from tests.one_worker import OneWorker, always_draft, load_tiny
 from tests.router import models
 
 BLOCK = 4
@@ -31,10 +29,8 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
 
 
 @pytest.fixture
-def always() -> Iterator[None]:
-    """A step that may have drafts has some."""
-    with mock.patch.object(Drafting, "pays", lambda self, sequences: len(sequences) <= self._most_sequences):
-        yield
+def always(monkeypatch: pytest.MonkeyPatch) -> None:
+    always_draft(monkeypatch)
 
 
 def sequences(count: int, max_length: int = 60) -> list[SequenceSpec]:
@@ -68,9 +64,8 @@ def test_the_same_tokens_in_fewer_steps(loaded: LoadedModel, drafts: int, ahead:
     assert one.run(asked) == expected
     assert [len(output) for output in expected] == [60 - 12 - index for index in range(6)]
     metrics = one._engine._metrics
-    kept, drafted = metrics.kept_drafts._value.get(), metrics.drafted_tokens._value.get()
-    tokens = metrics.output_tokens._value.get()
-    assert 0 < kept < drafted
+    tokens, drafted = metrics.output_tokens._value.get(), metrics.drafted_tokens._value.get()
+    assert 0 < one.drafts_kept < drafted
     assert tokens == sum(map(len, expected)) == without._engine._metrics.output_tokens._value.get()
     steps_of = [sum(attempt in step for step in one.tokens_of_step) for attempt in (1, 3, 5)]  # the greedy ones
     assert all(steps < 0.8 * (len(expected[0]) - 1) for steps in steps_of)
@@ -88,7 +83,7 @@ def test_what_one_asks_for_does_not_change_with_the_others(loaded: LoadedModel, 
     expected = worker(loaded, drafts=0).run(asked)
     one = worker(loaded, drafts=4, ahead=ahead)
     assert one.run(asked) == expected
-    assert one._engine._metrics.kept_drafts._value.get() > 0
+    assert one.drafts_kept > 0
 
 
 @pytest.mark.usefixtures("always")
@@ -102,7 +97,7 @@ def test_where_blocks_are_scarce(loaded: LoadedModel, blocks: int, ahead: int) -
     one = worker(loaded, drafts=4, blocks=blocks, ahead=ahead)
     assert one.run(asked, headroom_tokens=4) == expected
     assert one.preemptions > 0
-    assert one._engine._metrics.kept_drafts._value.get() > 0
+    assert one.drafts_kept > 0
 
 
 @pytest.mark.usefixtures("always")
@@ -170,7 +165,7 @@ def test_other_block_sizes(loaded: LoadedModel, block_size: int, ahead: int) -> 
     one = OneWorker(next(parts), drafts=4)
     one._engine._loop._steps_ahead = ahead
     assert one.run(asked) == expected
-    assert one._engine._metrics.kept_drafts._value.get() > 0
+    assert one.drafts_kept > 0
 
 
 @pytest.mark.usefixtures("always")

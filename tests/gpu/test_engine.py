@@ -13,12 +13,11 @@ from benchmarks.in_process import InProcess, spec
 from benchmarks.parts import LoadedModel, load_model, worker_parts
 from common.sampling.parameters import SamplingParams
 from common.worker.sequence import SequenceSpec
-from decode_worker.drafting import Drafting
 from decode_worker.pace import Pace
 from tests import rounded_kv
 from tests.gpu import tiny_models
 from tests.gpu.greedy import DEVICE, LENGTHS, assert_greedy, assert_same_draws, gaps, reference, text
-from tests.one_worker import OneWorker
+from tests.one_worker import OneWorker, always_draft
 
 OUTPUT_TOKENS = 64
 SOME_LENGTHS = (1, 7, 16, 33, 64, 100, 129, 200, 257, 400)
@@ -131,7 +130,7 @@ def test_preemption(smol: Engines) -> None:
 @pytest.fixture
 def drafts(monkeypatch: pytest.MonkeyPatch) -> int:
     """How many are behind each token, in every step that may have some."""
-    monkeypatch.setattr(Drafting, "pays", lambda self, sequences: len(sequences) <= self._most_sequences)
+    always_draft(monkeypatch)
     return 4
 
 

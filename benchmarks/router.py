@@ -1,9 +1,9 @@
 """The router alone: real gRPC, fake workers, 256 streams, each part in a process of its own on the same two cores. The
 streams are calls of their own, or share one.
 
-Fake workers use the time (in tenths of a millisecond, modulo) as token ids, so that every token tells its age. "Router"
-ages are taken in the router, once gRPC has accepted the token's message; "client" ages are taken where the client
-receives it, and include Python on both sides. A router has a token "in hand" from when gRPC gave it the worker's
+Fake workers tell the time (in tenths of a millisecond, modulo 4 s) by token ids, so that every token tells its age.
+"Router" ages are taken in the router, once gRPC has accepted the token's message; "client" ages are taken where the
+client receives it, and include Python on both sides. A router has a token "in hand" from when gRPC gave it the worker's
 message to when it gave gRPC the client's. For how long a message waits to be read, and what gRPC takes to parse and to
 send it, is in the "router" ages alone. In the "bare" runs there is no router and no worker, but a gRPC server that
 writes ready-made chunks to the same clients at the same pace: that is gRPC's share.
@@ -25,19 +25,20 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias, TypeVar
+from typing import Annotated, Any, Self, TypeAlias, TypeVar
 
 import cyclopts
 import grpc
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.router_delays import RouterDelays, age_ms, tick
+from benchmarks.router_delays import RouterDelays, TokenClock
 from common import garbage
 from common.model.model_config import ModelConfig, load_config
 from common.model.model_files import EMBEDDED, resolve
 from common.worker.unsent import Unsent
 from router.answers.detokenizer import Detokenizer
+from router.cluster.decoding import Decoding
 from router.cluster.fan_out import fan_out
 from router.config import RouterConfig
 from router.dispatch.request import Prompt, Request
@@ -82,12 +83,17 @@ class Arrivals:
     times: "array[float]"  # of each message
     tokens: "array[int]"  # in each message
     ages: "array[float]"  # of each token, ms
+    clock: TokenClock
+
+    @classmethod
+    def none_yet(cls, clock: TokenClock) -> Self:
+        return cls(array("d"), array("I"), array("d"), clock)
 
     def add(self, piece: Piece) -> None:
         if piece.token_ids:
-            self.times.append(time.monotonic())
+            now, age_ms = time.monotonic(), self.clock.age_ms
+            self.times.append(now)
             self.tokens.append(len(piece.token_ids))
-            now = tick()
             self.ages.extend(age_ms(token, now) for token in piece.token_ids)
 
 
@@ -108,7 +114,8 @@ class SteadyWorker(FakeWorker):
                 await context.write(message)
 
     def _step(self) -> worker_pb2.WorkerMessage:
-        tokens = worker_pb2.StepTokens(attempt_ids=self.running, token_ids=[tick()] * len(self.running))
+        token = self.script.token(0)
+        tokens = worker_pb2.StepTokens(attempt_ids=self.running, token_ids=[token] * len(self.running))
         ended = []
         for attempt_id, running in self.running.items():
             running.length += 1
@@ -119,19 +126,19 @@ class SteadyWorker(FakeWorker):
         return worker_pb2.WorkerMessage(tokens=tokens, ended=ended)
 
 
-def workers(pipe: Connection, directory: Path, count: int, step_seconds: float) -> None:
-    event_loop.run(_workers(pipe, load_config(directory), count, step_seconds))
+def workers(pipe: Connection, directory: Path, clock: TokenClock, count: int, step_seconds: float) -> None:
+    event_loop.run(_workers(pipe, load_config(directory), clock, count, step_seconds))
 
 
-async def _workers(pipe: Connection, model: ModelConfig, count: int, step_seconds: float) -> None:
+async def _workers(pipe: Connection, model: ModelConfig, clock: TokenClock, count: int, step_seconds: float) -> None:
     same = {
         "vocab_size": model.vocab_size,
         "eos_token_ids": model.eos_token_ids,
         "num_blocks": 1 << 20,  # room for all streams
         "max_length": model.context_length,
     }
-    prefill = FakeWorker(PREFILL, Script(token=tick), max_batch=1 << 20, **same)
-    decodes = [SteadyWorker(DECODE, Script(step_seconds=step_seconds), **same) for _ in range(count)]
+    prefill = FakeWorker(PREFILL, Script(token=clock.now), max_batch=1 << 20, **same)
+    decodes = [SteadyWorker(DECODE, Script(step_seconds=step_seconds, token=clock.now), **same) for _ in range(count)]
     addresses = [await prefill.start()]
     for decode in decodes:
         addresses.append(await decode.start())
@@ -142,15 +149,15 @@ async def _workers(pipe: Connection, model: ModelConfig, count: int, step_second
         await worker.die()
 
 
-def router(pipe: Connection, directory: Path) -> None:
-    event_loop.run(_router(pipe, directory, pipe.recv()))
+def router(pipe: Connection, directory: Path, clock: TokenClock) -> None:
+    event_loop.run(_router(pipe, directory, clock, pipe.recv()))
 
 
-async def _router(pipe: Connection, directory: Path, addresses: Sequence[str]) -> None:
+async def _router(pipe: Connection, directory: Path, clock: TokenClock, addresses: Sequence[str]) -> None:
     model = load_config(directory)
     config = RouterConfig(listen="127.0.0.1:0", prefill=tuple(addresses[:1]), decode=tuple(addresses[1:]))
     service = Router(config, model, Tokenizer(directory, model), Guides(directory, model))
-    delays = RouterDelays(service)
+    delays = RouterDelays(service, clock)
     port = await service.start()
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
         stub = inference_pb2_grpc.InferenceStub(channel)
@@ -168,12 +175,12 @@ async def _router(pipe: Connection, directory: Path, addresses: Sequence[str]) -
     await service.stop(0)
 
 
-def bare(pipe: Connection, groups: int, step_seconds: float) -> None:
-    event_loop.run(_bare(pipe, groups, step_seconds))
+def bare(pipe: Connection, clock: TokenClock, groups: int, step_seconds: float) -> None:
+    event_loop.run(_bare(pipe, clock, groups, step_seconds))
 
 
-async def _bare(pipe: Connection, groups: int, step_seconds: float) -> None:
-    service = _Bare(groups)
+async def _bare(pipe: Connection, clock: TokenClock, groups: int, step_seconds: float) -> None:
+    service = _Bare(clock, groups)
     answer = grpc.unary_stream_rpc_method_handler(
         service.answer,
         request_deserializer=inference_pb2.GenerateRequest.FromString,
@@ -198,8 +205,9 @@ async def _bare(pipe: Connection, groups: int, step_seconds: float) -> None:
 class _Bare:
     """Streams in groups; those of a group write at the same time, like those of one decode worker."""
 
-    def __init__(self, groups: int) -> None:
+    def __init__(self, clock: TokenClock, groups: int) -> None:
         self.ages = array("d")
+        self._clock = clock
         self._waiting: list[list[asyncio.Future[int]]] = [[] for _ in range(groups)]
         self._calls = 0
 
@@ -209,7 +217,7 @@ class _Bare:
         while True:
             next_step = max(next_step + seconds, time.monotonic())
             await asyncio.sleep(next_step - time.monotonic())
-            token, waiting = tick(), self._waiting[group]
+            token, waiting = self._clock.now(), self._waiting[group]
             self._waiting[group] = []
             for waiter in waiting:
                 waiter.set_result(token)
@@ -223,15 +231,15 @@ class _Bare:
             token = await waiter
             delta = inference_pb2.Delta(text=" word", token_ids=[token])
             await context.write(inference_pb2.GenerateChunk(delta=delta))
-            self.ages.append(age_ms(token, tick()))
+            self.ages.append(self._clock.age_ms(token, time.monotonic()))
 
 
-def clients(pipe: Connection, streams: int, tokens: int, shared: bool) -> None:
-    event_loop.run(_clients(pipe, pipe.recv(), streams, tokens, shared))
+def clients(pipe: Connection, clock: TokenClock, streams: int, tokens: int, shared: bool) -> None:
+    event_loop.run(_clients(pipe, clock, pipe.recv(), streams, tokens, shared))
 
 
-async def _clients(pipe: Connection, address: str, streams: int, tokens: int, shared: bool) -> None:
-    arrivals = Arrivals(array("d"), array("I"), array("d"))
+async def _clients(pipe: Connection, clock: TokenClock, address: str, streams: int, tokens: int, shared: bool) -> None:
+    arrivals = Arrivals.none_yet(clock)
     gc.disable()  # the client's pauses are not the router's
 
     async def one(client: AsyncClient) -> None:
@@ -243,9 +251,9 @@ async def _clients(pipe: Connection, address: str, streams: int, tokens: int, sh
     pipe.send((arrivals, time.process_time()))
 
 
-def threads(pipe: Connection, streams: int, tokens: int, shared: bool) -> None:
+def threads(pipe: Connection, clock: TokenClock, streams: int, tokens: int, shared: bool) -> None:
     """A thread for each stream."""
-    arrivals, address = Arrivals(array("d"), array("I"), array("d")), pipe.recv()
+    arrivals, address = Arrivals.none_yet(clock), pipe.recv()
     gc.disable()
     one_at_a_time = threading.Lock()
 
@@ -262,12 +270,13 @@ def threads(pipe: Connection, streams: int, tokens: int, shared: bool) -> None:
 
 # ---------------------------------------------------------------- one run
 
-Reader: TypeAlias = Callable[[Connection, int, int, bool], None]
+Reader: TypeAlias = Callable[[Connection, TokenClock, int, int, bool], None]
 
 
 def run(
     name: str,
     directory: Path,
+    clock: TokenClock,
     streams: int,
     decode_workers: int,
     tokens_per_second: float,
@@ -279,26 +288,29 @@ def run(
     one call."""
     step_seconds = streams / tokens_per_second
     pipe, its = spawn.Pipe()
-    behind = spawn.Process(target=workers, args=(its, directory, decode_workers, step_seconds))
+    behind = spawn.Process(target=workers, args=(its, directory, clock, decode_workers, step_seconds))
     behind.start()
     router_pipe, router_end = spawn.Pipe()
     router_pipe.send(pipe.recv())
-    server = spawn.Process(target=router, args=(router_end, directory))
-    figures = _measure(name, streams, tokens_per_second, seconds, shared, reader, server, router_pipe)
+    server = spawn.Process(target=router, args=(router_end, directory, clock))
+    figures = _measure(name, clock, streams, tokens_per_second, seconds, shared, reader, server, router_pipe)
     pipe.send("stop")
     behind.join()
     return figures
 
 
-def run_bare(name: str, streams: int, groups: int, tokens_per_second: float, seconds: float) -> Figures:
+def run_bare(
+    name: str, clock: TokenClock, streams: int, groups: int, tokens_per_second: float, seconds: float
+) -> Figures:
     """Sends the same tokens from a gRPC server that has them ready."""
     pipe, its = spawn.Pipe()
-    server = spawn.Process(target=bare, args=(its, groups, streams / tokens_per_second))
-    return _measure(name, streams, tokens_per_second, seconds, False, clients, server, pipe)
+    server = spawn.Process(target=bare, args=(its, clock, groups, streams / tokens_per_second))
+    return _measure(name, clock, streams, tokens_per_second, seconds, False, clients, server, pipe)
 
 
 def _measure(
     name: str,
+    clock: TokenClock,
     streams: int,
     tokens_per_second: float,
     seconds: float,
@@ -309,7 +321,7 @@ def _measure(
 ) -> Figures:
     client_pipe, client_end = spawn.Pipe()
     tokens = int(seconds * tokens_per_second / streams)
-    client = spawn.Process(target=reader, args=(client_end, streams, tokens, shared))
+    client = spawn.Process(target=reader, args=(client_end, clock, streams, tokens, shared))
     server.start()
     client.start()
     client_pipe.send(server_pipe.recv())
@@ -357,11 +369,12 @@ def fan_out_rate(streams: int = 256, steps: int = 400) -> float:
     """Tokens/s from a packed message's bytes to the requests' buffers."""
     prompt = Prompt(PROMPT, 0, frozenset(), "")
     mailbox: Mailbox[Request] = Mailbox(Turnstile())
-    decoding = {
+    decoding = Decoding()
+    decoding.requests = {
         attempt: Request("", 0, attempt, prompt, worker_pb2.SamplingParams(), mailbox, 1 << 30)
         for attempt in range(streams)
     }
-    tokens = worker_pb2.StepTokens(attempt_ids=list(decoding), token_ids=[40_000] * streams)
+    tokens = worker_pb2.StepTokens(attempt_ids=list(decoding.requests), token_ids=[40_000] * streams)
     packed = worker_pb2.WorkerMessage(tokens=tokens).SerializeToString()
     began = time.process_time()
     for _ in range(steps):
@@ -396,6 +409,7 @@ def main(
         json_file: also writes the figures there.
     """
     directory = resolve(model)
+    clock = TokenClock.of(directory)
     offers = [
         ("60,000 tokens/s", 1, 60_000),
         ("12,500 tokens/s, one decode worker in step", 1, 12_500),
@@ -403,14 +417,16 @@ def main(
     ]
     runs = []
     for name, decode_workers, offered in offers:
-        runs.append(run(name, directory, streams, decode_workers, offered, seconds))
+        runs.append(run(name, directory, clock, streams, decode_workers, offered, seconds))
         if offered < 60_000:
-            runs.append(run_bare("  the same, bare gRPC", streams, decode_workers, offered, seconds))
-        runs.append(run("  the same, one call", directory, streams, decode_workers, offered, seconds, shared=True))
-    runs.append(run("120,000 tokens/s, one call", directory, streams, 1, 120_000, seconds, shared=True))
+            runs.append(run_bare("  the same, bare gRPC", clock, streams, decode_workers, offered, seconds))
+        runs.append(
+            run("  the same, one call", directory, clock, streams, decode_workers, offered, seconds, shared=True)
+        )
+    runs.append(run("120,000 tokens/s, one call", directory, clock, streams, 1, 120_000, seconds, shared=True))
     name, in_threads = f"3,000 tokens/s, {THREADS} threads", partial(run, reader=threads)
-    runs.append(in_threads(name, directory, THREADS, 1, 3_000, seconds))
-    runs.append(in_threads("  the same, one call", directory, THREADS, 1, 3_000, seconds, shared=True))
+    runs.append(in_threads(name, directory, clock, THREADS, 1, 3_000, seconds))
+    runs.append(in_threads("  the same, one call", directory, clock, THREADS, 1, 3_000, seconds, shared=True))
     rate, microseconds = fan_out_rate(streams), detokenize_microseconds(directory)
     table = Table(
         "run",

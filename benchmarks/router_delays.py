@@ -4,41 +4,72 @@ import math
 import time
 from array import array
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from operator import itemgetter
-from typing import Any, TypeAlias
+from pathlib import Path
+from typing import Any, Self, TypeAlias
 
+from common.model.model_config import load_config
+from common.model.model_error import ModelError
+from router.answers.words import Words
 from router.cluster.worker import Worker
+from router.prompts.tokenizer import Tokenizer
 from router.server import Router
 from twostroke.v1 import inference_pb2, worker_pb2
 
-FIRST_TOKEN, TICKS, TICKS_PER_SECOND = 1_000, 40_000, 10_000
+TICKS, TICKS_PER_SECOND = 40_000, 10_000
 
 Written: TypeAlias = tuple[float, float, Any]  # when gRPC was given a message, when it accepted it, and the message
 Read: TypeAlias = tuple[float, set[int]]  # when a worker's message had been read, and its tokens
 
 
-def tick(_length: int = 0) -> int:
-    return tick_of(time.monotonic())
+@dataclass(frozen=True)
+class TokenClock:
+    """
+    Attributes:
+        tokens: one for each tick. They are whole characters, as nearly all tokens of a text are: those of one step are
+            the same for all streams here, which else would have a part of a character at once.
+    """
 
+    tokens: tuple[int, ...]
 
-def tick_of(seconds: float) -> int:
-    return FIRST_TOKEN + int(seconds * TICKS_PER_SECOND) % TICKS
+    @classmethod
+    def of(cls, directory: Path) -> Self:
+        """Of a model's tokens."""
+        model = load_config(directory)
+        words = Words(Tokenizer(directory, model).token_bytes, model.eos_token_ids).words.nonzero()[0]
+        if len(words) < TICKS:
+            raise ModelError(f"the vocabulary has {len(words)} tokens that are whole characters; {TICKS} are needed")
+        return cls(tuple(words[:TICKS].tolist()))
 
+    def token(self, seconds: float) -> int:
+        """Of a time, as `time.monotonic` tells it."""
+        return self.tokens[int(seconds * TICKS_PER_SECOND) % TICKS]
 
-def age_ms(token: int, now: int) -> float:
-    return 1000 * ((now - token) % TICKS) / TICKS_PER_SECOND
+    def now(self, _length: int = 0) -> int:
+        return self.token(time.monotonic())
+
+    def age_ms(self, token: int, seconds: float) -> float:
+        """Its age at a time."""
+        return 1000 * ((int(seconds * TICKS_PER_SECOND) - self._ticks[token]) % TICKS) / TICKS_PER_SECOND
+
+    @cached_property
+    def _ticks(self) -> dict[int, int]:
+        return {token: tick for tick, token in enumerate(self.tokens)}
 
 
 class RouterDelays:
     """Notes when a router reads a worker's message, and when gRPC accepts a client's. What is done with that waits for
     the end: it would take as long as the router itself."""
 
-    def __init__(self, router: Router) -> None:
+    def __init__(self, router: Router, clock: TokenClock) -> None:
+        self._clock = clock
         self._written: list[Written] = []
         self._read: list[Read] = []
-        service, dispatcher = router.service, router.dispatcher
+        service, registry = router.service, router.registry
         for part, method, noting in (
-            (dispatcher, "received", self._noting_reads),
+            (registry, "received", self._noting_reads),
             (service, "GenerateStream", self._noting_writes),
             (service, "GenerateMany", self._noting_writes),
         ):
@@ -73,7 +104,7 @@ class RouterDelays:
                         read_at[token] = at
                 following = next(reads, None)
             for token in _tokens(message):
-                ages.append(age_ms(token, tick_of(accepted)))
+                ages.append(self._clock.age_ms(token, accepted))
                 if token in read_at:  # the prefill worker's are not
                     in_hand.append(1000 * (given - read_at[token]))
         return in_hand, ages

@@ -73,7 +73,7 @@ class Generation:
 
     @property
     def output_tokens(self) -> int:
-        return sum(answer.tokens for answer in self._answers)
+        return sum(choice.taken for choice in self.choices)
 
     def take(self, choice: Request) -> News | None:
         """What came next of a choice that was posted; None: there is nothing to send."""
@@ -93,6 +93,10 @@ class Generation:
             self.failure, self.over = choice.failure, True
             return news if tokens or text else None
         return news
+
+    def is_plain(self, choice: Request) -> bool:
+        """Whether the text of the choice's next token is that of its bytes, unless they are not whole characters."""
+        return self._answers[choice.index].plain
 
     def write(self, choice: Request, news: News, chunk: pb.GenerateChunk) -> None:
         """Writes what was taken last of a choice into an empty chunk."""

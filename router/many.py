@@ -16,10 +16,11 @@ from router import request_trace
 from router.accounting import accounted
 from router.callers.limits import CALL_AGAIN, CALLER
 from router.dispatch.request import Request
+from router.dispatch.settled import Reader, Settled
 from router.errors import CallError, Exhausted, InvalidArgument
 from router.generation import Generation, Generator
 from router.mailbox import Mailbox
-from router.many_message import MESSAGE_BYTES, Event, Message
+from router.many_message import DELTA_BYTES, MESSAGE_BYTES, Event, Message
 from router.metrics import Metrics
 from twostroke.v1 import inference_pb2 as pb
 
@@ -47,14 +48,16 @@ class _Served:
         events: what there is to say of it besides the chunks of its answers, and before further ones.
         done: set when its answers are over, or have failed.
         in_columns: its deltas go into the message's columns.
+        may_settle: it is settled while its text consists of whole characters.
     """
 
     # Weak references let a test see that none is left.
-    __slots__ = ("__weakref__", "done", "ended", "events", "generation", "in_columns", "left", "number")
+    __slots__ = ("__weakref__", "done", "ended", "events", "generation", "in_columns", "left", "may_settle", "number")
 
     def __init__(self, number: int) -> None:
         self.number = number
         self.in_columns = False
+        self.may_settle = False
         self.generation: Generation | None = None
         self.events: tuple[Event, ...] = ()
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -62,7 +65,7 @@ class _Served:
         self.left = False  # the task that writes has passed its end
 
 
-Item: TypeAlias = Request | _Served | None  # what has news; None: the call itself
+Item: TypeAlias = Request | _Served | None  # what has news; None: the call itself, or a settled stream
 
 
 class Many:
@@ -70,11 +73,15 @@ class Many:
 
     Args:
         generator: begins requests.
+        settled: where requests of which a token is a look-up are settled.
         mailbox: of the task that writes.
     """
 
-    def __init__(self, generator: Generator, metrics: Metrics, tracing: Tracing, mailbox: Mailbox[Item]) -> None:
+    def __init__(
+        self, generator: Generator, settled: Settled, metrics: Metrics, tracing: Tracing, mailbox: Mailbox[Item]
+    ) -> None:
         self._generator = generator
+        self._settled = settled
         self._metrics = metrics
         self._tracing = tracing
         self._mailbox = mailbox
@@ -105,15 +112,16 @@ class Many:
         Raises:
             CallError: the caller did not keep to the rules of such calls.
         """
-        reading = asyncio.create_task(self._read(messages))
-        try:
-            await self._write(write)
-        finally:
-            tasks = (reading, *self._tasks.values())
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            self._mailbox.clear()
+        with self._settled.reading(partial(self._mailbox.post, None)) as reader:
+            reading = asyncio.create_task(self._read(messages))
+            try:
+                await self._write(write, reader)
+            finally:
+                tasks = (reading, *self._tasks.values())
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+                self._mailbox.clear()
 
     # ------------------------------------------------------------ from the caller
 
@@ -173,6 +181,7 @@ class Many:
             ):
                 served.generation = generation
                 served.in_columns = begin.reads_deltas and generation.plain
+                served.may_settle = served.in_columns and all(map(self._settled.may_settle, generation.choices))
                 self._of.update(dict.fromkeys(generation.choices, served))
                 try:
                     self._say(served, Event(id=served.number, chunk=generation.prompt))
@@ -200,11 +209,20 @@ class Many:
         served.events += (event,)
         self._mailbox.post(served)
 
-    async def _write(self, write: Callable[[pb.GenerateManyResponse], Awaitable[None]]) -> None:
+    async def _write(self, write: Callable[[pb.GenerateManyResponse], Awaitable[None]], reader: Reader) -> None:
         told_of_drain = False
         while self._failure is None and (self._served or not self._closed):
+            items = await self._mailbox.take()
             message = Message()
-            for item in await self._mailbox.take():
+            # Before the items, which have all that came after this of the same requests.
+            for rows in self._settled.news(reader, MESSAGE_BYTES // DELTA_BYTES):
+                if (deltas := self._settled.take(reader, rows)) is not None:
+                    message.add_deltas(deltas)
+                if message.size >= MESSAGE_BYTES:
+                    told_of_drain = self._draining
+                    await write(message.finished(told_of_drain))
+                    message = Message()
+            for item in items:
                 served = self._of.get(item) if isinstance(item, Request) else item
                 if served is None:
                     continue
@@ -212,7 +230,7 @@ class Many:
                     message.say(served.number, served.events)
                     served.events = ()
                 if isinstance(item, Request):
-                    self._advance(served, item, message)
+                    self._advance(served, item, message, reader)
                 elif served.ended:
                     self._leave(served)
                 if message.size >= MESSAGE_BYTES:
@@ -226,7 +244,7 @@ class Many:
         if failure is not None:
             raise failure
 
-    def _advance(self, served: _Served, choice: Request, message: Message) -> None:
+    def _advance(self, served: _Served, choice: Request, message: Message, reader: Reader) -> None:
         """Adds what is new of a choice."""
         generation, failure = served.generation, None
         assert generation is not None
@@ -235,6 +253,8 @@ class Many:
                 text, tokens, finish = news
                 if served.in_columns and finish is None and served.number not in message.with_events:
                     message.add_delta(served.number, text, tokens if generation.want_token_ids else ())
+                    if served.may_settle and len(tokens) == 1 and generation.is_plain(choice):
+                        self._settled.settle(choice, reader, served.number, generation.want_token_ids)
                 else:
                     message.add_chunk(served.number, partial(generation.write, choice, news))
         except Exception as error:  # a bug, at the cost of this request alone

@@ -1,8 +1,8 @@
 """The message of a shared call that is being made."""
 
 from collections.abc import Callable, Sequence
-from itertools import chain
 
+from router.dispatch.settled import Deltas
 from twostroke.v1 import inference_pb2 as pb
 
 # After so many bytes other calls get their turn. gRPC's clients refuse messages of over 4 MiB, and one event has at
@@ -22,18 +22,22 @@ class Message:
         with_events: the requests that have events in it. A delta that were added now would come before these.
     """
 
-    __slots__ = ("_deltas", "_events", "_response", "size", "with_events")
+    __slots__ = ("_counts", "_events", "_numbers", "_response", "_texts", "_token_ids", "size", "with_events")
 
     def __init__(self) -> None:
         self._response = pb.GenerateManyResponse()
         self._events = self._response.events
         self.with_events: set[int] = set()
         self.size = 0
-        self._deltas: list[tuple[int, str, Sequence[int]]] = []
+        # The deltas, in columns.
+        self._numbers: list[int] = []
+        self._texts: list[str] = []
+        self._counts: list[int] = []
+        self._token_ids: list[int] = []
 
     @property
     def empty(self) -> bool:
-        return not (self._events or self._deltas)
+        return not (self._events or self._numbers)
 
     def say(self, number: int, events: Sequence[Event]) -> None:
         """Adds a copy of some events of a request."""
@@ -59,17 +63,27 @@ class Message:
             UnicodeEncodeError: protobuf would refuse the text, and with it the whole message.
         """
         size = (len(text) if text.isascii() else len(text.encode())) + 5 * len(token_ids)  # 5: the most that one takes
-        self._deltas.append((number, text, token_ids))
+        self._numbers.append(number)
+        self._texts.append(text)
+        self._counts.append(len(token_ids))
+        self._token_ids.extend(token_ids)
         self.size += size if size > DELTA_BYTES else DELTA_BYTES
+
+    def add_deltas(self, deltas: Deltas) -> None:
+        """Adds a delta of a word for each of some requests, of which no events are in the message."""
+        self._numbers += deltas.numbers
+        self._texts += deltas.texts
+        self._counts += deltas.token_counts
+        self._token_ids += deltas.token_ids
+        self.size += DELTA_BYTES * len(deltas.numbers)
 
     def finished(self, draining: bool) -> pb.GenerateManyResponse:
         response = self._response
-        if self._deltas:
+        if self._numbers:
             deltas = response.deltas
-            numbers, texts, token_ids = zip(*self._deltas, strict=True)
-            deltas.ids.extend(numbers)
-            deltas.texts.extend(texts)
-            deltas.token_counts.extend(map(len, token_ids))
-            deltas.token_ids.extend(chain.from_iterable(token_ids))
+            deltas.ids.extend(self._numbers)
+            deltas.texts.extend(self._texts)
+            deltas.token_counts.extend(self._counts)
+            deltas.token_ids.extend(self._token_ids)
         response.draining = draining
         return response

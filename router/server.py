@@ -17,12 +17,14 @@ from common.network.peers import Peers
 from common.probe import service_of_process
 from common.security.cluster_secret import SecretInterceptor
 from common.telemetry import metrics_server, tracing
+from router.answers.words import Words
 from router.callers.api_keys import ApiKeys
 from router.callers.auth import KeyInterceptor
 from router.cluster.registry import Registry
 from router.cluster.workers import DECODE, PREFILL, ROLE_NAMES
 from router.config import RouterConfig
 from router.dispatch.dispatcher import Dispatcher
+from router.dispatch.settled import Settled
 from router.grammars.guides import Guides
 from router.metrics import Metrics
 from router.parsing import Parser
@@ -73,8 +75,10 @@ class Router:
         self.metrics = Metrics()
         self.dispatcher = Dispatcher(config, self.metrics)
         self.registry = Registry(config, model, tokenizer.vocabulary, self.dispatcher, self._peers)
+        words = Words(tokenizer.token_bytes, model.eos_token_ids)
+        settled = Settled(words, self.metrics.inter_token)
         self.service = InferenceService(
-            config, model, tokenizer, guides, self.dispatcher, self.registry, self.metrics, self._tracing
+            config, model, tokenizer, guides, self.dispatcher, self.registry, settled, self.metrics, self._tracing
         )
         self._tasks: list[asyncio.Task[None]] = []
 

@@ -21,6 +21,7 @@ from router.cluster.worker import Worker
 from router.config import RouterConfig
 from router.dispatch.dispatcher import Dispatcher
 from router.dispatch.request import MAX_UNREAD_TOKENS, Request
+from router.dispatch.settled import Settled
 from router.errors import CallError, Exhausted, InvalidArgument
 from router.generation import Generator
 from router.grammars.guides import Guides, call_of
@@ -54,6 +55,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         guides: Guides,
         dispatcher: Dispatcher,
         registry: Registry,
+        settled: Settled,
         metrics: Metrics,
         tracing: Tracing,
     ) -> None:
@@ -63,6 +65,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self._tokenizer = tokenizer
         self._dispatcher = dispatcher
         self._registry = registry
+        self._settled = settled
         self._metrics = metrics
         self._tracing = tracing
         self._turnstile = Turnstile()
@@ -90,7 +93,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         async with self._call(MANY, context):
             with self._counted(context.peer().rpartition(":")[0]):
                 mailbox: Mailbox[Item] = Mailbox(self._turnstile, asyncio.current_task())
-                many = Many(self._generator, self._metrics, self._tracing, mailbox)
+                many = Many(self._generator, self._settled, self._metrics, self._tracing, mailbox)
                 self._many.add(many)
                 if self._draining:
                     many.drain()

@@ -4,6 +4,8 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
+import numpy as np
+from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.registry import Collector
@@ -19,6 +21,7 @@ class PlainHistogram(Collector):
         self._name = name
         self._documentation = documentation
         self._bounds = sorted(buckets)
+        self._places = np.array(self._bounds)
         self._counts = [0] * (len(self._bounds) + 1)
         self._sum = 0.0
         registry.register(self)
@@ -26,6 +29,12 @@ class PlainHistogram(Collector):
     def observe(self, value: float) -> None:
         self._counts[bisect_left(self._bounds, value)] += 1
         self._sum += value
+
+    def observe_all(self, values: NDArray[np.float64]) -> None:
+        counts = np.bincount(np.searchsorted(self._places, values)).tolist()
+        for place, count in enumerate(counts):
+            self._counts[place] += count
+        self._sum += float(values.sum())
 
     def describe(self) -> Iterator[HistogramMetricFamily]:
         """Without samples: the registry asks for the name."""

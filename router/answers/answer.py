@@ -37,7 +37,6 @@ class Answer:
         "_detokenizer",
         "_eos_token_ids",
         "_job",
-        "_last_at",
         "_metrics",
         "_parser",
         "_request",
@@ -46,7 +45,6 @@ class Answer:
         "_token_bytes",
         "behind",
         "over",
-        "tokens",
     )
 
     def __init__(
@@ -72,25 +70,22 @@ class Answer:
         )
         self._stops = StopStrings(job.stop) if job.stop else None
         self._silent_stops = one_of(job.stop_token_ids - self._spoken_stops(tokenizer.token_bytes.special))
-        self._last_at: float | None = None
-        self.tokens = 0  # of the request's output that were put into the answer
         self.over = False
         self.behind = False
 
     def take(self) -> News:
         """What came next."""
         request = self._request
-        begin, was_behind = self.tokens, self.behind
+        begin, was_behind = request.taken, self.behind
         tokens = request.output[begin : begin + MOST_TOKENS]
-        request.taken = begin + len(tokens)
-        self.behind = request.taken < len(request.output)
+        self.behind = begin + len(tokens) < len(request.output)
         stop, finish = None, None
         if self._stops is None:
-            self.tokens += len(tokens)
+            request.taken += len(tokens)
             text = self._text(tokens)
         else:
             text, stop = self._text_to_stop(self._stops, tokens)
-            tokens = tokens[: self.tokens - begin]
+            tokens = tokens[: request.taken - begin]
         if stop is not None:
             finish = self._finished(pb.FINISH_REASON_STOP, stop=stop)
         elif request.state is State.FINISHED and not self.behind:
@@ -116,6 +111,11 @@ class Answer:
             pairs = zip(tokens, self._request.take_logprobs(len(tokens)), strict=True)
             delta.logprobs.extend(self._token_logprob(token, logprobs) for token, logprobs in pairs)
 
+    @property
+    def plain(self) -> bool:
+        """Whether the text of a further token is that of its bytes, unless they are not whole characters."""
+        return self._stops is None and self._parser is None and self._detokenizer.plain
+
     # ------------------------------------------------------------ text
 
     def _spoken_stops(self, special: frozenset[int]) -> frozenset[int]:
@@ -137,8 +137,8 @@ class Answer:
         a stop string must not depend on how many came at once."""
         text = ""
         for token in tokens:
-            self.tokens += 1
-            certain, stop = stops.feed(self._text((token,)), may_end=self.tokens >= self._job.min_tokens)
+            self._request.taken += 1
+            certain, stop = stops.feed(self._text((token,)), may_end=self._request.taken >= self._job.min_tokens)
             text += certain
             if stop is not None:
                 return text + (stop if self._job.include_stop else ""), stop
@@ -180,7 +180,7 @@ class Answer:
         self._metrics.end_to_end.observe(total)
         usage = pb.Usage(
             prompt_tokens=len(request.prompt.token_ids),
-            completion_tokens=self.tokens,
+            completion_tokens=request.taken,
             prefill_cached_tokens=request.prefill_cached_tokens,
             decode_cached_tokens=request.decode_cached_tokens or 0,
             resumes=request.resumes,
@@ -197,7 +197,7 @@ class Answer:
 
     def _measure(self) -> None:
         """Observes one gap, however many tokens came after it: to divide it among them would hide stalls."""
-        now = time.monotonic()
-        if self._last_at is not None:
-            self._metrics.inter_token.observe(now - self._last_at)
-        self._last_at = now
+        now, request = time.monotonic(), self._request
+        if request.told_at is not None:
+            self._metrics.inter_token.observe(now - request.told_at)
+        request.told_at = now

@@ -20,9 +20,12 @@ class Detokenizer:
         strip_leading_space: drops one space from the beginning of the text.
         opening: the bytes of the first token that has any, if they are others.
         signs: text for some tokens, in place of their bytes; it may contain lone surrogates.
+
+    Attributes:
+        plain: the next token's bytes are its text, unless they are not whole characters or it has a sign.
     """
 
-    __slots__ = ("_decoder", "_opening", "_plain", "_signs", "_strip", "_table")
+    __slots__ = ("_decoder", "_opening", "_signs", "_strip", "_table", "plain")
 
     def __init__(
         self,
@@ -36,10 +39,10 @@ class Detokenizer:
         self._opening = opening
         self._signs = signs
         self._decoder = _new_decoder("replace")
-        self._plain = False  # the next token's bytes are its text, unless they are not whole characters
+        self.plain = False
 
     def feed(self, tokens: Sequence[int]) -> str:
-        if self._plain and len(tokens) == 1 and tokens[0] not in self._signs:
+        if self.plain and len(tokens) == 1 and tokens[0] not in self._signs:
             try:  # nearly all tokens are whole characters, and this takes a third of the time
                 return self._table[tokens[0]].decode()
             except UnicodeDecodeError:
@@ -73,7 +76,7 @@ class Detokenizer:
         text = self._decoder.decode(b"".join(spelled))
         text = self._without_leading_space(text)
         begins_character = bool(self._decoder.getstate()[0])
-        self._plain = self._opening is None and not self._strip and not begins_character
+        self.plain = self._opening is None and not self._strip and not begins_character
         return text
 
     def _without_leading_space(self, text: str) -> str:

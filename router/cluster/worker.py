@@ -5,6 +5,7 @@ from collections.abc import Collection
 from typing import TypeVar
 
 from router.cluster.circuit import Circuit
+from router.cluster.decoding import Decoding
 from router.cluster.outbox import Outbox, most_bytes_of
 from router.cluster.prefix_index import PrefixIndex
 from router.cluster.worker_faults import WorkerFault
@@ -49,7 +50,7 @@ class Worker:
         self.can_prefill = max(self._prefill_tokens, self._overflow_tokens) > 0  # decode: where nobody else can
         self.load = inference_pb2.WorkerLoad(role=hello.role)
         self.attempts: dict[int, Attempt] = {}
-        self.decoding: dict[int, Request] = {}
+        self.decoding = Decoding()
         self.cache = PrefixIndex()
         self.reads: frozenset[str] = frozenset()  # decode: instances of the prefill workers that it is a pair with
         self.unreadable: dict[str, str] = {}  # decode: why it is none with those on its host
@@ -77,7 +78,7 @@ class Worker:
         # The request's hashes are still those of `begin`: more are added only before the next attempt.
         del self.attempts[attempt.id]
         self.circuit.ended(attempt.id)
-        self.decoding.pop(attempt.id, None)
+        self.decoding.end(attempt.id)
         self.cache.end(attempt.request.block_hashes, self._computes(attempt))
         if self._computes(attempt) and attempt.prefilled is None:
             self.pending_tokens -= attempt.prefill_tokens

@@ -227,7 +227,7 @@ class Dispatcher:
         request.add(prefilled.first_token)
         if attempt.in_place:
             attempt.decode_cached_tokens = prefilled.cached_tokens
-            worker.decoding[attempt.id] = request
+            worker.decoding.requests[attempt.id] = request
             attempts.decoding_began(attempt)
         if request.complete:
             blame.attempt_succeeded(worker, attempt)
@@ -265,13 +265,13 @@ class Dispatcher:
         """The prompt's KV is computed and the blocks for it are reserved: the decode worker may pull."""
         assert attempt.prefilled is not None
         assert attempt.decode is not None
-        attempt.decode.decoding[attempt.id] = attempt.request
+        attempt.decode.decoding.requests[attempt.id] = attempt.request
         attempt.decode.send_start(
             worker_pb2.Start(attempt_id=attempt.id, first_token=attempt.prefilled.first_token, kv=attempt.prefilled.kv)
         )
 
     def _started(self, worker: Worker, attempt: Attempt, started: worker_pb2.Started) -> None:
-        if attempt.decode is not worker or attempt.id not in worker.decoding:
+        if attempt.decode is not worker or attempt.id not in worker.decoding.requests:
             return
         if attempt.decoding_since is not None:
             return

@@ -73,8 +73,9 @@ class Request:
     failure: CallError | None = None
     attempt: "Attempt | None" = None
     posted: bool = False  # in the mailbox, and not yet taken out
-    output: list[int] = field(default_factory=list)
+    output: list[int] = field(default_factory=list)  # but for what came while it is settled, see settled.py
     taken: int = 0  # tokens of the output that were put into messages to the client
+    told_at: float | None = None  # time.monotonic() of the last of these
     complete: bool = False  # the last token was a stop token, or the last that `max_length` allows
     most_tokens: int = field(init=False)  # of output, for which `max_length` has room
     stop_token_ids: frozenset[int] = field(init=False)  # the prompt's, nearer to `add`

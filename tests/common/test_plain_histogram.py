@@ -3,6 +3,7 @@
 import math
 import random
 
+import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.registry import Collector
@@ -26,6 +27,18 @@ def test_it_tells_what_the_librarys_own_tells() -> None:
     assert told(ours.restricted_registry(names)) == told(its.restricted_registry(names)) != []
     with pytest.raises(ValueError, match="Duplicated"):
         Histogram("gap_seconds", "Gaps", registry=ours)
+
+
+def test_it_observes_many_at_once_as_one_by_one() -> None:
+    ours, its = CollectorRegistry(), CollectorRegistry()
+    at_once, one_by_one = (PlainHistogram("gap_seconds", "Gaps", BUCKETS, registry) for registry in (ours, its))
+    draw = random.Random(4)
+    values = [0.0, 0.5, 1.0, 30.0, 31.0, *(draw.randrange(1 << 16) / 1024 for _ in range(500))]  # whose sum is exact
+    for value in values:
+        one_by_one.observe(value)
+    at_once.observe_all(np.array(values[:200]))
+    at_once.observe_all(np.array(values[200:]))
+    assert told(ours) == told(its)
 
 
 def told(registry: Collector) -> list[str]:

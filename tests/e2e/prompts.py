@@ -10,9 +10,14 @@ from common.model.model_files import EMBEDDED, resolve
 
 
 @cache
+def tokenizer() -> Tokenizer:
+    return Tokenizer.from_file(str(resolve(EMBEDDED) / "tokenizer.json"))
+
+
+@cache
 def licence_tokens() -> tuple[int, ...]:
     text = (Path(__file__).parents[2] / "LICENSE").read_text(encoding="utf-8")
-    return tuple(Tokenizer.from_file(str(resolve(EMBEDDED) / "tokenizer.json")).encode(text).ids)
+    return tuple(tokenizer().encode(text).ids)
 
 
 def prompts(lengths: tuple[int, ...], seed: int) -> list[list[int]]:

@@ -5,10 +5,11 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 
+from router.dispatch.settled import LEAST_BATCH
 from tests.e2e import reference
 from tests.e2e.asking import assert_all_greedy
 from tests.e2e.cluster import Cluster
-from tests.e2e.prompts import prompts
+from tests.e2e.prompts import prompts, tokenizer
 from twostroke import AsyncClient
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
@@ -110,17 +111,24 @@ def test_preemption_every_few_steps() -> None:
 
 
 def test_streams_that_share_a_call(pair: Cluster) -> None:
-    asked = prompts(ALL_LENGTHS[:25], seed=5)
+    asked = prompts(ALL_LENGTHS[:25] + (8,) * 15, seed=5)
+    assert len(asked) > LEAST_BATCH, "enough of them that the router settles them"
 
-    async def ask(client: AsyncClient, prompt: Sequence[int]) -> list[int]:
-        stream = client.stream(prompt, max_tokens=32, temperature=0, ignore_eos=True)
-        return [token async for piece in stream for token in piece.token_ids]
+    async def ask(client: AsyncClient, prompt: Sequence[int]) -> tuple[str, list[int]]:
+        text = ""
+        tokens: list[int] = []
+        async for piece in client.stream(prompt, max_tokens=32, temperature=0, ignore_eos=True):
+            text += piece.text
+            tokens += piece.token_ids
+        return text, tokens
 
-    async def ask_all() -> list[list[int]]:
+    async def ask_all() -> list[tuple[str, list[int]]]:
         async with AsyncClient(pair.target, share_call=True) as client:
             return await asyncio.gather(*(ask(client, prompt) for prompt in asked))
 
     answers = asyncio.run(ask_all())
     pair.assert_blocks_home()
-    assert [len(answer) for answer in answers] == [32] * len(asked)
-    reference.assert_all_greedy(asked, answers)
+    assert [len(tokens) for _, tokens in answers] == [32] * len(asked)
+    reference.assert_all_greedy(asked, [tokens for _, tokens in answers])
+    for text, tokens in answers:
+        assert text == tokenizer().decode(tokens, skip_special_tokens=True)

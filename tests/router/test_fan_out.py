@@ -1,5 +1,6 @@
 """What a step's message leaves behind at the requests that it is for."""
 
+from router.cluster.decoding import Decoding
 from router.cluster.fan_out import fan_out
 from router.dispatch.request import MAX_UNREAD_TOKENS, Prompt, Request
 from router.mailbox import Mailbox
@@ -16,6 +17,12 @@ def asking() -> Request:
     return Request("", 0, 0, prompt, sampling, Mailbox(Turnstile()), 1_000_000)
 
 
+def decoding(requests: dict[int, Request]) -> Decoding:
+    made = Decoding()
+    made.requests = requests
+    return made
+
+
 def step() -> worker_pb2.StepTokens:
     top = range(1_000, 1_000 + ALTERNATIVES)
     logprobs = worker_pb2.Logprobs(logprob=-0.5, top_ids=top, top_logprobs=[-0.5] * ALTERNATIVES)
@@ -27,14 +34,14 @@ def test_logprobs_that_wait_to_be_read_keep_nothing_of_other_sequences() -> None
     request = asking()
     before = resident_mib()
     for _ in range(MAX_UNREAD_TOKENS):
-        fan_out({0: request}, step())
+        fan_out(decoding({0: request}), step())
     assert resident_mib() - before < 8  # about 1; with whole steps it is 168
 
 
 def test_logprobs_that_were_taken_are_kept_no_longer() -> None:
     request = asking()
     for _ in range(5):
-        fan_out({0: request}, step())
+        fan_out(decoding({0: request}), step())
     taken = request.take_logprobs(3)
     assert [len(logprobs.top_ids) for logprobs in taken] == [ALTERNATIVES] * 3
     assert len(request.logprobs) == 2
@@ -45,6 +52,7 @@ def test_steps_that_were_joined_give_a_request_all_their_tokens_up_to_its_last()
     one, other = (
         Request("", 0, serial, prompt, worker_pb2.SamplingParams(), Mailbox(Turnstile()), 4) for serial in range(2)
     )
-    fan_out({1: one, 2: other}, worker_pb2.StepTokens(attempt_ids=[1, 2, 1, 2, 1, 1], token_ids=[5, 6, 7, 9, 8, 8]))
+    tokens = worker_pb2.StepTokens(attempt_ids=[1, 2, 1, 2, 1, 1], token_ids=[5, 6, 7, 9, 8, 8])
+    fan_out(decoding({1: one, 2: other}), tokens)
     assert (one.output, one.complete) == ([5, 7, 8], True)
     assert (other.output, other.complete) == ([6, 9], True)

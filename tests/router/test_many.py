@@ -23,6 +23,7 @@ from cli import bench
 from cli.options import Connection
 from router import accounting, errors, many, service, validate
 from router.callers import api_keys
+from router.dispatch import settled
 from router.dispatch.dispatcher import STOPPED
 from router.dispatch.request import Request
 from router.generation import Generation
@@ -118,6 +119,12 @@ class Threads:
                 yield piece
         finally:
             await step(pieces.close)
+
+
+@pytest.fixture(autouse=True, params=[1, settled.LEAST_BATCH], ids=["settled", "not settled"])
+def least_batch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests are settled whenever they can be, or, since there are few, never."""
+    monkeypatch.setattr(settled, "LEAST_BATCH", request.param)
 
 
 Shared: TypeAlias = Callable[[str], AsyncClient | Threads]
@@ -696,6 +703,7 @@ async def test_a_call_has_so_many_requests_at_once(model: Path, monkeypatch: pyt
         await call.write(pb.GenerateManyRequest(id=0, cancel=Cancel()))
         await eventually(lambda: calls_of(it, "GenerateMany.Begin", "RESOURCE_EXHAUSTED") == 7)
         await eventually(lambda: it.router.dispatcher.running == 1)  # the cancel was read
+        await eventually(lambda: [len(own._served) for own in it.router.service._many] == [1])
         await call.write(begin(9))
         assert tokens_of(await events_until_end(call, 9)) == expected(8)
         call.cancel()
@@ -720,7 +728,7 @@ async def test_what_is_begun_and_cancelled_unread_is_bounded(model: Path, monkey
     async with cluster(model) as it:
         own = it.router.service
         mailbox: Mailbox[many.Item] = Mailbox(own._turnstile)
-        call = many.Many(own._generator, own._metrics, own._tracing, mailbox)
+        call = many.Many(own._generator, own._settled, own._metrics, own._tracing, mailbox)
         running = asyncio.ensure_future(call.run(messages(), write))
         await asyncio.sleep(1)
         assert not running.done()

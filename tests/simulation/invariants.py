@@ -10,6 +10,7 @@ from router.dispatch.request import Request, State
 from tests.simulation.host import DecodeHost, Host, PrefillHost
 from tests.simulation.link import Link
 from tests.simulation.reference import Reference
+from tests.simulation.router_side import RouterSide
 from twostroke.v1 import worker_pb2 as pb
 
 _MOST_NOISE = 1e-3  # of a log-probability
@@ -52,6 +53,16 @@ def answers_are_right(requests: Iterable[Request], reference: Reference) -> None
                 assert len(one.top_ids) == request.sampling.logprobs, f"{name} lacks likeliest tokens"
 
 
+def callers_know_all(router: RouterSide) -> None:
+    """What has become of a request that has ended, or has been ended by its caller, was told once, and in order."""
+    for request in router.requests:
+        name, told = f"{request.id}, choice {request.index}", router.caller.told[request.serial]
+        if request.state is State.DROPPED:
+            assert told == request.output[: len(told)], f"the caller of {name} was told something else"
+        else:
+            assert told == request.output, f"the caller of {name} was not told all of it"
+
+
 def failures_are_due(requests: Iterable[Request], patient: bool) -> None:
     """Only a router that has lost its patience fails requests, and says that it is worth while to ask again."""
     for request in requests:
@@ -90,8 +101,9 @@ def nothing_is_held(host: Host) -> None:
 def account_is_even(link: Link) -> None:
     """A router knows of a worker without work: that it has none, all its blocks, and what they cache."""
     worker, parts = link.worker, link.host.parts
-    work = [worker.attempts, worker.decoding, worker.pending_tokens, worker._unanswered_blocks]
-    work += [worker._others, worker._others_tokens, worker.cache._under_way, worker.cache._computed_here]
+    work = [worker.attempts, worker.decoding.requests, worker.decoding.rows, worker.pending_tokens]
+    work += [worker._unanswered_blocks, worker._others, worker._others_tokens]
+    work += [worker.cache._under_way, worker.cache._computed_here]
     assert not any(work), f"{worker.address} is thought to be at work"
     known = [worker.cache.published, worker.cache.in_host_memory][: len(parts.caches)]
     cached = [set(pool.hashes()) for pool in parts.caches]

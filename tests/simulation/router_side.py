@@ -1,4 +1,5 @@
-"""Routers: a real dispatcher each, the requests that it took, and the circuit breakers of its workers."""
+"""Routers: a real dispatcher each, the requests that it took, who reads their answers, and the circuit breakers of its
+workers."""
 
 import random
 from collections import defaultdict
@@ -7,6 +8,7 @@ from router.cluster.circuit import Circuit
 from router.dispatch.dispatcher import Dispatcher
 from router.dispatch.request import Request, State
 from router.metrics import Metrics
+from tests.simulation.readers import SharedCall
 from tests.simulation.setting import Setting
 
 
@@ -18,6 +20,7 @@ class RouterSide:
         self.dispatcher.workers.watch()
         self.circuits: defaultdict[str, Circuit] = defaultdict(Circuit)  # by address
         self.requests: list[Request] = []
+        self.caller = SharedCall()
 
     @property
     def at_rest(self) -> bool:

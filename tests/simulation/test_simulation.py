@@ -52,6 +52,7 @@ HAPPENED = (
     "requests turned away",
     "reservations refused",
     "streams cut",
+    "streams settled",
     "workers drained",
     "workers killed",
 )

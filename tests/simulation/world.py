@@ -12,7 +12,7 @@ import torch
 from router.cluster.workers import PREFILL, ROLE_NAMES
 from router.dispatch.request import Request
 from router.errors import CallError
-from tests.simulation import faults, invariants, load, logs, setting
+from tests.simulation import faults, invariants, load, logs, readers, setting
 from tests.simulation.clock import Clock
 from tests.simulation.host import DecodeHost, Host, PrefillHost
 from tests.simulation.host_memories import HostMemories
@@ -47,6 +47,7 @@ def run(seed: int, model: Model, traffic: Traffic) -> None:
         logs.only_exceptions(),
         torch.random.fork_rng(devices=[]),
         mock.patch("router.dispatch.attempts.random", rng),  # makes their ids
+        readers.settling_early(),
     ):
         torch.manual_seed(seed)  # for what is in pools at first
         world = World(rng, clock, model, traffic)
@@ -149,6 +150,8 @@ class World:
             await link.go_on()
             invariants.account_is_possible(link)
         self._links = [link for link in self._links if not link.over]
+        for router in self._routers:
+            router.caller.read(router.requests)
         if self._likely(0.05):
             self._check_contents()
 
@@ -175,6 +178,8 @@ class World:
             invariants.nothing_is_held(host)
         for link in self._links:
             invariants.account_is_even(link)
+        for router in self._routers:
+            invariants.callers_know_all(router)
         invariants.failures_are_due(self._requests(), self._setting.patient)
 
     def _count_ends(self) -> None:
@@ -184,6 +189,7 @@ class World:
             counts["requests resumed"] += request.resumes > 0
             counts["requests guided"] += request.prompt.grammar != ""
             counts["tokens"] += len(request.output)
+        counts["streams settled"] += sum(router.caller.settled for router in self._routers)
         counts["loads"] += self._memories.loads
 
     def _likely(self, chance: float) -> bool:

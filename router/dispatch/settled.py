@@ -1,0 +1,225 @@
+"""Streams for which a further token is a look-up and no more: what is known of them lies in columns.
+
+A decode step has a token for each of hundreds of streams. Taken one by one, through the objects of its request, a token
+costs little while these are in the processor's caches; but from one step to the next, other processes have them. So the
+streams that share a call, and of which there is nothing special to know, have a row each in the columns here, and a
+step is a few operations on whole columns. Whatever is not a look-up, such as a last token or a part of a character,
+takes a stream out again, and is done by the request's objects as for any other.
+"""
+
+import itertools
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import compress, repeat
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.telemetry.plain_histogram import PlainHistogram
+from router.answers.words import Words
+from router.dispatch.request import Request
+
+Rows = NDArray[np.intp]
+
+NOBODY = 0  # the row of a stream that is not settled. It has no token left, so nothing is added to it
+FIRST_ROWS = 256
+LEAST_BATCH = 32  # of a worker: with fewer, operations on columns cost more than they save
+MOST_TOKENS = 256  # that a stream gets before it has to leave; they are added to its request's output then
+
+
+class Deltas(NamedTuple):
+    """What came next of some streams, an entry for each."""
+
+    numbers: list[int]
+    texts: list[str]
+    token_counts: list[int]
+    token_ids: list[int]
+
+
+@dataclass(slots=True, eq=False)
+class Reader:
+    """One call, which its streams share.
+
+    Args:
+        wake: called when there is news, and none was waiting.
+    """
+
+    id: int
+    wake: Callable[[], None]
+    news: list[Rows] = field(default_factory=list)  # rows that got a token; some may have left since
+
+
+class Settled:
+    """The settled streams of a router. One has at most one token that its caller has not been given.
+
+    Args:
+        words: what a token's text is.
+        gaps: observes the seconds between tokens.
+    """
+
+    def __init__(self, words: Words, gaps: PlainHistogram) -> None:
+        self._words = words
+        self._gaps = gaps
+        self._readers: dict[int, Reader] = {}
+        self._reader_ids = itertools.count()
+        self._requests: list[Request | None] = [None]
+        self._room_at_first: list[int] = [0]
+        self._free: list[int] = []
+        # By row.
+        self._room = np.zeros(1, np.int64)  # tokens that may follow before the stream has to leave
+        self._tokens = np.zeros((1, MOST_TOKENS + 1), np.int64)  # that came since it was settled, from `_room + 1` on
+        self._unread = np.zeros(1, np.bool_)  # whether its caller has yet to be given the last
+        self._told_at = np.zeros(1, np.float64)  # when the caller was given the one before
+        self._number = np.zeros(1, np.uint64)  # by which its caller knows the stream
+        self._wants_token_ids = np.zeros(1, np.int64)  # 1, or 0
+        self._reader = np.zeros(1, np.int64)
+
+    @contextmanager
+    def reading(self, wake: Callable[[], None]) -> Iterator[Reader]:
+        """All of its streams must have left at the end of the block."""
+        reader = Reader(next(self._reader_ids), wake)
+        self._readers[reader.id] = reader
+        try:
+            yield reader
+        finally:
+            del self._readers[reader.id]
+
+    # ------------------------------------------------------------ coming and going
+
+    def may_settle(self, request: Request) -> bool:
+        """Whether all tokens that end the request's answer are looked at: none of them is a word."""
+        return request.stop_token_ids <= self._words.others
+
+    def settle(self, request: Request, reader: Reader, number: int, wants_token_ids: bool) -> None:
+        """Takes in a stream whose caller has been given all there is, if a worker decodes it. Its text must consist of
+        whole characters so far, and it must be one of those that may settle.
+
+        Args:
+            number: by which the reader knows it.
+        """
+        attempt = request.attempt
+        if attempt is None or attempt.decode is None or request.complete:
+            return
+        decoding = attempt.decode.decoding
+        if attempt.id not in decoding.requests or len(decoding.requests) < LEAST_BATCH:
+            return
+        row = self._free.pop() if self._free else self._new_row()
+        self._requests[row] = request
+        # Of different length, so that streams that came together do not all leave together.
+        most = MOST_TOKENS - row % (MOST_TOKENS // 2)
+        self._room[row] = self._room_at_first[row] = min(most, request.most_tokens - len(request.output) - 1)
+        self._unread[row] = False
+        self._told_at[row] = request.told_at
+        self._number[row] = number
+        self._wants_token_ids[row] = wants_token_ids
+        self._reader[row] = reader.id
+        decoding.settle(attempt.id, self, row)
+
+    def leave(self, row: int) -> None:
+        """The stream goes on as a request like any other. If its caller has not been given its last token, it is
+        posted."""
+        request = self._requests[row]
+        assert request is not None
+        unread = bool(self._unread[row])
+        request.output += self._tokens[row, self._room[row] + 1 : self._room_at_first[row] + 1][::-1].tolist()
+        request.taken = len(request.output) - unread
+        request.told_at = float(self._told_at[row])
+        self._requests[row] = None
+        self._unread[row] = False
+        self._free.append(row)
+        if unread:
+            request.post()
+
+    def _new_row(self) -> int:
+        row = len(self._requests)
+        if row >= len(self._room):
+            size = max(2 * row, FIRST_ROWS)
+            self._room, self._tokens = _longer(self._room, size), _longer(self._tokens, size)
+            self._unread, self._told_at = _longer(self._unread, size), _longer(self._told_at, size)
+            self._number, self._reader = _longer(self._number, size), _longer(self._reader, size)
+            self._wants_token_ids = _longer(self._wants_token_ids, size)
+        self._requests.append(None)
+        self._room_at_first.append(0)
+        return row
+
+    # ------------------------------------------------------------ tokens
+
+    def add(self, rows_of: Mapping[int, int], attempt_ids: Sequence[int], token_ids: Sequence[int]) -> Sequence[int]:
+        """Adds the tokens that are words, but for each stream's last, and where the caller has been given the one
+        before.
+
+        Args:
+            rows_of: by attempt id, of those that are settled.
+
+        Returns:
+            The places of the tokens that were not added.
+        """
+        count = len(attempt_ids)
+        if len(set(attempt_ids)) < count:  # several of a stream
+            return range(count)
+        rows = np.fromiter(map(rows_of.get, attempt_ids, repeat(NOBODY)), np.intp, count)
+        tokens = np.fromiter(token_ids, np.int64, count)
+        room = self._room[rows]
+        fits = self._words.words[tokens] & (room > 0) & ~self._unread[rows]
+        added = np.count_nonzero(fits)
+        if not added:
+            return range(count)
+        rest: Sequence[int] = ()
+        if added < count:
+            rest = np.flatnonzero(~fits).tolist()
+            rows, tokens, room = rows[fits], tokens[fits], room[fits]
+        self._tokens[rows, room] = tokens
+        self._room[rows] = room - 1
+        self._unread[rows] = True
+        self._tell(rows)
+        return rest
+
+    def _tell(self, rows: Rows) -> None:
+        readers = self._reader[rows]
+        if (readers == readers[0]).all():
+            self._tell_reader(int(readers[0]), rows)
+            return
+        for reader in np.unique(readers).tolist():
+            self._tell_reader(reader, rows[readers == reader])
+
+    def _tell_reader(self, reader_id: int, rows: Rows) -> None:
+        reader = self._readers[reader_id]
+        if not reader.news:
+            reader.wake()
+        reader.news.append(rows)
+
+    def news(self, reader: Reader, most: int) -> list[Rows]:
+        """The rows that have news for the reader, in parts of at most so many, to be taken one after the other."""
+        if not reader.news:
+            return []
+        # A row that was left and settled again may be twice in there.
+        rows = reader.news[0] if len(reader.news) == 1 else np.unique(np.concatenate(reader.news))
+        reader.news = []
+        return [rows[begin : begin + most] for begin in range(0, len(rows), most)]
+
+    def take(self, reader: Reader, rows: Rows) -> Deltas | None:
+        """What came of those rows that still have news for the reader; None if none has."""
+        current = self._unread[rows] & (self._reader[rows] == reader.id)
+        if not current.all():
+            rows = rows[current]
+            if not rows.size:
+                return None
+        tokens = self._tokens[rows, self._room[rows] + 1]
+        now = time.monotonic()
+        self._gaps.observe_all(now - self._told_at[rows])
+        self._told_at[rows] = now
+        self._unread[rows] = False
+        token_ids, counts = tokens.tolist(), self._wants_token_ids[rows].tolist()
+        texts = list(map(self._words.texts.__getitem__, token_ids))
+        if not all(counts):
+            token_ids = list(compress(token_ids, counts))
+        return Deltas(self._number[rows].tolist(), texts, counts, token_ids)
+
+
+def _longer(column: NDArray[Any], size: int) -> NDArray[Any]:
+    longer = np.zeros((size, *column.shape[1:]), column.dtype)
+    longer[: len(column)] = column
+    return longer

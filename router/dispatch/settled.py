@@ -148,8 +148,8 @@ class Settled:
     # ------------------------------------------------------------ tokens
 
     def add(self, rows_of: Mapping[int, int], attempt_ids: Sequence[int], token_ids: Sequence[int]) -> Sequence[int]:
-        """Adds the tokens that are words, but for each stream's last, and where the caller has been given the one
-        before.
+        """Adds the tokens that are words, but for each stream's last, where the caller has been given the one before,
+        and the message has no other of the same stream.
 
         Args:
             rows_of: by attempt id, of those that are settled.
@@ -158,12 +158,12 @@ class Settled:
             The places of the tokens that were not added.
         """
         count = len(attempt_ids)
-        if len(set(attempt_ids)) < count:  # several of a stream
-            return range(count)
         rows = np.fromiter(map(rows_of.get, attempt_ids, repeat(NOBODY)), np.intp, count)
         tokens = np.fromiter(token_ids, np.int64, count)
         room = self._room[rows]
         fits = self._words.words[tokens] & (room > 0) & ~self._unread[rows]
+        if len(set(attempt_ids)) < count:  # there are streams with several tokens
+            fits &= np.bincount(rows)[rows] == 1
         added = np.count_nonzero(fits)
         if not added:
             return range(count)

@@ -138,8 +138,9 @@ def parts(model: Path, monkeypatch: pytest.MonkeyPatch) -> Parts:
     return Parts(model)
 
 
-def step(decoding: Decoding, tokens: dict[int, int]) -> None:
-    fan_out(decoding, worker_pb2.StepTokens(attempt_ids=list(tokens), token_ids=list(tokens.values())))
+def step(decoding: Decoding, tokens: dict[int, int], *later: tuple[int, int]) -> None:
+    attempt_ids, token_ids = zip(*tokens.items(), *later, strict=True) if tokens else ((), ())
+    fan_out(decoding, worker_pb2.StepTokens(attempt_ids=attempt_ids, token_ids=token_ids))
 
 
 def attempt_of(stream: Stream) -> int:
@@ -168,7 +169,8 @@ def test_everyone_gets_all_tokens_once_and_in_order(parts: Parts, seed: int) -> 
         stream.request.end()
 
     def step_of(decoding: Decoding) -> None:
-        tokens = {}
+        tokens: dict[int, int] = {}
+        later = []
         for stream in live:
             if stream.decoding is decoding and draw.random() < 0.95:
                 rare = draw.random()
@@ -176,7 +178,10 @@ def test_everyone_gets_all_tokens_once_and_in_order(parts: Parts, seed: int) -> 
                 token = draw.choice(parts.config.eos_token_ids) if rare > 0.999 else draw.choice(kind)
                 tokens[attempt_of(stream)] = token
                 made[stream.number].append(token)
-        step(decoding, tokens)
+                if kind is words and rare < 0.15 and len(made[stream.number]) < LENGTH:
+                    later.append((attempt_of(stream), 41))
+                    made[stream.number].append(41)
+        step(decoding, tokens, *later)
         for stream in [stream for stream in live if stream.request.complete]:
             end(stream)
 
@@ -262,14 +267,14 @@ def test_who_does_not_read_has_all_of_it_in_one_delta(parts: Parts) -> None:
     assert (stream.deltas, stream.token_ids) == (2, list(range(41, 52)))
 
 
-def test_with_several_tokens_in_a_message_no_stream_stays_settled(parts: Parts) -> None:
+def test_a_stream_with_several_tokens_in_a_message_has_them_in_one_delta(parts: Parts) -> None:
     call, decoding = parts.call(), Decoding()
     one, other = (settled_stream(parts, call, number, decoding) for number in range(2))
-    attempts = [attempt_of(one), attempt_of(one), attempt_of(other)]
-    fan_out(decoding, worker_pb2.StepTokens(attempt_ids=attempts, token_ids=[42, 43, 44]))
+    step(decoding, {attempt_of(one): 42, attempt_of(other): 44}, (attempt_of(one), 43))
+    assert (one.is_settled, other.is_settled) == (False, True)
     call.read()
     assert (one.token_ids, other.token_ids) == ([41, 42, 43], [41, 44])
-    assert (one.is_settled, other.is_settled) == (False, True)
+    assert (one.deltas, other.deltas) == (2, 2)
 
 
 def test_a_stream_whose_attempt_ends_has_its_last_token_told_at_once(parts: Parts) -> None:

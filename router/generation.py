@@ -94,9 +94,9 @@ class Generation:
             return news if tokens or text else None
         return news
 
-    def is_plain(self, choice: Request) -> bool:
-        """Whether the text of the choice's next token is that of its bytes, unless they are not whole characters."""
-        return self._answers[choice.index].plain
+    def takes_words(self, choice: Request) -> bool:
+        """See `Answer.takes_words`."""
+        return self._answers[choice.index].takes_words
 
     def write(self, choice: Request, news: News, chunk: pb.GenerateChunk) -> None:
         """Writes what was taken last of a choice into an empty chunk."""

@@ -3,7 +3,7 @@
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import TypeAlias
@@ -16,7 +16,7 @@ from router import request_trace
 from router.accounting import accounted
 from router.callers.limits import CALL_AGAIN, CALLER
 from router.dispatch.request import Request
-from router.dispatch.settled import Reader, Settled
+from router.dispatch.settled import Reader, Settled, Stream
 from router.errors import CallError, Exhausted, InvalidArgument
 from router.generation import Generation, Generator
 from router.mailbox import Mailbox
@@ -31,6 +31,9 @@ MANY, BEGIN = "GenerateMany", "GenerateMany.Begin"  # the call, and each of its 
 # Requests of a call that may be under way; further ones are refused. Of these, so many may wait to be told: then the
 # caller does not read, and is not read.
 MOST_UNDER_WAY = 4096
+
+# A text is not worth settling if many of its tokens are parts of characters, or if several come at a time.
+SETTLING_WORDS = 8
 
 STOPS = CallError(grpc.StatusCode.UNAVAILABLE, "the router is about to stop; it is safe to try again")
 
@@ -48,16 +51,29 @@ class _Served:
         events: what there is to say of it besides the chunks of its answers, and before further ones.
         done: set when its answers are over, or have failed.
         in_columns: its deltas go into the message's columns.
-        may_settle: it is settled while its text consists of whole characters.
+        may_settle: it can be settled, if it has tokens to be looked up.
+        words: so many words came one by one, and nothing else after them.
     """
 
     # Weak references let a test see that none is left.
-    __slots__ = ("__weakref__", "done", "ended", "events", "generation", "in_columns", "left", "may_settle", "number")
+    __slots__ = (
+        "__weakref__",
+        "done",
+        "ended",
+        "events",
+        "generation",
+        "in_columns",
+        "left",
+        "may_settle",
+        "number",
+        "words",
+    )
 
     def __init__(self, number: int) -> None:
         self.number = number
         self.in_columns = False
         self.may_settle = False
+        self.words = 0
         self.generation: Generation | None = None
         self.events: tuple[Event, ...] = ()
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -65,6 +81,7 @@ class _Served:
         self.left = False  # the task that writes has passed its end
 
 
+Write: TypeAlias = Callable[[pb.GenerateManyResponse], Awaitable[None]]
 Item: TypeAlias = Request | _Served | None  # what has news; None: the call itself, or a settled stream
 
 
@@ -91,6 +108,7 @@ class Many:
         self._room = asyncio.Semaphore(2 * MOST_UNDER_WAY)
         self._closed = False  # the call ends when nothing is under way
         self._draining = False
+        self._told_of_drain = False
         self._failure: Exception | None = None  # of the call itself
 
     def drain(self) -> None:
@@ -105,7 +123,7 @@ class Many:
     async def run(
         self,
         messages: AsyncIterator[pb.GenerateManyRequest],
-        write: Callable[[pb.GenerateManyResponse], Awaitable[None]],
+        write: Write,
     ) -> None:
         """Serves the call to its end. If it is cancelled, so are its requests.
 
@@ -209,19 +227,19 @@ class Many:
         served.events += (event,)
         self._mailbox.post(served)
 
-    async def _write(self, write: Callable[[pb.GenerateManyResponse], Awaitable[None]], reader: Reader) -> None:
-        told_of_drain = False
+    async def _write(self, write: Write, reader: Reader) -> None:
         while self._failure is None and (self._served or not self._closed):
             items = await self._mailbox.take()
             message = Message()
             # Before the items, which have all that came after this of the same requests.
-            for rows in self._settled.news(reader, MESSAGE_BYTES // DELTA_BYTES):
+            for rows in self._settled.to_take(reader, MESSAGE_BYTES // DELTA_BYTES):
+                if not message.empty:
+                    message = await self._next_after(message, write)
                 if (deltas := self._settled.take(reader, rows)) is not None:
                     message.add_deltas(deltas)
-                if message.size >= MESSAGE_BYTES:
-                    told_of_drain = self._draining
-                    await write(message.finished(told_of_drain))
-                    message = Message()
+            if message.size >= MESSAGE_BYTES:
+                message = await self._next_after(message, write)
+            streams: list[Stream] = []  # that can be settled
             for item in items:
                 served = self._of.get(item) if isinstance(item, Request) else item
                 if served is None:
@@ -230,22 +248,27 @@ class Many:
                     message.say(served.number, served.events)
                     served.events = ()
                 if isinstance(item, Request):
-                    self._advance(served, item, message, reader)
+                    self._advance(served, item, message, streams)
                 elif served.ended:
                     self._leave(served)
                 if message.size >= MESSAGE_BYTES:
-                    told_of_drain = self._draining
-                    await write(message.finished(told_of_drain))
-                    message = Message()
-            if not message.empty or self._draining > told_of_drain:
-                told_of_drain = self._draining
-                await write(message.finished(told_of_drain))
+                    message = await self._next_after(message, write)
+            if streams:
+                self._settled.settle(reader, streams)
+            if not message.empty or self._draining > self._told_of_drain:
+                await self._next_after(message, write)
         failure, self._failure = self._failure, None  # whose frames will hold this
         if failure is not None:
             raise failure
 
-    def _advance(self, served: _Served, choice: Request, message: Message, reader: Reader) -> None:
-        """Adds what is new of a choice."""
+    async def _next_after(self, message: Message, write: Write) -> Message:
+        """Sends the message, and returns the one to go on with."""
+        self._told_of_drain = self._draining
+        await write(message.finished(self._told_of_drain))
+        return Message()
+
+    def _advance(self, served: _Served, choice: Request, message: Message, streams: list[Stream]) -> None:
+        """Adds what is new of a choice to the message, and the choice to the streams, if it can be settled now."""
         generation, failure = served.generation, None
         assert generation is not None
         try:
@@ -253,8 +276,8 @@ class Many:
                 text, tokens, finish = news
                 if served.in_columns and finish is None and served.number not in message.with_events:
                     message.add_delta(served.number, text, tokens if generation.want_token_ids else ())
-                    if served.may_settle and len(tokens) == 1 and generation.is_plain(choice):
-                        self._settled.settle(choice, reader, served.number, generation.want_token_ids)
+                    if served.may_settle and self._comes_in_words(served, tokens) and generation.takes_words(choice):
+                        streams.append(Stream(choice, served.number, generation.want_token_ids))
                 else:
                     message.add_chunk(served.number, partial(generation.write, choice, news))
         except Exception as error:  # a bug, at the cost of this request alone
@@ -264,6 +287,11 @@ class Many:
                 served.done.set_exception(failure)
             else:
                 served.done.set_result(None)
+
+    def _comes_in_words(self, served: _Served, tokens: Sequence[int]) -> bool:
+        """Whether so many words have come one by one that more of them can be expected."""
+        served.words = served.words + 1 if len(tokens) == 1 and self._settled.is_word(tokens[0]) else 0
+        return served.words >= SETTLING_WORDS
 
     def _leave(self, served: _Served) -> None:
         if not served.left:

@@ -112,9 +112,9 @@ class Answer:
             delta.logprobs.extend(self._token_logprob(token, logprobs) for token, logprobs in pairs)
 
     @property
-    def plain(self) -> bool:
-        """Whether the text of a further token is that of its bytes, unless they are not whole characters."""
-        return self._stops is None and self._parser is None and self._detokenizer.plain
+    def takes_words(self) -> bool:
+        """Whether a word that comes next, see `Words`, brings its text and nothing else."""
+        return self._stops is None and self._parser is None and self._detokenizer.takes_words
 
     # ------------------------------------------------------------ text
 

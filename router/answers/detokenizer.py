@@ -22,10 +22,11 @@ class Detokenizer:
         signs: text for some tokens, in place of their bytes; it may contain lone surrogates.
 
     Attributes:
-        plain: the next token's bytes are its text, unless they are not whole characters or it has a sign.
+        takes_words: the text of a token that comes next is that of its bytes, if these are whole characters and it has
+            no sign.
     """
 
-    __slots__ = ("_decoder", "_opening", "_signs", "_strip", "_table", "plain")
+    __slots__ = ("_decoder", "_opening", "_signs", "_strip", "_table", "takes_words")
 
     def __init__(
         self,
@@ -39,10 +40,10 @@ class Detokenizer:
         self._opening = opening
         self._signs = signs
         self._decoder = _new_decoder("replace")
-        self.plain = False
+        self.takes_words = False
 
     def feed(self, tokens: Sequence[int]) -> str:
-        if self.plain and len(tokens) == 1 and tokens[0] not in self._signs:
+        if self.takes_words and len(tokens) == 1 and tokens[0] not in self._signs:
             try:  # nearly all tokens are whole characters, and this takes a third of the time
                 return self._table[tokens[0]].decode()
             except UnicodeDecodeError:
@@ -76,7 +77,7 @@ class Detokenizer:
         text = self._decoder.decode(b"".join(spelled))
         text = self._without_leading_space(text)
         begins_character = bool(self._decoder.getstate()[0])
-        self.plain = self._opening is None and not self._strip and not begins_character
+        self.takes_words = self._opening is None and not self._strip and not begins_character
         return text
 
     def _without_leading_space(self, text: str) -> str:

@@ -19,16 +19,10 @@ class Decoding:
         self.rows: dict[int, int] = {}
         self.settled: Settled | None = None
 
-    def settle(self, attempt_id: int, settled: Settled, row: int) -> None:
-        self.settled = settled
-        self.rows[attempt_id] = row
-
     def unsettle(self, attempt_id: int) -> None:
-        """The request goes on as any other; see `Settled.leave`."""
-        row = self.rows.pop(attempt_id, None)
-        if row is not None:
-            assert self.settled is not None
-            self.settled.leave(row)
+        """If the request is settled, it goes on as any other."""
+        if self.settled is not None and attempt_id in self.rows:
+            self.settled.leave(self.rows[attempt_id])
 
     def end(self, attempt_id: int) -> None:
         self.unsettle(attempt_id)

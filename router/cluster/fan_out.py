@@ -20,14 +20,13 @@ def fan_out(decoding: Decoding, tokens: worker_pb2.StepTokens) -> None:
     rest: Sequence[int] = range(len(token_ids))
     if decoding.settled is not None and decoding.rows:
         rest = decoding.settled.add(decoding.rows, attempt_ids, token_ids)
-    find, rows = decoding.requests.get, decoding.rows
+    find = decoding.requests.get
     for place in rest:
         attempt_id = attempt_ids[place]
         request = find(attempt_id)
         if request is None or request.complete:
             continue
-        if attempt_id in rows:
-            decoding.unsettle(attempt_id)
+        decoding.unsettle(attempt_id)
         if request.wants_logprobs:
             if not logprobs:
                 raise WorkerFault(NO_LOGPROBS)

@@ -9,11 +9,12 @@ takes a stream out again, and is done by the request's objects as for any other.
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import compress, repeat
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,12 +23,26 @@ from common.telemetry.plain_histogram import PlainHistogram
 from router.answers.words import Words
 from router.dispatch.request import Request
 
+if TYPE_CHECKING:
+    from router.cluster.decoding import Decoding
+
 Rows = NDArray[np.intp]
 
-NOBODY = 0  # the row of a stream that is not settled. It has no token left, so nothing is added to it
+NOBODY = 0  # the row of a stream that is not settled. It has no room, so nothing is added to it
 FIRST_ROWS = 256
-LEAST_BATCH = 32  # of a worker: with fewer, operations on columns cost more than they save
+LEAST_BATCH = 32  # streams of a reader and a worker: with fewer, operations on columns cost more than they save
 MOST_TOKENS = 256  # that a stream gets before it has to leave; they are added to its request's output then
+
+
+class Stream(NamedTuple):
+    """
+    Attributes:
+        number: by which its reader knows it.
+    """
+
+    request: Request
+    number: int
+    wants_token_ids: bool
 
 
 class Deltas(NamedTuple):
@@ -41,19 +56,22 @@ class Deltas(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Reader:
-    """One call, which its streams share.
+    """A call, which its streams share.
 
-    Args:
-        wake: called when there is news, and none was waiting.
+    Attributes:
+        wake: called when there are tokens to take, and there were none.
+        told: rows that got a token; some may have left since.
+        settled: its streams that are settled, by worker.
     """
 
     id: int
     wake: Callable[[], None]
-    news: list[Rows] = field(default_factory=list)  # rows that got a token; some may have left since
+    told: list[Rows] = field(default_factory=list)
+    settled: "Counter[Decoding]" = field(default_factory=Counter)
 
 
 class Settled:
-    """The settled streams of a router. One has at most one token that its caller has not been given.
+    """The settled streams of a router. One has at most one token that its reader has not taken.
 
     Args:
         words: what a token's text is.
@@ -65,69 +83,97 @@ class Settled:
         self._gaps = gaps
         self._readers: dict[int, Reader] = {}
         self._reader_ids = itertools.count()
-        self._requests: list[Request | None] = [None]
-        self._room_at_first: list[int] = [0]
         self._free: list[int] = []
-        # By row.
+        # By row: lists of what is looked at when a stream comes and goes, and columns of what every token needs.
+        self._requests: list[Request | None] = [None]
+        self._attempts: list[tuple[Decoding, int] | None] = [None]  # where the stream is decoded, and as which attempt
+        self._room_at_first: list[int] = [0]
         self._room = np.zeros(1, np.int64)  # tokens that may follow before the stream has to leave
-        self._tokens = np.zeros((1, MOST_TOKENS + 1), np.int64)  # that came since it was settled, from `_room + 1` on
-        self._unread = np.zeros(1, np.bool_)  # whether its caller has yet to be given the last
-        self._told_at = np.zeros(1, np.float64)  # when the caller was given the one before
-        self._number = np.zeros(1, np.uint64)  # by which its caller knows the stream
+        self._tokens = np.zeros((1, MOST_TOKENS + 1), np.uint32)  # that came since it was settled, from `_room + 1` on
+        self._unread = np.zeros(1, np.bool_)  # whether its reader has yet to take the last
+        self._told_at = np.zeros(1, np.float64)  # when its reader took the one before
+        self._number = np.zeros(1, np.uint64)
         self._wants_token_ids = np.zeros(1, np.int64)  # 1, or 0
         self._reader = np.zeros(1, np.int64)
 
     @contextmanager
     def reading(self, wake: Callable[[], None]) -> Iterator[Reader]:
-        """All of its streams must have left at the end of the block."""
+        """A reader, whose streams are settled until the end of the block at most."""
         reader = Reader(next(self._reader_ids), wake)
         self._readers[reader.id] = reader
         try:
             yield reader
         finally:
+            for row, request in enumerate(self._requests):
+                if request is not None and self._reader[row] == reader.id:
+                    self.leave(row)
             del self._readers[reader.id]
 
     # ------------------------------------------------------------ coming and going
 
+    def is_word(self, token: int) -> bool:
+        return self._words.texts[token] != ""
+
     def may_settle(self, request: Request) -> bool:
-        """Whether all tokens that end the request's answer are looked at: none of them is a word."""
+        """Whether no word ends the request's answer: all other tokens are looked at."""
         return request.stop_token_ids <= self._words.others
 
-    def settle(self, request: Request, reader: Reader, number: int, wants_token_ids: bool) -> None:
-        """Takes in a stream whose caller has been given all there is, if a worker decodes it. Its text must consist of
-        whole characters so far, and it must be one of those that may settle.
+    def settle(self, reader: Reader, streams: Iterable[Stream]) -> int:
+        """Takes in those of the streams that a worker decodes, where it decodes enough of the reader's. All tokens of
+        them that are there must have been taken. They must be such that may settle, and a word that comes next must
+        bring its text and nothing else.
 
-        Args:
-            number: by which the reader knows it.
+        Returns:
+            How many were taken in.
         """
-        attempt = request.attempt
-        if attempt is None or attempt.decode is None or request.complete:
-            return
-        decoding = attempt.decode.decoding
-        if attempt.id not in decoding.requests or len(decoding.requests) < LEAST_BATCH:
-            return
+        ready = defaultdict(list)
+        for stream in streams:
+            request, attempt = stream.request, stream.request.attempt
+            if request.posted or request.complete or attempt is None or attempt.decode is None:
+                continue
+            decoding = attempt.decode.decoding
+            if attempt.id in decoding.requests:
+                ready[decoding].append((stream, attempt.id))
+        taken_in = 0
+        for decoding, batch in ready.items():
+            if len(batch) + reader.settled[decoding] >= LEAST_BATCH:
+                for stream, attempt_id in batch:
+                    self._settle(reader, stream, decoding, attempt_id)
+                taken_in += len(batch)
+        return taken_in
+
+    def _settle(self, reader: Reader, stream: Stream, decoding: "Decoding", attempt_id: int) -> None:
+        request = stream.request
         row = self._free.pop() if self._free else self._new_row()
-        self._requests[row] = request
         # Of different length, so that streams that came together do not all leave together.
         most = MOST_TOKENS - row % (MOST_TOKENS // 2)
         self._room[row] = self._room_at_first[row] = min(most, request.most_tokens - len(request.output) - 1)
-        self._unread[row] = False
         self._told_at[row] = request.told_at
-        self._number[row] = number
-        self._wants_token_ids[row] = wants_token_ids
+        self._number[row] = stream.number
+        self._wants_token_ids[row] = stream.wants_token_ids
         self._reader[row] = reader.id
-        decoding.settle(attempt.id, self, row)
+        self._requests[row] = request
+        self._attempts[row] = decoding, attempt_id
+        reader.settled[decoding] += 1
+        decoding.settled = self
+        decoding.rows[attempt_id] = row
 
     def leave(self, row: int) -> None:
-        """The stream goes on as a request like any other. If its caller has not been given its last token, it is
-        posted."""
-        request = self._requests[row]
+        """The stream goes on as a request like any other. If its reader has not taken its last token, it is posted."""
+        request, attempt = self._requests[row], self._attempts[row]
         assert request is not None
+        assert attempt is not None
+        decoding, attempt_id = attempt
+        del decoding.rows[attempt_id]
+        settled = self._readers[int(self._reader[row])].settled
+        settled[decoding] -= 1
+        if not settled[decoding]:
+            del settled[decoding]
         unread = bool(self._unread[row])
         request.output += self._tokens[row, self._room[row] + 1 : self._room_at_first[row] + 1][::-1].tolist()
         request.taken = len(request.output) - unread
         request.told_at = float(self._told_at[row])
-        self._requests[row] = None
+        self._requests[row] = self._attempts[row] = None
         self._unread[row] = False
         self._free.append(row)
         if unread:
@@ -142,14 +188,15 @@ class Settled:
             self._number, self._reader = _longer(self._number, size), _longer(self._reader, size)
             self._wants_token_ids = _longer(self._wants_token_ids, size)
         self._requests.append(None)
+        self._attempts.append(None)
         self._room_at_first.append(0)
         return row
 
     # ------------------------------------------------------------ tokens
 
-    def add(self, rows_of: Mapping[int, int], attempt_ids: Sequence[int], token_ids: Sequence[int]) -> Sequence[int]:
-        """Adds the tokens that are words, but for each stream's last, where the caller has been given the one before,
-        and the message has no other of the same stream.
+    def add(self, rows_of: dict[int, int], attempt_ids: Sequence[int], token_ids: Sequence[int]) -> Sequence[int]:
+        """Adds to each stream its token, if that is a word and not the stream's last, if its reader has taken the one
+        before, and if there is no other token of this stream.
 
         Args:
             rows_of: by attempt id, of those that are settled.
@@ -159,7 +206,7 @@ class Settled:
         """
         count = len(attempt_ids)
         rows = np.fromiter(map(rows_of.get, attempt_ids, repeat(NOBODY)), np.intp, count)
-        tokens = np.fromiter(token_ids, np.int64, count)
+        tokens = np.fromiter(token_ids, np.uint32, count)
         room = self._room[rows]
         fits = self._words.words[tokens] & (room > 0) & ~self._unread[rows]
         if len(set(attempt_ids)) < count:  # there are streams with several tokens
@@ -187,21 +234,21 @@ class Settled:
 
     def _tell_reader(self, reader_id: int, rows: Rows) -> None:
         reader = self._readers[reader_id]
-        if not reader.news:
+        if not reader.told:
             reader.wake()
-        reader.news.append(rows)
+        reader.told.append(rows)
 
-    def news(self, reader: Reader, most: int) -> list[Rows]:
-        """The rows that have news for the reader, in parts of at most so many, to be taken one after the other."""
-        if not reader.news:
+    def to_take(self, reader: Reader, most: int) -> list[Rows]:
+        """The rows that have tokens for the reader, in parts of at most so many, to be taken one after the other."""
+        if not reader.told:
             return []
         # A row that was left and settled again may be twice in there.
-        rows = reader.news[0] if len(reader.news) == 1 else np.unique(np.concatenate(reader.news))
-        reader.news = []
+        rows = reader.told[0] if len(reader.told) == 1 else np.unique(np.concatenate(reader.told))
+        reader.told = []
         return [rows[begin : begin + most] for begin in range(0, len(rows), most)]
 
     def take(self, reader: Reader, rows: Rows) -> Deltas | None:
-        """What came of those rows that still have news for the reader; None if none has."""
+        """The tokens of those rows that still have one for the reader; None if none has."""
         current = self._unread[rows] & (self._reader[rows] == reader.id)
         if not current.all():
             rows = rows[current]

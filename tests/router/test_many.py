@@ -5,7 +5,8 @@ import gc
 import math
 import threading
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from functools import partial
@@ -26,6 +27,7 @@ from router.callers import api_keys
 from router.dispatch import settled
 from router.dispatch.dispatcher import STOPPED
 from router.dispatch.request import Request
+from router.dispatch.settled import Reader, Settled, Stream
 from router.generation import Generation
 from router.mailbox import Mailbox
 from router.many_message import DELTA_BYTES, Message
@@ -85,6 +87,17 @@ async def events_until_end(call: Any, number: int) -> list[pb.GenerateManyRespon
     return events
 
 
+def late(seconds: float) -> Callable[["Mailbox[Any]"], Awaitable[list[Any]]]:
+    """`Mailbox.take`, so much later."""
+    take = Mailbox.take
+
+    async def later(mailbox: Mailbox[Any]) -> list[Any]:
+        await asyncio.sleep(seconds)
+        return await take(mailbox)
+
+    return later
+
+
 def tokens_of(events: list[pb.GenerateManyResponse.Event]) -> list[int]:
     return [token for event in events for token in event.chunk.delta.token_ids]
 
@@ -125,6 +138,7 @@ class Threads:
 def least_batch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Requests are settled whenever they can be, or, since there are few, never."""
     monkeypatch.setattr(settled, "LEAST_BATCH", request.param)
+    monkeypatch.setattr(many, "SETTLING_WORDS", 1)
 
 
 Shared: TypeAlias = Callable[[str], AsyncClient | Threads]
@@ -206,13 +220,7 @@ async def test_an_answer_is_the_one_of_a_call_of_its_own(
 async def test_deltas_come_after_the_prompt_however_late_they_are_written(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    take = Mailbox.take
-
-    async def later(mailbox: Mailbox[Any]) -> list[Any]:
-        await asyncio.sleep(0.05)
-        return await take(mailbox)
-
-    monkeypatch.setattr(Mailbox, "take", later)
+    monkeypatch.setattr(Mailbox, "take", late(0.05))
     async with cluster(model, decodes=[Script(step_seconds=0.005)]) as it:
         asked = [begin(number, reads_deltas=True, max_tokens=40) for number in range(20)]
         responses = [response async for response in it.stub.GenerateMany(iter(asked))]
@@ -222,6 +230,42 @@ async def test_deltas_come_after_the_prompt_however_late_they_are_written(
             assert told[0].chunk.HasField("prompt")
             assert tokens_of(told) == expected(40)
             assert told[-1].HasField("end")
+
+
+@pytest.mark.parametrize("settling_words", [1, 5])
+async def test_what_ends_an_answer_late_does_not_slip_through(
+    model: Path, monkeypatch: pytest.MonkeyPatch, settling_words: int
+) -> None:
+    """Whether it is looked at is decided when a stream is settled, long before it comes."""
+    monkeypatch.setattr(many, "SETTLING_WORDS", settling_words)
+    taken_in = []
+    settle = Settled.settle
+
+    def noted(streams_of: Settled, reader: Reader, streams: list[Stream]) -> int:
+        taken_in.append(settle(streams_of, reader, streams))
+        return taken_in[-1]
+
+    monkeypatch.setattr(Settled, "settle", noted)
+    async with cluster(model, decodes=[Script(step_seconds=0.005)]) as it:
+        tokens = expected(40)
+        decode = partial(it.router.service._tokenizer.decode, special_tokens=False)
+        stop = decode(tokens[29:32])
+        before = decode(tokens)[: decode(tokens).index(stop)]
+        asked = [
+            begin(0, reads_deltas=True, max_tokens=40, stopping={"stop": [stop]}),
+            begin(1, reads_deltas=True, max_tokens=40, stopping={"stop_token_ids": [tokens[30]]}),
+            begin(2, reads_deltas=True, max_tokens=40),
+        ]
+        responses = [response async for response in it.stub.GenerateMany(iter(asked))]
+    told: dict[int, list[pb.GenerateChunk]] = defaultdict(list)
+    for response in responses:
+        for event in (*in_columns(response.deltas), *response.events):
+            told[event.id].append(event.chunk)
+    texts = {number: "".join(chunk.delta.text for chunk in chunks) for number, chunks in told.items()}
+    ids = {number: [token for chunk in chunks for token in chunk.delta.token_ids] for number, chunks in told.items()}
+    assert texts == {0: before, 1: decode(tokens[:30]), 2: decode(tokens)}
+    assert (ids[1], ids[2]) == (tokens[:31], tokens)
+    assert (sum(taken_in) > 0) == (settled.LEAST_BATCH == 1)
 
 
 async def test_a_lost_worker_is_made_up_for(model: Path, shared: Shared) -> None:
@@ -685,7 +729,8 @@ async def test_messages_have_so_many_bytes(model: Path, monkeypatch: pytest.Monk
 
 async def test_messages_have_so_many_deltas(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(many, "MESSAGE_BYTES", 4 * DELTA_BYTES)
-    async with cluster(model) as it:
+    monkeypatch.setattr(Mailbox, "take", late(0.01))
+    async with cluster(model, decodes=[Script(step_seconds=0.02)]) as it:
         call = it.stub.GenerateMany(iter([begin(number, max_tokens=50, reads_deltas=True) for number in range(20)]))
         responses = [response async for response in call]
         assert max(len(response.deltas.ids) for response in responses) == 4

@@ -14,6 +14,7 @@ from common.model.model_config import ModelConfig, load_config
 from router import validate
 from router.answers import answer
 from router.answers.answer import Answer
+from router.answers.token_bytes import TokenBytes
 from router.answers.words import MOST_BYTES, Words
 from router.cluster.decoding import Decoding
 from router.cluster.fan_out import fan_out
@@ -44,16 +45,17 @@ class Call:
     def read(self, most: int = 256, meanwhile: Callable[[], None] = lambda: None) -> None:
         """`meanwhile` happens between two parts of what there is."""
         items, self.mailbox._posted = self.mailbox._posted, []
-        for rows in self.parts.settled.news(self.reader, most):
+        for rows in self.parts.settled.to_take(self.reader, most):
             deltas = self.parts.settled.take(self.reader, rows)
             token_ids = iter(() if deltas is None else deltas.token_ids)
             for number, text, count in zip(*(deltas or ((), (), (), ()))[:3], strict=True):
                 self.streams[number].told(text, [next(token_ids) for _ in range(count)])
             assert not list(token_ids)
             meanwhile()
-        for item in items:
-            if (stream := self.of.get(item)) is not None:
-                stream.take()
+        taken = [stream for item in items if (stream := self.of.get(item)) is not None and stream.take()]
+        self.parts.settled.settle(
+            self.reader, [settled.Stream(it.request, it.number, it.wants_token_ids) for it in taken]
+        )
 
 
 @dataclass
@@ -74,18 +76,18 @@ class Stream:
         self.token_ids += token_ids
         self.deltas += 1
 
-    def take(self) -> None:
+    def take(self) -> bool:
+        """Whether it can be settled then."""
         self.request.posted = False
         if self.answer.over:
-            return
+            return False
         text, tokens, self.finish = self.answer.take()
         assert tokens or self.finish is not None
         if tokens:
             self.told(text, list(tokens) if self.wants_token_ids else [])
         else:
             self.text += text
-        if self.finish is None and not self.answer.behind and len(tokens) == 1 and self.answer.plain:
-            self.call.parts.settled.settle(self.request, self.call.reader, self.number, self.wants_token_ids)
+        return self.finish is None and not self.answer.behind and len(tokens) == 1 and self.answer.takes_words
 
     @property
     def is_settled(self) -> bool:
@@ -126,6 +128,12 @@ class Parts:
         made.attempt = Attempt(next(self._attempts), made, None, worker, 0, 0, True, made.length)  # type: ignore[arg-type]
         made.state = State.DISPATCHED
         decoding.requests[made.attempt.id] = made
+
+    @property
+    def of_a_character(self) -> int:
+        """A token that is the beginning of one."""
+        table, special = self.tokenizer.token_bytes.table, self.tokenizer.token_bytes.special
+        return next(token for token in self.words.others - special if table[token] == b"\xe4")
 
     @property
     def gaps(self) -> float:
@@ -212,6 +220,7 @@ def test_everyone_gets_all_tokens_once_and_in_order(parts: Parts, seed: int) -> 
         assert stream.finish.usage.completion_tokens == len(made[stream.number])
     assert parts.gaps == sum(stream.deltas - 1 for stream in streams)
     assert not any(worker.rows for worker in workers)
+    assert not any(call.reader.settled for call in calls)
     assert len(parts.settled._free) == len(parts.settled._requests) - 1
     assert not any(parts.settled._requests)
 
@@ -302,8 +311,8 @@ def test_gaps_are_those_between_deltas(parts: Parts, monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now))
     call, decoding = parts.call(), Decoding()
     stream = settled_stream(parts, call, 0, decoding)
-    (part, *_) = (token for token in parts.words.others if parts.tokenizer.token_bytes.table[token])
-    for gap, token in ((0.5, 42), (1.0, 43), (2.0, part), (4.0, 44)):  # in a row, and out of it and in again
+    tokens = (42, 43, parts.of_a_character, 44)  # the third takes it out of the columns
+    for gap, token in zip((0.5, 1.0, 2.0, 4.0), tokens, strict=True):
         now += gap
         step(decoding, {attempt_of(stream): token})
         call.read()
@@ -326,14 +335,85 @@ def test_streams_of_small_batches_are_left_alone(parts: Parts, monkeypatch: pyte
     monkeypatch.setattr(settled, "LEAST_BATCH", 3)
     call, decoding = parts.call(), Decoding()
     streams = [parts.stream(call, number, decoding) for number in range(2)]
+    # Neither with those of other calls, nor of other workers.
+    others = [parts.stream(parts.call(), 2, decoding), parts.stream(call, 3, Decoding())]
+
+    def go_on(streams: list[Stream]) -> None:
+        for stream in streams:
+            step(stream.decoding, {attempt_of(stream): 41})
+        for stream in streams:
+            stream.call.read()
+
     for _ in range(3):
-        step(decoding, {attempt_of(stream): 41 for stream in streams})
-        call.read()
+        go_on([*streams, *others])
     assert not decoding.rows
-    streams.append(parts.stream(call, 2, decoding))
-    step(decoding, {attempt_of(stream): 41 for stream in streams})
+    streams.append(parts.stream(call, 4, decoding))
+    go_on([*streams, *others])
+    assert decoding.rows.keys() == {attempt_of(stream) for stream in streams}
+    step(decoding, {attempt_of(streams[0]): parts.of_a_character})  # one that leaves comes back alone
     call.read()
-    assert len(decoding.rows) == 3
+    assert not streams[0].is_settled
+    go_on(streams)
+    assert all(stream.is_settled for stream in streams)
+
+
+def test_a_stream_is_not_settled_before_its_worker_decodes(parts: Parts) -> None:
+    """The first token comes from another, before the decode worker may start."""
+    call, decoding = parts.call(), Decoding()
+    stream = parts.stream(call, 0, decoding)
+    attempt = attempt_of(stream)
+    del decoding.requests[attempt]
+    stream.request.add(41)
+    call.read()
+    early = stream.is_settled
+    decoding.requests[attempt] = stream.request
+    step(decoding, {attempt: 42})
+    call.read()
+    assert (early, stream.is_settled) == (False, True)
+    assert stream.token_ids == [41, 42]
+
+
+def test_a_stream_is_not_settled_with_a_token_that_came_since_it_was_taken(parts: Parts) -> None:
+    call, decoding = parts.call(), Decoding()
+    stream = parts.stream(call, 0, decoding)
+    step(decoding, {attempt_of(stream): 41})
+    assert stream.take()
+    step(decoding, {attempt_of(stream): 42})  # while a message was sent
+    assert parts.settled.settle(call.reader, [settled.Stream(stream.request, 0, True)]) == 0
+    stream.take()
+    assert stream.token_ids == [41, 42]
+
+
+def test_streams_that_came_together_do_not_leave_together(parts: Parts) -> None:
+    call, decoding = parts.call(), Decoding()
+    streams = [parts.stream(call, number, decoding) for number in range(64)]
+    left = []
+    for _ in range(300):
+        step(decoding, {attempt_of(stream): 41 for stream in streams})
+        left.append(sum(not stream.is_settled for stream in streams))
+        call.read()
+    assert sum(left[1:]) >= 64
+    assert max(left[1:]) == 1
+
+
+def test_a_reader_that_goes_leaves_its_streams_as_they_were(parts: Parts) -> None:
+    decoding, other = Decoding(), parts.call()
+    mailbox: Mailbox[Any] = Mailbox(Turnstile())
+    with parts.settled.reading(lambda: mailbox.post(None)) as reader:
+        call = Call(parts, reader, mailbox)
+        stream, its = settled_stream(parts, call, 0, decoding), settled_stream(parts, other, 1, decoding)
+    assert (stream.is_settled, its.is_settled) == (False, True)
+    step(decoding, {attempt_of(stream): 42, attempt_of(its): 43})
+    other.read()
+    assert (stream.request.output, its.token_ids) == ([41, 42], [41, 43])
+
+
+def test_a_long_text_is_no_word() -> None:
+    texts = (b"a" * MOST_BYTES, b"a" * (MOST_BYTES + 1), b"\xff", b"", b"end", b"special")
+    words = Words(TokenBytes(texts, frozenset({5}), strip_leading_space=False), ends=[4])
+    assert words.texts == ["a" * MOST_BYTES, "", "", "", "", ""]
+    assert words.words.tolist() == [True] + 5 * [False]
+    assert words.others == {1, 2, 3, 4, 5}
 
 
 def test_what_ends_an_answer_is_no_word(parts: Parts) -> None:

@@ -55,6 +55,7 @@ def answers_are_right(requests: Iterable[Request], reference: Reference) -> None
 
 def callers_know_all(router: RouterSide) -> None:
     """What has become of a request that has ended, or has been ended by its caller, was told once, and in order."""
+    assert not router.caller.has_settled
     for request in router.requests:
         name, told = f"{request.id}, choice {request.index}", router.caller.told[request.serial]
         if request.state is State.DROPPED:

@@ -13,7 +13,7 @@ import numpy as np
 from router.answers.words import Words
 from router.dispatch import settled
 from router.dispatch.request import Request
-from router.dispatch.settled import Settled
+from router.dispatch.settled import Settled, Stream
 from router.metrics import Metrics
 from tests.router.models import EOS, VOCAB_SIZE
 
@@ -42,22 +42,27 @@ class SharedCall:
     def read(self, requests: Iterable[Request]) -> None:
         if self._rng.random() < 0.3:
             return
-        for rows in self._streams.news(self._reader, 3):
+        for rows in self._streams.to_take(self._reader, 3):
             if (deltas := self._streams.take(self._reader, rows)) is not None:
                 for serial, token in zip(deltas.numbers, deltas.token_ids, strict=True):
                     self.told[serial].append(token)
-        for request in requests:
-            if request.posted:
-                self._read(request)
+        ready = [request for request in requests if request.posted and self._read(request)]
+        self.settled += self._streams.settle(
+            self._reader, [Stream(request, request.serial, wants_token_ids=True) for request in ready]
+        )
 
-    def _read(self, request: Request) -> None:
+    @property
+    def has_settled(self) -> bool:
+        """Some of its streams still are."""
+        return any(self._streams._requests) or bool(self._reader.settled)
+
+    def _read(self, request: Request) -> bool:
+        """Whether it can be settled then."""
         request.posted = False
         new = request.output[request.taken :]
         self.told[request.serial] += new
         request.taken, request.told_at = len(request.output), 0.0
-        if len(new) == 1 and not request.wants_logprobs and self._streams.may_settle(request):
-            self._streams.settle(request, self._reader, request.serial, wants_token_ids=True)
-            self.settled += 1
+        return len(new) == 1 and not request.wants_logprobs and self._streams.may_settle(request)
 
 
 def _every_seventh_token_is_none() -> Words:

@@ -31,7 +31,7 @@ Rows = NDArray[np.intp]
 NOBODY = 0  # the row of a stream that is not settled. It has no room, so nothing is added to it
 FIRST_ROWS = 256
 LEAST_BATCH = 32  # streams of a reader and a worker: with fewer, operations on columns cost more than they save
-MOST_TOKENS = 256  # that a stream gets before it has to leave; they are added to its request's output then
+MOST_TOKENS = 1024  # that a stream gets before it has to leave; its request's output gets them then
 
 
 class Stream(NamedTuple):

@@ -143,6 +143,7 @@ class Parts:
 @pytest.fixture
 def parts(model: Path, monkeypatch: pytest.MonkeyPatch) -> Parts:
     monkeypatch.setattr(settled, "LEAST_BATCH", 1)
+    monkeypatch.setattr(settled, "MOST_TOKENS", 256)
     return Parts(model)
 
 

@@ -32,7 +32,6 @@ class AsyncSharedCall:
     def __init__(self, open_call: Callable[[], Call]) -> None:
         self._open_call = open_call
         self._lane: _Lane | None = None
-        self._refused_at = -math.inf
 
     async def pieces(self, request: pb.GenerateRequest, timeout: float | None) -> AsyncGenerator[Piece, None]:
         """As a call of `GenerateStream`. Leaving the loop cancels the request.
@@ -44,7 +43,7 @@ class AsyncSharedCall:
         passed = error_with(grpc.StatusCode.DEADLINE_EXCEEDED, "", timeout)
         if timeout is not None and not timeout > 0:
             raise passed
-        if time.monotonic() < self._refused_at + shared_call.PAUSE_SECONDS:
+        if self._lane is not None and time.monotonic() < self._lane.refused_at + shared_call.PAUSE_SECONDS:
             raise Refused
         if self._lane is None or self._lane.closed:
             # Not in the context of whoever happens to be the first.
@@ -59,10 +58,6 @@ class AsyncSharedCall:
         try:
             while (piece := progress.piece(await inbox.get(), closed=lane.closed)) is not None:
                 yield piece
-        except Refused:
-            if lane.refused:
-                self._refused_at = time.monotonic()
-            raise
         finally:
             if timer is not None:
                 timer.cancel()
@@ -75,11 +70,12 @@ class _Lane:
     Attributes:
         closed: it takes no more requests.
         over: nothing more comes of it.
-        refused: nothing ever came of it.
+        refused_at: when the router did not take it, in seconds of the monotonic clock; until then, long ago.
     """
 
     def __init__(self, call: Call) -> None:
-        self.closed = self.over = self.refused = False
+        self.closed = self.over = False
+        self.refused_at = -math.inf
         self._call = call
         self._numbers = itertools.count()
         self._inboxes: dict[int, Inbox] = {}
@@ -106,7 +102,7 @@ class _Lane:
                 await self._call.write(await self._outgoing.get())
 
     async def _receive(self) -> None:
-        error, heard = shut_down(), False
+        error, heard, refused = shut_down(), False, False
         try:
             async for response in self._call:
                 heard = True
@@ -116,15 +112,18 @@ class _Lane:
                         inbox.put_nowait(item)
         except grpc.aio.AioRpcError as ended:
             too_late = ended.details() == _WRITTEN_TOO_LATE
-            self.refused = not heard and (too_late or ended.code() in REFUSALS)
+            refused = not heard and (too_late or ended.code() in REFUSALS)
             if not too_late:
                 error = error_of(ended)
         except (grpc.aio.UsageError, asyncio.CancelledError):  # so gRPC tells of a channel that was closed
             error = closed()
         finally:
             self.closed = self.over = True
+            # Here, and not where a request hears of it: until one has, others would open calls only to be refused.
+            if refused:
+                self.refused_at = time.monotonic()
             for inbox in self._inboxes.values():
-                inbox.put_nowait(last_item(error, refused=self.refused))
+                inbox.put_nowait(last_item(error, refused=refused))
             self._tasks[0].cancel()
 
 

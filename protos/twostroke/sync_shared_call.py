@@ -31,7 +31,6 @@ class SyncSharedCall:
         self._open_call = open_call
         self._lock = threading.Lock()
         self._lane: _Lane | None = None
-        self._refused_at = -math.inf
 
     def pieces(self, request: pb.GenerateRequest, timeout: float | None) -> Generator[Piece, None, None]:
         """As a call of `GenerateStream`. Leaving the loop cancels the request.
@@ -44,10 +43,10 @@ class SyncSharedCall:
         if timeout is not None and not timeout > 0:
             raise passed
         ends_at = math.inf if timeout is None else time.monotonic() + timeout
-        if time.monotonic() < self._refused_at + shared_call.PAUSE_SECONDS:
-            raise Refused
         inbox: SimpleQueue[Item] = SimpleQueue()
         with self._lock:
+            if self._lane is not None and time.monotonic() < self._lane.refused_at + shared_call.PAUSE_SECONDS:
+                raise Refused
             if self._lane is None or self._lane.closed:
                 self._lane = _Lane(self._open_call, self._lock)
             lane = self._lane
@@ -64,10 +63,6 @@ class SyncSharedCall:
                 if (piece := progress.piece(item, closed=lane.closed)) is None:
                     return
                 yield piece
-        except Refused:
-            if lane.refused:
-                self._refused_at = time.monotonic()
-            raise
         finally:
             with self._lock:
                 lane.leave(number, cancel=not progress.ended)
@@ -78,11 +73,12 @@ class _Lane:
 
     Attributes:
         closed: it takes no more requests.
-        refused: nothing ever came of it.
+        refused_at: when the router did not take it, in seconds of the monotonic clock; until then, long ago.
     """
 
     def __init__(self, open_call: OpenCall, lock: threading.Lock) -> None:
-        self.closed = self.refused = False
+        self.closed = False
+        self.refused_at = -math.inf
         self._lock = lock
         self._numbers = itertools.count()
         self._inboxes: dict[int, SimpleQueue[Item]] = {}
@@ -104,7 +100,7 @@ class _Lane:
             self._outgoing.put(cancel_of(number))
 
     def _receive(self) -> None:
-        error, heard = shut_down(), False
+        error, heard, refused = shut_down(), False, False
         try:
             for response in self._call:
                 heard = True
@@ -114,10 +110,13 @@ class _Lane:
                         inbox.put(item)
         except grpc.RpcError:
             error = error_of(self._call)
-            self.refused = not heard and self._call.code() in REFUSALS
+            refused = not heard and self._call.code() in REFUSALS
         finally:
             with self._lock:
                 self.closed = True
+                # Here, and not where a request hears of it: until one has, others would open calls only to be refused.
+                if refused:
+                    self.refused_at = time.monotonic()
                 for inbox in self._inboxes.values():
-                    inbox.put(last_item(error, refused=self.refused))
+                    inbox.put(last_item(error, refused=refused))
             self._outgoing.put(None)

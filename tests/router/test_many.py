@@ -455,6 +455,19 @@ async def test_where_no_more_calls_are_taken_each_request_has_one_of_its_own(
         assert calls_of(it, "GenerateMany.Begin") == 1
 
 
+async def test_a_refused_call_is_not_tried_again_though_nobody_waited_for_it(
+    model: Path, shared: Shared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with cluster(model) as it, shared(it.address) as client:
+        monkeypatch.setattr(service, "MOST_OPEN_OF_A_HOST", 0)
+        with pytest.raises(DeadlineExceeded):
+            await streamed(client, timeout=1e-4)
+        await eventually(lambda: calls_of(it, "GenerateMany", "RESOURCE_EXHAUSTED") == 1)
+        await asyncio.sleep(0.1)  # the client hears of it
+        assert await streamed(client, max_tokens=6) == expected(6)
+        assert (calls_of(it, "GenerateMany", "RESOURCE_EXHAUSTED"), calls_of(it, "GenerateStream")) == (1, 1)
+
+
 async def test_a_large_request_has_a_call_of_its_own(model: Path, shared: Shared) -> None:
     async with cluster(model) as it, shared(it.address) as client:
         with pytest.raises(InvalidArgument):  # it does not fit the model

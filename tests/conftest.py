@@ -11,6 +11,13 @@ with suppress(ImportError):  # tests of kernels run without it, too
     settings.register_profile("suite", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
     settings.load_profile("suite")
 
+with suppress(ImportError):
+    import structlog
+
+    # As the programs write them: structlog's own choice, where rich is installed, takes half a second for each.
+    plain = structlog.dev.ConsoleRenderer(colors=False, exception_formatter=structlog.dev.plain_traceback)
+    structlog.configure(processors=[*structlog.get_config()["processors"][:-1], plain])
+
 
 def pytest_configure() -> None:
     """A shell's background job starts with Ctrl-C ignored, one under nohup with SIGHUP ignored, and each would hand

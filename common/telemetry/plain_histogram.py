@@ -21,7 +21,7 @@ class PlainHistogram(Collector):
         self._name = name
         self._documentation = documentation
         self._bounds = sorted(buckets)
-        self._places = np.array(self._bounds)
+        self._bounds_in_array = np.array(self._bounds)
         self._counts = [0] * (len(self._bounds) + 1)
         self._sum = 0.0
         registry.register(self)
@@ -31,7 +31,7 @@ class PlainHistogram(Collector):
         self._sum += value
 
     def observe_all(self, values: NDArray[np.float64]) -> None:
-        counts = np.bincount(np.searchsorted(self._places, values)).tolist()
+        counts = np.bincount(np.searchsorted(self._bounds_in_array, values)).tolist()
         for place, count in enumerate(counts):
             self._counts[place] += count
         self._sum += float(values.sum())

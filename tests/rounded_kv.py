@@ -40,7 +40,8 @@ def assert_greedy(model: Any, prompts: Sequence[Sequence[int]], outputs: Sequenc
     """Asserts that each of `outputs` is `count` tokens that the model finds likeliest with rounding, up to GAP and
     SAME, and that fewer of them are without."""
     gaps, same_without_rounding = [], []
-    for prompt, output in zip(prompts, outputs, strict=True):
+    different = dict.fromkeys(zip(map(tuple, prompts), map(tuple, outputs), strict=True))
+    for prompt, output in different:
         assert len(output) == count
         tokens, tokens_out = [*prompt, *output[:-1]], torch.tensor(output, device=model.device)
         found = logits(model, tokens, count)

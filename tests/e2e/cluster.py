@@ -14,6 +14,7 @@ from urllib.request import urlopen
 
 from common.network.free_port import free_port
 from common.transport import sweep
+from tests.e2e.forked import Forked
 from tests.e2e.hosts import Host
 from twostroke import Client, Generation
 from twostroke.v1 import inference_pb2 as pb
@@ -46,10 +47,10 @@ class Cluster:
         self.targets = [f"127.0.0.1:{free_port()}" for _ in range(self.routers)]
         self.clients = [Client(target, timeout=60) for target in self.targets]
         self.target, self.client = self.targets[0], self.clients[0]
-        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.processes: dict[str, subprocess.Popen[bytes] | Forked] = {}
         self.metrics_ports: dict[str, int] = {}
         self._addresses: dict[str, str] = {}
-        self._log = (self.log or Path(os.devnull)).open("ab")
+        self._log = self.log or Path(os.devnull)
         try:
             for index in range(self.routers):
                 self.start_router(index)
@@ -71,7 +72,6 @@ class Cluster:
             process.kill()
         for process in self.processes.values():
             process.wait()
-        self._log.close()
         sweep()
 
     def start_router(self, index: int = 0) -> None:
@@ -99,14 +99,18 @@ class Cluster:
             for flag, values in flags.items()
             for value in (values if isinstance(values, list) else [values])
         ]
-        command = [sys.executable, "-m", module, *arguments]
-        self.processes[name] = subprocess.Popen(
-            host.command(command) if host else command,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdin=subprocess.DEVNULL,
-            stdout=self._log,
-            stderr=self._log,
-        )
+        if host or module == "router":
+            command = [sys.executable, "-m", module, *arguments]
+            with self._log.open("ab") as log:
+                self.processes[name] = subprocess.Popen(
+                    host.command(command) if host else command,
+                    env=os.environ | {"OMP_NUM_THREADS": "1"},
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                )
+        else:
+            self.processes[name] = Forked(module, arguments, self._log)
 
     def wait_until_ready(self, prefill: int | None = None, decode: int | None = None) -> None:
         wanted = {"prefill": prefill or self.prefill, "decode": decode or self.decode}

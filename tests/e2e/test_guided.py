@@ -160,18 +160,24 @@ def test_a_call_that_the_model_would_not_make(tmp_path: Path) -> None:
         "required": ["place", "days"],
         "additionalProperties": False,
     }
-    tools = [{"type": "function", "function": {"name": name, "parameters": schema}} for name in ("weather", "news")]
-    asked: dict[str, Any] = {"tools": tools, "max_tokens": 60, "temperature": 0}
+    names = ("weather", "news")
+    tools = [{"type": "function", "function": {"name": name, "parameters": schema}} for name in names]
+    choices: list[Any] = ["auto", "required", *({"type": "function", "function": {"name": name}} for name in names)]
+
+    def ask(choice: Any) -> Generation:
+        return embedded.client.chat(
+            "How is the weather in Paris?", tools=tools, tool_choice=choice, max_tokens=60, temperature=0
+        )
+
     with Cluster(router_flags={"model": tmp_path}, worker_flags={"model": tmp_path}) as embedded:
-        assert not embedded.client.chat("How is the weather in Paris?", **asked).tool_calls
-        for name in ("weather", "news"):
-            one = {"type": "function", "function": {"name": name}}
-            answer = embedded.client.chat("How is the weather in Paris?", tool_choice=one, **asked)
-            assert (answer.finish.reason, answer.text) == ("eos", "")
-            (call,) = answer.tool_calls
-            assert call.name == name
-            assert len(str(call.arguments["place"])) <= 20
-            assert call.arguments["days"] in range(1, 8)
-        required = embedded.client.chat("How is the weather in Paris?", tool_choice="required", **asked)
-        assert required.tool_calls
+        with ThreadPoolExecutor(len(choices)) as pool:
+            free, required, *named = pool.map(ask, choices)
         embedded.assert_blocks_home()
+    assert not free.tool_calls
+    assert required.tool_calls
+    for name, answer in zip(names, named, strict=True):
+        assert (answer.finish.reason, answer.text) == ("eos", "")
+        (call,) = answer.tool_calls
+        assert call.name == name
+        assert len(str(call.arguments["place"])) <= 20
+        assert call.arguments["days"] in range(1, 8)

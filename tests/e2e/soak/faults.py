@@ -45,8 +45,8 @@ class Hand:
 
     def _harm(self, part: str, fault: str) -> None:
         process = self.cluster.processes[part]
-        if process.poll() is not None:
-            self.problems.append(f"{part} had ended by itself, with {process.returncode}")
+        if (code := process.poll()) is not None:
+            self.problems.append(f"{part} had ended by itself, with {code}")
             self._start(part)
             process = self.cluster.processes[part]
         with self.outages.of(part):
@@ -57,9 +57,9 @@ class Hand:
             else:
                 self.segments |= mapped_segments(process.pid)
                 process.send_signal(signal.SIGKILL if fault == "kill" else signal.SIGTERM)
-                code = process.wait(DRAIN_SECONDS)
-                if fault == "drain" and code != 0:
-                    self.problems.append(f"{part} drained, and ended with {code}")
+                ended_with = process.wait(DRAIN_SECONDS)
+                if fault == "drain" and ended_with != 0:
+                    self.problems.append(f"{part} drained, and ended with {ended_with}")
                 time.sleep(self.rng.uniform(0, 1))
                 self._start(part)
             self._wait_until_known(part)

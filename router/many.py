@@ -17,7 +17,7 @@ from router.accounting import accounted
 from router.callers.limits import CALL_AGAIN, CALLER
 from router.dispatch.request import Request
 from router.dispatch.settled import Reader, Settled, Stream
-from router.errors import CallError, Exhausted, InvalidArgument
+from router.errors import CallError, Exhausted, InvalidArgument, fault
 from router.generation import Generation, Generator
 from router.mailbox import Mailbox
 from router.many_message import DELTA_BYTES, MESSAGE_BYTES, Event, Message
@@ -36,9 +36,6 @@ MOST_UNDER_WAY = 4096
 SETTLING_WORDS = 8
 
 STOPS = CallError(grpc.StatusCode.UNAVAILABLE, "the router is about to stop; it is safe to try again")
-
-FAULT = CallError(grpc.StatusCode.INTERNAL, "a fault of the router")
-
 FULL = Exhausted(f"the call has {MOST_UNDER_WAY} requests under way")
 
 End = pb.GenerateManyResponse.End
@@ -181,10 +178,11 @@ class Many:
         if task.cancelled():  # has no end to send
             served.ended = True
             self._mailbox.post(served)
-        elif (fault := task.exception()) is not None:
-            log.error("request failed", exc_info=fault)
-            self._metrics.calls.labels(BEGIN, FAULT.code.name).inc()
-            self._end(served, FAULT)
+        elif (bug := task.exception()) is not None:
+            log.error("request failed", exc_info=bug)
+            error = fault()
+            self._metrics.calls.labels(BEGIN, error.code.name).inc()
+            self._end(served, error)
 
     async def _serve(self, served: _Served, begin: pb.GenerateManyRequest.Begin) -> None:
         seconds = begin.timeout_seconds if begin.HasField("timeout_seconds") else None
@@ -214,7 +212,7 @@ class Many:
             task = asyncio.current_task()
             if task is None or task.cancelling():
                 raise
-            self._end(served, FAULT)  # what it awaited was cancelled
+            self._end(served, fault())  # what it awaited was cancelled
 
     def _end(self, served: _Served, error: CallError | None = None) -> None:
         served.ended = True

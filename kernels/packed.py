@@ -1,7 +1,8 @@
 """Weights in oneDNN's own layout, in which a CPU multiplies with them fastest.
 
 A product of a few tokens takes a half to three quarters of the time that F.linear takes with a plain matrix, if the CPU
-has AVX-512, and one of hundreds nine tenths (docs/benchmarks.md). torch packs weights with these functions when it
+has AVX-512, and one of hundreds nine tenths (docs/benchmarks.md). Without AVX-512 it is two thirds to nine tenths, but
+one token takes a quarter longer: so the plain matrix is kept for that. torch packs weights with these functions when it
 compiles a model for a CPU; it has no public ones.
 """
 
@@ -13,7 +14,12 @@ from torch import Tensor
 def pack(weight: Tensor) -> Tensor:
     """A copy of weight [N, K] for `linear`; `to_dense` gives its values. The weight itself if this CPU has no packed
     layout for its dtype, or if it is not on a CPU."""
-    return torch.ops.mkldnn._reorder_linear_weight(weight) if _can_be_packed(weight) else weight
+    if not _can_be_packed(weight):
+        return weight
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
+    if not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        packed.plain = weight  # type: ignore[attr-defined]
+    return packed
 
 
 def linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
@@ -23,6 +29,8 @@ def linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     of some sixty sizes.
     """
     tokens = x.shape[0]
+    if tokens == 1 and (plain := getattr(packed, "plain", None)) is not None:
+        return F.linear(x, plain, bias)
     if missing := _padded(tokens) - tokens:
         x = F.pad(x, (0, 0, 0, missing))
     product: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")

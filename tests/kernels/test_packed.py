@@ -55,3 +55,18 @@ def test_few_sizes_are_compiled_for() -> None:
     assert len(set(sizes)) < 60
     assert all(tokens <= size <= tokens * 1.125 for tokens, size in enumerate(sizes, start=1))
     assert sizes[:16] == list(range(1, 17))
+
+
+@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
+def test_one_token_without_avx_512_is_multiplied_with_the_plain_matrix(
+    capability: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _packed(8, 8, torch.float32)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    weight, packed = _packed(8, 8, torch.float32)
+    before = weight.clone()
+    weight.zero_()
+    for rows, zero in ((1, capability == "AVX2"), (2, False)):
+        x = _randn(rows, 8, dtype=torch.float32, seed=3)
+        expected = torch.zeros(rows, 8) if zero else x @ before.T
+        torch.testing.assert_close(linear(x, packed, None), expected)

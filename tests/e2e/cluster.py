@@ -99,7 +99,7 @@ class Cluster:
             for flag, values in flags.items()
             for value in (values if isinstance(values, list) else [values])
         ]
-        if host or module == "router":
+        if host or flags.get("device") != "cpu":  # a router imports no torch, and CUDA was not tried after a fork
             command = [sys.executable, "-m", module, *arguments]
             with self._log.open("ab") as log:
                 self.processes[name] = subprocess.Popen(

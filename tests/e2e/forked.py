@@ -6,7 +6,7 @@ import runpy
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 _forks = multiprocessing.get_context("forkserver")
@@ -17,7 +17,7 @@ class Forked:
     """What `subprocess.Popen` is, for `python -m module`."""
 
     def __init__(self, module: str, arguments: Sequence[str], log: Path) -> None:
-        self._process = _forks.Process(target=_run, args=(module, arguments, log))
+        self._process = _forks.Process(target=_run, args=(module, arguments, log, dict(os.environ)))
         self._process.start()
 
     @property
@@ -42,10 +42,12 @@ class Forked:
         self.send_signal(signal.SIGKILL)
 
 
-def _run(module: str, arguments: Sequence[str], log: Path) -> None:
+def _run(module: str, arguments: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
     with open(os.devnull) as nothing, log.open("ab") as lines:
         os.dup2(nothing.fileno(), 0)
         os.dup2(lines.fileno(), 1)
         os.dup2(lines.fileno(), 2)
+    os.environ.clear()
+    os.environ.update(environment)
     sys.argv = [module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)

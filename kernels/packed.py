@@ -11,13 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def pack(weight: Tensor) -> Tensor:
+def pack(weight: Tensor, *, may_keep: bool = False) -> Tensor:
     """A copy of weight [N, K] for `linear`; `to_dense` gives its values. The weight itself if this CPU has no packed
-    layout for its dtype, or if it is not on a CPU."""
+    layout for its dtype, or if it is not on a CPU.
+
+    Args:
+        may_keep: there is memory for the weight beside its copy, where that makes one token faster.
+    """
     if not _can_be_packed(weight):
         return weight
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
-    if not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+    if may_keep and not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
         packed.plain = weight  # type: ignore[attr-defined]
     return packed
 

@@ -1,7 +1,8 @@
 """A model's weights, laid out as the model takes them: read from safetensors files, or random."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -26,13 +27,15 @@ log = structlog.get_logger(__name__)
 
 _PROGRESS_AFTER_SECONDS = 1.0
 
-# Of the memory that processes can have, for packed copies of what is mapped.
+# Of the memory that processes can have: for packed copies of what is mapped, and for all matrices beside their copies.
 _PACKED_SHARE = 0.25
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 # (name in a Hugging Face checkpoint, shape, dtype) -> the tensor, on the wanted device
 _Source = Callable[[str, tuple[int, ...], torch.dtype], Tensor]
+
+_Pack = Callable[[Tensor], Tensor]
 
 _DUMMY_SCALE = 2.0**-9  # of 8-bit floats, so that their values are far from the smallest and the largest
 
@@ -67,7 +70,7 @@ def load(directory: Path, config: ModelConfig, dtype: str, device: torch.device)
     if config.tie_word_embeddings and _EMBEDDING not in stored and _HEAD in stored:
         stored[_EMBEDDING] = stored.pop(_HEAD)  # of the two that are one, some savers keep the other
     tied = config.tie_word_embeddings and not _has_own_head(stored)
-    packs = device.type == "cpu" and _has_room_to_pack(stored.values(), torch_dtype(dtype))
+    packing = _packing(stored.values(), torch_dtype(dtype)) if device.type == "cpu" else pack
     with tqdm(
         total=sum(tensor.nbytes for tensor in stored.values()),
         desc="loading weights",
@@ -96,7 +99,7 @@ def load(directory: Path, config: ModelConfig, dtype: str, device: torch.device)
             progress.update(tensor.nbytes)
             return tensor.to(device, wanted)
 
-        weights = _assemble(replace(config, tie_word_embeddings=tied), torch_dtype(dtype), take, packs)
+        weights = _assemble(replace(config, tie_word_embeddings=tied), torch_dtype(dtype), take, packing)
     _refuse_leftovers(stored, directory, config)
     return weights
 
@@ -123,23 +126,25 @@ def dummy(config: ModelConfig, dtype: str, device: torch.device, seed: int = 0) 
         tensor.normal_(0.0, shape[1] ** -0.5, generator=generator)
         return tensor.div_(_DUMMY_SCALE).clamp_(-LARGEST, LARGEST).to(E4M3) if wanted == E4M3 else tensor
 
-    return _assemble(config, torch_dtype(dtype), make, packs=device.type == "cpu")
+    return _assemble(config, torch_dtype(dtype), make, pack)
 
 
-def _has_room_to_pack(stored: Iterable[Tensor], dtype: torch.dtype) -> bool:
-    """Whether there is memory for copies of what would stay in the mapped file. All else is copied anyway."""
+def _packing(stored: Collection[Tensor], dtype: torch.dtype) -> _Pack:
+    """How to pack matrices in the memory that there is. Copies of what would stay in the mapped file are counted; all
+    else is copied anyway. A matrix that is kept beside its packed copy may be such a copy."""
     mapped, available = sum(tensor.nbytes for tensor in stored if tensor.dtype == dtype), cpu_memory.available_bytes()
-    if mapped <= _PACKED_SHARE * available:
-        return True
-    log.warning(
-        "too little memory for weights in the layout that is fastest; they are used as they are in the file",
-        weights_mib=mapped >> 20,
-        free_mib=available >> 20,
-    )
-    return False
+    if mapped > _PACKED_SHARE * available:
+        log.warning(
+            "too little memory for weights in the layout that is fastest; they are used as they are in the file",
+            weights_mib=mapped >> 20,
+            free_mib=available >> 20,
+        )
+        return lambda weight: weight
+    all_bytes = sum(tensor.numel() for tensor in stored) * dtype.itemsize
+    return partial(pack, may_keep=all_bytes <= _PACKED_SHARE * available)
 
 
-def _assemble(config: ModelConfig, dtype: torch.dtype, source: _Source, packs: bool) -> Weights:
+def _assemble(config: ModelConfig, dtype: torch.dtype, source: _Source, packing: _Pack) -> Weights:
     hidden, intermediate, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
     q_size, kv_size = config.num_heads * head_dim, config.num_kv_heads * head_dim
 
@@ -147,7 +152,7 @@ def _assemble(config: ModelConfig, dtype: torch.dtype, source: _Source, packs: b
         return source(name, shape, dtype)
 
     def packed(weight: Weight) -> Weight:
-        return pack(weight) if packs and isinstance(weight, Tensor) else weight
+        return packing(weight) if isinstance(weight, Tensor) else weight
 
     def projection(name: str, rows: int, columns: int) -> Weight:
         if (quantization := config.quantization) is None:
@@ -210,7 +215,7 @@ def _assemble(config: ModelConfig, dtype: torch.dtype, source: _Source, packs: b
         embedding=embedding,
         layers=tuple(layer(index) for index in range(config.num_layers)),
         norm=take("model.norm.weight", (hidden,)),
-        lm_head=pack(lm_head) if packs else lm_head,
+        lm_head=packing(lm_head),
     )
 
 

@@ -82,6 +82,22 @@ def test_with_little_memory_all_of_the_embedded_model_is_mapped(
     assert all(_flat(loaded)[f"{index}.qkv"].data_ptr() % 64 == 0 for index in range(len(loaded.layers)))
 
 
+@pytest.mark.parametrize(("free", "keeps"), [(1 << 30, True), (1 << 12, False)])
+def test_matrices_that_were_converted_are_kept_beside_their_packed_copies_only_if_there_is_room(
+    free: int, keeps: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hf_models.save("llama", tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file({name: tensor.bfloat16() for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    before = _load(tmp_path).lm_head
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setattr(cpu_memory, "available_bytes", lambda: free)
+    after = _load(tmp_path).lm_head
+    assert after.is_mkldnn == before.is_mkldnn, "nothing of it is mapped, so packing takes no more memory"
+    if after.is_mkldnn:
+        assert hasattr(after, "plain") == keeps
+
+
 def test_dummy_weights_are_reproducible_and_tame(tmp_path: Path) -> None:
     hf_models.save("qwen3", tmp_path)
     config = load_config(tmp_path)

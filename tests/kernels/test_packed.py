@@ -61,10 +61,10 @@ def test_few_sizes_are_compiled_for() -> None:
 def test_one_token_without_avx_512_is_multiplied_with_the_plain_matrix(
     capability: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _packed(8, 8, torch.float32)
+    before, _ = _packed(8, 8, torch.float32)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    weight, packed = _packed(8, 8, torch.float32)
-    before = weight.clone()
+    weight = before.clone()
+    packed = pack(weight, may_keep=True)
     weight.zero_()
     for rows, zero in ((1, capability == "AVX2"), (2, False)):
         x = _randn(rows, 8, dtype=torch.float32, seed=3)

@@ -6,7 +6,8 @@ workers that do both, and against vLLM on each of them.
     python -m benchmarks.gpu.goodput --prompt-tokens 200 --output-tokens 1000 --settle-seconds 10 --trials 4 \
         --low 8 --high 32 --out goodput-long.json
 
-Goodput is the highest Poisson rate at which 90 % of the requests keep both limits, found by bisection.
+Goodput is the highest Poisson rate at which 90 % of the requests keep both limits, found by bisection. A prefill and a
+decode worker can take no more prompts than one GPU can multiply for: that ceiling comes first.
 """
 
 import multiprocessing
@@ -21,15 +22,18 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import torch
 from cyclopts import App
 
 from benchmarks.cluster import Cluster, Flags
-from benchmarks.gpu import models, vllm
+from benchmarks.gpu import floors, models, vllm
+from benchmarks.gpu.timing import gemm_operations_per_second
 from benchmarks.load.bisection import Bisection
 from benchmarks.load.config import Limits, LoadConfig
 from benchmarks.load.processes import StartLoads, split, start
 from benchmarks.load.summary import Distribution, Summary, summarize
 from benchmarks.report import Figure, Report
+from common.model.model_config import ModelConfig, load_config
 
 GPUS = 2
 ATTAINMENT = 0.9
@@ -202,6 +206,9 @@ def main(
             "prefill-chunk-tokens": prefill_chunk_tokens,
         }
         both = {**decode, "prefill-tokens": 1, "prefill-chunk-tokens": prefill_chunk_tokens}
+        if "apart" in layouts and device == "cuda":
+            config = load_config(model, longest)
+            report.section("ceiling", lambda: _ceiling(config, prompt_tokens, torch.device(first)))
         # Room for whole answers, so that no sequence is ever preempted.
         router: Flags = {"model": model, "headroom-tokens": output_tokens}
 
@@ -236,6 +243,15 @@ def main(
     if len(goodput) > 1:
         report.section("ratio", lambda: _ratio(goodput, search))
     return report.finish()
+
+
+def _ceiling(config: ModelConfig, prompt_tokens: int, device: torch.device) -> Iterator[Figure]:
+    """The rate at which the pair's prefill GPU would do nothing but multiply, at the rate of a GEMM."""
+    # in a process of its own, whose memory is free again when workers start
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        gemm = pool.submit(gemm_operations_per_second, device).result()
+    most = gemm / floors.prefill_operations(config, [prompt_tokens]) / GPUS
+    yield Figure("1 prefill + 1 decode: ceiling per GPU", f"{most:.2f} req/s", f"GEMM {gemm / 1e12:.0f} TFLOP/s")
 
 
 def _goodput(layout: Layout, search: Search, goodput: dict[LayoutName, float], key: LayoutName) -> Iterator[Figure]:

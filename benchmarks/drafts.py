@@ -21,7 +21,7 @@ from common.device.devices import choose_device, choose_dtype
 from common.kv.kv_pool import blocks_for
 from common.model.model_config import load_config
 from common.model.model_files import EMBEDDED, resolve
-from common.worker.sequence import SequenceSpec
+from common.sequence import SequenceSpec
 
 app = App(name="drafts", help_format="plaintext")
 

@@ -8,7 +8,7 @@ import torch
 
 from common.kv.prefix_hash import block_hashes
 from common.sampling.parameters import SamplingParams
-from common.worker.sequence import SequenceSpec
+from common.sequence import SequenceSpec
 from common.worker.worker_parts import WorkerParts
 from decode_worker.loop import DecodeLoop
 from decode_worker.runner import Runner as DecodeRunner

@@ -21,7 +21,7 @@ from cli.children import Child
 from cli.readiness import Readiness
 from cli.serve_config import ServeConfig
 from cli.stopping import STOP_SECONDS, end_command, stop, stop_signals
-from common import lifecycle
+from common import signals
 from common.kv import host_room
 from common.model import hub_name, model_files
 from common.model.hub_name import HubName
@@ -194,7 +194,7 @@ def _downloaded(config: ServeConfig) -> ServeConfig:
     if name is None:
         return config
     logs.configure(config.log_format or "people")
-    lifecycle.end_in_order()  # so that no half of a file is left behind
+    signals.end_in_order()  # so that no half of a file is left behind
     directory = model_files.resolve(str(name), weights=config.load_format != "dummy")
     return replace(config, model=str(HubName(name.repository, directory.name)))
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from cli.children import Child
-from common.lifecycle import ignore_hangups, stopping
+from common.signals import ending_signals, ignore_hangups
 
 STOP_SECONDS = 5.0
 HURRY_SECONDS = 3.0
@@ -22,7 +22,7 @@ def stop_signals() -> Iterator[list[int]]:
     def note(number: int, frame: FrameType | None) -> None:
         signals.append(number)
 
-    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, *stopping())}
+    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, *ending_signals())}
     try:
         yield signals
     finally:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from common.device.device_io import copy_to_device, to_device
 from decode_worker.scheduler import Sequence
+from kernels.sampling import SamplingRows
 
 # Length of a row without a sequence, which steps leave alone.
 UNUSED = -1
@@ -24,13 +25,9 @@ class BatchState:
     """Device tensors of R rows. All but the history are views of one int32 buffer, so that one scatter writes all
     changes of a turn."""
 
-    seeds: Tensor  # [R] int64
+    sampling: SamplingRows
     tokens: Tensor  # [R] int32, the token that the next step consumes
     lengths: Tensor  # [R] int32, that token's position: how many tokens have KV; or UNUSED
-    temperature: Tensor  # [R] float32
-    top_p: Tensor  # [R] float32
-    min_p: Tensor  # [R] float32
-    top_k: Tensor  # [R] int32
     limits: Tensor  # [R] int32, how many tokens may have KV: there are blocks for them, and the sequence needs it
     block_tables: Tensor  # [R, M] int32
     history: Tensor  # [R, L] int32: all tokens up to the next one; L is 0 if nothing is drafted
@@ -38,13 +35,9 @@ class BatchState:
     def first(self, rows: int) -> "BatchState":
         """Views of the first rows."""
         return BatchState(
-            self.seeds[:rows],
+            self.sampling.select(lambda column: column[:rows]),
             self.tokens[:rows],
             self.lengths[:rows],
-            self.temperature[:rows],
-            self.top_p[:rows],
-            self.min_p[:rows],
-            self.top_k[:rows],
             self.limits[:rows],
             self.block_tables[:rows],
             self.history[:rows],
@@ -75,13 +68,15 @@ class DecodeBatch:
         self._buffer = torch.zeros(self._tables_at + max_rows * max_blocks, dtype=torch.int32, device=device)
         columns = self._buffer[: self._tables_at].view(COLUMNS, max_rows)
         self.state = BatchState(
-            seeds=self._buffer[: 2 * max_rows].view(torch.int64),
+            sampling=SamplingRows(
+                temperature=columns[TEMPERATURE].view(torch.float32),
+                top_k=columns[TOP_K],
+                top_p=columns[TOP_P].view(torch.float32),
+                min_p=columns[MIN_P].view(torch.float32),
+                seeds=self._buffer[: 2 * max_rows].view(torch.int64),
+            ),
             tokens=columns[TOKENS],
             lengths=columns[LENGTHS],
-            temperature=columns[TEMPERATURE].view(torch.float32),
-            top_p=columns[TOP_P].view(torch.float32),
-            min_p=columns[MIN_P].view(torch.float32),
-            top_k=columns[TOP_K],
             limits=columns[LIMITS],
             block_tables=self._buffer[self._tables_at :].view(max_rows, max_blocks),
             history=torch.zeros((max_rows, history), dtype=torch.int32, device=device),

@@ -5,11 +5,11 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable
 
-from common.kv.cache_report import CacheReport
 from common.kv.kv_pool import blocks_for
-from common.lifecycle import Lifecycle
 from common.telemetry.tracing import Tracing
 from common.worker.attempts import Attempts
+from common.worker.cache_report import CacheReport
+from common.worker.lifecycle import Lifecycle
 from common.worker.load_report import INTERVAL_SECONDS, LoadReport
 from common.worker.worker_parts import WorkerParts
 from common.worker.worker_service import WorkerService

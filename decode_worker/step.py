@@ -27,7 +27,7 @@ class Stepper:
 
     def sample(self, state: BatchState, logits: Tensor) -> Tensor:
         """The next token of every row, [B] int32."""
-        return self._draw(state, logits, state.lengths + 1)
+        return self.ops.sample(logits, state.sampling, state.lengths + 1)
 
     def advance(self, state: BatchState, tokens: Tensor) -> None:
         """Makes `tokens` [B] the input of the next step."""
@@ -37,7 +37,7 @@ class Stepper:
         """The whole step, if no sequence wants penalties, biases, log-probabilities or a grammar. Returns tokens [B]
         int32."""
         logits, seq_lens = self._run(state)
-        tokens = self._draw(state, logits, seq_lens)
+        tokens = self.ops.sample(logits, state.sampling, seq_lens)
         self.advance(state, tokens)
         return tokens
 
@@ -48,12 +48,8 @@ class Stepper:
         rows = self.ops.draft(state.lengths, state.limits, state.history, state.block_tables, count, block_size)
         attend = packed_attention(self.model.config, self.ops, rows.attention)
         hidden = self.model.forward(rows.tokens, rows.positions, rows.slots, self.pool, attend)
-        temperature, top_k, top_p, min_p, seeds = (
-            column.index_select(0, rows.owners)
-            for column in (state.temperature, state.top_k, state.top_p, state.min_p, state.seeds)
-        )
-        logits = self.model.logits(hidden)
-        drawn = self.ops.sample(logits, temperature, top_k, top_p, min_p, seeds, rows.positions + 1)
+        sampling = state.sampling.select(lambda column: column.index_select(0, rows.owners))
+        drawn = self.ops.sample(self.model.logits(hidden), sampling, rows.positions + 1)
         return self.ops.accept(state.tokens, state.lengths, state.history, rows, drawn, count)
 
     def _run(self, state: BatchState) -> tuple[Tensor, Tensor]:
@@ -70,6 +66,3 @@ class Stepper:
 
         hidden = self.model.forward(state.tokens, positions, slots, self.pool, attend)
         return self.model.logits(hidden), seq_lens
-
-    def _draw(self, state: BatchState, logits: Tensor, positions: Tensor) -> Tensor:
-        return self.ops.sample(logits, state.temperature, state.top_k, state.top_p, state.min_p, state.seeds, positions)

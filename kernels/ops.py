@@ -16,19 +16,9 @@ from kernels.fp8 import Weight
 from kernels.hidden import Hidden
 from kernels.linear import Mlp
 from kernels.rope import Rotation
+from kernels.sampling import SamplingRows
 
-
-class Sample(Protocol):
-    def __call__(
-        self,
-        logits: Tensor,
-        temperature: Tensor,
-        top_k: Tensor,
-        top_p: Tensor,
-        min_p: Tensor,
-        seeds: Tensor,
-        positions: Tensor,
-    ) -> Tensor: ...
+Sample = Callable[[Tensor, SamplingRows, Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)

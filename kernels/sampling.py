@@ -4,11 +4,30 @@ Nucleus sampling (top-p): Holtzman et al., "The Curious Case of Neural Text Dege
 "Turning Up the Heat", 2024. Philox: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011, section 3.3.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 _MASK32 = 0xFFFFFFFF
 _FIRST_WIDTH = 512  # most nuclei are smaller, so they are found without sorting the whole vocabulary
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingRows:
+    """How the tokens of B rows are sampled."""
+
+    temperature: Tensor  # [B] float32; 0: greedy
+    top_k: Tensor  # [B] int32; 0: all
+    top_p: Tensor  # [B] float32; 1: all
+    min_p: Tensor  # [B] float32; 0: all
+    seeds: Tensor  # [B] int64, two's complement of the unsigned seed
+
+    def select(self, rows: Callable[[Tensor], Tensor]) -> "SamplingRows":
+        """Other rows: what `rows` makes of each column."""
+        columns = self.temperature, self.top_k, self.top_p, self.min_p, self.seeds
+        return SamplingRows(*map(rows, columns))
 
 
 def philox_uniform(seeds: Tensor, positions: Tensor) -> Tensor:
@@ -35,25 +54,17 @@ def philox_uniform(seeds: Tensor, positions: Tensor) -> Tensor:
     return (c0 >> 8).float() * 2.0**-24
 
 
-def sample(
-    logits: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
-    seeds: Tensor,
-    positions: Tensor,
-) -> Tensor:
+def sample(logits: Tensor, rows: SamplingRows, positions: Tensor) -> Tensor:
     """One token for each row; a row's token does not depend on the other rows.
 
-    logits [B, V] float32 or the model's dtype; temperature, top_p, min_p [B] float32; top_k [B] int32; seeds [B] int64;
-    positions [B] int32 or int64: the index, in its sequence, of the token to draw. Returns [B] int32.
+    logits [B, V] float32 or the model's dtype; positions [B] int32 or int64: the index, in its sequence, of the token
+    to draw. Returns [B] int32.
 
     Temperature 0 takes the token with the largest logit, of equal ones that with the lowest index. Otherwise, with
     p = softmax(logits / temperature) in float32, three filters apply in this order:
-    - top-k keeps tokens whose logit is at least the k-th largest (0: all), and p is normalised over them;
-    - top-p keeps tokens if those strictly more likely add up to less than top_p (1: all);
-    - min-p keeps tokens with p of at least min_p times the largest p (0: all).
+    - top-k keeps tokens whose logit is at least the k-th largest, and p is normalised over them;
+    - top-p keeps tokens if those strictly more likely add up to less than top_p;
+    - min-p keeps tokens with p of at least min_p times the largest p.
     Tokens of equal probability are kept or dropped together. The token drawn is the first, in token order, at which
     the running sum of the kept p exceeds u times their whole sum, with u = philox_uniform(seed, position).
 
@@ -61,16 +72,16 @@ def sample(
     drawn.
     """
     tokens = logits.argmax(dim=-1)
-    drawn = (temperature > 0).nonzero().squeeze(1)
+    drawn = (rows.temperature > 0).nonzero().squeeze(1)
     if drawn.numel() == 0:
         return tokens.int()
-    scaled = logits[drawn].float() / temperature[drawn, None]
-    kept = _keep_top_k(scaled, top_k[drawn])
-    p = kept.softmax(dim=-1)
-    p = _keep_top_p(p, top_p[drawn])
-    p = p.masked_fill(p < min_p[drawn, None] * p.amax(dim=-1, keepdim=True), 0.0)
+    drawn_rows = rows.select(lambda column: column[drawn])
+    scaled = logits[drawn].float() / drawn_rows.temperature[:, None]
+    p = _keep_top_k(scaled, drawn_rows.top_k).softmax(dim=-1)
+    p = _keep_top_p(p, drawn_rows.top_p)
+    p = p.masked_fill(p < drawn_rows.min_p[:, None] * p.amax(dim=-1, keepdim=True), 0.0)
     running = p.cumsum(dim=-1, dtype=torch.float64)
-    u = philox_uniform(seeds[drawn], positions[drawn])
+    u = philox_uniform(drawn_rows.seeds, positions[drawn])
     picked = torch.searchsorted(running, u[:, None] * running[:, -1:], right=True).squeeze(1)
     tokens[drawn] = picked.clamp(max=logits.shape[1] - 1)  # nothing exceeds NaN
     return tokens.int()

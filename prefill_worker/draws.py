@@ -8,22 +8,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from common.worker.sequence import SequenceSpec
+from common.sequence import SequenceSpec
+from kernels.sampling import SamplingRows
 
-COLUMNS = 7  # int32 values for each row; a seed takes two
+# Columns of the array, of one int32 for each row; the seeds take the first two.
+TEMPERATURE, TOP_P, MIN_P, TOP_K, POSITIONS = range(2, 7)
+COLUMNS = 7
 # Columns start at multiples of this many values (16 bytes): Triton would compile a kernel again for other pointers.
 ALIGNMENT = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Draws:
-    """The arguments of `kernels.sampling.sample` for R rows; views of one array."""
+    """What `kernels.sampling.sample` wants to know of R rows; views of one array."""
 
-    seeds: Tensor  # [R] int64
-    temperature: Tensor  # [R] float32
-    top_p: Tensor  # [R] float32
-    min_p: Tensor  # [R] float32
-    top_k: Tensor  # [R] int32
+    rows: SamplingRows
     positions: Tensor  # [R] int32
 
 
@@ -35,9 +34,9 @@ def pack(specs: Sequence[SequenceSpec], rows: int) -> NDArray[np.int32]:
     seeds = np.asarray([p.seed for p in params], dtype=np.uint64)
     array[:2].reshape(-1)[: 2 * count] = seeds.view(np.int32)
     floats = np.asarray([(p.temperature, p.top_p, p.min_p) for p in params], dtype=np.float32).reshape(-1, 3)
-    array[2:5, :count] = floats.view(np.int32).T
-    array[5, :count] = [p.top_k for p in params]
-    array[6, :count] = [len(spec.token_ids) for spec in specs]
+    array[TEMPERATURE:TOP_K, :count] = floats.view(np.int32).T
+    array[TOP_K, :count] = [p.top_k for p in params]
+    array[POSITIONS, :count] = [len(spec.token_ids) for spec in specs]
     return array.reshape(-1)
 
 
@@ -49,9 +48,14 @@ def size(rows: int) -> int:
 def views(array: Tensor, rows: int) -> Draws:
     """The draws in the first `size(rows)` values of an array that `pack` wrote, on any device."""
     columns = array[: size(rows)].view(COLUMNS, -1)
-    seeds = columns[:2].reshape(-1).view(torch.int64)
-    temperature, top_p, min_p = columns[2:5, :rows].view(torch.float32)
-    return Draws(seeds[:rows], temperature, top_p, min_p, columns[5, :rows], columns[6, :rows])
+    sampling = SamplingRows(
+        temperature=columns[TEMPERATURE, :rows].view(torch.float32),
+        top_k=columns[TOP_K, :rows],
+        top_p=columns[TOP_P, :rows].view(torch.float32),
+        min_p=columns[MIN_P, :rows].view(torch.float32),
+        seeds=columns[:2].reshape(-1).view(torch.int64)[:rows],
+    )
+    return Draws(sampling, columns[POSITIONS, :rows])
 
 
 def _width(rows: int) -> int:

@@ -3,10 +3,10 @@
 import time
 from collections.abc import Iterable
 
-from common.kv.cache_report import CacheReport
-from common.lifecycle import Lifecycle
 from common.telemetry.tracing import Tracing
 from common.worker.attempts import Attempts
+from common.worker.cache_report import CacheReport
+from common.worker.lifecycle import Lifecycle
 from common.worker.load_report import INTERVAL_SECONDS, LoadReport
 from common.worker.worker_parts import WorkerParts
 from common.worker.worker_service import WorkerService

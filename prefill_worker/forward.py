@@ -28,6 +28,4 @@ class Forward:
 
     def draw(self, logits: Tensor, draws: Draws) -> Tensor:
         """Samples from logits [R, V]. Returns first tokens [R] int32."""
-        return self.ops.sample(
-            logits, draws.temperature, draws.top_k, draws.top_p, draws.min_p, draws.seeds, draws.positions
-        )
+        return self.ops.sample(logits, draws.rows, draws.positions)

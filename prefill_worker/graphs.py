@@ -12,7 +12,7 @@ from common.device.device_io import copy_to_device
 from common.device.gpu_memory import Passes
 from common.device.graph_capture import capture
 from common.model.dtypes import torch_dtype
-from common.worker.sequence import SequenceSpec
+from common.sequence import SequenceSpec
 from kernels.attention import FEW_TOKENS, SHORT_TOKENS
 from prefill_worker import draws
 from prefill_worker.batch import BatchShape, exact_shape, pack

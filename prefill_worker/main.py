@@ -1,14 +1,16 @@
 """Starts a prefill worker: model, pool, service, loop."""
 
+from contextlib import closing
+
 import structlog
 import torch
 
-from common import garbage, lifecycle
+from common import signals
 from common.device.devices import choose_device
-from common.network import peers
 from common.telemetry import logs, tracing
-from common.worker import worker_parts
-from common.worker.worker_service import WorkerService
+from common.worker.loading import load
+from common.worker.serving import serving
+from common.worker.worker_peers import worker_peers
 from prefill_worker import graphs
 from prefill_worker.config import PrefillConfig
 from prefill_worker.engine import Engine
@@ -22,30 +24,19 @@ log = structlog.get_logger(__name__)
 def main(config: PrefillConfig) -> None:
     """Runs until a signal ends it."""
     logs.configure(config.log_format)
-    lifecycle.end_in_order()
-    known = peers.of_worker(config)
+    signals.end_in_order()
+    peers = worker_peers(config)
     spans = tracing.start(config.otlp_endpoint, "twostroke-prefill-worker")
     max_batch_tokens = config.max_batch_tokens or default_batch_tokens(choose_device(config.device))
     passes = graphs.passes(max_batch_tokens)
-    parts = worker_parts.load(config, inference_pb2.WORKER_ROLE_PREFILL, max_batch_tokens, passes)
-    try:
+    with closing(load(config, inference_pb2.WORKER_ROLE_PREFILL, max_batch_tokens, passes)) as parts:
         runner = Runner(parts)
         runner.capture(max_batch_tokens)
-        service = WorkerService(parts.hello, config, known)
-        life = lifecycle.Lifecycle(lambda: service.set_serving(False), service.wake, config.drain_seconds)
         metrics = PrefillMetrics()
-        metrics.serve(config, known.certificates)
-        garbage.forget_start()
-        service.set_serving(True)
-        log.info("prefill worker ready", address=service.address, instance=parts.hello.instance)
-        try:
+        with serving(parts, config, peers, spans, metrics) as (service, lifecycle):
+            log.info("prefill worker ready", address=service.address, instance=parts.hello.instance)
             engine = Engine(parts, service, runner, metrics, spans, max_batch_tokens, config.lease_seconds)
-            engine.run(life)
-        finally:
-            service.stop()
-            spans.stop()
-    finally:
-        parts.close()
+            engine.run(lifecycle)
 
 
 def default_batch_tokens(device: torch.device) -> int:

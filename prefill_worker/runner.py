@@ -11,7 +11,7 @@ from common.kv.kv_pool import blocks_for
 from common.sampling.guided_sampling import UNRESTRICTED, AllowedTokens
 from common.sampling.host_logprobs import HostLogprobs
 from common.sampling.special_sampling import TokenCounts, wants_adjusting, wants_logprobs
-from common.worker.sequence import SequenceSpec
+from common.sequence import SequenceSpec
 from common.worker.worker_parts import WorkerParts
 from prefill_worker import draws
 from prefill_worker.batch import exact_shape, pack

@@ -8,8 +8,8 @@ from common.kv.block_pool import BlockPool
 from common.kv.host_cache import HostCache, Load
 from common.kv.kv_pool import blocks_for
 from common.sampling.guided_sampling import GrammarState
+from common.sequence import SequenceSpec
 from common.telemetry.tracing import OFF, Span
-from common.worker.sequence import SequenceSpec
 
 
 @dataclass(slots=True, eq=False)

@@ -7,12 +7,12 @@ from pathlib import Path
 import structlog
 
 from common import garbage
-from common.lifecycle import ignore_hangups, stopping
 from common.model.model_config import load_config
 from common.model.model_files import resolve
 from common.network import open_files
 from common.network.addresses import with_port
 from common.network.peers import only_local
+from common.signals import ending_signals, ignore_hangups
 from common.telemetry import logs
 from router.config import RouterConfig
 from router.grammars.guides import Guides
@@ -36,7 +36,7 @@ async def _serve(config: RouterConfig, directory: Path) -> None:
     router = Router(config, model, Tokenizer(directory, model), Guides(directory, model))
     port = await router.start()
     signals: asyncio.Queue[int] = asyncio.Queue()
-    for number in (signal.SIGINT, *stopping()):
+    for number in (signal.SIGINT, *ending_signals()):
         asyncio.get_running_loop().add_signal_handler(number, signals.put_nowait, number)
     garbage.forget_start()
     log.info("router listening", address=with_port(config.listen, port), model=config.model)

@@ -11,7 +11,7 @@ from llguidance import LLMatcher
 from benchmarks.parts import LoadedModel, load_model
 from common.sampling import grammar
 from common.sampling.grammar import GrammarTokenizer
-from common.worker.worker_parts import load_guided
+from common.worker.loading import load_guided
 
 
 def load(directory: Path, dtype: str, device: torch.device, *, dummy: bool, max_length: int) -> LoadedModel:

@@ -11,8 +11,8 @@ import torch
 
 from benchmarks.parts import LoadedModel, load_model
 from common.kv.prefix_hash import block_hashes
+from common.sequence import SequenceSpec
 from common.telemetry.tracing import Tracing
-from common.worker.sequence import SequenceSpec
 from common.worker.worker_parts import WorkerParts
 from common.worker.worker_service import Received, WorkerService
 from decode_worker.drafting import Drafting

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from common.kv.prefix_hash import block_hashes, cache_root
 from common.sampling.parameters import SamplingParams
-from common.worker.sequence import SequenceSpec
+from common.sequence import SequenceSpec
 from twostroke.v1 import worker_pb2 as pb
 
 ROOT = cache_root("test-model", "")

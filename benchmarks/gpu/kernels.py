@@ -357,20 +357,21 @@ def sample_case(
 ) -> Result:
     sets = sets_for(batch * VOCAB * DTYPE.itemsize)
     logits = randn(sets, batch, VOCAB) * spread
-    settings = (
+    settings = sampling.SamplingRows(
         torch.full((batch,), temperature, device=DEVICE),
         torch.full((batch,), top_k, dtype=torch.int32, device=DEVICE),
         torch.full((batch,), top_p, device=DEVICE),
         torch.full((batch,), min_p, device=DEVICE),
         torch.randint(-(2**63), 2**63 - 1, (batch,), device=DEVICE),
-        torch.arange(batch, dtype=torch.int32, device=DEVICE),
     )
+    positions = torch.arange(batch, dtype=torch.int32, device=DEVICE)
     # the share of rows with another token; one is none: sums round differently, now and then a draw falls between
     differing = sum(
-        int((triton_sampling.sample(part, *settings) != sampling.sample(part, *settings)).sum()) for part in logits
+        int((triton_sampling.sample(part, settings, positions) != sampling.sample(part, settings, positions)).sum())
+        for part in logits
     )
     error = max(differing - 1, 0) / (batch * len(logits))
-    calls = [partial(triton_sampling.sample, part, *settings) for part in logits]
+    calls = [partial(triton_sampling.sample, part, settings, positions) for part in logits]
     return Result("sample", case, error, graph_microseconds(calls), ceilings.moving(batch * VOCAB * DTYPE.itemsize))
 
 

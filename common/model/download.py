@@ -3,7 +3,7 @@
 import os
 import sys
 
-from common import lifecycle
+from common import signals
 from common.model.model_files import EMBEDDED, resolve
 from common.start_error import StartError
 from common.telemetry import logs
@@ -11,7 +11,7 @@ from common.telemetry import logs
 
 def main() -> None:
     logs.configure("json" if os.environ.get("TWOSTROKE_LOG_FORMAT") == "json" else "people")
-    lifecycle.end_in_order()  # so that no half of a file is left behind
+    signals.end_in_order()  # so that no half of a file is left behind
     try:
         resolve(os.environ.get("TWOSTROKE_MODEL", EMBEDDED))
     except StartError as error:

@@ -27,7 +27,7 @@ class Family:
     qk_norm: bool = False
     has_experts: bool = False
     intermediate_size: str = "intermediate_size"  # where config.json has it
-    packed: bool = False  # q, k and v, and gate and up, are one matrix each
+    joined_projections: bool = False  # q, k and v, and gate and up, are one matrix each
     skips_rotation: bool = False  # in some layers
 
 
@@ -35,7 +35,7 @@ FAMILIES = {
     "LlamaForCausalLM": Family("llama", Window.NEVER, may_have_biases=True),
     "MistralForCausalLM": Family("mistral", Window.IF_GIVEN, usual_window=4096),
     "MixtralForCausalLM": Family("mixtral", Window.IF_GIVEN, usual_theta=1e6, usual_eps=1e-5, has_experts=True),
-    "Phi3ForCausalLM": Family("phi3", Window.IF_GIVEN, usual_eps=1e-5, packed=True),
+    "Phi3ForCausalLM": Family("phi3", Window.IF_GIVEN, usual_eps=1e-5, joined_projections=True),
     "Qwen2ForCausalLM": Family("qwen2", Window.IF_TOLD, usual_window=4096, qkv_bias=True),
     "Qwen3ForCausalLM": Family(
         "qwen3", Window.IF_TOLD, usual_window=4096, usual_head_dim=128, may_have_biases=True, qk_norm=True

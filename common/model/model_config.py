@@ -45,7 +45,7 @@ class ModelConfig:
     qkv_bias: bool
     output_bias: bool  # of the attention's output projection
     qk_norm: bool
-    packed: bool  # q, k and v, and gate and up, are stored as one matrix each
+    joined_projections: bool  # q, k and v, and gate and up, are stored as one matrix each
     unrotated_layers: frozenset[int]  # whose q and k are not rotated
     routing: Routing | None  # None: every layer has one MLP
     quantization: Quantization | None  # None: all weights are of `dtype`
@@ -123,7 +123,7 @@ def parse_config(
         qkv_bias=family.qkv_bias or attention_bias,
         output_bias=attention_bias,
         qk_norm=family.qk_norm,
-        packed=family.packed,
+        joined_projections=family.joined_projections,
         unrotated_layers=_unrotated_layers(raw, num_layers) if family.skips_rotation else frozenset(),
         routing=routing,
         quantization=quantization.parse(quantized) if quantized else None,

@@ -164,7 +164,7 @@ def _assemble(config: ModelConfig, dtype: torch.dtype, source: _Source, packing:
         )
 
     def mlp(prefix: str) -> Mlp:
-        if config.packed:
+        if config.joined_projections:
             gate_up = projection(f"{prefix}.mlp.gate_up_proj", 2 * intermediate, hidden)
         else:
             gate_up = _joined(
@@ -194,11 +194,13 @@ def _assemble(config: ModelConfig, dtype: torch.dtype, source: _Source, packing:
     def layer(index: int) -> LayerWeights:
         prefix = f"model.layers.{index}"
         attention = f"{prefix}.self_attn"
-        qkv = [("qkv", q_size + 2 * kv_size)] if config.packed else [("q", q_size), ("k", kv_size), ("v", kv_size)]
+        qkv = {"q": q_size, "k": kv_size, "v": kv_size}
+        if config.joined_projections:
+            qkv = {"qkv": sum(qkv.values())}
         return LayerWeights(
             attention_norm=take(f"{prefix}.input_layernorm.weight", (hidden,)),
-            qkv=packed(_joined([projection(f"{attention}.{part}_proj", size, hidden) for part, size in qkv])),
-            qkv_bias=_end_to_end([take(f"{attention}.{part}_proj.bias", (size,)) for part, size in qkv])
+            qkv=packed(_joined([projection(f"{attention}.{part}_proj", size, hidden) for part, size in qkv.items()])),
+            qkv_bias=_end_to_end([take(f"{attention}.{part}_proj.bias", (size,)) for part, size in qkv.items()])
             if config.qkv_bias
             else None,
             q_norm=take(f"{attention}.q_norm.weight", (head_dim,)) if config.qk_norm else None,

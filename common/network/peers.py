@@ -11,9 +11,8 @@ from common.network import listening
 from common.network.addresses import is_unix
 from common.security import cluster_secret, tls
 from common.security.certificates import Certificates
-from common.security.security_config import SecurityConfig, SettingsError
+from common.security.security_config import SecurityConfig
 from common.start_error import AddressError
-from common.worker.config import WorkerConfig
 
 Options = Sequence[tuple[str, int | str]]
 
@@ -67,23 +66,6 @@ class Peers:
     def metadata(self) -> tuple[tuple[str, str], ...]:
         """Metadata that calls to other parts carry."""
         return () if self.secret is None else ((cluster_secret.METADATA_KEY, self.secret),)
-
-
-def of_worker(config: WorkerConfig) -> Peers:
-    """`Peers.of`, for a worker, which other machines must not reach without proof that they are routers.
-
-    Raises:
-        SettingsError: as `Peers.of`, or because the worker would listen for other machines without a secret or
-            certificates.
-    """
-    proof = config.cluster_secret_file or config.tls_client_ca
-    if not (proof or config.insecure or only_local(config.listen)):
-        raise SettingsError(
-            f"whoever reaches {config.listen} could run prompts on this worker: set --cluster-secret-file (or "
-            "--tls-cert, --tls-key and --tls-client-ca) here and on the routers, listen on 127.0.0.1, or, on a "
-            "network where only routers and workers are, set --insecure"
-        )
-    return Peers.of(config)
 
 
 def only_local(listen: str) -> bool:

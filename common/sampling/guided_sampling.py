@@ -18,7 +18,7 @@ from torch import Tensor
 
 from common.device.device_io import to_device
 from common.sampling.grammar import CompiledGrammars, GrammarError, problem_of
-from common.worker.sequence import SequenceSpec
+from common.sequence import SequenceSpec
 
 # Seconds of CPU time that a sequence may spend in its grammar: at the start, and earned back with each token. Most
 # grammars take about 10 us a token. An ambiguous one takes longer with every token, and the whole batch waits for it.

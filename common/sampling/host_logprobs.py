@@ -7,7 +7,7 @@ from torch import Tensor
 
 from common.device.device_io import HostCopy, to_device
 from common.sampling.special_sampling import logprobs, wants_logprobs
-from common.worker.sequence import SequenceSpec
+from common.sequence import SequenceSpec
 from twostroke.v1 import worker_pb2 as pb
 
 

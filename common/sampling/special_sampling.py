@@ -13,8 +13,9 @@ from torch import Tensor
 
 from common.device.device_io import to_device
 from common.sampling.parameters import SamplingParams
-from common.worker.sequence import SequenceSpec
+from common.sequence import SequenceSpec
 from kernels.ops import Sample
+from kernels.sampling import SamplingRows
 
 
 def wants_adjusting(spec: SequenceSpec, length: int) -> bool:
@@ -185,6 +186,6 @@ def warm_up(sample: Sample, vocab_size: int, dtype: torch.dtype, device: torch.d
         zeros = torch.zeros(rows, device=device)
         integers = zeros.int()
         wide = counts.adjust(logits, integers, adjusted)
-        tokens = sample(wide, zeros, integers, zeros + 1, zeros, zeros.long(), integers)
+        tokens = sample(wide, SamplingRows(zeros, integers, zeros + 1, zeros, zeros.long()), integers)
         counts.record(tokens, adjusted)
         logprobs(logits, tokens, adjusted.rows, 1)

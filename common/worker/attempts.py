@@ -5,8 +5,8 @@ from typing import Protocol
 
 import structlog
 
+from common.sequence import SequenceSpec, sequence_from_proto
 from common.worker import causes
-from common.worker.sequence import SequenceSpec, sequence_from_proto
 from common.worker.worker_metrics import WorkerMetrics
 from common.worker.worker_parts import WorkerParts
 from common.worker.worker_service import WorkerService

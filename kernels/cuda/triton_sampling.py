@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.cuda.triton_launch import dependent, wait_for_previous
+from kernels.sampling import SamplingRows
 
 _CHUNK = 512
 _TILE_CHUNKS = 4  # chunks that a program of the first launch reads at a time
@@ -377,15 +378,7 @@ def _draw_kernel(
         tl.store(out + row, tl.minimum(drawn_chunk * CHUNK + picked, vocab - 1))
 
 
-def sample(
-    logits: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
-    seeds: Tensor,
-    positions: Tensor,
-) -> Tensor:
+def sample(logits: Tensor, rows: SamplingRows, positions: Tensor) -> Tensor:
     """`kernels.sampling.sample` for CUDA tensors; logits have a contiguous last dimension. Equal to the reference up to
     the rounding of sums. Always two launches, whatever the rows ask for, so it can be captured in a graph."""
     batch, vocab = logits.shape
@@ -402,7 +395,7 @@ def sample(
     tiles = 1 if batch < 64 else 4
     _chunk_kernel[(batch, triton.cdiv(chunks, _TILE_CHUNKS * tiles))](
         logits,
-        temperature,
+        rows.temperature,
         maxima,
         sums,
         logits.stride(0),
@@ -416,11 +409,11 @@ def sample(
     )
     _draw_kernel[(batch,)](
         logits,
-        temperature,
-        top_k,
-        top_p,
-        min_p,
-        seeds,
+        rows.temperature,
+        rows.top_k,
+        rows.top_p,
+        rows.min_p,
+        rows.seeds,
         positions,
         maxima,
         sums,

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 LOGS_WITHOUT_END = """
 from structlog import get_logger
 from common.telemetry import logs
-from common.lifecycle import Lifecycle
+from common.worker.lifecycle import Lifecycle
 
 logs.configure("json")
 lifecycle = Lifecycle(lambda: None, lambda: None, drain_seconds=5.0)
@@ -32,7 +32,7 @@ while not lifecycle.over(idle=True):
 # A worker with work that does not end.
 DRAINS = """
 import time
-from common.lifecycle import Lifecycle
+from common.worker.lifecycle import Lifecycle
 
 lifecycle = Lifecycle(lambda: None, lambda: print("draining", flush=True), drain_seconds=60.0)
 print("ready", flush=True)
@@ -43,13 +43,13 @@ while not lifecycle.over(idle=False):
 # A worker that gets no further than to what comes after its pool.
 STARTS_WITHOUT_END = """
 import sys, time
-from common.worker import worker_parts
+from common.worker import loading
 
 def load_guided(*_):
     print("has its pool", flush=True)
     time.sleep(60)
 
-worker_parts.load_guided = load_guided
+loading.load_guided = load_guided
 from cli.main import main
 main(sys.argv.pop(1))
 """

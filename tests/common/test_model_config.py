@@ -146,7 +146,7 @@ def test_a_phi3_has_its_window_whether_or_not_it_is_told_to_use_it() -> None:
     phi3 = LLAMA | {"architectures": ["Phi3ForCausalLM"], "sliding_window": 2047, "max_position_embeddings": 4096}
     with pytest.raises(ModelError, match="--max-length 2047"):
         parse_config(phi3)
-    assert parse_config(phi3, max_length=2047).packed
+    assert parse_config(phi3, max_length=2047).joined_projections
 
 
 MIXTRAL = LLAMA | {"architectures": ["MixtralForCausalLM"], "num_local_experts": 8, "num_experts_per_tok": 2}

@@ -11,9 +11,9 @@ import grpc
 import pytest
 from structlog.testing import capture_logs
 
-from common.network import peers
 from common.network.own_address import Way, way_to
 from common.worker.config import WorkerConfig
+from common.worker.worker_peers import worker_peers
 from common.worker.worker_service import WorkerService
 from twostroke.v1 import inference_pb2, worker_pb2, worker_pb2_grpc
 
@@ -44,7 +44,7 @@ def registry() -> Iterator[tuple[Registry, int]]:
 def started(**settings: object) -> WorkerService:
     config = WorkerConfig(insecure=True, **settings)  # type: ignore[arg-type]
     hello = worker_pb2.WorkerHello(instance="worker", role=inference_pb2.WORKER_ROLE_DECODE)
-    return WorkerService(hello, config, peers.of_worker(config))
+    return WorkerService(hello, config, worker_peers(config))
 
 
 def own_ip() -> str:

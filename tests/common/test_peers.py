@@ -14,6 +14,7 @@ from common.probe import main, probe
 from common.security import certificates, cluster_secret
 from common.security.security_config import SecurityConfig, SettingsError, TlsConfig
 from common.worker.config import WorkerConfig
+from common.worker.worker_peers import worker_peers
 from common.worker.worker_service import WorkerService
 from tests import health
 from tests.certificates import Signed, sign
@@ -37,7 +38,7 @@ def signed(tmp_path: Path) -> Signed:
 def worker(**settings: Any) -> Iterator[str]:
     config = WorkerConfig(**settings)
     hello = worker_pb2.WorkerHello(instance="worker", role=inference_pb2.WORKER_ROLE_DECODE)
-    service = WorkerService(hello, config, peers.of_worker(config))
+    service = WorkerService(hello, config, worker_peers(config))
     try:
         service.set_serving(True)
         yield service.address
@@ -129,18 +130,18 @@ def test_the_health_check_has_its_settings_from_the_environment(
 @pytest.mark.parametrize("listen", ["0.0.0.0:1", "[::]:1", ":1", "192.0.2.1:1", "somewhere:1"])
 def test_a_worker_that_anyone_could_use_does_not_start(listen: str, secret: Path, signed: Signed) -> None:
     with pytest.raises(SettingsError, match=r"set --cluster-secret-file .* set --insecure"):
-        peers.of_worker(WorkerConfig(listen=listen))
+        worker_peers(WorkerConfig(listen=listen))
     with pytest.raises(SettingsError, match="set --cluster-secret-file"):  # TLS alone keeps nobody out
-        peers.of_worker(WorkerConfig(listen=listen, tls_cert=signed.cert, tls_key=signed.key))
-    assert peers.of_worker(WorkerConfig(listen=listen, cluster_secret_file=secret)).secret == SECRET
+        worker_peers(WorkerConfig(listen=listen, tls_cert=signed.cert, tls_key=signed.key))
+    assert worker_peers(WorkerConfig(listen=listen, cluster_secret_file=secret)).secret == SECRET
     mutual = WorkerConfig(listen=listen, tls_cert=signed.cert, tls_key=signed.key, tls_client_ca=signed.ca)
-    assert peers.of_worker(mutual).certificates.now().client_ca == signed.ca.read_bytes()
-    assert peers.of_worker(WorkerConfig(listen=listen, insecure=True)).secret is None
+    assert worker_peers(mutual).certificates.now().client_ca == signed.ca.read_bytes()
+    assert worker_peers(WorkerConfig(listen=listen, insecure=True)).secret is None
 
 
 @pytest.mark.parametrize("listen", ["127.0.0.1:0", "127.8.8.8:1", "localhost:1", "[::1]:1", "unix:/run/worker"])
 def test_where_only_this_machine_comes_nothing_is_needed(listen: str) -> None:
-    assert peers.of_worker(WorkerConfig(listen=listen)).secret is None
+    assert worker_peers(WorkerConfig(listen=listen)).secret is None
 
 
 @pytest.mark.parametrize("content", ["", "short", "two lines of\nsixteen or more", "schlüsselschlüssel"])

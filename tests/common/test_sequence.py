@@ -3,7 +3,7 @@
 import pytest
 
 from common.sampling.parameters import SamplingParams
-from common.worker.sequence import SequenceSpec, sequence_from_proto
+from common.sequence import SequenceSpec, sequence_from_proto
 from tests.specs import sequence_to_proto
 from twostroke.v1 import worker_pb2 as pb
 

@@ -13,7 +13,7 @@ from transformers import (
 
 from common.sampling.parameters import SamplingParams
 from common.sampling.special_sampling import TokenCounts, logprobs, wants_adjusting, wants_logprobs, warm_up
-from common.worker.sequence import SequenceSpec
+from common.sequence import SequenceSpec
 from kernels import sampling
 
 VOCAB = 60

@@ -8,7 +8,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from common.device.gpu_memory import Passes
-from common.worker import worker_parts
+from common.worker import loading
 from common.worker.config import WorkerConfig
 from tests.common import hf_quantized
 from tests.router import models
@@ -47,7 +47,7 @@ def test_8_bit_kv_of_a_model_with_biases_is_warned_of(tmp_path: Path, biases: bo
 def _warnings(directory: Path, *, num_blocks: int, **settings: Any) -> list[MutableMapping[str, Any]]:
     config = WorkerConfig(model=str(directory), load_format="dummy", device="cpu", num_blocks=num_blocks, **settings)
     with capture_logs() as logs:
-        worker_parts.load(
+        loading.load(
             config, inference_pb2.WORKER_ROLE_DECODE, max_batch=1, passes=Passes(tokens=1, rows=1, graphs=0)
         ).close()
     return [entry for entry in logs if entry["log_level"] == "warning"]

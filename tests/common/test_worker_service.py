@@ -10,11 +10,11 @@ import grpc
 import pytest
 from structlog.testing import capture_logs
 
-from common.network import peers
 from common.network.peers import Peers
 from common.probe import probe
 from common.worker import message_size, unsent, worker_service
 from common.worker.config import WorkerConfig
+from common.worker.worker_peers import worker_peers
 from common.worker.worker_service import MAX_REFUSALS, WorkerService
 from router.cluster import worker_link
 from tests.raw_calls import NO_UTF8, call
@@ -31,7 +31,7 @@ def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[WorkerService]:
     monkeypatch.setattr(worker_service, "MAX_UNREAD_MESSAGES", LIMIT)
     config = WorkerConfig()
     hello = worker_pb2.WorkerHello(instance="worker", role=inference_pb2.WORKER_ROLE_DECODE)
-    service = WorkerService(hello, config, peers.of_worker(config))
+    service = WorkerService(hello, config, worker_peers(config))
     yield service
     service.stop()
 
@@ -49,7 +49,7 @@ def test_whatever_keeps_it_from_serving_is_raised(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(Peers, "listen", listen)
     with pytest.raises(ValueError, match="what nobody thought of"):
-        WorkerService(worker_pb2.WorkerHello(), WorkerConfig(), peers.of_worker(WorkerConfig()))
+        WorkerService(worker_pb2.WorkerHello(), WorkerConfig(), worker_peers(WorkerConfig()))
 
 
 @pytest.mark.parametrize("first", [None, worker_pb2.RouterMessage(), worker_pb2.RouterMessage(ended=[1])])

@@ -48,11 +48,11 @@ def test_rows_match_through_random_changes() -> None:
             assert state.history[row, : len(text)].tolist() == text
             assert state.limits[row] == min(len(seq.blocks) * BLOCK, seq.spec.max_length - 1)
             assert state.block_tables[row, : len(seq.blocks)].tolist() == seq.blocks
-            assert state.seeds[row].item() % 2**64 == seq.spec.sampling.seed
-            assert state.temperature[row] == seq.spec.sampling.temperature
-            assert state.top_k[row] == seq.spec.sampling.top_k
-            assert state.top_p[row] == 0.25
-            assert state.min_p[row] == 0.125
+            assert state.sampling.seeds[row].item() % 2**64 == seq.spec.sampling.seed
+            assert state.sampling.temperature[row] == seq.spec.sampling.temperature
+            assert state.sampling.top_k[row] == seq.spec.sampling.top_k
+            assert state.sampling.top_p[row] == 0.25
+            assert state.sampling.min_p[row] == 0.125
         assert (state.lengths[len(batch) :] == UNUSED).all()
         # A step: the rows move on where they are, each by some tokens. The host knows only that there is one, at least.
         for row, seq in enumerate(batch.sequences):

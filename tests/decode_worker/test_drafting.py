@@ -10,7 +10,7 @@ from llguidance import LLMatcher
 from benchmarks.in_process import spec
 from benchmarks.parts import LoadedModel, worker_parts
 from common.sampling.parameters import SamplingParams
-from common.worker.sequence import SequenceSpec
+from common.sequence import SequenceSpec
 from decode_worker.drafting import Drafting, most_sequences
 from decode_worker.graphs import ladder, passes
 from decode_worker.scheduler import Sequence

@@ -6,8 +6,8 @@ import pytest
 
 from benchmarks.in_process import spec
 from benchmarks.parts import LoadedModel, worker_parts
-from common.lifecycle import Lifecycle
-from common.worker.sequence import SequenceSpec
+from common.sequence import SequenceSpec
+from common.worker.lifecycle import Lifecycle
 from common.worker.worker_service import Received
 from decode_worker.pulls import Pulled
 from tests.one_worker import ROUTER, OneWorker, load_tiny

@@ -16,7 +16,7 @@ from benchmarks.in_process import spec
 from benchmarks.parts import LoadedModel, worker_parts
 from common.sampling.guided_sampling import AllowedTokens, GrammarState, GuidedSampling
 from common.sampling.parameters import SamplingParams
-from common.worker.sequence import SequenceSpec
+from common.sequence import SequenceSpec
 from decode_worker.engine import PULL_POLL_SECONDS
 from decode_worker.pulls import Puller
 from prefill_worker.loop import GRAMMAR_POLL_SECONDS

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.in_process import spec
 from benchmarks.parts import LoadedModel, load_model, worker_parts
-from common.worker.sequence import SequenceSpec
+from common.sequence import SequenceSpec
 from tests.one_worker import OneWorker
 from tests.router import models
 from twostroke.v1 import worker_pb2 as pb

@@ -13,7 +13,7 @@ from common.kv import host_memory
 from common.kv.block_pool import BlockPool
 from common.kv.host_cache import HostCache
 from common.kv.host_memory import ThreadCopy
-from common.worker.sequence import SequenceSpec
+from common.sequence import SequenceSpec
 from decode_worker.loop import DecodeLoop
 from decode_worker.scheduler import State
 from kernels.ops import REFERENCE

@@ -22,6 +22,7 @@ def _calls() -> dict[str, Callable[[], object]]:
 
     from kernels import fp8
     from kernels.cuda import triton_norm
+    from kernels.sampling import SamplingRows
     from tests.gpu import test_fp8_linear as quantized
     from tests.gpu import test_gated_linear as gated
     from tests.gpu import test_persistent_layers as persistent
@@ -38,7 +39,7 @@ def _calls() -> dict[str, Callable[[], object]]:
         top_p = torch.tensor([1, 1, 0.9, 0.8, 1, 1], device=DEVICE)
         min_p = torch.tensor([0, 0, 0, 0, 0.05, 0], device=DEVICE)
         numbers = torch.arange(6, device=DEVICE)
-        checks.check_sample(logits, temperature, top_k, top_p, min_p, numbers, numbers.int())
+        checks.check_sample(logits, SamplingRows(temperature, top_k, top_p, min_p, numbers), numbers.int())
 
     def decode() -> None:
         checks.check_decode_attention((1, 17, 100, 333), 8, 2, 64, 16, dtype, with_norm=True)

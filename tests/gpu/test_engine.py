@@ -12,7 +12,7 @@ import torch
 from benchmarks.in_process import InProcess, spec
 from benchmarks.parts import LoadedModel, load_model, worker_parts
 from common.sampling.parameters import SamplingParams
-from common.worker.sequence import SequenceSpec
+from common.sequence import SequenceSpec
 from decode_worker.pace import Pace
 from tests import rounded_kv
 from tests.gpu import tiny_models

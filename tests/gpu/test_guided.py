@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from benchmarks.in_process import spec
 from benchmarks.parts import LoadedModel, worker_parts
 from common.sampling.parameters import SamplingParams
-from common.worker.sequence import SequenceSpec
+from common.sequence import SequenceSpec
 from tests import guided
 from tests.gpu import tiny_models
 from tests.gpu.greedy import DEVICE

@@ -11,6 +11,7 @@ from kernels.cuda import fastest_linear, flash_attention_3, triton_decode_attent
 from kernels.fp8 import E4M3
 from kernels.hidden import Hidden
 from kernels.rope import Rotation
+from kernels.sampling import SamplingRows
 from tests.kernels import checks
 from tests.kernels.inputs import DEVICE, assert_close, causal_attention, paged, randn
 
@@ -245,15 +246,18 @@ def test_prefill_attention_in_a_batch_of_fixed_size() -> None:
     checks.check_prefill_attention((300, 1, 64), (1000, 777, 64), 16, 8, 128, 16, torch.bfloat16, padding=(700, 100))
 
 
-def sampling_columns(batch: int, temperature: float, top_k: int, top_p: float, min_p: float) -> tuple[Tensor, ...]:
-    return (
+def sampling_rows(
+    batch: int, temperature: float, top_k: int, top_p: float, min_p: float
+) -> tuple[SamplingRows, Tensor]:
+    """And positions."""
+    rows = SamplingRows(
         torch.full((batch,), temperature, device=DEVICE),
         torch.full((batch,), top_k, dtype=torch.int32, device=DEVICE),
         torch.full((batch,), top_p, device=DEVICE),
         torch.full((batch,), min_p, device=DEVICE),
         torch.randint(-(2**63), 2**63 - 1, (batch,), generator=torch.Generator().manual_seed(3)).to(DEVICE),
-        torch.arange(batch, dtype=torch.int32, device=DEVICE),
     )
+    return rows, torch.arange(batch, dtype=torch.int32, device=DEVICE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -277,16 +281,16 @@ def test_sample(
     temperature: float, top_k: int, top_p: float, min_p: float, batch: int, spread: float, dtype: torch.dtype
 ) -> None:
     logits = randn(batch, VOCAB, seed=3).mul_(spread).to(dtype)
-    columns = sampling_columns(batch, temperature, top_k, top_p, min_p)
-    together = checks.check_sample(logits, *columns)
+    rows, positions = sampling_rows(batch, temperature, top_k, top_p, min_p)
+    together = checks.check_sample(logits, rows, positions)
     last = batch - 1
-    alone = triton_sampling.sample(logits[last:], *(column[last:] for column in columns))
+    alone = triton_sampling.sample(logits[last:], rows.select(lambda column: column[last:]), positions[last:])
     assert int(alone) == int(together[last])
 
 
 def test_draws_follow_the_distribution() -> None:
     draws = 100_000
     logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]], device=DEVICE).expand(draws, 4).contiguous()
-    taken = triton_sampling.sample(logits, *sampling_columns(draws, 1.0, 0, 1.0, 0.0)).long()
+    taken = triton_sampling.sample(logits, *sampling_rows(draws, 1.0, 0, 1.0, 0.0)).long()
     shares = torch.bincount(taken, minlength=4).float() / draws
     assert torch.allclose(shares, logits[0].softmax(-1), atol=0.01)

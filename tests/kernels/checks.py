@@ -27,6 +27,7 @@ from kernels.cuda import (
 )
 from kernels.fp8 import E4M3
 from kernels.hidden import Hidden
+from kernels.sampling import SamplingRows
 from tests.kernels.inputs import (
     DEVICE,
     INTERPRETED,
@@ -380,18 +381,16 @@ def check_prefill_attention(
     assert_close(actual[:own], torch.cat(expected))
 
 
-def check_sample(
-    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seeds: Tensor, positions: Tensor
-) -> Tensor:
+def check_sample(logits: Tensor, rows: SamplingRows, positions: Tensor) -> Tensor:
     """Equal tokens, but where the draw or the nucleus' edge is nearer than float32 sums can tell. Returns them."""
-    arguments = (logits, temperature, top_k, top_p, min_p, seeds, positions)
-    actual = triton_sampling.sample(*arguments)
-    expected = sampling.sample(*arguments)
-    u = sampling.philox_uniform(seeds, positions).double()
+    actual = triton_sampling.sample(logits, rows, positions)
+    expected = sampling.sample(logits, rows, positions)
+    u = sampling.philox_uniform(rows.seeds, positions).double()
     for row in (actual != expected).nonzero().flatten().tolist():
-        assert temperature[row] > 0, f"row {row}: greedy took {actual[row]}, not {expected[row]}"
-        scaled = logits[row].double() / temperature[row].double()
-        wide, narrow = (_running(scaled, top_k[row], top_p[row], min_p[row], slack) for slack in (1e-5, -1e-5))
+        assert rows.temperature[row] > 0, f"row {row}: greedy took {actual[row]}, not {expected[row]}"
+        scaled = logits[row].double() / rows.temperature[row].double()
+        filters = rows.top_k[row], rows.top_p[row], rows.min_p[row]
+        wide, narrow = (_running(scaled, *filters, slack) for slack in (1e-5, -1e-5))
         token = int(actual[row])
         near = [
             running[token] + 1e-5 >= u[row] >= (running[token - 1] if token else 0.0) - 1e-5
@@ -399,7 +398,7 @@ def check_sample(
         ]
         assert any(near), f"row {row}: took {token}, not {expected[row]}"
     # the reference rounds too: where a token's share is as small as what sums lose, its neighbour is drawn now and then
-    shares = (logits.double() / temperature.double().clamp(min=1e-6)[:, None]).softmax(-1)
+    shares = (logits.double() / rows.temperature.double().clamp(min=1e-6)[:, None]).softmax(-1)
     drawn_share = float(shares.square().sum(-1).mean())
     assert (actual != expected).float().mean() < 0.02 + 1e-6 / drawn_share
     return actual

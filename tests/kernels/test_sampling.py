@@ -1,6 +1,7 @@
 """The sampling reference against plain definitions, one row at a time."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kernels.sampling import philox_uniform, sample
+from kernels.sampling import SamplingRows, philox_uniform, sample
 
 VOCAB = 700
 
@@ -24,15 +25,14 @@ def _sample(
 ) -> Tensor:
     """One row of logits at many positions."""
     rows = len(positions)
-    return sample(
-        logits.expand(rows, -1),
+    settings = SamplingRows(
         torch.full((rows,), temperature),
         torch.full((rows,), top_k, dtype=torch.int32),
         torch.full((rows,), top_p),
         torch.full((rows,), min_p),
         torch.full((rows,), seed, dtype=torch.int64),
-        positions,
     )
+    return sample(logits.expand(rows, -1), settings, positions)
 
 
 def _kept(logits: Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> NDArray[np.float64]:
@@ -84,7 +84,7 @@ def test_temperature_zero_takes_the_largest_and_the_first_of_equals() -> None:
     logits[0, [40, 600]] = 3.0
     logits[1, 9] = 1.0
     zeros = torch.zeros(2)
-    tokens = sample(logits, zeros, zeros.int(), zeros + 1, zeros, zeros.long(), zeros.int())
+    tokens = sample(logits, SamplingRows(zeros, zeros.int(), zeros + 1, zeros, zeros.long()), zeros.int())
     assert tokens.tolist() == [40, 9]
     assert tokens.dtype == torch.int32
 
@@ -154,17 +154,19 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
     generator = torch.Generator().manual_seed(4)
     rows = 24
     logits = torch.randn(rows, VOCAB, generator=generator) * 2
-    settings = (
+    settings = SamplingRows(
         torch.rand(rows, generator=generator).mul(2).where(torch.arange(rows) % 3 > 0, 0.0),
         torch.randint(0, 60, (rows,), generator=generator, dtype=torch.int32),
         torch.rand(rows, generator=generator) * 0.5 + 0.5,
         torch.rand(rows, generator=generator) * 0.2,
         torch.randint(-(2**63), 2**63 - 1, (rows,), generator=generator),
-        torch.randint(0, 9000, (rows,), generator=generator, dtype=torch.int32),
     )
-    together = sample(logits, *settings)
-    alone = torch.cat([sample(logits[i : i + 1], *(each[i : i + 1] for each in settings)) for i in range(rows)])
-    assert together.tolist() == alone.tolist()
+    positions = torch.randint(0, 9000, (rows,), generator=generator, dtype=torch.int32)
+    together = sample(logits, settings, positions)
+    for row in range(rows):
+        own = settings.select(partial(torch.narrow, dim=0, start=row, length=1))
+        alone = sample(logits[row : row + 1], own, positions[row : row + 1])
+        assert int(alone) == int(together[row])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

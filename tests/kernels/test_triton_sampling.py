@@ -1,21 +1,24 @@
 """Sampling: greedy, plain and filtered rows, over smooth, peaked, flat and tied logits."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
 
+from kernels.sampling import SamplingRows
 from tests.kernels.inputs import DEVICE, randn
 
 checks = pytest.importorskip("tests.kernels.checks", exc_type=ImportError)
 
 
-def settings(rows: int, temperature: float, top_k: int, top_p: float, min_p: float) -> tuple[Tensor, ...]:
+def settings(rows: int, temperature: float, top_k: int, top_p: float, min_p: float) -> tuple[SamplingRows, Tensor]:
     def column(value: float, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.full((rows,), value, dtype=dtype, device=DEVICE)
 
     seeds = torch.randint(-(2**63), 2**63 - 1, (rows,), generator=torch.Generator().manual_seed(3)).to(DEVICE)
     positions = torch.arange(rows, dtype=torch.int32, device=DEVICE)
-    return column(temperature), column(top_k, torch.int32), column(top_p), column(min_p), seeds, positions
+    return SamplingRows(column(temperature), column(top_k, torch.int32), column(top_p), column(min_p), seeds), positions
 
 
 FILTERS = [
@@ -80,14 +83,15 @@ def test_banned_tokens_are_never_drawn() -> None:
 def test_rows_of_all_kinds_in_a_batch_take_what_they_take_alone() -> None:
     rows = 9
     logits = randn(rows, 1200, seed=8) * 3
-    columns = list(settings(rows, 1.0, 0, 1.0, 0.0))
-    columns[0][::4] = 0.0
-    columns[1][1::3] = 20
-    columns[2][2::3] = 0.85
-    columns[3][5::4] = 0.05
-    together = checks.check_sample(logits, *columns)
+    sampling, positions = settings(rows, 1.0, 0, 1.0, 0.0)
+    sampling.temperature[::4] = 0.0
+    sampling.top_k[1::3] = 20
+    sampling.top_p[2::3] = 0.85
+    sampling.min_p[5::4] = 0.05
+    together = checks.check_sample(logits, sampling, positions)
     for row in range(rows):
-        alone = checks.triton_sampling.sample(logits[row : row + 1], *(column[row : row + 1] for column in columns))
+        own = sampling.select(partial(torch.narrow, dim=0, start=row, length=1))
+        alone = checks.triton_sampling.sample(logits[row : row + 1], own, positions[row : row + 1])
         assert int(alone) == int(together[row])
 
 

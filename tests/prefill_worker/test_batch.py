@@ -78,11 +78,11 @@ def test_draws_of_fewer_prompts_than_rows() -> None:
     ]
     specs = [spec([1] * (index + 4), BLOCK, sampling=sampling) for index, sampling in enumerate(params)]
     wanted = draws.views(torch.from_numpy(draws.pack(specs, 4)), 4)
-    assert wanted.seeds.tolist() == [-1, 3, 0, 0]
-    assert wanted.temperature.tolist() == [0.5, 0, 0, 0]
-    assert wanted.top_p.tolist() == [0.25, 1, 0, 0]
-    assert wanted.min_p.tolist() == [0.125, 0, 0, 0]
-    assert wanted.top_k.tolist() == [7, 0, 0, 0]
+    assert wanted.rows.seeds.tolist() == [-1, 3, 0, 0]
+    assert wanted.rows.temperature.tolist() == [0.5, 0, 0, 0]
+    assert wanted.rows.top_p.tolist() == [0.25, 1, 0, 0]
+    assert wanted.rows.min_p.tolist() == [0.125, 0, 0, 0]
+    assert wanted.rows.top_k.tolist() == [7, 0, 0, 0]
     assert wanted.positions.tolist() == [4, 5, 0, 0]
 
 

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from benchmarks.in_process import spec
 from benchmarks.parts import LoadedModel, worker_parts
 from common.sampling.parameters import SamplingParams
-from common.worker.sequence import SequenceSpec
+from common.sequence import SequenceSpec
 from prefill_worker.loop import GRAMMAR_POLL_SECONDS
 from tests import guided
 from tests.one_prefill_worker import OnePrefillWorker

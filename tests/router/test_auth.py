@@ -13,12 +13,12 @@ from prometheus_client import generate_latest
 from structlog.testing import capture_logs
 
 from common.kv.prefix_hash import cache_root
-from common.network import peers
 from common.network.free_port import free_port
 from common.network.own_address import Way
 from common.security import certificates
 from common.security.cluster_secret import METADATA_KEY
 from common.worker.config import WorkerConfig
+from common.worker.worker_peers import worker_peers
 from common.worker.worker_service import WorkerService
 from router.callers import refusal_log
 from router.callers.api_keys import make
@@ -282,7 +282,7 @@ def worker() -> Iterator[Callable[..., WorkerService]]:
 
     def start(role: "pb.WorkerRole.ValueType", **settings: Any) -> WorkerService:
         config = WorkerConfig(**settings)
-        started.append(WorkerService(FakeWorker(role).hello, config, peers.of_worker(config)))
+        started.append(WorkerService(FakeWorker(role).hello, config, worker_peers(config)))
         return started[-1]
 
     yield start

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from common.kv.block_pool import BlockPool
-from common.kv.cache_report import CacheReport
+from common.worker.cache_report import CacheReport
 from router.cluster.prefix_index import PrefixIndex
 from twostroke.v1 import worker_pb2
 

@@ -4,7 +4,7 @@ import grpc
 import pytest
 
 from common.kv import prefix_hash
-from common.worker.sequence import sequence_from_proto
+from common.sequence import sequence_from_proto
 from router.dispatch.request import Kind, Prompt, Request
 from router.dispatch.sequence import hash_blocks, sequence_of
 from router.errors import CallError

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from benchmarks.parts import LoadedModel, worker_parts
-from common.kv.cache_report import CacheReport
 from common.kv.host_cache import HostCache
 from common.kv.kv_pool import layout_to_proto
 from common.telemetry.tracing import Tracing
+from common.worker.cache_report import CacheReport
 from common.worker.load_report import LoadReport
 from decode_worker.engine import Engine as DecodeEngine
 from decode_worker.metrics import DecodeMetrics

@@ -7,7 +7,7 @@ from torch import Tensor
 from benchmarks.parts import worker_parts
 from common.kv.prefix_hash import block_hashes, cache_root
 from common.sampling.parameters import sampling_from_proto
-from common.worker.sequence import SequenceSpec
+from common.sequence import SequenceSpec
 from router.dispatch.request import Request
 from tests.one_worker import OneWorker
 from tests.simulation.model import Model

@@ -2,33 +2,15 @@
 Ctrl-C (SIGINT), or a second SIGTERM, it may not."""
 
 import signal
-import sys
 import time
 from collections.abc import Callable
 from types import FrameType
 
 import structlog
 
+from common.signals import ending_signals, ignore_hangups
+
 log = structlog.get_logger(__name__)
-
-
-def stopping() -> tuple[signal.Signals, ...]:
-    """The signals that stop a part when running work is done: not SIGHUP where it is ignored, as under nohup."""
-    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    return (signal.SIGTERM,) if ignored else (signal.SIGTERM, signal.SIGHUP)
-
-
-def ignore_hangups() -> None:
-    """For a part that is stopping: SIGHUP does not hurry it. Where a session ends, systemd sends one right behind
-    SIGTERM, and terminal and shell may send one each."""
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-
-
-def end_in_order() -> None:
-    """Makes these signals end the process by an exception, as Ctrl-C does, until there is a `Lifecycle`. So exit
-    handlers run and leave no pool in /dev/shm."""
-    for number in stopping():
-        signal.signal(number, lambda number, _frame: sys.exit(128 + number))
 
 
 class Lifecycle:
@@ -48,7 +30,7 @@ class Lifecycle:
         self._drain_seconds = drain_seconds
         self._deadline: float | None = None
         self._log_draining = False
-        for number in stopping():
+        for number in ending_signals():
             signal.signal(number, self._drain)
         signal.signal(signal.SIGINT, self._stop)
 

@@ -12,7 +12,7 @@ from typing import TypeAlias
 import grpc
 
 from twostroke import shared_call
-from twostroke.errors import closed, error_of, error_with, shut_down
+from twostroke.errors import TwostrokeError, closed, error_of, error_with, shut_down
 from twostroke.results import Piece
 from twostroke.shared_call import REFUSALS, Item, Progress, Refused, begin_of, cancel_of, items_of, last_item
 from twostroke.v1 import inference_pb2 as pb
@@ -102,7 +102,8 @@ class _Lane:
                 await self._call.write(await self._outgoing.get())
 
     async def _receive(self) -> None:
-        error, heard, refused = shut_down(), False, False
+        error: TwostrokeError | None = None
+        heard = refused = False
         try:
             async for response in self._call:
                 heard = True
@@ -115,6 +116,8 @@ class _Lane:
             refused = not heard and (too_late or ended.code() in REFUSALS)
             if not too_late:
                 error = error_of(ended)
+            elif not self.closed:
+                error = shut_down()
         except (grpc.aio.UsageError, asyncio.CancelledError):  # so gRPC tells of a channel that was closed
             error = closed()
         finally:
@@ -122,8 +125,8 @@ class _Lane:
             # Here, and not where a request hears of it: until one has, others would open calls only to be refused.
             if refused:
                 self.refused_at = time.monotonic()
-            for inbox in self._inboxes.values():
-                inbox.put_nowait(last_item(error, refused=refused))
+            for number, inbox in self._inboxes.items():
+                inbox.put_nowait(last_item(number, error, refused=refused))
             self._tasks[0].cancel()
 
 

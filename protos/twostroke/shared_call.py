@@ -5,7 +5,7 @@ from typing import TypeAlias
 
 import grpc
 
-from twostroke.errors import TwostrokeError, error_with
+from twostroke.errors import TwostrokeError, error_with, shut_down
 from twostroke.results import Piece, piece_of
 from twostroke.v1 import inference_pb2 as pb
 
@@ -51,14 +51,20 @@ def cancel_of(number: int) -> pb.GenerateManyRequest:
     return pb.GenerateManyRequest(id=number, cancel=pb.GenerateManyRequest.Cancel())
 
 
-def last_item(error: TwostrokeError, *, refused: bool) -> Item:
+def last_item(number: int, error: TwostrokeError | None, *, refused: bool) -> Item:
     """What a call that is over leaves for one of its requests, to be raised on its own.
 
     Args:
-        error: how the call ended.
+        number: the request's.
+        error: how the call ended; None: in order, so its router had nothing under way, and had never seen this request.
         refused: nothing ever came of it, and requests need calls of their own.
     """
-    return Refused() if refused else type(error)(error.message, error.code)
+    if refused:
+        return Refused()
+    if error is None:
+        end = pb.GenerateManyResponse.End(code=grpc.StatusCode.UNAVAILABLE.value[0], message=shut_down().message)
+        return pb.GenerateManyResponse.Event(id=number, end=end)
+    return type(error)(error.message, error.code)
 
 
 class Progress:

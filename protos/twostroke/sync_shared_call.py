@@ -11,7 +11,7 @@ from typing import TypeAlias
 import grpc
 
 from twostroke import shared_call
-from twostroke.errors import error_of, error_with, shut_down
+from twostroke.errors import TwostrokeError, error_of, error_with
 from twostroke.results import Piece
 from twostroke.shared_call import REFUSALS, Item, Progress, Refused, begin_of, cancel_of, items_of, last_item
 from twostroke.v1 import inference_pb2 as pb
@@ -64,12 +64,12 @@ class SyncSharedCall:
                     return
                 yield piece
         finally:
-            with self._lock:
-                lane.leave(number, cancel=not progress.ended)
+            lane.leave(number, cancel=not progress.ended)
 
 
 class _Lane:
-    """One call. `begin` and `leave` are called with the lock held.
+    """One call. `begin` is called with the lock held. `leave` is not, since a stream that nobody holds any more is left
+    wherever the garbage collector comes upon it: maybe in the thread that has the lock.
 
     Attributes:
         closed: it takes no more requests.
@@ -100,7 +100,8 @@ class _Lane:
             self._outgoing.put(cancel_of(number))
 
     def _receive(self) -> None:
-        error, heard, refused = shut_down(), False, False
+        error: TwostrokeError | None = None
+        heard = refused = False
         try:
             for response in self._call:
                 heard = True
@@ -117,6 +118,6 @@ class _Lane:
                 # Here, and not where a request hears of it: until one has, others would open calls only to be refused.
                 if refused:
                     self.refused_at = time.monotonic()
-                for inbox in self._inboxes.values():
-                    inbox.put(last_item(error, refused=refused))
+                for number, inbox in list(self._inboxes.items()):
+                    inbox.put(last_item(number, error, refused=refused))
             self._outgoing.put(None)

@@ -668,6 +668,16 @@ async def test_what_crosses_the_news_of_a_drain_has_a_call_of_its_own(model: Pat
         assert calls_of(it, "GenerateStream") == 1
 
 
+async def test_what_comes_too_late_for_a_call_that_drained_has_another(model: Path, shared: Shared) -> None:
+    """The router has ended the call, with nothing under way, and the client begins a request before it hears that."""
+    async with cluster(model) as it, shared(it.address) as client:
+        for _ in range(5):
+            assert await streamed(client, max_tokens=3) == expected(3)
+            for call in it.router.service._many:
+                call.drain()
+            assert await streamed(client, max_tokens=5) == expected(5)
+
+
 async def test_a_router_that_stops_ends_calls_that_have_only_begun(model: Path) -> None:
     async with cluster(model) as it:
         calls = [it.stub.GenerateMany() for _ in range(30)]

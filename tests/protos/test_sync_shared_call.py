@@ -1,0 +1,88 @@
+"""Threads' shared call, over a call of this test's own."""
+
+import gc
+import threading
+from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc
+import pytest
+
+from twostroke import Unavailable, sync_shared_call
+from twostroke.results import Piece
+from twostroke.shared_call import Item, last_item
+from twostroke.sync_shared_call import SyncSharedCall
+from twostroke.v1 import inference_pb2 as pb
+
+
+class Gone(grpc.RpcError):
+    pass
+
+
+class FakeCall:
+    """Answers each request with the prompt's information, until it is lost."""
+
+    def __init__(self, requests: Iterator[pb.GenerateManyRequest]) -> None:
+        self.lost = threading.Event()
+        self._requests = requests
+
+    def __iter__(self) -> Iterator[pb.GenerateManyResponse]:
+        for request in self._requests:
+            if request.HasField("begin"):
+                chunk = pb.GenerateChunk(prompt=pb.PromptInfo(request_id="r"))
+                yield pb.GenerateManyResponse(events=[pb.GenerateManyResponse.Event(id=request.id, chunk=chunk)])
+            elif self.lost.is_set():
+                raise Gone
+
+    def code(self) -> grpc.StatusCode:
+        return grpc.StatusCode.UNAVAILABLE
+
+    def details(self) -> str:
+        return "gone"
+
+
+class Forgotten:
+    """Holds a stream, and is part of a cycle: only the garbage collector frees it."""
+
+    def __init__(self, stream: Generator[Piece, None, None]) -> None:
+        self.stream = stream
+        self.itself = self
+
+
+@pytest.fixture
+def collector_off() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("collector_off")
+def test_the_collector_may_leave_a_stream_while_the_call_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[FakeCall] = []
+
+    def open_call(requests: Iterator[pb.GenerateManyRequest]) -> Any:
+        calls.append(FakeCall(requests))
+        return calls[-1]
+
+    def collecting(*arguments: Any, **named: Any) -> Item:
+        gc.collect()
+        return last_item(*arguments, **named)
+
+    monkeypatch.setattr(sync_shared_call, "last_item", collecting)
+    shared = SyncSharedCall(open_call)
+    streams = [shared.pieces(pb.GenerateRequest(text="a"), None) for _ in range(3)]
+    for stream in streams:
+        next(stream)
+    forgotten = Forgotten(streams.pop(0))
+    ends_the_call = streams.pop()
+    del stream, forgotten
+    with ThreadPoolExecutor() as pool:
+        read = pool.submit(next, streams[0])
+        calls[0].lost.set()
+        ends_the_call.close()
+        with pytest.raises(Unavailable, match="gone"):
+            read.result(timeout=10)
+    assert next(shared.pieces(pb.GenerateRequest(text="b"), None)).prompt is not None
+    assert len(calls) == 2

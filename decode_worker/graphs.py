@@ -21,8 +21,8 @@ def ladder(max_batch: int) -> tuple[int, ...]:
 
 
 def passes(max_batch: int, drafts: int = 0) -> Passes:
-    """What `DecodeGraphs` for batches of up to `max_batch` will need memory for."""
-    made = Passes(max_batch, max_batch, 2 * len(ladder(max_batch)))
+    """What batches of up to `max_batch` will need memory for."""
+    made = Passes(max_batch, max_batch, 2 * len(ladder(max_batch)), special_rows=max_batch, special_parts=1)
     if drafts:
         most = most_sequences(max_batch, drafts)
         rows = most * (drafts + 1)

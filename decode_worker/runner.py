@@ -79,7 +79,7 @@ class Runner:
         if parts.device.type == "cuda":
             log.info("a sequence alone", layers="in one launch" if self._stepper.alone else "kernel by kernel")
             self.graphs = DecodeGraphs(self._stepper, self.batch.state, max_batch, drafts)
-            parts.warm_up_sampling()
+            parts.warm_up_sampling(max_batch)
 
     def add(self, sequence: Sequence) -> None:
         self.batch.add(sequence)

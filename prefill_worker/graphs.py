@@ -49,10 +49,11 @@ def shapes(max_tokens: int, table_blocks: int, block_size: int) -> list[BatchSha
 
 
 def passes(max_tokens: int) -> Passes:
-    """What `PrefillGraphs` for batches of up to `max_tokens` will need memory for."""
+    """What batches of up to `max_tokens` will need memory for."""
     rows = max_chunks(max_tokens)
     with_both_widths = shapes(max_tokens, table_blocks=2, block_size=SHORT_TOKENS)
-    return Passes(max_tokens, rows, len(with_both_widths) + len(row_ladder(rows)))
+    graphs = len(with_both_widths) + len(row_ladder(rows))
+    return Passes(max_tokens, rows, graphs, special_rows=rows, special_parts=1)
 
 
 class PrefillGraphs:

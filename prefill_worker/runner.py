@@ -17,7 +17,7 @@ from prefill_worker import draws
 from prefill_worker.batch import exact_shape, pack
 from prefill_worker.forward import Forward
 from prefill_worker.graphs import PrefillGraphs
-from prefill_worker.scheduler import Chunk, Prompt
+from prefill_worker.scheduler import Chunk, Prompt, max_chunks
 from twostroke.v1 import worker_pb2 as pb
 
 
@@ -64,7 +64,7 @@ class Runner:
             return
         table_blocks = blocks_for(parts.max_length, parts.pool.layout.block_size)
         self.graphs = PrefillGraphs(self._forward, max_tokens, table_blocks, parts.device)
-        parts.warm_up_sampling()
+        parts.warm_up_sampling(max_chunks(max_tokens))
 
     @torch.inference_mode()
     def launch(self, chunks: list[Chunk]) -> LaunchedBatch:

@@ -1,4 +1,5 @@
-"""GPU memory that a worker needs besides weights and pool: for the forward passes that it captures as CUDA graphs."""
+"""GPU memory that a worker needs besides weights and pool: for the forward passes that it captures as CUDA graphs, and
+for sampling that is not captured."""
 
 from dataclasses import dataclass
 
@@ -8,16 +9,23 @@ from common.model.dtypes import torch_dtype
 from common.model.model_config import ModelConfig
 
 GRAPH_BYTES = 14 << 20  # most that one graph took, whatever its size (Qwen3-0.6B and Llama-3.1-8B on an H100)
+# Sampling with penalties, grammars or log-probabilities, for each token of the vocabulary. Of a row: its logits in
+# float32, the same again for what a grammar leaves of them, and its place in a table that doubles. For what is done to
+# `special_sampling.ROWS_AT_ONCE` rows at once: eight float32 values for each.
+SPECIAL_ROW_BYTES = 16
+SPECIAL_PART_BYTES = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class Passes:
-    """The forward passes that a worker captures."""
+    """The forward passes that a worker captures, and what it samples from them."""
 
     tokens: int  # of the largest pass
     rows: int  # of logits in the largest pass
     graphs: int  # number of graphs
     histories: int = 0  # sequences whose tokens are kept beside them
+    special_rows: int = 0  # of logits, that may want more than what is captured
+    special_parts: int = 0  # of them, under way at once
 
     def __add__(self, other: "Passes") -> "Passes":
         return Passes(
@@ -25,6 +33,8 @@ class Passes:
             self.rows + other.rows,
             self.graphs + other.graphs,
             self.histories + other.histories,
+            self.special_rows + other.special_rows,
+            self.special_parts + other.special_parts,
         )
 
 
@@ -46,4 +56,6 @@ def bytes_for(passes: Passes, model: ModelConfig, dtype: str) -> int:
     activations = passes.tokens * (4 * model.hidden_size + attention + mlp + quantized)
     logits = passes.rows * model.vocab_size
     histories = passes.histories * model.context_length * torch.int32.itemsize
-    return 2 * (activations + logits) * torch_dtype(dtype).itemsize + passes.graphs * GRAPH_BYTES + histories
+    special = passes.special_rows * SPECIAL_ROW_BYTES + passes.special_parts * SPECIAL_PART_BYTES
+    captured = 2 * (activations + logits) * torch_dtype(dtype).itemsize + passes.graphs * GRAPH_BYTES
+    return captured + histories + special * model.vocab_size

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from common.device.device_io import to_device
 from common.sampling.grammar import CompiledGrammars, GrammarError, problem_of
+from common.sampling.special_sampling import ROWS_AT_ONCE
 from common.sequence import SequenceSpec
 
 # Seconds of CPU time that a sequence may spend in its grammar: at the start, and earned back with each token. Most
@@ -114,13 +115,18 @@ class AllowedTokens:
         tokenizer lacks are never allowed."""
         if not self.rows:
             return logits
-        rows, packed = (to_device(array, logits.device) for array in (np.asarray(self.rows), self.bits.view(np.uint8)))
+        all_rows, all_bits = (
+            to_device(array, logits.device) for array in (np.asarray(self.rows), self.bits.view(np.uint8))
+        )
         shifts = torch.arange(8, dtype=torch.uint8, device=logits.device)
-        bits = (packed[:, :, None] >> shifts & 1).flatten(1).bool()
-        barred = torch.ones((len(self.rows), logits.shape[1]), dtype=torch.bool, device=logits.device)
-        known = min(bits.shape[1], logits.shape[1])
-        barred[:, :known] = ~bits[:, :known]
-        return logits.index_copy(0, rows, logits[rows].masked_fill(barred, -torch.inf))
+        restricted = logits.clone()
+        for rows, packed in zip(torch.split(all_rows, ROWS_AT_ONCE), torch.split(all_bits, ROWS_AT_ONCE), strict=True):
+            bits = (packed[:, :, None] >> shifts & 1).flatten(1).bool()
+            barred = torch.ones((len(rows), logits.shape[1]), dtype=torch.bool, device=logits.device)
+            known = min(bits.shape[1], logits.shape[1])
+            barred[:, :known] = ~bits[:, :known]
+            restricted[rows] = logits[rows].masked_fill(barred, -torch.inf)
+        return restricted
 
 
 UNRESTRICTED = AllowedTokens([], np.zeros((0, 0), dtype=np.int32), {})
@@ -197,9 +203,9 @@ class GuidedSampling:
 
 
 @torch.inference_mode()
-def warm_up(vocab_size: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Restricts logits once in `dtype`, and once in float32, which penalties turn them into. Otherwise the first guided
-    request, and the whole batch with it, would wait while the device loads the kernels."""
-    allowed = AllowedTokens([0], np.zeros((1, -(-vocab_size // 32)), dtype=np.int32), {})
+def warm_up(most_rows: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Restricts `most_rows` rows of logits once in `dtype`, and once in float32, which penalties turn them into.
+    Otherwise the first guided request, and the whole batch with it, would wait while the device loads the kernels."""
+    allowed = AllowedTokens([*range(most_rows)], np.zeros((most_rows, -(-vocab_size // 32)), dtype=np.int32), {})
     for kind in (dtype, torch.float32):
-        allowed.restrict(torch.zeros((1, vocab_size), dtype=kind, device=device))
+        allowed.restrict(torch.zeros((most_rows, vocab_size), dtype=kind, device=device))

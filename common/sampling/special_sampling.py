@@ -4,8 +4,8 @@ Most sequences need none of it, and cost nothing here. For the others the device
 counts each new one as soon as it is sampled, before the host has read it.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -16,6 +16,9 @@ from common.sampling.parameters import SamplingParams
 from common.sequence import SequenceSpec
 from kernels.ops import Sample
 from kernels.sampling import SamplingRows
+
+# Float32 copies of logits are made of so many rows at once: of whole batches they would take gigabytes.
+ROWS_AT_ONCE = 32
 
 
 def wants_adjusting(spec: SequenceSpec, length: int) -> bool:
@@ -41,6 +44,11 @@ class AdjustedRows:
     biases: Tensor  # [A, S] float32, padded with 0
     stop_ids: Tensor  # [A, E] int64, padded with the row's first one (with 0 where there is none)
     min_lengths: Tensor  # [A] int64, 0 where there are no stop ids
+
+    def parts(self) -> Iterator["AdjustedRows"]:
+        """Up to `ROWS_AT_ONCE` rows each."""
+        columns = (getattr(self, field.name).split(ROWS_AT_ONCE) for field in fields(self))
+        return (AdjustedRows(*part) for part in zip(*columns, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,18 +127,21 @@ class TokenCounts:
             adjusted: what to change.
         """
         wide = logits.float() if logits.dtype != torch.float32 else logits.clone()
-        changed = wide[adjusted.rows]
+        for part in adjusted.parts():
+            wide[part.rows] = self._changed(wide[part.rows], positions[part.rows], part)
+        return wide
+
+    def _changed(self, logits: Tensor, positions: Tensor, adjusted: AdjustedRows) -> Tensor:
+        """Of `adjusted` rows only: logits [A, V] float32, positions [A]."""
         sampled = self._sampled[adjusted.slots]
         seen = self._in_prompt[adjusted.slots] | (sampled > 0)
-        penalised = torch.where(changed > 0, changed / adjusted.repetition, changed * adjusted.repetition)
-        changed = torch.where(seen, penalised, changed)
+        penalised = torch.where(logits > 0, logits / adjusted.repetition, logits * adjusted.repetition)
+        changed = torch.where(seen, penalised, logits)
         changed -= adjusted.frequency * sampled + adjusted.presence * (sampled > 0)
         changed.scatter_add_(1, adjusted.bias_ids, adjusted.biases)
-        barred = positions[adjusted.rows] < adjusted.min_lengths
+        barred = positions < adjusted.min_lengths
         stop_logits = changed.gather(1, adjusted.stop_ids)
-        changed.scatter_(1, adjusted.stop_ids, stop_logits.masked_fill(barred[:, None], -torch.inf))
-        wide[adjusted.rows] = changed
-        return wide
+        return changed.scatter_(1, adjusted.stop_ids, stop_logits.masked_fill(barred[:, None], -torch.inf))
 
     def record(self, tokens: Tensor, adjusted: AdjustedRows) -> None:
         """Counts the tokens [B] int32 that a step sampled, on the device and in stream order with the steps."""
@@ -160,28 +171,25 @@ def logprobs(logits: Tensor, tokens: Tensor, rows: Tensor, top: int) -> TokenLog
         rows: [L] int64, the rows that want log-probabilities.
         top: K, the most alternatives that any of them wants.
     """
-    chosen = logits[rows].float().log_softmax(dim=-1)
-    likeliest = chosen.topk(top, dim=-1)
-    return TokenLogprobs(
-        tokens=chosen.gather(1, tokens[rows].long()[:, None]).squeeze(1),
-        top_ids=likeliest.indices,
-        top=likeliest.values,
-    )
-
-
-# Numbers of rows to warm up with: kernels are compiled separately for few and for many.
-_WARM_ROWS = (1, 64)
+    parts = []
+    for part in torch.split(rows, ROWS_AT_ONCE):
+        chosen = logits[part].float().log_softmax(dim=-1)
+        likeliest = chosen.topk(top, dim=-1)
+        parts.append((chosen.gather(1, tokens[part].long()[:, None]).squeeze(1), likeliest.indices, likeliest.values))
+    return TokenLogprobs(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
 @torch.inference_mode()
-def warm_up(sample: Sample, vocab_size: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Does everything in this module once, for logits of `dtype`. Otherwise the first request that needs it, and the
-    whole batch with it, would wait while kernels are compiled and loaded."""
+def warm_up(sample: Sample, most_rows: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Does everything in this module once, for logits [1, V] and [most_rows, V] of `dtype`. Otherwise the first request
+    that needs it, and the whole batch with it, would wait while kernels are compiled and loaded; and too little memory
+    for the largest batch would only show when there is one."""
     params = SamplingParams(0, presence_penalty=1, logit_bias=((0, 1.0),))
     spec = SequenceSpec((0,), 1, (), params, 3, min_length=3, stop_token_ids=frozenset((0,)))
     counts = TokenCounts(vocab_size, device)
-    adjusted = counts.select([(0, counts.add(spec, spec.token_ids), spec)])
-    for rows in _WARM_ROWS:
+    for rows in (1, most_rows):
+        slots = [counts.add(spec, spec.token_ids) for _ in range(rows)]
+        adjusted = counts.select([(row, slot, spec) for row, slot in enumerate(slots)])
         logits = torch.zeros((rows, vocab_size), dtype=dtype, device=device)
         zeros = torch.zeros(rows, device=device)
         integers = zeros.int()

@@ -57,11 +57,12 @@ class WorkerParts:
         """The grammar state of a sequence that `check` let through; None if it follows no grammar."""
         return self.guided.begin(spec) if self.guided is not None and spec.grammar else None
 
-    def warm_up_sampling(self) -> None:
-        """Does everything that can be done to logits once, so that no request waits while kernels are compiled."""
+    def warm_up_sampling(self, most_rows: int) -> None:
+        """Does everything that can be done to logits once, so that no request waits while kernels are compiled, and too
+        little memory for `most_rows` rows shows now."""
         vocab_size, dtype = self.model.config.vocab_size, torch_dtype(self.model.dtype)
-        special_sampling.warm_up(self.ops.sample, vocab_size, dtype, self.device)
-        guided_sampling.warm_up(vocab_size, dtype, self.device)
+        special_sampling.warm_up(self.ops.sample, most_rows, vocab_size, dtype, self.device)
+        guided_sampling.warm_up(most_rows, vocab_size, dtype, self.device)
 
     def blocks_load(self, reserved: int) -> inference_pb2.Blocks:
         return _counts(self.blocks, reserved)

@@ -26,6 +26,7 @@ from common.sampling.guided_sampling import (
     GuidedSampling,
     warm_up,
 )
+from common.sampling.special_sampling import ROWS_AT_ONCE
 from router.answers import token_bytes
 from tests.router import models
 from tests.specs import spec
@@ -108,6 +109,19 @@ def test_rows_without_a_grammar_and_the_logits_stay_as_they_are(
         may = [table.index(bytes([byte])) for byte in text.encode() if byte not in b"[]"]
         assert restricted[row].isfinite().nonzero().flatten().tolist() == may
         assert torch.equal(restricted[row, may], logits[row, may])
+
+
+def test_many_rows_are_restricted_as_each_is_alone() -> None:
+    count, vocab_size = 2 * ROWS_AT_ONCE + 3, 100
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(count + 1, vocab_size, generator=generator)
+    bits = torch.randint(-(2**31), 2**31, (count, 4), generator=generator).int().numpy()
+    rows = torch.randperm(count + 1, generator=generator)[:count].tolist()
+    together = AllowedTokens(rows, bits, {}).restrict(logits)
+    for place, row in enumerate(rows):
+        alone = AllowedTokens([0], bits[place : place + 1], {}).restrict(logits[row : row + 1])
+        assert torch.equal(together[row : row + 1], alone)
+    assert together.isfinite().any(dim=1).all()
 
 
 @pytest.mark.parametrize("vocab_size", [300, 346, 347, 352, 353, 1000])
@@ -255,4 +269,4 @@ def test_a_grammar_whose_masks_take_long_is_a_problem_of_its_row(
 
 
 def test_warming_up_restricts_what_both_kinds_of_rows_have() -> None:
-    warm_up(models.VOCAB_SIZE, torch.bfloat16, torch.device("cpu"))
+    warm_up(3, models.VOCAB_SIZE, torch.bfloat16, torch.device("cpu"))

@@ -12,7 +12,14 @@ from transformers import (
 )
 
 from common.sampling.parameters import SamplingParams
-from common.sampling.special_sampling import TokenCounts, logprobs, wants_adjusting, wants_logprobs, warm_up
+from common.sampling.special_sampling import (
+    ROWS_AT_ONCE,
+    TokenCounts,
+    logprobs,
+    wants_adjusting,
+    wants_logprobs,
+    warm_up,
+)
 from common.sequence import SequenceSpec
 from kernels import sampling
 
@@ -133,6 +140,17 @@ def test_rows_of_unlike_sequences_do_not_touch_each_other() -> None:
     assert torch.equal(together, torch.cat(alone))
 
 
+def test_many_rows_are_adjusted_as_each_is_alone() -> None:
+    specs = [
+        _with(repetition_penalty=1 + row / 20, logit_bias=((row % VOCAB, 2.0),)) for row in range(2 * ROWS_AT_ONCE + 3)
+    ]
+    counts, logits = TokenCounts(VOCAB, CPU), _logits(len(specs) + 1)
+    rows = counts.select([(row, counts.add(spec, PROMPT), spec) for row, spec in enumerate(specs)])
+    together = counts.adjust(logits, torch.full((len(logits),), len(PROMPT)), rows)
+    alone = [_adjusted(spec, PROMPT, logits[row : row + 1]) for row, spec in enumerate(specs)]
+    assert torch.equal(together, torch.cat([*alone, logits[-1:]]))
+
+
 def test_logprobs_are_of_the_models_own_distribution() -> None:
     logits = _logits(4).half()
     tokens, rows = torch.tensor([1, 2, 3, 4], dtype=torch.int32), torch.tensor([3, 1])
@@ -143,6 +161,19 @@ def test_logprobs_are_of_the_models_own_distribution() -> None:
     torch.testing.assert_close(found.top, values[:, :5])
     assert torch.equal(found.top_ids, ids[:, :5])
     assert logprobs(logits, tokens, rows, top=0).top_ids.shape == (2, 0)
+
+
+def test_logprobs_of_many_rows_are_those_of_each() -> None:
+    logits, count = _logits(100), 2 * ROWS_AT_ONCE + 3
+    tokens, rows = (
+        torch.arange(100).int() % VOCAB,
+        torch.randperm(100, generator=torch.Generator().manual_seed(2))[:count],
+    )
+    found = logprobs(logits, tokens, rows, top=3)
+    expected = logits.log_softmax(-1)[rows]
+    torch.testing.assert_close(found.tokens, expected.gather(1, tokens[rows].long()[:, None])[:, 0])
+    torch.testing.assert_close(found.top, expected.topk(3).values)
+    assert torch.equal(found.top_ids, expected.topk(3).indices)
 
 
 def test_plain_sequences_want_nothing() -> None:
@@ -161,5 +192,5 @@ def test_warming_up_samples_adjusted_logits_of_few_rows_and_of_many() -> None:
         sampled.append((len(logits), logits.dtype))
         return sampling.sample(logits, *arguments, **named)
 
-    warm_up(sample, VOCAB, torch.bfloat16, CPU)
-    assert sampled == [(1, torch.float32), (64, torch.float32)]
+    warm_up(sample, 48, VOCAB, torch.bfloat16, CPU)
+    assert sampled == [(1, torch.float32), (48, torch.float32)]

@@ -55,11 +55,9 @@ class Drafting:
         self._steps += 1
         return gain >= 1
 
-    def took(self, sequences: int, drafted: bool, seconds: float) -> None:
-        """A step is over."""
-        self._seconds[sequences, drafted].append(max(seconds, CLOCK_TICK))
-
-    @staticmethod
-    def kept(sequence: Sequence, drafts: int) -> None:
-        """So many drafts of the sequence were right in a step."""
-        sequence.drafts_kept += NEWEST * (drafts - sequence.drafts_kept)
+    def observe(self, sequences: Items[Sequence], seconds: float, kept: Items[int] | None) -> None:
+        """A step of these sequences is over. `kept`: how many drafts of each were right; None: there were none."""
+        self._seconds[len(sequences), kept is not None].append(max(seconds, CLOCK_TICK))
+        if kept is not None:
+            for sequence, drafts in zip(sequences, kept, strict=True):
+                sequence.drafts_kept += NEWEST * (drafts - sequence.drafts_kept)

@@ -110,7 +110,7 @@ class DecodeLoop:
         for sequence in step.sequences:
             sequence.kv_len += 1
             sequence.drafts_in_flight += step.drafts
-            sequence.steps_in_flight += 1
+            sequence.writes_in_flight += 1
             if not sequence.wants_step:
                 self._runner.remove(sequence)
         return step
@@ -123,7 +123,7 @@ class DecodeLoop:
         logprobs = step.logprobs.read() if step.logprobs is not None else {}
         read = StepTokens([], [], [], step.drafts)
         for row, (sequence, tokens) in enumerate(zip(step.sequences, tokens_of, strict=True)):
-            sequence.steps_in_flight -= 1
+            sequence.writes_in_flight -= 1
             sequence.drafts_in_flight -= step.drafts
             if sequence.state is State.OVER:
                 self.scheduler.release_if_idle(sequence)
@@ -145,5 +145,5 @@ class DecodeLoop:
                     break
             if step.drafts and not sequence.wants_step and sequence in self._batch:  # the launched step ends it
                 self._runner.remove(sequence)
-        self._runner.took(step, tokens_of)
+        self._runner.observe(step, tokens_of)
         turn.steps.append(read)

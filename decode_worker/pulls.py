@@ -49,7 +49,7 @@ class Puller:
 
     def start(self, pulls: Iterable[Pull]) -> None:
         for pull in pulls:
-            pull.sequence.steps_in_flight += 1
+            pull.sequence.writes_in_flight += 1
             self._waiting.append((self._peers.open(pull.source.pool), pull))
 
     def poll(self) -> list[Pulled]:
@@ -68,7 +68,7 @@ class Puller:
                 still_under_way.append((peer, transfer, pulls))
         self._under_way = still_under_way
         for pulled in over:
-            pulled.sequence.steps_in_flight -= 1
+            pulled.sequence.writes_in_flight -= 1
         self._peers.close_gone(in_use=self._sources)
         return over
 

@@ -77,7 +77,7 @@ class Runner:
         self._adjusted: AdjustedRows | None = None
         self.graphs: DecodeGraphs | None = None
         if parts.device.type == "cuda":
-            log.info("a sequence alone", layers="in one launch" if self._stepper.alone else "kernel by kernel")
+            log.info("one sequence", layers="fused" if self._stepper.fused_layers else "kernel by kernel")
             self.graphs = DecodeGraphs(self._stepper, self.batch.state, max_batch, drafts)
             parts.warm_up_sampling(max_batch)
 
@@ -139,14 +139,14 @@ class Runner:
         meanwhile runs the model for the step that is being launched."""
         assert self._guided is not None
         unread: dict[Sequence, list[int]] = {}
-        if before is not None and any(sequence.steps_in_flight for sequence in self._with_grammar):
+        if before is not None and any(sequence.writes_in_flight for sequence in self._with_grammar):
             unread = dict(zip(before.sequences, before.read(), strict=True))
         states: dict[int, GrammarState] = {}
         for row, sequence in enumerate(self.batch.sequences):
             if (state := sequence.grammar) is None:
                 continue
             state.accept(sequence.tokens[sequence.spec.prompt_length + len(state.output) :])
-            if sequence.steps_in_flight:
+            if sequence.writes_in_flight:  # a step: what is in the batch has no pull
                 state.accept(unread[sequence])
             states[row] = state
         return self._guided.allowed(states)
@@ -161,14 +161,11 @@ class Runner:
             return self.graphs.drafted(rows)
         return self._stepper.drafted(self.batch.state.first(rows), self.drafts)
 
-    def took(self, step: Step, tokens: Items[Items[int]]) -> None:
+    def observe(self, step: Step, tokens: Items[Items[int]]) -> None:
         """A step has been read, and gave these tokens of each sequence."""
-        if self._drafting is None or not step.may_draft:
-            return
-        self._drafting.took(len(step.sequences), step.drafts > 0, step.seconds)
-        if step.drafts:
-            for sequence, new in zip(step.sequences, tokens, strict=True):
-                self._drafting.kept(sequence, len(new) - 1)
+        if self._drafting is not None and step.may_draft:
+            kept = [len(new) - 1 for new in tokens] if step.drafts else None
+            self._drafting.observe(step.sequences, step.seconds, kept)
 
     def _logits(self, rows: int) -> Tensor:
         if self.graphs is not None:

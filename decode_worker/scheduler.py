@@ -42,7 +42,7 @@ class Sequence:
     kv_len: int = 0  # tokens whose KV is there or is being computed by launched steps, without drafts
     drafts_in_flight: int = 0  # of launched steps: so many further tokens may turn out to have KV
     drafts_kept: float = 1.0  # of a step with drafts, averaged over the last ones
-    steps_in_flight: int = 0  # launched steps that write to its blocks and have not been read; a pull counts as one
+    writes_in_flight: int = 0  # to its blocks: launched steps that have not been read, and a pull
     grammar: GrammarState | None = None  # how far the output is in its grammar, if it follows one
     trace: Span = OFF  # of the attempt
     received_at: float = field(default_factory=time.monotonic)
@@ -191,6 +191,6 @@ class Scheduler:
         self.release_if_idle(sequence)
 
     def release_if_idle(self, sequence: Sequence) -> None:
-        if sequence.state is State.OVER and sequence.steps_in_flight == 0:
+        if sequence.state is State.OVER and sequence.writes_in_flight == 0:
             blocks, sequence.blocks = sequence.blocks, []
             self._blocks.release(blocks)

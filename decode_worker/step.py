@@ -8,7 +8,7 @@ from common.kv.kv_pool import KvPool
 from common.model.packed_attention import packed_attention
 from common.model.transformer import Model
 from decode_worker.batch import BatchState
-from kernels.ops import LayersOfOneToken, Ops
+from kernels.ops import FusedLayers, Ops
 from kernels.rope import Rotation
 
 
@@ -19,7 +19,7 @@ class Stepper:
     model: Model
     pool: KvPool
     ops: Ops
-    alone: LayersOfOneToken | None  # all layers for a batch of one, if there is such a kernel
+    fused_layers: FusedLayers | None  # all layers for a batch of one, if there is such a kernel
 
     def logits(self, state: BatchState) -> Tensor:
         """Runs the model over `state.tokens` [B] and writes their KV. Returns logits [B, V]."""
@@ -55,8 +55,8 @@ class Stepper:
     def _run(self, state: BatchState) -> tuple[Tensor, Tensor]:
         """Logits [B, V], and the sequences' lengths [B] int32 including the token that was run."""
         positions, slots, seq_lens = self.ops.locate(state.lengths, state.block_tables, self.pool.layout.block_size)
-        if self.alone is not None and len(state.tokens) == 1:
-            hidden = self.alone(state.tokens, positions, slots, seq_lens, state.block_tables)
+        if self.fused_layers is not None and len(state.tokens) == 1:
+            hidden = self.fused_layers(state.tokens, positions, slots, seq_lens, state.block_tables)
             return self.model.logits(hidden), seq_lens
         batch = self.ops.plan_decode(state.block_tables, seq_lens, self.pool.layer(0)[0])
         scale = self.model.config.head_dim**-0.5

@@ -51,7 +51,7 @@ class DecodeAttention:
 
     block_tables: Tensor  # [B, M] int32
     seq_lens: Tensor  # [B] int32: tokens of the sequence, the current one included; 0 in a padded row
-    plan: Tensor  # int32: how the kernel's programs share the keys; empty in the reference
+    plan: Tensor  # [5, items] int32: how the kernel's programs share the keys; empty in the reference
     groups: tuple[DecodeGroup, ...] = ()  # of the reference
 
 

@@ -19,5 +19,5 @@ class BegunNorm:
 
 @dataclass(frozen=True, slots=True)
 class Hidden:
-    states: Tensor  # [T, H], contiguous
+    states: Tensor  # [T, H], contiguous, of the model's dtype
     begun: BegunNorm | None = None

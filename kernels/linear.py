@@ -54,7 +54,7 @@ def add_mlp(hidden: Hidden, norm: Tensor, eps: float, mlp: Mlp, next_norm: Tenso
 
 
 def product(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
-    """x @ weight.T + bias."""
+    """x @ weight.T + bias. x [T, K]; weight [N, K]; bias [N] or None. Returns [T, N] in x's dtype."""
     if isinstance(weight, Fp8Weight):
         return fp8.linear(x, weight, bias)
     return packed.linear(x, weight, bias) if weight.is_mkldnn else F.linear(x, weight, bias)

@@ -37,8 +37,8 @@ class LayerWeights:
     mlp: Mlp | Experts
 
 
-class LayersOfOneToken(Protocol):
-    """All layers of a decode step of one sequence, equal to running each layer's operations one after another."""
+class FusedLayers(Protocol):
+    """All layers of a decode step of one sequence, as one operation; equal to each layer's operations one by one."""
 
     def __call__(
         self, tokens: Tensor, positions: Tensor, slots: Tensor, seq_lens: Tensor, block_tables: Tensor
@@ -66,12 +66,12 @@ class Ops:
     advance: Callable[[Tensor, Tensor, Tensor, Tensor], None]
     draft: Callable[[Tensor, Tensor, Tensor, Tensor, int, int], DraftedRows]
     accept: Callable[[Tensor, Tensor, Tensor, DraftedRows, Tensor, int], Tensor]
-    fuse_layers: Callable[[Sequence[LayerWeights], Tensor, Tensor, float, Tensor], LayersOfOneToken | None]
+    fuse_layers: Callable[[Sequence[LayerWeights], Tensor, Tensor, float, Tensor], FusedLayers | None]
 
 
 def fuse_layers(
     layers: Sequence[LayerWeights], embedding: Tensor, cos_sin: Tensor, eps: float, pool: Tensor
-) -> LayersOfOneToken | None:
+) -> FusedLayers | None:
     """All layers as one operation, or None if these cannot be fused on this device: then run the operations one by one.
     This reference fuses none.
 

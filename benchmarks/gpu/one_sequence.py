@@ -54,7 +54,7 @@ def _measure(device: torch.device, copy: float, name: str, folder: Path, context
     width = -(-max(contexts) // BLOCK_SIZE)
     parts = worker_parts(loaded, 2 * width, BLOCK_SIZE)
     fused = Stepper(parts.model, parts.pool, parts.ops, parts.model.fused_layers(parts.pool))
-    one_by_one = replace(fused, alone=None)
+    one_by_one = replace(fused, fused_layers=None)
     state = DecodeBatch(1, width, parts.pool.layout.block_size, device).state
     state.block_tables[0] = torch.tensor(parts.blocks.allocate(width), device=device)
     for context in contexts:
@@ -63,7 +63,7 @@ def _measure(device: torch.device, copy: float, name: str, folder: Path, context
         case = f"{name}, {context} tokens"
         floor = floors.decode_step_bytes(loaded.model.config, [context]) / copy * 1e6
         yield Figure(f"{case}: kernels one by one", f"{kernels:.0f} us", f"floor {floor:.0f} us", kernels / floor)
-        if fused.alone is not None:
+        if fused.fused_layers is not None:
             together = graph_microseconds([partial(fused.logits, state)] * REPLAYED)
             yield Figure(f"{case}: one launch", f"{together:.0f} us", f"floor {floor:.0f} us", together / floor)
 

@@ -131,7 +131,7 @@ class HostCache:
             self._saves.append(save)
 
     @property
-    def settled(self) -> bool:
+    def all_saved(self) -> bool:
         """Whether all that was published is here, as far as there is room."""
         return not self._saves and not self._published
 

@@ -12,7 +12,7 @@ from common.model.rotary import rotary_table, unrotated_table
 from common.model.weights import Weights
 from kernels.experts import Experts
 from kernels.hidden import Hidden
-from kernels.ops import LayersOfOneToken, Ops
+from kernels.ops import FusedLayers, Ops
 from kernels.rope import Rotation
 
 # (qkv [T, (Hq + 2 Hkv) * D], rotation, key_cache, value_cache) -> [T, Hq, D]; rotates, writes K and V, attends
@@ -55,7 +55,7 @@ class Model:
                 hidden = ops.add_mlp(hidden, layer.mlp_norm, eps, layer.mlp, next_norm)
         return hidden.states
 
-    def fused_layers(self, pool: KvPool) -> LayersOfOneToken | None:
+    def fused_layers(self, pool: KvPool) -> FusedLayers | None:
         """What `forward` does for one token of one sequence, as one operation, where there is one."""
         weights = self._weights
         if self.config.unrotated_layers:  # fused layers have one table

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from hashlib import blake2b
 
+import numpy as np
+
 from common.kv.block_pool import Generations
 from common.kv.kv_pool import KvLayout
 from common.transport.interface import TransferFailed, TransportError
@@ -12,8 +14,19 @@ from common.transport.interface import TransferFailed, TransportError
 PROBE_BYTES = 1 << 16  # known bytes behind a pool, for a reader's first copy
 
 
-def digest(probe: bytes) -> str:
-    """BLAKE2b-128 of a probe, hexadecimal."""
+def new_probe() -> tuple[bytes, str]:
+    """Bytes to put behind a pool, and the digest by which a reader knows them."""
+    probe = np.random.default_rng().bytes(PROBE_BYTES)
+    return probe, _digest(probe)
+
+
+def check_probe(received: bytes, digest: str, instance: str) -> None:
+    """Raises TransportError if what was read of a worker's probe does not have its digest."""
+    if _digest(received) != digest:
+        raise TransportError(f"the probe of worker {instance} was not read intact")
+
+
+def _digest(probe: bytes) -> str:
     return blake2b(probe, digest_size=16).hexdigest()
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from common.kv.kv_pool import KvLayout, KvPool
 from common.transport.block_copy import CTAS, BlockCopier, BlockCopy, prepare
-from common.transport.checks import PROBE_BYTES, check_blocks, digest
+from common.transport.checks import PROBE_BYTES, check_blocks, check_probe, new_probe
 from common.transport.interface import TransferFailed, TransportError
 from common.transport.segment import OwnSegment, PeerSegment
 
@@ -29,7 +29,7 @@ class CudaMemory:
 
     def __init__(self, layout: KvLayout, device: int, instance: str) -> None:
         self._segment = OwnSegment(instance, layout, body_bytes=0)
-        probe = np.random.default_rng().bytes(PROBE_BYTES)
+        probe, digest = new_probe()
         size = layout.pool_bytes + PROBE_BYTES
         try:
             with cupy.cuda.Device(device) as current:
@@ -47,7 +47,7 @@ class CudaMemory:
                 f"{total >> 20} MiB free; lower --num-blocks if that is too little"
             ) from error
         self.tensor: Tensor = torch.as_tensor(array, device=torch.device("cuda", device))[: layout.pool_bytes]
-        self._segment.publish(digest(probe))
+        self._segment.publish(digest)
         self.generations = self._segment.generations
         self.descriptor = self._segment.descriptor(gpu=_uuid(device), handle=handle.hex())
 
@@ -89,8 +89,7 @@ class CudaPeer:
         try:
             self._copier = BlockCopier(device, layout.num_blocks, ctas)
             self._pointer = self._map()
-            if self._read_probe() != self._segment.header.probe_digest:
-                raise TransportError(f"the probe of worker {self._segment.header.instance} was not read intact")
+            check_probe(self._read_probe(), self._segment.header.probe_digest, self._segment.header.instance)
             self.bytes_per_second = self._measure(layout.num_blocks)
             log.info(
                 "opened a peer's pool",
@@ -125,12 +124,12 @@ class CudaPeer:
                 f"GPU memory of worker {instance} cannot be mapped ({error}): {_reason(gpu, self._device)}"
             ) from error
 
-    def _read_probe(self) -> str:
+    def _read_probe(self) -> bytes:
         with cupy.cuda.Device(self._device), self._copier.stream:
             received = cupy.zeros(PROBE_BYTES, np.uint8)
             probe = self._pointer + self._segment.header.layout.pool_bytes
             self._copier.start(probe, (0,), received.data.ptr, (0,), PROBE_BYTES).wait()
-            return digest(received.get().tobytes())
+            return bytes(received.get().tobytes())
 
     def _measure(self, capacity: int) -> float:
         theirs = self._segment.header.layout.num_blocks

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from common.kv.kv_pool import KvLayout, KvPool
-from common.transport.checks import PROBE_BYTES, check_blocks, check_layout, digest, generations_hold
+from common.transport.checks import PROBE_BYTES, check_blocks, check_layout, check_probe, generations_hold, new_probe
 from common.transport.interface import TransferFailed, TransportError
 from common.transport.nixl_agent import NotYet, ReadFailed, Spans, own_agent, spans
 from common.transport.thread_transfer import ThreadTransfer
@@ -78,7 +78,7 @@ class NixlMemory:
     def __init__(self, layout: KvLayout, device: torch.device, instance: str) -> None:
         agent = own_agent()
         size = layout.pool_bytes + PROBE_BYTES
-        probe = np.random.default_rng().bytes(PROBE_BYTES)
+        probe, digest = new_probe()
         try:
             memory = torch.empty(size, dtype=torch.uint8, device=device).zero_()  # which takes all its pages now
         except (RuntimeError, MemoryError) as error:
@@ -98,7 +98,7 @@ class NixlMemory:
             instance=instance,
             nonce=nonce,
             layout=layout,
-            probe_digest=digest(probe),
+            probe_digest=digest,
             agent=base64.b64encode(agent.metadata()).decode(),
             pool=memory.data_ptr(),
             control=self._control.ctypes.data,
@@ -210,8 +210,8 @@ class NixlPeer:
         try:
             probe = _span(self._theirs.pool + self._theirs.layout.pool_bytes, PROBE_BYTES, self._theirs.device)
             self._read(probe, _span(scratch.data_ptr(), PROBE_BYTES, scratch.device), scratch)
-            if digest(scratch[:PROBE_BYTES].cpu().numpy().tobytes()) != self._theirs.probe_digest:
-                raise TransportError(f"the probe of worker {self._theirs.instance} was not read intact")
+            received = scratch[:PROBE_BYTES].cpu().numpy().tobytes()
+            check_probe(received, self._theirs.probe_digest, self._theirs.instance)
             for _ in range(2):  # the first read faults pages in
                 seconds = self._read_blocks(range(count), scratch, range(count))
         finally:

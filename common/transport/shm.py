@@ -12,7 +12,7 @@ from torch import Tensor
 from common.kv import block_rows
 from common.kv.block_rows import Rows
 from common.kv.kv_pool import KvLayout, KvPool
-from common.transport.checks import PROBE_BYTES, check_blocks, digest
+from common.transport.checks import PROBE_BYTES, check_blocks, check_probe, new_probe
 from common.transport.interface import TransferFailed, TransportError
 from common.transport.segment import OwnSegment, PeerSegment
 from common.transport.thread_transfer import ThreadTransfer
@@ -29,9 +29,8 @@ class ShmMemory:
         self._segment = OwnSegment(instance, layout, layout.pool_bytes + PROBE_BYTES)
         body = torch.frombuffer(self._segment.body, dtype=torch.uint8)
         self.tensor: Tensor = body[: layout.pool_bytes]
-        probe = np.random.default_rng().bytes(PROBE_BYTES)
-        self._segment.body[layout.pool_bytes :] = probe
-        self._segment.publish(digest(probe))
+        self._segment.body[layout.pool_bytes :], digest = new_probe()
+        self._segment.publish(digest)
         self.generations = self._segment.generations
         self.descriptor = self._segment.descriptor()
 
@@ -50,9 +49,11 @@ class ShmPeer:
             theirs.num_blocks, theirs.block_bytes
         )
         self._copier = ThreadPoolExecutor(max_workers=1, thread_name_prefix="shm-copy")
-        if self._read_probe() != self._segment.header.probe_digest:
+        try:
+            check_probe(self._read_probe(), self._segment.header.probe_digest, self._segment.header.instance)
+        except TransportError:
             self.close()
-            raise TransportError(f"the probe of worker {self._segment.header.instance} was not read intact")
+            raise
         self.bytes_per_second = self._measure()
         log.info(
             "opened a peer's pool",
@@ -62,12 +63,12 @@ class ShmPeer:
             gigabytes_per_second=round(self.bytes_per_second / 1e9, 2),
         )
 
-    def _read_probe(self) -> str:
+    def _read_probe(self) -> bytes:
         pool_bytes = self._segment.header.layout.pool_bytes
         probe = np.frombuffer(self._segment.body, np.uint8, PROBE_BYTES, pool_bytes).reshape(1, PROBE_BYTES)
         received = np.zeros_like(probe)
         self._copier.submit(_copy, probe, (0,), received, (0,)).result()
-        return digest(received.tobytes())
+        return received.tobytes()
 
     def _measure(self) -> float:
         assert self._rows is not None

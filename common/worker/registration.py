@@ -76,7 +76,7 @@ class Registration:
                         await asyncio.sleep(max(response.interval_ms, SHORTEST_INTERVAL_MS) / 1000)
                 except grpc.aio.AioRpcError as error:
                     kind, detail = error.code(), error.details()
-                except OSError as error:
+                except Exception as error:  # of whatever kind: routers would never hear of a worker that says it serves
                     kind, detail = type(error), str(error)
                 if kind not in failures:
                     log.warning("cannot register yet; trying on", router=router, detail=detail)

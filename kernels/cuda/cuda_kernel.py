@@ -5,17 +5,28 @@ supports neither clusters nor programmatic dependent launch (`kernels.cuda.trito
 
 import ctypes
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
-from typing import Any
+from functools import cache, lru_cache
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import torch
-from cuda.bindings import driver, nvrtc
 from torch import Tensor
 
 from kernels.cuda import cuda_source, triton_launch
+from kernels.cuda.gpu import is_hopper, tma_aligned
+
+if TYPE_CHECKING:
+    from cuda.bindings import driver
 
 HOPPER_STEP_BYTES = 128  # of a row, that a pipeline stage has
-HOPPER_ALIGNMENT = 16  # bytes, required by TMA
+
+
+@cache
+def _bindings() -> tuple[ModuleType, ModuleType]:
+    """CUDA's driver and its compiler. A machine without a GPU may lack them."""
+    from cuda.bindings import driver, nvrtc
+
+    return driver, nvrtc
 
 
 class CudaKernel:
@@ -42,6 +53,7 @@ class CudaKernel:
         Raises:
             RuntimeError: compiling or loading failed; the message is the compiler's, or the driver's.
         """
+        driver, _ = _bindings()
         source = cuda_source.read_for_hopper(f"{name}.cu", columns)
         all_macros = {**macros, "FLOAT16": int(dtype == torch.float16)}
         with torch.cuda.device(device):
@@ -64,6 +76,7 @@ class CudaKernel:
         Raises:
             RuntimeError: the driver refused the launch.
         """
+        driver, _ = _bindings()
         config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = programs, 1, 1
         config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
@@ -86,16 +99,17 @@ def hopper_step(dtype: torch.dtype) -> int:
 def suits_hopper(x: Tensor, weight: Tensor) -> bool:
     """Whether x [rows, inputs] and weight [outputs, inputs] meet what all linear layers for Hopper require. Each has
     requirements of its own beside these. If the weight has 8-bit floats, x is what is yet to be quantized."""
-    addresses = (x.data_ptr(), weight.data_ptr(), x.stride(0) * x.itemsize)
     return (
-        triton_launch.is_hopper(x.device)  # later architectures have no wgmma
+        is_hopper(x.device)  # later architectures have no wgmma
         and x.dtype in (torch.bfloat16, torch.float16)
         and x.shape[1] % hopper_step(weight.dtype) == 0
-        and all(address % HOPPER_ALIGNMENT == 0 for address in addresses)
+        and tma_aligned(x, weight)
     )
 
 
-def tensor_map(tensor: Tensor, sizes: Sequence[int], strides: Sequence[int], box: Sequence[int]) -> driver.CUtensorMap:
+def tensor_map(
+    tensor: Tensor, sizes: Sequence[int], strides: Sequence[int], box: Sequence[int]
+) -> "driver.CUtensorMap":
     """The TMA descriptor of a tensor of 16-bit or 8-bit floats, with the 128-byte swizzle.
 
     Args:
@@ -112,7 +126,8 @@ def tensor_map(tensor: Tensor, sizes: Sequence[int], strides: Sequence[int], box
 @lru_cache(maxsize=1 << 14)
 def _tensor_map(
     address: int, dtype: torch.dtype, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]
-) -> driver.CUtensorMap:
+) -> "driver.CUtensorMap":
+    driver, _ = _bindings()
     types = driver.CUtensorMapDataType
     return _checked(
         driver.cuTensorMapEncodeTiled(
@@ -136,6 +151,7 @@ def _tensor_map(
 
 
 def _compiled(name: str, source: str, macros: Mapping[str, int], device: torch.device) -> bytes:
+    _, nvrtc = _bindings()
     major, minor = torch.cuda.get_device_capability(device)
     options = [f"-arch=sm_{major}{minor}a", "-std=c++17", "-default-device"]
     options += [f"-D{macro}={value}" for macro, value in macros.items()]

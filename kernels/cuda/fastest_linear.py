@@ -5,26 +5,36 @@ holds the references. Weights of 8-bit floats are for `fp8_linear`."""
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.cuda import triton_few_rows
+from kernels.cuda import fp8_linear, streamed_linear, triton_few_rows
+from kernels.cuda.gated_linear import gated_linear, suits_gated
+from kernels.cuda.gpu import is_hopper
 from kernels.cuda.triton_activation import silu_mul
 from kernels.cuda.triton_few_rows import few_rows_linear
-from kernels.cuda.triton_launch import is_hopper
 from kernels.cuda.triton_norm import rms_norm
 from kernels.cuda.triton_tiled_linear import suits_tiles, tiled_linear
 from kernels.fp8 import Fp8Weight, Weight
 from kernels.hidden import Hidden
 from kernels.linear import Mlp
 
-# Measured on an H100, those for more than 64 rows and the use of SMs on an H200 (docs/kernels.md).
-_SMALL_WEIGHT = 1 << 23  # elements; up to here our kernels beat cuBLAS at every number of rows that they support
-_FEW_ROWS = 2  # up to here `triton_few_rows` is the fastest for a small weight
-_STREAMED_ROWS = 32  # up to here `streamed_linear` is the fastest next, and above that only for
-_STREAMED_INPUTS = 640  # at least so many inputs, and, where no norm is begun, for large weights with
-_STREAMED_SPLITS = 2  # few parts to add up,
-_STREAMED_USE = 0.7  # of the SMs used if none is split,
-_STREAMED_AFTER_NORM = 64  # and up to so many rows, or, if the product adds to the residual, all that it supports
-_GATED_ROWS = 128  # up to here `gated_linear` is the fastest for a large weight that is not streamed,
-_GATED_PAIRS_ROWS = 176  # and from here on: in between, its pairs of thread blocks multiply too much that is not there
+# The first of these that applies. Measured on an H100, those for more than 64 rows and the use of SMs on an H200
+# (docs/kernels.md).
+# 1. few rows: up to _FEW_ROWS with a small weight, and what else it supports if nothing is streamed.
+# 2. streamed: up to _STREAMED_ROWS. Above that with at least _STREAMED_INPUTS inputs, if the layer before has begun the
+#    norm or this one begins the next; or with a large weight, up to _STREAMED_AFTER_NORM rows or as many as it supports
+#    if it adds to the residual, in at most _STREAMED_SPLITS parts, and, not split, if it uses _STREAMED_USE of the SMs.
+# 3. gated, for gate and up with a large weight: up to _GATED_ROWS, and from _GATED_PAIRS_ROWS on. In between, its pairs
+#    of thread blocks multiply too much that is not there.
+# 4. tiles, with a small weight.
+# 5. cuBLAS.
+_SMALL_WEIGHT = 1 << 23  # elements
+_FEW_ROWS = 2
+_STREAMED_ROWS = 32
+_STREAMED_INPUTS = 640
+_STREAMED_AFTER_NORM = 64
+_STREAMED_SPLITS = 2
+_STREAMED_USE = 0.7
+_GATED_ROWS = 128
+_GATED_PAIRS_ROWS = 176
 
 
 def _is_small(weight: Tensor) -> bool:
@@ -53,11 +63,7 @@ def streams(
         adds: to the residual.
         begins: the weight of the next layer's norm, which this one may begin.
     """
-    if not is_hopper(x.device):
-        return False
-    from kernels.cuda import streamed_linear  # imports CUDA's bindings, which a machine without a GPU may lack
-
-    if not streamed_linear.suits_stream(x, weight, gated=gated):
+    if not (is_hopper(x.device) and streamed_linear.suits_stream(x, weight, gated=gated)):
         return False
     if x.shape[0] <= _STREAMED_ROWS:
         return True
@@ -72,11 +78,8 @@ def streams(
 
 
 def _gates(x: Tensor, gate_up: Tensor) -> bool:
-    if not is_hopper(x.device) or _is_small(gate_up):
-        return False
-    from kernels.cuda.gated_linear import suits_gated
-
-    return suits_gated(x, gate_up) and not _GATED_ROWS < x.shape[0] < _GATED_PAIRS_ROWS
+    suits = is_hopper(x.device) and not _is_small(gate_up) and suits_gated(x, gate_up)
+    return suits and not _GATED_ROWS < x.shape[0] < _GATED_PAIRS_ROWS
 
 
 def _tiles(x: Tensor, weight: Tensor) -> bool:
@@ -86,8 +89,6 @@ def _tiles(x: Tensor, weight: Tensor) -> bool:
 def norm_linear(hidden: Hidden, norm: Tensor, eps: float, weight: Weight, bias: Tensor | None) -> Tensor:
     """`kernels.linear.norm_linear` for CUDA tensors whose last dimensions are contiguous."""
     if isinstance(weight, Fp8Weight):
-        from kernels.cuda import fp8_linear
-
         return fp8_linear.norm_linear(hidden, norm, eps, weight, bias)
     x = hidden.states
     if _few(x, weight):
@@ -110,8 +111,6 @@ def norm_gated_linear(hidden: Hidden, norm: Tensor, eps: float, gate_up: Tensor)
     gates = _gates(x, gate_up)
     normed = rms_norm(x, norm, eps, early=gates)
     if gates:
-        from kernels.cuda.gated_linear import gated_linear
-
         return gated_linear(normed, gate_up)
     if _tiles(normed, gate_up):
         return tiled_linear(normed, gate_up, gated=True)
@@ -121,16 +120,12 @@ def norm_gated_linear(hidden: Hidden, norm: Tensor, eps: float, gate_up: Tensor)
 def add_linear(hidden: Hidden, x: Tensor, weight: Weight, bias: Tensor | None, next_norm: Tensor | None) -> Hidden:
     """`kernels.linear.add_linear` for CUDA tensors whose last dimensions are contiguous."""
     if isinstance(weight, Fp8Weight):
-        from kernels.cuda import fp8_linear
-
         return fp8_linear.add_linear(hidden, x, weight, bias)
     states = hidden.states
     if _few(x, weight):
         return Hidden(few_rows_linear(x, weight, bias=bias, residual=states))
     if streams(x, weight, adds=True, begins=next_norm):
-        from kernels.cuda.streamed_linear import add_streamed_linear
-
-        return add_streamed_linear(states, x, weight, bias, next_norm)
+        return streamed_linear.add_streamed_linear(states, x, weight, bias, next_norm)
     if _tiles(x, weight):
         return Hidden(tiled_linear(x, weight, bias=bias, residual=states))
     states.addmm_(x, weight.t())
@@ -143,8 +138,6 @@ def add_mlp(hidden: Hidden, norm: Tensor, eps: float, mlp: Mlp, next_norm: Tenso
     """`kernels.linear.add_mlp` for CUDA tensors whose last dimensions are contiguous."""
     gate_up, down = mlp.gate_up, mlp.down
     if isinstance(gate_up, Fp8Weight):
-        from kernels.cuda import fp8_linear
-
         assert isinstance(down, Fp8Weight)
         return fp8_linear.add_mlp(hidden, norm, eps, gate_up, down)
     return add_linear(hidden, norm_gated_linear(hidden, norm, eps, gate_up), down, None, next_norm)
@@ -153,8 +146,8 @@ def add_mlp(hidden: Hidden, norm: Tensor, eps: float, mlp: Mlp, next_norm: Tenso
 def _normed_stream(
     hidden: Hidden, norm: Tensor, eps: float, weight: Tensor, *, bias: Tensor | None = None, gated: bool = False
 ) -> Tensor:
-    from kernels.cuda.streamed_linear import streamed_linear
-
     if (begun := hidden.begun) is not None:
-        return streamed_linear(begun.x, weight, squares=begun.squares, eps=eps, bias=bias, gated=gated)
-    return streamed_linear(rms_norm(hidden.states, norm, eps, early=True), weight, bias=bias, gated=gated)
+        return streamed_linear.streamed_linear(begun.x, weight, squares=begun.squares, eps=eps, bias=bias, gated=gated)
+    return streamed_linear.streamed_linear(
+        rms_norm(hidden.states, norm, eps, early=True), weight, bias=bias, gated=gated
+    )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kernels.attention import FEW_TOKENS, SHORT_TOKENS, PrefillAttention
 from kernels.cuda import triton_prefill_attention
+from kernels.cuda.gpu import is_hopper
 
 NAME = "flash_attn_interface"
 HEAD_DIMS = (64, 128, 256)
@@ -40,7 +41,7 @@ _MODULE = _load()
 
 def usable(device: torch.device) -> bool:
     """Whether FlashAttention-3 is installed and supports this device."""
-    return _MODULE is not None and torch.cuda.get_device_capability(device)[0] == 9
+    return _MODULE is not None and is_hopper(device)
 
 
 def prefill_attention(

@@ -16,7 +16,7 @@ import triton
 from torch import Tensor
 
 from kernels.cuda.cuda_kernel import HOPPER_STEP_BYTES, CudaKernel, suits_hopper, tensor_map
-from kernels.cuda.triton_launch import multiprocessors, shared_bytes
+from kernels.cuda.gpu import multiprocessors, shared_bytes
 
 _STEP = HOPPER_STEP_BYTES // 2  # inputs, of 16 bits
 _TOKENS = 128  # most of a thread block
@@ -73,7 +73,7 @@ def _kernel(plan: _Plan, dtype: torch.dtype, device: torch.device) -> CudaKernel
 
 
 def gated_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """silu(x @ gate.T) * (x @ up.T), for inputs that `suits_gated` accepts.
+    """silu(x @ gate.T) * (x @ up.T), for inputs that `suits_gated` accepts, bfloat16 or float16.
 
     x [1 to MAX_ROWS, inputs]; weight [2 * outputs, inputs]: gate in the first half, up in the second. Returns [rows,
     outputs].

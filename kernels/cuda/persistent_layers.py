@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kernels.cuda import cuda_source
-from kernels.cuda.triton_launch import is_hopper_or_later, multiprocessors, shared_bytes
+from kernels.cuda.gpu import is_hopper_or_later, multiprocessors, shared_bytes
 from kernels.experts import Experts
 from kernels.fp8 import Fp8Weight
 from kernels.linear import Mlp

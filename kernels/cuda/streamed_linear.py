@@ -19,15 +19,14 @@ import triton
 from torch import Tensor
 
 from kernels.cuda.cuda_kernel import (
-    HOPPER_ALIGNMENT,
     HOPPER_STEP_BYTES,
     CudaKernel,
     hopper_step,
     suits_hopper,
     tensor_map,
 )
+from kernels.cuda.gpu import multiprocessors, shared_bytes, tma_aligned
 from kernels.cuda.triton_fp8 import Quantized
-from kernels.cuda.triton_launch import multiprocessors, shared_bytes
 from kernels.fp8 import Fp8Weight, Weight
 from kernels.hidden import BegunNorm, Hidden
 
@@ -226,7 +225,7 @@ def _launch(
     next_norm: Tensor | None = None,
     begun: BegunNorm | None = None,
 ) -> None:
-    assert all(t is None or t.data_ptr() % HOPPER_ALIGNMENT == 0 for t in (bias, residual, next_norm))
+    assert tma_aligned(*(it for it in (bias, residual, next_norm) if it is not None))
     plan = _planned(x, weight)
     values, matrix, tokens = _values(x), _values(weight), _tokens(x)
     inputs, step = matrix.shape[1], hopper_step(matrix.dtype)

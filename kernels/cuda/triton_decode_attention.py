@@ -18,16 +18,10 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.attention import DecodeAttention
+from kernels.cuda.gpu import multiprocessors
+from kernels.cuda.triton_arrivals import MAX_ARRIVALS, arrivals, is_last_to_arrive
 from kernels.cuda.triton_fp8_kv import query_beside, unpaired
-from kernels.cuda.triton_launch import (
-    MAX_ARRIVALS,
-    arrivals,
-    dependent,
-    is_last_to_arrive,
-    multiprocessors,
-    prefetch_lines_to_l2,
-    wait_for_previous,
-)
+from kernels.cuda.triton_launch import dependent, prefetch_lines_to_l2, wait_for_previous
 from kernels.fp8 import E4M3
 from kernels.rope import Rotation
 
@@ -434,7 +428,7 @@ def decode_attention(
 
     It is one launch, whose grid depends on shapes alone, so a graph captured once serves all lengths. Padded rows
     (seq_len 0) become zeros. The two caches have equal strides. Calls on one device must not overlap in time, as they
-    share `kernels.cuda.triton_launch.arrivals`.
+    share `kernels.cuda.triton_arrivals.arrivals`.
     """
     rows = qkv.shape[0]
     block_size, num_kv_heads, head_dim = key_cache.shape[1:]

@@ -201,8 +201,11 @@ def _tile(choices: int, experts: int, gated: bool, dtype: torch.dtype) -> Tile:
 
 
 def grouped(x: Tensor, weight: Tensor, choices: Choices, out: Tensor, gated: bool) -> Tensor:
-    """The product of one row for each choice with its expert's matrix, as `_expert_kernel` says, written to `out`
-    [T * k, outputs]."""
+    """The product of one row for each choice with its expert's matrix, as `_expert_kernel` says.
+
+    x, of out's dtype: [T, inputs] if gated, a token's row being that of all its choices, else [T * k, inputs]; weight
+    [experts, outputs, inputs], twice as many outputs if gated; out [T * k, outputs], which is written and returned.
+    """
     experts, count = weight.shape[0], choices.order.numel()
     tile = _tile(count, experts, gated, x.dtype)
     _expert_kernel[tile.grid(count, experts, out.shape[1])](
@@ -234,7 +237,8 @@ def add_experts(hidden: Hidden, norm: Tensor, eps: float, experts: Experts) -> H
 
 
 def add_mix(states: Tensor, x: Tensor, shares: Tensor, chosen: Tensor, experts: Experts) -> None:
-    """Adds `kernels.experts.mix` to states [T, H], in place; chosen [T, k] int32."""
+    """Adds `kernels.experts.mix` to states [T, H], in place. x [T, H], of states' dtype; shares [T, k]; chosen [T, k]
+    int32."""
     tokens, width = x.shape
     choices = Choices(shares, *sort(chosen, experts.router.shape[0]))
     activated = torch.empty((chosen.numel(), experts.down.shape[2]), dtype=x.dtype, device=x.device)

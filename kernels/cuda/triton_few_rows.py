@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.cuda.triton_launch import dependent, multiprocessors, prefetch_to_l2, wait_for_previous
+from kernels.cuda.gpu import multiprocessors
+from kernels.cuda.triton_launch import dependent, prefetch_to_l2, wait_for_previous
 
 MAX_ROWS = 4
 _WARP_INPUTS = 256  # inputs that a warp reads at a time: 16 bytes a thread
@@ -147,7 +148,7 @@ def few_rows_linear(
     residual: Tensor | None = None,
     gated: bool = False,
 ) -> Tensor:
-    """rms_norm(x) @ weight.T + bias. The last dimensions are contiguous.
+    """rms_norm(x) @ weight.T + bias. All have one dtype, and contiguous last dimensions.
 
     x [1 to MAX_ROWS, inputs]; weight [outputs, inputs]; norm [inputs], or None for x as it is; bias [outputs] or None.
     Returns [rows, outputs]. `residual` [rows, outputs]: the result is added to it in place, and it is returned. gated:

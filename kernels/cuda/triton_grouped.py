@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.cuda.triton_launch import dependent, stages_that_fit
+from kernels.cuda.gpu import stages_that_fit
+from kernels.cuda.triton_launch import dependent
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,83 +15,19 @@ Rules for a kernel that is launched this way:
   not. It has to read such results from L2 (.cg), as the SM's L1 may hold stale data until the wait.
 """
 
-from functools import lru_cache
-
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from kernels.cuda.gpu import is_hopper_or_later
+
 enabled = True  # benchmarks switch it off, to compare
-
-
-@lru_cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-
-
-def is_hopper(device: torch.device) -> bool:
-    return _capability(device)[0] == 9
-
-
-def is_hopper_or_later(device: torch.device) -> bool:
-    return _capability(device) >= (9, 0)
 
 
 def dependent(device: torch.device) -> dict[str, bool]:
     """Launch options of a Triton kernel that has the constant DEPENDENT."""
     return {"DEPENDENT": True, "launch_pdl": True} if enabled and is_hopper_or_later(device) else {"DEPENDENT": False}
-
-
-@lru_cache
-def multiprocessors(device: torch.device) -> int:
-    if device.type == "cpu":  # Triton's interpreter
-        return 4
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-@lru_cache
-def shared_bytes(device: torch.device) -> int:
-    """The largest shared memory of a thread block, in bytes."""
-    if device.type == "cpu":
-        return 227 << 10
-    properties = torch.cuda.get_device_properties(device)
-    return int(properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]  # torch's stubs lack it
-
-
-_OTHER_SHARED_BYTES = 27 << 10  # left for anything but pipeline stages
-
-
-def stages_that_fit(most: int, stage_bytes: int, device: torch.device) -> int:
-    """How many pipeline stages of this size a thread block's shared memory holds, up to `most`."""
-    return min(most, (shared_bytes(device) - _OTHER_SHARED_BYTES) // stage_bytes)
-
-
-MAX_ARRIVALS = 1 << 15
-
-
-@lru_cache
-def arrivals(device: torch.device) -> Tensor:
-    """Counters [MAX_ARRIVALS] int32 for `is_last_to_arrive`. All are zero between launches.
-
-    A device has one set, since its kernels run on one stream at a time. The first call allocates it, and must not be
-    inside a graph's capture (nor can the kernel's compilation be).
-    """
-    return torch.zeros(MAX_ARRIVALS, dtype=torch.int32, device=device)
-
-
-@triton.jit
-def is_last_to_arrive(counter, count):
-    """Called by `count` programs, after each has written its part. True in the last one to call: that one may read all
-    parts, from L2 (.cg), where the other programs' writes are. Leaves the counter at zero."""
-    # The barrier puts the writes of all threads before the release by the thread that counts; the last program's
-    # acquire makes all of them visible.
-    tl.debug_barrier()
-    is_last = tl.atomic_add(counter, 1, sem="acq_rel") == count - 1
-    if is_last:
-        tl.store(counter, 0)
-    return is_last
 
 
 @triton.jit

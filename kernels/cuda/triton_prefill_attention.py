@@ -15,15 +15,10 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.attention import SHORT_TOKENS, PrefillAttention
+from kernels.cuda.gpu import multiprocessors
+from kernels.cuda.triton_arrivals import MAX_ARRIVALS, arrivals, is_last_to_arrive
 from kernels.cuda.triton_fp8_kv import query_beside
-from kernels.cuda.triton_launch import (
-    MAX_ARRIVALS,
-    arrivals,
-    dependent,
-    is_last_to_arrive,
-    multiprocessors,
-    wait_for_previous,
-)
+from kernels.cuda.triton_launch import dependent, wait_for_previous
 
 _PROGRAMS_PER_SM = 2  # that run at once
 _MOST_PARTS = 16
@@ -270,7 +265,7 @@ def prefill_attention(
     It is one launch, whose grid depends on shapes alone, so a graph captured once serves all lengths that fit it. Only
     the context is read from the cache; a chunk's own keys and values are read from k and v. Those two have equal
     strides, and so have the two caches. Calls on one device must not overlap in time, as they share
-    `kernels.cuda.triton_launch.arrivals`.
+    `kernels.cuda.triton_arrivals.arrivals`.
     """
     tokens, num_heads, head_dim = q.shape
     sequences = batch.cu_query_lens.shape[0] - 1

@@ -16,21 +16,13 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.cuda.triton_launch import (
-    MAX_ARRIVALS,
-    arrivals,
-    dependent,
-    is_hopper_or_later,
-    is_last_to_arrive,
-    multiprocessors,
-    stages_that_fit,
-    wait_for_previous,
-)
+from kernels.cuda.gpu import is_hopper_or_later, multiprocessors, stages_that_fit, tma_aligned
+from kernels.cuda.triton_arrivals import MAX_ARRIVALS, arrivals, is_last_to_arrive
+from kernels.cuda.triton_launch import dependent, wait_for_previous
 
 MAX_ROWS = 256
 _DTYPES = (torch.bfloat16, torch.float16)
 _TILE_ROWS = 64  # the M of wgmma
-_ALIGNED = 16  # bytes, required by TMA
 
 
 @triton.jit
@@ -160,14 +152,14 @@ def suits_tiles(x: Tensor, weight: Tensor) -> bool:
         and (x.is_cpu or is_hopper_or_later(x.device))
         and x.dtype in _DTYPES
         and inputs % 64 == 0
-        and all(address % _ALIGNED == 0 for address in (x.data_ptr(), weight.data_ptr(), x.stride(0) * x.itemsize))
+        and tma_aligned(x, weight)
     )
 
 
 def tiled_linear(
     x: Tensor, weight: Tensor, *, bias: Tensor | None = None, residual: Tensor | None = None, gated: bool = False
 ) -> Tensor:
-    """x @ weight.T + bias, for inputs that `suits_tiles` accepts.
+    """x @ weight.T + bias, for inputs that `suits_tiles` accepts. All have one dtype.
 
     x [1 to MAX_ROWS, inputs]; weight [outputs, inputs]; bias [outputs] or None. Returns [rows, outputs]. `residual`
     [rows, outputs]: the result is added to it in place, and it is returned. gated: returns [rows, outputs / 2], SiLU of

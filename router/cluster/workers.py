@@ -57,7 +57,7 @@ class Workers:
 
     def any(self) -> Worker | None:
         """Some worker: all that are connected have the same kind and dtype. None while there is none."""
-        return next((worker for workers in self._of_role.values() for worker in workers), None)
+        return next(iter(self.all()), None)
 
     def count(self, role: Role) -> int:
         """How many workers of a role requests can go to."""

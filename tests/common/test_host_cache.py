@@ -151,7 +151,7 @@ class HostCacheAgainstContents(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "cache"):
             return
-        while self.memory.under_way or not self.cache.settled or self.loading:
+        while self.memory.under_way or not self.cache.all_saved or self.loading:
             if self.memory.under_way:
                 self.memory.go_on(0)
             self.end_loads()
@@ -175,7 +175,7 @@ def pool_of_noise() -> KvPool:
 
 
 def wait_for(cache: HostCache) -> None:
-    while not cache.settled:
+    while not cache.all_saved:
         cache.turn()
 
 
@@ -246,7 +246,7 @@ def test_much_is_copied_in_parts_and_a_few_of_these_at_once(monkeypatch: pytest.
     for number, block in enumerate(taken):
         memory.pool[block] = number
     parts = []
-    while not cache.settled:
+    while not cache.all_saved:
         cache.turn()
         parts.append([copy.left for copy in memory.under_way])
         while memory.under_way:

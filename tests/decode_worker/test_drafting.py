@@ -198,9 +198,7 @@ def decide(drafting: Drafting, sequence: Sequence, seconds: dict[bool, float], k
     made = []
     for _ in range(steps):
         drafted = drafting.pays([sequence])
-        drafting.took(1, drafted, seconds[drafted])
-        if drafted:
-            drafting.kept(sequence, kept)
+        drafting.observe([sequence], seconds[drafted], [kept] if drafted else None)
         made.append(drafted)
     return made
 

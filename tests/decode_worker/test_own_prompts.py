@@ -251,7 +251,7 @@ def test_prompts_are_loaded_and_answers_stay_the_same(loaded: LoadedModel, their
     for _ in range(3):
         assert one.run([greedy(tokens, 12) for tokens in asked]) == wanted
     assert one._engine._metrics.loaded_tokens._value.get() > 100
-    while not cache.settled:
+    while not cache.all_saved:
         cache.turn()
     assert cache.slots.in_use_count == 0
 
@@ -275,7 +275,7 @@ def test_a_sequence_that_is_dropped_while_it_alone_loads_gives_its_blocks_back(
     assert one.parts.blocks.in_use_count == 10
     copies_arrive = True
     one.finish()
-    while not cache.settled:  # what the others said is saved by a thread, for which a worker need not wait
+    while not cache.all_saved:  # what the others said is saved by a thread, for which a worker need not wait
         cache.turn()
     assert cache.slots.in_use_count == 0
 

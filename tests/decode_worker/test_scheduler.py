@@ -194,12 +194,12 @@ def test_blocks_stay_until_the_last_launched_step_is_through() -> None:
     seq = sequence(1, 8)
     assert scheduler.reserve(seq, headroom_tokens=0)
     start(scheduler, seq)
-    seq.steps_in_flight = 1
+    seq.writes_in_flight = 1
     scheduler.end(seq)
     scheduler.end(seq)
     assert pool.in_use_count == 2
     assert scheduler.count == 0
-    seq.steps_in_flight = 0
+    seq.writes_in_flight = 0
     scheduler.release_if_idle(seq)
     scheduler.release_if_idle(seq)
     assert pool.in_use_count == 0

@@ -35,7 +35,7 @@ def test_blocks_come_back_as_they_were(dtype: str) -> None:
     hashes = [number.to_bytes(16, "little") for number in range(40)]
     for block, block_hash in zip(taken, hashes, strict=True):
         blocks.publish(block, block_hash)
-    while not cache.settled:
+    while not cache.all_saved:
         cache.turn()
     blocks.release(taken)
     fresh = blocks.allocate(64)[10:50]
@@ -75,5 +75,5 @@ def with_host(parts: WorkerParts, num_blocks: int) -> WorkerParts:
 
 def settle(parts: WorkerParts) -> None:
     assert parts.host_cache is not None
-    while not parts.host_cache.settled:
+    while not parts.host_cache.all_saved:
         parts.host_cache.turn()

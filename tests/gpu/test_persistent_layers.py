@@ -17,7 +17,7 @@ from kernels.cuda.persistent_layers import fuse_layers
 from kernels.fp8 import Weight
 from kernels.hidden import Hidden
 from kernels.linear import Mlp
-from kernels.ops import LayersOfOneToken, LayerWeights
+from kernels.ops import FusedLayers, LayerWeights
 from kernels.rope import Rotation
 from tests.kernels.inputs import DEVICE, assert_close
 
@@ -85,7 +85,7 @@ class Case:
     pool: Tensor  # NaN where nothing is cached
     block_table: Tensor
     tokens: Tensor
-    fused: LayersOfOneToken
+    fused: FusedLayers
 
 
 def make_case(shape: Shape, cached: int, room: int = 4) -> Case:

@@ -15,8 +15,8 @@ if torch.cuda.get_device_capability()[0] != 9:
 
 from common.device.graph_capture import capture
 from kernels.cuda import fastest_linear, triton_launch
+from kernels.cuda.gpu import multiprocessors
 from kernels.cuda.streamed_linear import MAX_ROWS, add_streamed_linear, streamed_linear, suits_stream
-from kernels.cuda.triton_launch import multiprocessors
 from kernels.cuda.triton_norm import rms_norm
 from kernels.hidden import Hidden
 from tests.kernels.inputs import DEVICE, assert_close

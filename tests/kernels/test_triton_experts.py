@@ -54,7 +54,7 @@ def test_stages_fit_into_shared_memory(
     experts, device = checks.triton_experts, torch.device("cpu")
     tile = experts._tile(choices, 128, gated, dtype)
     for kib, whole in ((227, True), (99, False)):  # an H100, and Ada or a small Blackwell
-        monkeypatch.setattr("kernels.cuda.triton_launch.shared_bytes", lambda _, size=kib << 10: size)
+        monkeypatch.setattr("kernels.cuda.gpu.shared_bytes", lambda _, size=kib << 10: size)
         stages = tile.stages_on(device, gated, dtype.itemsize)
         loaded = (tile.rows + tile.outputs * (1 + gated)) * tile.inputs * dtype.itemsize
         assert 1 <= stages <= tile.stages

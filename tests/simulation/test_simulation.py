@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from collections.abc import Sequence as Items
 from dataclasses import replace
 
 import pytest
@@ -75,13 +76,13 @@ def run_all(seeds: range, tiny: Model) -> Traffic:
 
 
 def test_everything_happens_and_nothing_goes_wrong(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    traffic, kept = Traffic(), Drafting.kept
+    traffic, observe = Traffic(), Drafting.observe
 
-    def counted(sequence: Sequence, drafts: int) -> None:
-        traffic.counts["drafts kept"] += drafts
-        kept(sequence, drafts)
+    def counted(drafting: Drafting, sequences: Items[Sequence], seconds: float, kept: Items[int] | None) -> None:
+        traffic.counts["drafts kept"] += sum(kept or ())
+        observe(drafting, sequences, seconds, kept)
 
-    monkeypatch.setattr(Drafting, "kept", staticmethod(counted))
+    monkeypatch.setattr(Drafting, "observe", counted)
     for seed in range(FIRST, FIRST + ENOUGH):
         run(seed, tiny, traffic)
         missing = [what for what in HAPPENED if not traffic.counts[what]]

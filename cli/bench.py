@@ -54,6 +54,7 @@ def bench(
             event_loop.run(_measure(connection, load, measured))
         except KeyboardInterrupt:
             if not measured.records:
+                print("twostroke: interrupted before a request that counts had ended", file=sys.stderr)
                 raise
             interrupted = True
         model, records = measured.model, measured.records

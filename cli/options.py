@@ -11,6 +11,7 @@ from functools import partial
 from typing import Annotated, TypeVar, cast
 
 from cyclopts import Parameter
+from cyclopts.types import PositiveFloat
 
 from common.network.addresses import Targets
 from common.security import pem
@@ -41,7 +42,7 @@ class Connection(TlsConfig):
     tls: bool = False
     """Connect with TLS, and trust the system's certificate authorities unless --tls-ca names others."""
 
-    timeout: float | None = None
+    timeout: PositiveFloat | None = None
     """Seconds that an answer may take. Not set: no limit."""
 
     def client(self) -> Client:

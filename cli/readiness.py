@@ -23,22 +23,25 @@ class Readiness:
     Args:
         client: calls the router.
         workers: how many there must be.
-        is_own: whether the router that answers is the one that was started, not another at the same address.
+        why_silent: why the router that was started, and not another at the same address, does not answer; None if it
+            does.
     """
 
-    def __init__(self, client: Client, workers: int, is_own: Callable[[], bool]) -> None:
+    def __init__(self, client: Client, workers: int, why_silent: Callable[[], str | None]) -> None:
         self._client = client
         self._workers = workers
-        self._is_own = is_own
+        self._why_silent = why_silent
         self._found = False
         self._since: dict[str, float] = {}  # of each problem that there is: time.monotonic()
 
     def look(self) -> tuple[str | None, list[str]]:
         """The model's name, once the router's health is SERVING and every worker takes requests; and the problems that
         are new since the last look."""
-        self._found = self._found or self._is_own()
-        if not self._found:
-            return None, []
+        if not self._found and (reason := self._why_silent()) is not None:
+            # Refused: it does not listen yet. What else goes wrong with a connection, such as TLS, will not change.
+            broken = "UNAVAILABLE" in reason and "refused" not in reason
+            return None, self._new([f"the router cannot be called at {reason}"] if broken else [])
+        self._found = True
         try:
             self._client.wait_until_ready(timeout=1)
             serving = True
@@ -50,9 +53,13 @@ class Readiness:
                 return self._client.model(timeout=1).name, []
         except TwostrokeError:
             return None, []
+        return None, self._new(problems_of(load))
+
+    def _new(self, problems: list[str]) -> list[str]:
+        """Those that there were not at the last look."""
         known, now = self._since, time.monotonic()
-        self._since = {problem: known.get(problem, now) for problem in problems_of(load)}
-        return None, [problem for problem in self._since if problem not in known]
+        self._since = {problem: known.get(problem, now) for problem in problems}
+        return [problem for problem in problems if problem not in known]
 
     def close(self) -> None:
         """To be called once the cluster is ready: left open, the client would notice that the router goes."""

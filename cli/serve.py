@@ -43,7 +43,7 @@ POLL_SECONDS = 0.1
 
 
 def serve(
-    *command: Annotated[str, Parameter(allow_leading_hyphen=True, show_env_var=False)],
+    *command: Annotated[str, Parameter(show_env_var=False)],
     config: ServeConfig = ServeConfig(),
 ) -> None:
     """
@@ -52,8 +52,10 @@ def serve(
     command
         What to run against the cluster, after --.
     """
-    if command and command[0].startswith("-"):
-        raise SystemExit(f"twostroke serve: there is no flag {command[0]}")
+    if stray := command[: len(command) - _behind_dashes()]:
+        raise SettingsError(
+            f"{stray[0]!r} belongs to no flag: the model is named by --model, and a command stands behind --"
+        )
     if command and shutil.which(command[0]) is None:
         raise SystemExit(f"twostroke serve: there is no command {command[0]!r}")
     decode_prefills = bool(config.prefill_tokens or config.prefill_overflow_tokens)
@@ -87,7 +89,7 @@ def serve(
                     child.output = log
                 child.start()
             environment = os.environ | _tls_environment(config) | {"TWOSTROKE_TARGET": target}
-            readiness = Readiness(client, len(workers), partial(_answers, router, target, config))
+            readiness = Readiness(client, len(workers), partial(_why_silent, router, target, config))
             raise SystemExit(_supervise(cluster, readiness, command, environment, signals))
         except _GivenUp as error:
             stop([[router], workers], STOP_SECONDS, signals)
@@ -96,6 +98,11 @@ def serve(
             raise SystemExit(f"twostroke serve: {error}; giving up") from error
         finally:
             stop([[router], workers], (config.drain_seconds or RouterConfig().drain_seconds) + STOP_SECONDS, signals)
+
+
+def _behind_dashes() -> int:
+    """Number of arguments behind --."""
+    return len(sys.argv) - 1 - sys.argv.index("--") if "--" in sys.argv else 0
 
 
 class _GivenUp(Exception):
@@ -221,10 +228,10 @@ def _client(config: ServeConfig, target: str) -> Client:
     )
 
 
-def _answers(router: Child, target: str, config: ServeConfig) -> bool:
-    """Whether it is this router, and no other, that answers at `target`."""
+def _why_silent(router: Child, target: str, config: ServeConfig) -> str | None:
+    """None if it is this router, and no other, that answers at `target`; else a sentence."""
     assert router.process is not None
-    return probe(target, service_of_process(router.process.pid), config) is None
+    return probe(target, service_of_process(router.process.pid), config)
 
 
 def _tls_environment(config: ServeConfig) -> dict[str, str]:

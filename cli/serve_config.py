@@ -9,6 +9,7 @@ from cyclopts.types import NonNegativeFloat, NonNegativeInt, Port, PositiveFloat
 
 from common.network.addresses import Listen
 from common.security.security_config import SecurityConfig
+from common.worker.config import Device
 from decode_worker.config import Drafts
 from router.config import Silence
 
@@ -24,7 +25,7 @@ class ServeConfig(SecurityConfig):
     decode_workers: PositiveInt = 1
     """Number of decode workers."""
 
-    devices: tuple[str, ...] = ("auto",)
+    devices: tuple[Device, ...] = ("auto",)
     """Devices of the workers, in turn, prefill workers first: cpu, cuda or cuda:N."""
 
     listen: Listen = "127.0.0.1:8600"
@@ -52,7 +53,7 @@ class ServeConfig(SecurityConfig):
     """Tokens in a KV block."""
 
     num_blocks: PositiveInt | None = None
-    """KV blocks of each worker. Not set: a share of the free memory."""
+    """KV blocks of each worker. Not set: 85 % of a GPU's free memory, or on a CPU a tenth of it, at most 2 GiB."""
 
     host_cache_gib: NonNegativeFloat | None = None
     """GiB of this machine's memory that each worker that prefills takes for copies of KV blocks, which can be loaded

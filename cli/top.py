@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from cli.options import Connection, errors_as_exit
+from cli.options import Connection, errors_as_exit, sentence_of
 from cli.readiness import ROLES, problems_of
 from twostroke import Client, TwostrokeError
 from twostroke.v1 import inference_pb2 as pb
@@ -66,7 +66,7 @@ def _watch(client: Client, interval: float, console: Console, show: Callable[[Re
             show(frame(before or now, now, console))
             before = now
         except TwostrokeError as error:
-            show(Text(f"{error.code.name}: {error.message}", style="red"))
+            show(Text(f"{error.code.name}: {sentence_of(error)}", style="red"))
             before = None
         time.sleep(interval)
 

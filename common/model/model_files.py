@@ -39,6 +39,8 @@ def resolve(model: str, *, weights: bool = True) -> Path:
         raise ModelError(f"cannot look into {model!r} for a config.json: {error.strerror or error}") from error
     except RuntimeError as error:
         raise ModelError(f"there is no user that {model!r} could mean") from error
+    if not found and directory.is_dir():
+        raise ModelError(f"the directory {model!r} has no config.json")
     if not found:
         raise ModelError(
             f"{model!r} is neither the embedded model {EMBEDDED} nor a directory that holds a config.json, nor has it "

@@ -42,6 +42,8 @@ def create(transport: str, layout: KvLayout, device: torch.device, instance: str
     Raises:
         TransportError: the transport does not work on this device or machine, or there is too little memory.
     """
+    if transport == "cuda_ipc" and device.type != "cuda":
+        raise TransportError(f"transport cuda_ipc is for GPUs, and the device is {device}; use --transport shm")
     sweep()
     return _transport(transport).create(layout, device, instance)
 

@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 from cyclopts import Parameter
 from cyclopts.types import NonNegativeFloat, Port, PositiveInt
@@ -16,6 +16,9 @@ DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
 def _is_device(_type: Any, device: str) -> None:
     if not DEVICE.fullmatch(device):
         raise ValueError("Must be auto, cpu, cuda or cuda:N.")
+
+
+Device: TypeAlias = Annotated[str, Parameter(validator=_is_device)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +37,7 @@ class WorkerConfig(SecurityConfig):
     """Type of KV. fp8: 8-bit floats (e4m3), half as many bytes as with 16 bits; not for every model. Equal on all
     workers of a cluster. auto: that of `dtype`."""
 
-    device: Annotated[str, Parameter(validator=_is_device)] = "auto"
+    device: Device = "auto"
     """cpu, cuda or cuda:N. auto: cuda where there is one."""
 
     load_format: Literal["auto", "dummy"] = "auto"
@@ -57,7 +60,7 @@ class WorkerConfig(SecurityConfig):
     """Tokens in a KV block. Equal on all workers of a cluster."""
 
     num_blocks: PositiveInt | None = None
-    """KV blocks in the pool. Not set: a share of the free memory."""
+    """KV blocks in the pool. Not set: 85 % of a GPU's free memory, or on a CPU a tenth of it, at most 2 GiB."""
 
     host_cache_gib: NonNegativeFloat = 0.0
     """GiB of the host's memory for copies of KV blocks, which can be loaded once the pool has no room for them any

@@ -67,17 +67,17 @@ class Registration:
                         )
                         warned = True
                     while True:
-                        response = await stub.Register(
-                            request, timeout=CALL_SECONDS, wait_for_ready=True, metadata=self.peers.metadata
-                        )
+                        response = await stub.Register(request, timeout=CALL_SECONDS, metadata=self.peers.metadata)
                         if failures:
                             log.info("registered", router=router)
                         failures.clear()
                         await asyncio.sleep(max(response.interval_ms, SHORTEST_INTERVAL_MS) / 1000)
                 except grpc.aio.AioRpcError as error:
-                    kind, detail = error.code(), error.details()
+                    detail = error.details()
+                    kind = error.code(), detail
                 except Exception as error:  # of whatever kind: routers would never hear of a worker that says it serves
-                    kind, detail = type(error), str(error)
+                    detail = str(error)
+                    kind = type(error)
                 if kind not in failures:
                     log.warning("cannot register yet; trying on", router=router, detail=detail)
                 failures.add(kind)

@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import structlog
+
 from common import garbage
 from common.network.peers import Peers
 from common.telemetry.tracing import Tracing
@@ -11,6 +13,8 @@ from common.worker.lifecycle import Lifecycle
 from common.worker.worker_metrics import WorkerMetrics
 from common.worker.worker_parts import WorkerParts
 from common.worker.worker_service import WorkerService
+
+log = structlog.get_logger(__name__)
 
 
 @contextmanager
@@ -27,6 +31,11 @@ def serving(
     metrics.serve(config, peers.certificates)
     garbage.forget_start()
     service.set_serving(True)
+    if not config.router:
+        log.info(
+            "no --router is named: only routers that are told this worker's address, by --prefill or --decode, use it",
+            address=service.address,
+        )
     try:
         yield service, lifecycle
     finally:

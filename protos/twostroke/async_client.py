@@ -67,7 +67,7 @@ class AsyncClient:
         self._credentials = credentials_of(tls, tls_server_name)
         self._options = options_of(target, tls_server_name)
         self._metadata = metadata_of(api_key)
-        self._timeout = timeout
+        self._timeout = None if timeout is None else seconds(timeout)
         self._target = checked(target)
 
     # Channels of grpc.aio belong to the event loop that runs when they are made, and clients are often made before it.

@@ -65,8 +65,13 @@ def credentials_of(tls: bool | grpc.ChannelCredentials, tls_server_name: str | N
     """None for plain text. `tls` is True for TLS against the system's certificate authorities.
 
     Raises:
+        TypeError: one of them is of another type.
         InvalidArgument: there is a name for a certificate that nobody would ask for.
     """
+    if not isinstance(cast(object, tls), bool | grpc.ChannelCredentials):
+        raise wrong_type("tls", "true, false or what grpc.ssl_channel_credentials makes", tls)
+    if not isinstance(cast(object, tls_server_name), str | None):
+        raise wrong_type("tls_server_name", "text", tls_server_name)
     if tls_server_name and not tls:
         raise refused("tls_server_name", "goes with tls only; without it, calls are sent in plain text")
     if isinstance(tls, bool):

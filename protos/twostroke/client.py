@@ -83,7 +83,7 @@ class Client:
         self._stub = InferenceStub(self._channel)
         self._watch = self._channel.unary_stream(HEALTH_WATCH, HEALTH_TO_BYTES, HEALTH_FROM_BYTES)
         self._metadata = metadata_of(api_key)
-        self._timeout = timeout
+        self._timeout = None if timeout is None else seconds(timeout)
         self._shared: SyncSharedCall | None = None
         if share_call:
             self._shared = SyncSharedCall(partial(_open, self._stub, self._metadata))

@@ -5,7 +5,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import NoneType, UnionType
@@ -37,12 +37,12 @@ DECIDED = {"insecure", "listen", "advertise", "router", "prefill", "decode", "de
 
 @contextmanager
 def serve(
-    folder: Path, *command: str, listen: str = "127.0.0.1:0", **environment: str
+    folder: Path, *command: str, listen: str = "127.0.0.1:0", flags: Sequence[str] = (), **environment: str
 ) -> Iterator[subprocess.Popen[str]]:
     arguments = [sys.executable, "tests/cli/serve_fakes.py", f"--listen={listen}", f"--model={folder}"]
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'protos'}"} | environment
     process = subprocess.Popen(
-        [*arguments, *(("--", *command) if command else ())],
+        [*arguments, *flags, *(("--", *command) if command else ())],
         env=environment,
         cwd=ROOT,
         stdout=subprocess.PIPE,
@@ -124,10 +124,27 @@ def test_a_taken_address_is_told_before_the_model_is_downloaded(monkeypatch: pyt
 
 def test_no_other_router_tells_that_it_is_ready() -> None:
     with serving(FakeRouter(load=TWO_READY)) as router, Client(router.address) as client:
-        assert Readiness(client, 2, lambda: False).look() == (None, [])
-        assert Readiness(client, 2, lambda: True).look() == ("fake", [])
+        assert Readiness(client, 2, lambda: "another").look() == (None, [])
+        assert Readiness(client, 2, lambda: None).look() == ("fake", [])
         assert probe(router.address, service_of_process(os.getpid())) is None
         assert probe(router.address, service_of_process(os.getppid())) is not None
+
+
+def test_a_router_that_cannot_be_called_is_told_of_unless_it_does_not_listen_yet(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    where = "host:1 process 1: UNAVAILABLE"
+    with Client("localhost:1") as client:
+        refused = Readiness(client, 2, lambda: f"{where}: Connection refused")
+        broken = Readiness(client, 2, lambda: f"{where}: Verification failed")
+        assert refused.look() == (None, [])
+        problem = f"the router cannot be called at {where}: Verification failed"
+        assert broken.look() == (None, [problem])
+        assert broken.look() == (None, [])
+        assert broken.lasting_problem() is None
+        monkeypatch.setattr("cli.readiness.LASTING_SECONDS", -1.0)
+        assert broken.lasting_problem() == problem
+        assert refused.lasting_problem() is None
 
 
 def test_a_router_whose_port_was_taken_is_not_started_again(tmp_path: Path) -> None:
@@ -232,13 +249,25 @@ def test_settings_that_cannot_work(tmp_path: Path, setting: str, value: str, ref
 
 
 @pytest.mark.parametrize(
-    ("argument", "refusal"),
-    [("no-such-command", "there is no command 'no-such-command'"), ("--port", "there is no flag --port")],
+    ("arguments", "code", "refusal"),
+    [
+        (("--", "no-such-command"), 1, "there is no command 'no-such-command'"),
+        (
+            ("org/name",),
+            1,
+            "'org/name' belongs to no flag: the model is named by --model, and a command stands behind --",
+        ),
+        (("ls", "--", "ls"), 1, "'ls' belongs to no flag"),
+        (("--prefill-worker", "2"), 2, "Did you mean --prefill-workers?"),
+    ],
 )
-def test_there_is_no_such_command(tmp_path: Path, argument: str, refusal: str) -> None:
-    with serve(tmp_path, argument) as process:
-        assert refusal in process.communicate(timeout=30)[1]
-    assert process.returncode == 1
+def test_what_is_neither_a_flag_nor_a_command(
+    tmp_path: Path, arguments: tuple[str, ...], code: int, refusal: str
+) -> None:
+    with serve(tmp_path, flags=arguments) as process:
+        errors = " ".join(process.communicate(timeout=30)[1].replace("│", " ").split())
+        assert refusal in errors
+    assert process.returncode == code
     assert not (tmp_path / "router").exists()
 
 

@@ -244,7 +244,7 @@ def test_a_directory_wins_over_the_hub(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org/tiny").mkdir(parents=True)
     assert hub_name.public_name("org/tiny") == "org/tiny"
-    with pytest.raises(ModelError, match=r"neither the embedded model .* nor a directory that holds a config\.json"):
+    with pytest.raises(ModelError, match=r"^the directory 'org/tiny' has no config\.json$"):
         model_files.resolve("org/tiny")
     (tmp_path / "org/tiny/config.json").write_text("{}")
     assert model_files.resolve("org/tiny") == tmp_path / "org/tiny"

@@ -3,6 +3,7 @@
 import asyncio
 import queue
 import socket
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,6 +12,7 @@ import grpc
 import pytest
 from structlog.testing import capture_logs
 
+from common.network.free_port import free_port
 from common.network.own_address import Way, way_to
 from common.worker.config import WorkerConfig
 from common.worker.worker_peers import worker_peers
@@ -138,6 +140,18 @@ def test_a_router_whose_name_is_not_there_yet_is_tried_on(
         assert registry[0].told.get(timeout=10).startswith("127.0.0.1:")
     finally:
         service.stop()
+
+
+def test_why_a_router_cannot_be_called_is_told() -> None:
+    with capture_logs() as logs:
+        service = started(router=(f"127.0.0.1:{free_port()}",))
+        try:
+            deadline = time.monotonic() + 10
+            while not any("onnection refused" in str(entry.get("detail")) for entry in logs):
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+        finally:
+            service.stop()
 
 
 def test_ipv6_addresses_have_brackets() -> None:

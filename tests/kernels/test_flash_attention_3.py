@@ -14,6 +14,7 @@ from kernels.fp8 import E4M3
 from tests.kernels.inputs import causal_attention
 
 checks = pytest.importorskip("tests.kernels.checks", exc_type=ImportError)
+gpu = pytest.importorskip("kernels.cuda.gpu", exc_type=ImportError)
 flash_attention_3 = pytest.importorskip("kernels.cuda.flash_attention_3", exc_type=ImportError)
 CUT_TOKENS = flash_attention_3.CUT_TOKENS
 
@@ -111,7 +112,7 @@ def test_it_is_for_hopper_where_it_is_installed(
     monkeypatch: pytest.MonkeyPatch, installed: bool, capability: int, wanted: bool
 ) -> None:
     monkeypatch.setattr(flash_attention_3, "_MODULE", SimpleNamespace() if installed else None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (capability, 0))
+    monkeypatch.setattr(gpu, "_capability", lambda _: (capability, 0))
     assert flash_attention_3.usable(torch.device("cuda", 0)) is wanted
 
 

@@ -582,6 +582,10 @@ def test_what_a_client_cannot_be_made_with(make: type[Client | AsyncClient]) -> 
             make(api_key=key)
     with pytest.raises(twostroke.InvalidArgument, match=r"^tls_server_name: goes with tls only"):
         make(tls_server_name="router.example")
+    for argument, value in (("tls", "ca.pem"), ("tls", Path("ca.pem")), ("tls_server_name", 5), ("timeout", "5")):
+        wrong: Any = {argument: value}
+        with pytest.raises(TypeError, match=f"^{argument}: must be .*, not {type(value).__name__}"):
+            make(**wrong)
     with pytest.raises(TypeError, match=r"^api_key: must be text, not bytes$"):
         make(api_key=cast(Any, b"alice.k"))
 

@@ -36,7 +36,7 @@ nvidia-smi --query-gpu=index,name,driver_version,memory.total --format=csv,nohea
 parallel=()
 "$python" -c "import xdist" 2>/dev/null && parallel=(-n 8)
 run kernels-tests 150 "$python" -m pytest -q --maxfail 20 --timeout 120 "${parallel[@]}" tests/kernels
-run engine-tests 240 "$python" -m pytest -q --timeout 180 "${parallel[@]}" tests/gpu --ignore-glob 'tests/gpu/test_fp8_*'
+run engine-tests 330 "$python" -m pytest -q --timeout 180 "${parallel[@]}" tests/gpu --ignore-glob 'tests/gpu/test_fp8_*'
 run fp8-tests 240 "$python" -m pytest -q --timeout 180 "${parallel[@]}" tests/gpu/test_fp8_*.py
 run memcheck 400 "$python" -m tests.gpu.memcheck
 run kernels 150 "$python" -m benchmarks.gpu.kernels "$out/kernels.json"

@@ -48,7 +48,9 @@ def _choose_kernel(
     weight = tl.exp(score - tl.max(score))
     total = tl.sum(weight)
     # Of scores that are NaN or infinite, argmax might choose one past the last expert. By `total` their shares are NaN.
-    weight = tl.where(weight >= 0.0, weight, 0.0)
+    # NaN is told by its bits, since the compiler takes a comparison of what exp returns with 0 for always true.
+    is_number = weight.to(tl.int32, bitcast=True) <= 0x7F800000
+    weight = tl.where(expert < EXPERTS, tl.where(is_number, weight, 0.0), -1.0)
     share = tl.zeros((PLACES,), tl.float32)
     best = tl.zeros((PLACES,), tl.int32)
     for index in tl.static_range(PER_TOKEN):

@@ -37,16 +37,16 @@ from common import garbage
 from common.model.model_config import ModelConfig, load_config
 from common.model.model_files import EMBEDDED, resolve
 from common.worker.unsent import Unsent
-from router.answers.detokenizer import Detokenizer
-from router.cluster.decoding import Decoding
-from router.cluster.fan_out import fan_out
 from router.config import RouterConfig
+from router.dispatch.decoding import Decoding
+from router.dispatch.fan_out import fan_out
 from router.dispatch.request import Prompt, Request
 from router.grammars.guides import Guides
 from router.mailbox import Mailbox
 from router.prompts.tokenizer import Tokenizer
 from router.server import Router
 from router.turnstile import Turnstile
+from router.vocabulary.detokenizer import Detokenizer
 from tests.router.fake_worker import DECODE, PREFILL, FakeWorker, Script
 from twostroke import AsyncClient, Client, Piece, event_loop
 from twostroke.v1 import inference_pb2, inference_pb2_grpc, worker_pb2

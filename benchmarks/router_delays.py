@@ -12,10 +12,10 @@ from typing import Any, Self, TypeAlias
 
 from common.model.model_config import load_config
 from common.model.model_error import ModelError
-from router.answers.words import Words
 from router.cluster.worker import Worker
 from router.prompts.tokenizer import Tokenizer
 from router.server import Router
+from router.vocabulary.words import Words
 from twostroke.v1 import inference_pb2, worker_pb2
 
 TICKS, TICKS_PER_SECOND = 40_000, 10_000

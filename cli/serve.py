@@ -231,7 +231,9 @@ def _client(config: ServeConfig, target: str) -> Client:
 def _why_silent(router: Child, target: str, config: ServeConfig) -> str | None:
     """None if it is this router, and no other, that answers at `target`; else a sentence."""
     assert router.process is not None
-    return probe(target, service_of_process(router.process.pid), config)
+    service = service_of_process(router.process.pid)
+    problem = probe(target, service, config)
+    return problem and problem.replace(f" {service}", "")
 
 
 def _tls_environment(config: ServeConfig) -> dict[str, str]:

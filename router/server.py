@@ -17,7 +17,6 @@ from common.network.peers import Peers
 from common.probe import service_of_process
 from common.security.cluster_secret import SecretInterceptor
 from common.telemetry import metrics_server, tracing
-from router.answers.words import Words
 from router.callers.api_keys import ApiKeys
 from router.callers.auth import KeyInterceptor
 from router.cluster.registry import Registry
@@ -32,6 +31,7 @@ from router.prompts.tokenizer import Tokenizer
 from router.request_trace import INFERENCE
 from router.service import InferenceService, RegistryService
 from router.validate import MAX_MESSAGE_BYTES
+from router.vocabulary.words import Words
 from twostroke.v1 import inference_pb2_grpc, worker_pb2, worker_pb2_grpc
 
 REGISTRY = worker_pb2.DESCRIPTOR.services_by_name["Registry"].full_name
@@ -117,13 +117,25 @@ class Router:
         self.service.drain()
         end_requests = asyncio.get_running_loop().call_later(grace, self.dispatcher.stop)
         try:
-            await self._server.stop(grace + LAST_WORDS_SECONDS)
+            await self._end_calls(grace + LAST_WORDS_SECONDS)
         finally:
             end_requests.cancel()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.to_thread(self._tracing.stop)
+
+    async def _end_calls(self, seconds: float) -> None:
+        """Takes no new calls, and gives running ones so long. A call that reaches gRPC (1.83) in the moment in which it
+        stops is handed to nobody, and gRPC would wait for its end: it is cancelled once all others have been told."""
+        stopping, told = asyncio.create_task(self._server.stop(seconds)), False
+        while not (await asyncio.wait([stopping], timeout=LAST_WORDS_SECONDS))[0]:
+            if told:
+                stopping.cancel()
+                await asyncio.gather(stopping, return_exceptions=True)
+                await self._server.stop(None)
+                return
+            told = not self.service.calls
 
     def _interceptors(self) -> list[grpc.aio.ServerInterceptor]:
         secret, keys = self._peers.secret, self._keys

@@ -72,6 +72,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self._open: Counter[str] = Counter()  # calls of GenerateMany, by their caller's host
         self._many: set[Many] = set()
         self._draining = False
+        self.calls = 0  # under way
         self._generator = Generator(config, model, tokenizer, guides, dispatcher, metrics)
 
     # ------------------------------------------------------------ generating
@@ -236,11 +237,14 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
     @asynccontextmanager
     async def _call(self, method: str, context: Context, trace: Span = OFF) -> AsyncIterator[None]:
+        self.calls += 1
         try:
             async with accounted(self._metrics, method, trace, context.time_remaining):
                 yield
         except CallError as error:
             await context.abort(error.code, error.message)
+        finally:
+            self.calls -= 1
 
 
 class RegistryService(worker_pb2_grpc.RegistryServicer):

@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 from router.answers.answer_parser import AnswerParser
-from router.answers.detokenizer import NO_SIGNS
 from router.answers.stop_strings import StopStrings
 from router.dispatch.request import Request, State
 from router.equal_sets import one_of
 from router.metrics import Metrics
 from router.prompts.tokenizer import Tokenizer
 from router.validate import Job
+from router.vocabulary.detokenizer import NO_SIGNS
 from twostroke.v1 import inference_pb2 as pb
 from twostroke.v1 import worker_pb2
 

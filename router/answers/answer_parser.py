@@ -5,7 +5,11 @@ from collections.abc import Callable, Set
 from dataclasses import dataclass
 
 from router.answers import tool_call
-from router.answers.answer_format import (
+from router.answers.incoming import Incoming, Steps
+from router.answers.json_scan import JsonScan
+from router.answers.tool_call import ToolCall
+from router.answers.trimmed import BLANKS, Trimmed
+from router.vocabulary.answer_format import (
     ARGS,
     CALL_ID,
     END_THINK,
@@ -17,10 +21,6 @@ from router.answers.answer_format import (
     AnswerFormat,
     Calls,
 )
-from router.answers.incoming import Incoming, Steps
-from router.answers.json_scan import JsonScan
-from router.answers.tool_call import ToolCall
-from router.answers.trimmed import BLANKS, Trimmed
 from twostroke.v1 import inference_pb2 as pb
 
 _BLANKS = re.compile(f"[{BLANKS}]+")

@@ -2,7 +2,7 @@
 
 import re
 
-from router.prompts import json_object
+from router import json_object
 
 # Between brackets and strings. Whether these are literals of JSON is left to the parser.
 _OUTSIDE = re.compile(r"[-+.,:0-9A-Za-z \t\r\n]*")

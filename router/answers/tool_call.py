@@ -5,8 +5,8 @@ import json
 from dataclasses import dataclass
 from hashlib import blake2b
 
+from router import json_object
 from router.errors import InvalidArgument
-from router.prompts import json_object
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,10 +5,10 @@ from collections.abc import Collection
 from typing import TypeVar
 
 from router.cluster.circuit import Circuit
-from router.cluster.decoding import Decoding
 from router.cluster.outbox import Outbox, most_bytes_of
 from router.cluster.prefix_index import PrefixIndex
 from router.cluster.worker_faults import WorkerFault
+from router.dispatch.decoding import Decoding
 from router.dispatch.request import Attempt, Kind, Request
 from twostroke.v1 import inference_pb2, worker_pb2
 

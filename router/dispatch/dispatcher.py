@@ -9,13 +9,13 @@ import structlog
 
 from common.worker import causes
 from router import request_trace
-from router.cluster.fan_out import fan_out
 from router.cluster.worker import Worker
 from router.cluster.worker_faults import NO_LOGPROBS, WorkerFault, check_location
 from router.cluster.workers import ROLE_NAMES, Role, Workers
 from router.config import RouterConfig
 from router.dispatch import attempts, blame
 from router.dispatch.attempts import Attempts
+from router.dispatch.fan_out import fan_out
 from router.dispatch.placement import Placement
 from router.dispatch.request import Attempt, Request, State
 from router.errors import CallError, Exhausted, InvalidArgument

@@ -20,11 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.telemetry.plain_histogram import PlainHistogram
-from router.answers.words import Words
 from router.dispatch.request import Request
+from router.vocabulary.words import Words
 
 if TYPE_CHECKING:
-    from router.cluster.decoding import Decoding
+    from router.dispatch.decoding import Decoding
 
 Rows = NDArray[np.intp]
 

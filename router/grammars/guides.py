@@ -7,13 +7,13 @@ from llguidance import LLMatcher
 
 from common.model.model_config import ModelConfig
 from common.sampling.grammar import GrammarError
+from router import json_object
 from router.callers.limits import CALLER
 from router.errors import InvalidArgument, at_most
 from router.grammars import json_guide, lark, tool_choice
 from router.grammars.grammar_check import NoGuidesError
 from router.grammars.grammar_checks import GrammarChecks
 from router.grammars.tool_choice import Tool
-from router.prompts import json_object
 from router.prompts.tokenizer import Tokenized
 from twostroke.v1 import inference_pb2 as pb
 

@@ -7,7 +7,12 @@ from typing import Any
 
 from llguidance import LLMatcher
 
-from router.answers.answer_format import (
+from router import json_object
+from router.answers.answer_parser import MAX_NAME, NAME
+from router.errors import InvalidArgument
+from router.grammars import json_guide, lark
+from router.prompts.template_input import function_of
+from router.vocabulary.answer_format import (
     ARGS,
     CALL_ID,
     END_THINK,
@@ -18,11 +23,6 @@ from router.answers.answer_format import (
     AnswerFormat,
     Calls,
 )
-from router.answers.answer_parser import MAX_NAME, NAME
-from router.errors import InvalidArgument
-from router.grammars import json_guide, lark
-from router.prompts import json_object
-from router.prompts.template_input import function_of
 from twostroke.v1 import inference_pb2 as pb
 
 # Of a tool without parameters, as in OpenAI's API.

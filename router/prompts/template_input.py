@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from router import json_object
 from router.errors import InvalidArgument, at_most
-from router.prompts import json_object
 from twostroke.v1 import inference_pb2 as pb
 
 MAX_MESSAGES = 16_384

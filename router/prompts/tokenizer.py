@@ -11,14 +11,14 @@ import tokenizers
 from common.model import vocabulary
 from common.model.model_config import ModelConfig
 from common.model.model_error import ModelError
-from router.answers import answer_format, token_bytes
-from router.answers.answer_format import AnswerFormat
-from router.answers.detokenizer import NO_SIGNS, Detokenizer
 from router.callers.fair_threads import FairThreads
 from router.callers.limits import CALLER
 from router.callers.waiting_bytes import WaitingBytes
 from router.errors import InvalidArgument
 from router.prompts import chat_template, template_input
+from router.vocabulary import answer_format, token_bytes
+from router.vocabulary.answer_format import AnswerFormat
+from router.vocabulary.detokenizer import NO_SIGNS, Detokenizer
 from twostroke.v1 import inference_pb2 as pb
 
 T = TypeVar("T")

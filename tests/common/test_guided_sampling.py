@@ -27,7 +27,7 @@ from common.sampling.guided_sampling import (
     warm_up,
 )
 from common.sampling.special_sampling import ROWS_AT_ONCE
-from router.answers import token_bytes
+from router.vocabulary import token_bytes
 from tests.router import models
 from tests.specs import spec
 

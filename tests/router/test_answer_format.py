@@ -2,8 +2,8 @@
 
 import pytest
 
-from router.answers import answer_format
-from router.answers.answer_format import Calls
+from router.vocabulary import answer_format
+from router.vocabulary.answer_format import Calls
 from tests.router import models
 from tests.router.templates import LLAMA, MISTRAL, MISTRAL_WITH_ARGS, QWEN, R1
 

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router.answers import answer_format
-from router.answers.answer_format import AnswerFormat, Calls
+from router import json_object
 from router.answers.answer_parser import AnswerParser
-from router.prompts import json_object
+from router.vocabulary import answer_format
+from router.vocabulary.answer_format import AnswerFormat, Calls
 
 # Marks that are text, as in Qwen3's vocabulary, and one of them that is a special token, as in Mistral's.
 TAGGED = AnswerFormat(reasoning=True, calls=Calls.TAGGED)

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders
 
-from router.answers import token_bytes
-from router.answers.detokenizer import Detokenizer
+from router.vocabulary import token_bytes
+from router.vocabulary.detokenizer import Detokenizer
 from tests.router import models
 
 BYTE_LEVEL = models.byte_level()

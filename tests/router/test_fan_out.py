@@ -1,7 +1,7 @@
 """What a step's message leaves behind at the requests that it is for."""
 
-from router.cluster.decoding import Decoding
-from router.cluster.fan_out import fan_out
+from router.dispatch.decoding import Decoding
+from router.dispatch.fan_out import fan_out
 from router.dispatch.request import MAX_UNREAD_TOKENS, Prompt, Request
 from router.mailbox import Mailbox
 from router.turnstile import Turnstile

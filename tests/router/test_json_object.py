@@ -2,8 +2,8 @@ import json
 
 import pytest
 
+from router import json_object
 from router.errors import InvalidArgument
-from router.prompts import json_object
 
 
 @pytest.mark.parametrize(

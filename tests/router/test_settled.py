@@ -14,17 +14,17 @@ from common.model.model_config import ModelConfig, load_config
 from router import validate
 from router.answers import answer
 from router.answers.answer import Answer
-from router.answers.token_bytes import TokenBytes
-from router.answers.words import MOST_BYTES, Words
-from router.cluster.decoding import Decoding
-from router.cluster.fan_out import fan_out
 from router.dispatch import settled
+from router.dispatch.decoding import Decoding
+from router.dispatch.fan_out import fan_out
 from router.dispatch.request import Attempt, Prompt, Request, State
 from router.dispatch.settled import Reader, Settled
 from router.mailbox import Mailbox
 from router.metrics import Metrics
 from router.prompts.tokenizer import Tokenizer
 from router.turnstile import Turnstile
+from router.vocabulary.token_bytes import TokenBytes
+from router.vocabulary.words import MOST_BYTES, Words
 from tests.router.cluster import request
 from twostroke.v1 import inference_pb2 as pb
 from twostroke.v1 import worker_pb2

@@ -9,6 +9,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from router import server
 from router.cluster.worker import Worker
 from router.dispatch.dispatcher import STOPPED
 from router.dispatch.request import Attempt
@@ -50,6 +51,26 @@ async def test_requests_that_outlast_the_drain_are_unavailable(model: Path) -> N
         async with asyncio.timeout(5):
             await stopping
         assert unavailable(it, "GenerateStream") == unavailable(it, "Generate") == 1
+
+
+async def test_a_call_that_grpc_hands_to_nobody_does_not_hold_up_the_end(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "LAST_WORDS_SECONDS", 0.1)
+    async with cluster(model, decodes=[FakeWorker(DECODE, Script(step_seconds=0.02))]) as it:
+        stop = it.router._server.stop
+
+        async def held_up(grace: float | None) -> None:
+            if grace is not None:
+                await asyncio.sleep(grace)
+            await stop(grace)
+
+        monkeypatch.setattr(it.router._server, "stop", held_up)
+        answer = asyncio.create_task(it.generate(max_tokens=20))
+        await eventually(lambda: it.router.dispatcher.running == 1)
+        async with asyncio.timeout(5):
+            await it.router.stop(30)
+        assert (await answer).choices[0].token_ids == expected(20)
 
 
 async def test_requests_that_end_within_the_drain_are_answered(model: Path) -> None:

@@ -12,14 +12,14 @@ import tokenizers
 
 from common.model.model_config import load_config
 from common.sampling.grammar import GrammarError, compile_grammar, load_tokenizer
-from router.answers.answer_format import AnswerFormat
+from router import json_object
 from router.answers.answer_parser import AnswerParser
 from router.errors import InvalidArgument
 from router.grammars import tool_choice
 from router.grammars.grammar_check import GrammarCheck
 from router.grammars.guides import Guides
-from router.prompts import json_object
 from router.prompts.tokenizer import Tokenized, Tokenizer
+from router.vocabulary.answer_format import AnswerFormat
 from tests.guided import allowed_tokens
 from tests.router import models
 from tests.router.answering import (

@@ -10,11 +10,11 @@ from unittest import mock
 
 import numpy as np
 
-from router.answers.words import Words
 from router.dispatch import settled
 from router.dispatch.request import Request
 from router.dispatch.settled import Settled, Stream
 from router.metrics import Metrics
+from router.vocabulary.words import Words
 from tests.router.models import EOS, VOCAB_SIZE
 
 

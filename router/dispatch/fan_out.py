@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from router.cluster.decoding import Decoding
 from router.cluster.worker_faults import NO_LOGPROBS, WorkerFault
+from router.dispatch.decoding import Decoding
 from twostroke.v1 import worker_pb2
 
 

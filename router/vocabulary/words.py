@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from router.answers.token_bytes import TokenBytes
+from router.vocabulary.token_bytes import TokenBytes
 
 # A longer text makes a message larger than is expected of one token.
 MOST_BYTES = 200

@@ -1,0 +1,1 @@
+"""What tokens mean: their bytes, texts and words, and the marks that a model's answers have."""

@@ -10,6 +10,9 @@ from twostroke.v1 import inference_pb2 as pb
 # has lasted for three tries is not about to go away.
 LASTING_SECONDS = 15.0
 
+# gRPC's words for an address at which nobody listens yet; the latter for a Unix socket.
+NOT_LISTENING = ("Connection refused", "No such file")
+
 ROLES = {pb.WORKER_ROLE_PREFILL: "prefill", pb.WORKER_ROLE_DECODE: "decode"}
 
 
@@ -38,10 +41,11 @@ class Readiness:
         """The model's name, once the router's health is SERVING and every worker takes requests; and the problems that
         are new since the last look."""
         if not self._found and (reason := self._why_silent()) is not None:
-            # Refused: it does not listen yet. What else goes wrong with a connection, such as TLS, will not change.
-            broken = "UNAVAILABLE" in reason and "refused" not in reason
+            # What else goes wrong with a connection, such as TLS, will not change.
+            broken = "UNAVAILABLE" in reason and not any(words in reason for words in NOT_LISTENING)
             return None, self._new([f"the router cannot be called at {reason}"] if broken else [])
-        self._found = True
+        if not self._found:
+            self._found, self._since = True, {}
         try:
             self._client.wait_until_ready(timeout=1)
             serving = True

@@ -130,7 +130,7 @@ class Router:
         stops is handed to nobody, and gRPC would wait for its end: it is cancelled once all others have been told."""
         stopping, told = asyncio.create_task(self._server.stop(seconds)), False
         while not (await asyncio.wait([stopping], timeout=LAST_WORDS_SECONDS))[0]:
-            if told:
+            if told and not self.service.calls:
                 stopping.cancel()
                 await asyncio.gather(stopping, return_exceptions=True)
                 await self._server.stop(None)

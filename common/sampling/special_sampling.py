@@ -197,3 +197,5 @@ def warm_up(sample: Sample, most_rows: int, vocab_size: int, dtype: torch.dtype,
         tokens = sample(wide, SamplingRows(zeros, integers, zeros + 1, zeros, zeros.long()), integers)
         counts.record(tokens, adjusted)
         logprobs(logits, tokens, adjusted.rows, 1)
+        for slot in slots:
+            counts.remove(slot)

@@ -118,6 +118,7 @@ class _Lane:
                 # Here, and not where a request hears of it: until one has, others would open calls only to be refused.
                 if refused:
                     self.refused_at = time.monotonic()
-                for number, inbox in list(self._inboxes.items()):
-                    inbox.put(last_item(number, error, refused=refused))
+                for number in list(self._inboxes):  # items() would make objects, and so room for the collector
+                    if (inbox := self._inboxes.get(number)) is not None:
+                        inbox.put(last_item(number, error, refused=refused))
             self._outgoing.put(None)

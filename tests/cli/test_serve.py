@@ -136,6 +136,8 @@ def test_a_router_that_cannot_be_called_is_told_of_unless_it_does_not_listen_yet
     where = "host:1 process 1: UNAVAILABLE"
     with Client("localhost:1") as client:
         refused = Readiness(client, 2, lambda: f"{where}: Connection refused")
+        no_socket = Readiness(client, 2, lambda: f"{where}: unix:/tmp/x: No such file or directory")
+        assert no_socket.look() == (None, [])
         broken = Readiness(client, 2, lambda: f"{where}: Verification failed")
         assert refused.look() == (None, [])
         problem = f"the router cannot be called at {where}: Verification failed"

@@ -9,7 +9,8 @@ from typing import Any
 import grpc
 import pytest
 
-from twostroke import Unavailable, sync_shared_call
+from twostroke import TwostrokeError, Unavailable, sync_shared_call
+from twostroke.errors import error_of
 from twostroke.results import Piece
 from twostroke.shared_call import Item, last_item
 from twostroke.sync_shared_call import SyncSharedCall
@@ -52,26 +53,32 @@ class Forgotten:
 
 @pytest.fixture
 def collector_off() -> Iterator[None]:
+    thresholds = gc.get_threshold()
     gc.collect()
     gc.disable()
     yield
+    gc.set_threshold(*thresholds)
     gc.enable()
+
+
+def calls_into(calls: list[FakeCall]) -> SyncSharedCall:
+    def open_call(requests: Iterator[pb.GenerateManyRequest]) -> Any:
+        calls.append(FakeCall(requests))
+        return calls[-1]
+
+    return SyncSharedCall(open_call)
 
 
 @pytest.mark.usefixtures("collector_off")
 def test_the_collector_may_leave_a_stream_while_the_call_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[FakeCall] = []
 
-    def open_call(requests: Iterator[pb.GenerateManyRequest]) -> Any:
-        calls.append(FakeCall(requests))
-        return calls[-1]
-
     def collecting(*arguments: Any, **named: Any) -> Item:
         gc.collect()
         return last_item(*arguments, **named)
 
     monkeypatch.setattr(sync_shared_call, "last_item", collecting)
-    shared = SyncSharedCall(open_call)
+    shared = calls_into(calls)
     streams = [shared.pieces(pb.GenerateRequest(text="a"), None) for _ in range(3)]
     for stream in streams:
         next(stream)
@@ -86,3 +93,28 @@ def test_the_collector_may_leave_a_stream_while_the_call_ends(monkeypatch: pytes
             read.result(timeout=10)
     assert next(shared.pieces(pb.GenerateRequest(text="b"), None)).prompt is not None
     assert len(calls) == 2
+
+
+@pytest.mark.usefixtures("collector_off")
+def test_the_collector_may_come_while_all_streams_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[FakeCall] = []
+
+    def collecting(status: Any) -> TwostrokeError:
+        error = error_of(status)
+        gc.set_threshold(gc.get_count()[0] + len(streams) // 2)  # objects more, in the middle of what is done for all
+        gc.enable()
+        return error
+
+    monkeypatch.setattr(sync_shared_call, "error_of", collecting)
+    shared = calls_into(calls)
+    streams = [shared.pieces(pb.GenerateRequest(text="a"), None) for _ in range(200)]
+    for stream in streams:
+        next(stream)
+    forgotten = Forgotten(streams.pop(20))
+    ends_the_call = streams.pop()
+    del stream, forgotten
+    calls[0].lost.set()
+    ends_the_call.close()
+    for stream in streams:
+        with pytest.raises(Unavailable, match="gone"):
+            next(stream)

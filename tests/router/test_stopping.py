@@ -73,6 +73,22 @@ async def test_a_call_that_grpc_hands_to_nobody_does_not_hold_up_the_end(
         assert (await answer).choices[0].token_ids == expected(20)
 
 
+async def test_a_call_whose_message_comes_while_the_router_stops_has_its_time(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "LAST_WORDS_SECONDS", 0.1)
+    async with cluster(model) as it:
+        monkeypatch.setattr(it.router._server, "stop", lambda grace: asyncio.sleep(0 if grace is None else grace))
+        stopping = asyncio.create_task(it.router.stop(30))
+        await asyncio.sleep(0.15)  # nothing was under way at the first look
+        it.router.service.calls += 1
+        await asyncio.sleep(0.3)
+        assert not stopping.done()
+        it.router.service.calls -= 1
+        async with asyncio.timeout(5):
+            await stopping
+
+
 async def test_requests_that_end_within_the_drain_are_answered(model: Path) -> None:
     slow = Script(step_seconds=0.01)
     async with cluster(model, decodes=[slow]) as it:

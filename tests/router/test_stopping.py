@@ -53,19 +53,24 @@ async def test_requests_that_outlast_the_drain_are_unavailable(model: Path) -> N
         assert unavailable(it, "GenerateStream") == unavailable(it, "Generate") == 1
 
 
+def hold_up(it: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a call does that reaches gRPC in the moment in which it stops."""
+    stop = it.router._server.stop
+
+    async def held_up(grace: float | None) -> None:
+        if grace is not None:
+            await asyncio.sleep(grace)
+        await stop(grace)
+
+    monkeypatch.setattr(it.router._server, "stop", held_up)
+
+
 async def test_a_call_that_grpc_hands_to_nobody_does_not_hold_up_the_end(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(server, "LAST_WORDS_SECONDS", 0.1)
     async with cluster(model, decodes=[FakeWorker(DECODE, Script(step_seconds=0.02))]) as it:
-        stop = it.router._server.stop
-
-        async def held_up(grace: float | None) -> None:
-            if grace is not None:
-                await asyncio.sleep(grace)
-            await stop(grace)
-
-        monkeypatch.setattr(it.router._server, "stop", held_up)
+        hold_up(it, monkeypatch)
         answer = asyncio.create_task(it.generate(max_tokens=20))
         await eventually(lambda: it.router.dispatcher.running == 1)
         async with asyncio.timeout(5):
@@ -78,7 +83,7 @@ async def test_a_call_whose_message_comes_while_the_router_stops_has_its_time(
 ) -> None:
     monkeypatch.setattr(server, "LAST_WORDS_SECONDS", 0.1)
     async with cluster(model) as it:
-        monkeypatch.setattr(it.router._server, "stop", lambda grace: asyncio.sleep(0 if grace is None else grace))
+        hold_up(it, monkeypatch)
         stopping = asyncio.create_task(it.router.stop(30))
         await asyncio.sleep(0.15)  # nothing was under way at the first look
         it.router.service.calls += 1

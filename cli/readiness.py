@@ -40,11 +40,11 @@ class Readiness:
     def look(self) -> tuple[str | None, list[str]]:
         """The model's name, once the router's health is SERVING and every worker takes requests; and the problems that
         are new since the last look."""
-        if not self._found and (reason := self._why_silent()) is not None:
-            # What else goes wrong with a connection, such as TLS, will not change.
-            broken = "UNAVAILABLE" in reason and not any(words in reason for words in NOT_LISTENING)
-            return None, self._new([f"the router cannot be called at {reason}"] if broken else [])
         if not self._found:
+            if (reason := self._why_silent()) is not None:
+                # What else goes wrong with a connection, such as TLS, will not change.
+                broken = "UNAVAILABLE" in reason and not any(words in reason for words in NOT_LISTENING)
+                return None, self._new([f"the router cannot be called at {reason}"] if broken else [])
             self._found, self._since = True, {}
         try:
             self._client.wait_until_ready(timeout=1)

@@ -21,7 +21,6 @@ from cli.children import Child
 from cli.readiness import Readiness
 from cli.serve_config import ServeConfig
 from cli.stopping import STOP_SECONDS, end_command, stop, stop_signals
-from common import signals
 from common.kv import host_room
 from common.model import hub_name, model_files
 from common.model.hub_name import HubName
@@ -32,6 +31,7 @@ from common.probe import probe, service_of_process
 from common.security import cluster_secret, pem
 from common.security.security_config import SettingsError, TlsConfig
 from common.security.tls import channel_credentials
+from common.signals import end_in_order
 from common.start_error import AddressError
 from common.telemetry import logs
 from decode_worker.config import DecodeConfig
@@ -201,7 +201,7 @@ def _downloaded(config: ServeConfig) -> ServeConfig:
     if name is None:
         return config
     logs.configure(config.log_format or "people")
-    signals.end_in_order()  # so that no half of a file is left behind
+    end_in_order()  # so that no half of a file is left behind
     directory = model_files.resolve(str(name), weights=config.load_format != "dummy")
     return replace(config, model=str(HubName(name.repository, directory.name)))
 

@@ -42,10 +42,8 @@ def create(transport: str, layout: KvLayout, device: torch.device, instance: str
     Raises:
         TransportError: the transport does not work on this device or machine, or there is too little memory.
     """
-    if transport == "cuda_ipc" and device.type != "cuda":
-        raise TransportError(f"transport cuda_ipc is for GPUs, and the device is {device}; use --transport shm")
     sweep()
-    return _transport(transport).create(layout, device, instance)
+    return _transport(transport, device).create(layout, device, instance)
 
 
 def open_peer(descriptor: bytes, transport: str, layout: KvLayout, device: torch.device) -> PeerPool:
@@ -57,7 +55,7 @@ def open_peer(descriptor: bytes, transport: str, layout: KvLayout, device: torch
     Raises:
         TransportError: the peer is gone or out of reach, its layout differs, or the probe was not read intact.
     """
-    return _transport(transport).open_peer(descriptor, layout, device)
+    return _transport(transport, device).open_peer(descriptor, layout, device)
 
 
 def crosses_hosts(transport: str) -> bool:
@@ -65,10 +63,14 @@ def crosses_hosts(transport: str) -> bool:
     return transport == "nixl"
 
 
-def _transport(name: str) -> _Transport:
+def _transport(name: str, device: torch.device) -> _Transport:
     if name == "shm":
+        if device.type != "cpu":
+            raise TransportError(f"transport shm is for CPUs, and the device is {device}; use --transport cuda_ipc")
         return shm
     if name == "cuda_ipc":
+        if device.type != "cuda":
+            raise TransportError(f"transport cuda_ipc is for GPUs, and the device is {device}; use --transport shm")
         try:
             import common.transport.cuda_ipc as cuda_ipc  # needs cupy, which only GPUs come with
         except ImportError as error:

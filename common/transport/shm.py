@@ -29,7 +29,8 @@ class ShmMemory:
         self._segment = OwnSegment(instance, layout, layout.pool_bytes + PROBE_BYTES)
         body = torch.frombuffer(self._segment.body, dtype=torch.uint8)
         self.tensor: Tensor = body[: layout.pool_bytes]
-        self._segment.body[layout.pool_bytes :], digest = new_probe()
+        probe, digest = new_probe()
+        self._segment.body[layout.pool_bytes :] = probe
         self._segment.publish(digest)
         self.generations = self._segment.generations
         self.descriptor = self._segment.descriptor()
@@ -99,12 +100,10 @@ class ShmPeer:
 
 
 def create(layout: KvLayout, device: torch.device, instance: str) -> ShmMemory:
-    _check_device(device)
     return ShmMemory(layout, instance)
 
 
 def open_peer(descriptor: bytes, layout: KvLayout, device: torch.device) -> ShmPeer:
-    _check_device(device)
     return ShmPeer(descriptor, layout)
 
 
@@ -112,8 +111,3 @@ def _copy(source: Rows, src_blocks: Sequence[int], target: Rows, dst_blocks: Seq
     started = time.perf_counter()
     block_rows.copy(source, src_blocks, target, dst_blocks)
     return (time.perf_counter() - started) * 1000
-
-
-def _check_device(device: torch.device) -> None:
-    if device.type != "cpu":
-        raise TransportError(f"transport shm is for CPUs, and the device is {device}; use --transport cuda_ipc")

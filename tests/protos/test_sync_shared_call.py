@@ -4,7 +4,7 @@ import gc
 import threading
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeAlias
 
 import grpc
 import pytest
@@ -15,6 +15,8 @@ from twostroke.results import Piece
 from twostroke.shared_call import Item, last_item
 from twostroke.sync_shared_call import SyncSharedCall
 from twostroke.v1 import inference_pb2 as pb
+
+Stream: TypeAlias = Generator[Piece, None, None]
 
 
 class Gone(grpc.RpcError):
@@ -46,9 +48,22 @@ class FakeCall:
 class Forgotten:
     """Holds a stream, and is part of a cycle: only the garbage collector frees it."""
 
-    def __init__(self, stream: Generator[Piece, None, None]) -> None:
+    def __init__(self, stream: Stream) -> None:
         self.stream = stream
         self.itself = self
+
+
+def begun(shared: SyncSharedCall, count: int) -> list[Stream]:
+    streams = [shared.pieces(pb.GenerateRequest(text="a"), None) for _ in range(count)]
+    for stream in streams:
+        next(stream)
+    return streams
+
+
+def lose(call: FakeCall, told: Stream) -> None:
+    """`told`: a stream whose end has the call look whether it is lost."""
+    call.lost.set()
+    told.close()
 
 
 @pytest.fixture
@@ -79,16 +94,11 @@ def test_the_collector_may_leave_a_stream_while_the_call_ends(monkeypatch: pytes
 
     monkeypatch.setattr(sync_shared_call, "last_item", collecting)
     shared = calls_into(calls)
-    streams = [shared.pieces(pb.GenerateRequest(text="a"), None) for _ in range(3)]
-    for stream in streams:
-        next(stream)
-    forgotten = Forgotten(streams.pop(0))
-    ends_the_call = streams.pop()
-    del stream, forgotten
+    streams = begun(shared, 3)
+    Forgotten(streams.pop())
     with ThreadPoolExecutor() as pool:
         read = pool.submit(next, streams[0])
-        calls[0].lost.set()
-        ends_the_call.close()
+        lose(calls[0], streams[1])
         with pytest.raises(Unavailable, match="gone"):
             read.result(timeout=10)
     assert next(shared.pieces(pb.GenerateRequest(text="b"), None)).prompt is not None
@@ -107,14 +117,9 @@ def test_the_collector_may_come_while_all_streams_are_told(monkeypatch: pytest.M
 
     monkeypatch.setattr(sync_shared_call, "error_of", collecting)
     shared = calls_into(calls)
-    streams = [shared.pieces(pb.GenerateRequest(text="a"), None) for _ in range(200)]
-    for stream in streams:
-        next(stream)
-    forgotten = Forgotten(streams.pop(20))
-    ends_the_call = streams.pop()
-    del stream, forgotten
-    calls[0].lost.set()
-    ends_the_call.close()
+    streams = begun(shared, 200)
+    Forgotten(streams.pop(20))
+    lose(calls[0], streams.pop())
     for stream in streams:
         with pytest.raises(Unavailable, match="gone"):
             next(stream)

@@ -258,6 +258,17 @@ def test_instances_that_cannot_name_a_file(instance: str) -> None:
         transport.create("shm", LAYOUT, CPU, instance)
 
 
+@pytest.mark.parametrize(
+    ("name", "device", "use"), [("shm", torch.device("cuda", 0), "cuda_ipc"), ("cuda_ipc", CPU, "shm")]
+)
+def test_a_transport_for_other_devices_is_refused(name: str, device: torch.device, use: str) -> None:
+    said = f"^transport {name} is for .*, and the device is {device}; use --transport {use}$"
+    with pytest.raises(TransportError, match=said):
+        transport.create(name, LAYOUT, device, f"test-{os.getpid()}")
+    with pytest.raises(TransportError, match=said):
+        transport.open_peer(b"", name, LAYOUT, device)
+
+
 def test_transports_that_do_not_work_here() -> None:
     with pytest.raises(TransportError, match='no transport is called "rdma"'):
         transport.create("rdma", LAYOUT, CPU, "test")

@@ -662,10 +662,14 @@ async def test_a_call_that_is_about_to_end_takes_nothing_more(model: Path, share
 
 
 async def test_what_crosses_the_news_of_a_drain_has_a_call_of_its_own(model: Path, shared: Shared) -> None:
-    async with drained(model, shared) as (it, client):
-        assert await streamed(client, max_tokens=5) == expected(5)
-        assert calls_of(it, "GenerateMany.Begin", "UNAVAILABLE") == 1
-        assert calls_of(it, "GenerateStream") == 1
+    for _ in range(10):  # now and then a thread has the news before it asks
+        async with drained(model, shared) as (it, client):
+            assert await streamed(client, max_tokens=5) == expected(5)
+            crossed = calls_of(it, "GenerateMany.Begin", "UNAVAILABLE")
+            assert calls_of(it, "GenerateStream") == crossed
+        if crossed:
+            break
+    assert crossed == 1
 
 
 async def test_what_comes_too_late_for_a_call_that_drained_has_another(model: Path, shared: Shared) -> None:
